@@ -1,0 +1,41 @@
+# `make serve` and `make test` set up what they need; nothing has to be installed before but Python and make.
+
+VENV := .venv
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+export PYTHON
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help install serve test lint format clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm/pyproject.toml
+	deploy/cpu/install.sh $(VENV)
+	@touch $@
+
+install: $(VENV)/.installed ## Set up .venv with vLLM for CPUs, this package and the development tools
+
+serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS="..."]
+	@model=$$(toptheta demo-model) && \
+	set -- VLLM_PLUGINS=toptheta VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
+	    vllm serve "$$model" --attention-backend toptheta \
+	    --served-model-name smollm2-135m-instruct --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS) && \
+	echo "$$*" && exec env "$$@"
+
+test: install ## Run the tests
+	python -m pytest
+
+lint: install ## Check format, style and types
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: install ## Rewrite the sources in the project's format
+	ruff format .
+	ruff check --fix .
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
