@@ -1,0 +1,267 @@
+"""2,000 damaged stores: each is refused by an exception of ours, or is loaded as exactly what it says.
+
+A change to a file behind the back of the checksums must be refused, unless the content is still the same. A store whose
+checksums were made anew is another store: it may load, but then only as an independent reader of its bytes sees it, and
+only if it keeps every promise of the format.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests import store_factory
+from tests.store.mutation import split_safetensors, with_header, write_resealed
+from vllm_toptheta.errors import ChecksumMismatch, StoreError
+from vllm_toptheta.store import Manifest, ThresholdStore, load, strict_yaml
+
+EXAMPLES = {
+    "manifest bytes": 500,
+    "manifest fields": 300,
+    "manifest fields, resealed": 300,
+    "tensor bytes": 200,
+    "tensor bytes, resealed": 300,
+    "tensor header, resealed": 400,
+}
+TENSORS = ("coefficients", "bucket_edges", "row_count", "score_mean", "score_std")
+
+
+def fuzz(name: str) -> settings:
+    return settings(
+        max_examples=EXAMPLES[name],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        # the fixtures hold files that every example writes anew
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> ThresholdStore:
+    return store_factory.make_store(tmp_path_factory.mktemp("original") / "acme--tiny")
+
+
+@pytest.fixture
+def victim(original: ThresholdStore, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original.folder, tmp_path / "acme--tiny"))
+
+
+def load_or_refuse(folder: Path) -> ThresholdStore | None:
+    """Return the store, or None where an exception of ours says why not; anything else fails the test."""
+    try:
+        store = load(folder)
+    except StoreError as error:
+        event(type(error).__name__)
+        assert str(error).encode()  # noqa: PT017
+        assert error.file is not None  # noqa: PT017
+        assert error.remedy  # noqa: PT017
+        return None
+    event("loaded")
+    return store
+
+
+def assert_tensors(store: ThresholdStore, expected: dict[str, Any]) -> None:
+    for name in TENSORS:
+        np.testing.assert_array_equal(getattr(store, name), expected[name], strict=True)
+
+
+def tensors_of(store: ThresholdStore) -> dict[str, Any]:
+    return {name: getattr(store, name) for name in TENSORS}
+
+
+def assert_promises(store: ThresholdStore) -> None:
+    """State what every loaded store promises, in other words than the loader does."""
+    counts, edges = store.row_count, store.bucket_edges.tolist()
+    for name in ("coefficients", "score_mean", "score_std"):
+        assert all(map(np.isfinite, getattr(store, name).flat))
+    assert edges == sorted(set(edges))
+    assert edges[0] > 0
+    assert counts.min() >= 0
+    assert store.score_std.min() >= 0
+    for target, bucket in np.argwhere(counts == 0):
+        assert set(store.score_mean[:, :, target, bucket].flat) == {0}
+    for target in store.manifest.targets:
+        for length in (target.min_length, target.max_length):
+            assert np.isfinite(store.curve(target.k).threshold(length)).all()
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Flip bits, cut, insert, overwrite, or repeat a slice; up to three times."""
+    for _ in range(draw(st.integers(1, 3))):
+        position = draw(st.integers(0, max(len(content) - 1, 0)))
+        other = draw(st.integers(0, max(len(content) - 1, 0)))
+        start, end = sorted((position, other))
+        junk = draw(
+            st.binary(max_size=8) | st.sampled_from([b"\n", b": ", b"- ", b"[", b"{", b"&a ", b"*a", b"!!", b"#"])
+        )
+        match draw(st.sampled_from(["flip", "flip", "cut", "insert", "overwrite", "truncate", "repeat"])):
+            case "flip" if content:
+                flipped = content[position] ^ (1 << draw(st.integers(0, 7)))
+                content = content[:position] + bytes([flipped]) + content[position + 1 :]
+            case "cut":
+                content = content[:start] + content[end:]
+            case "insert":
+                content = content[:position] + junk + content[position:]
+            case "overwrite":
+                content = content[:position] + junk + content[position + len(junk) :]
+            case "truncate":
+                content = content[:position]
+            case "repeat":
+                content = content[:end] + content[start:end][:4096] + content[end:]
+    return content
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.integers()
+    | st.sampled_from([10**18, 2**63, 2**64, -(2**70), 10**40])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.dates()
+    | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Return the path of every field and item below `value`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, item in items for path in [(*prefix, key), *paths(item, (*prefix, key))]]
+
+
+@pytest.fixture(scope="module")
+def fields(original: ThresholdStore) -> dict[str, Any]:
+    return strict_yaml.parse((original.folder / "manifest.yaml").read_text())
+
+
+@st.composite
+def edited(draw: st.DrawFn, fields: dict[str, Any], values: st.SearchStrategy[Any] = anything) -> dict[str, Any]:
+    """Replace, remove or add one to three fields in a copy of a nested dict."""
+    fields = copy.deepcopy(fields)
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, last = draw(st.sampled_from(paths(fields) or [("empty",)]))
+        place: Any = fields
+        for parent in parents:
+            place = place[parent]
+        match draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"])):
+            case "replace":
+                place[last] = draw(values)
+            case "remove" if last in place or isinstance(last, int):
+                del place[last]
+            case "add" if isinstance(place, dict):
+                place[draw(st.text(max_size=8))] = draw(values)
+    return fields
+
+
+def test_there_are_two_thousand_mutations() -> None:
+    assert sum(EXAMPLES.values()) >= 2000
+
+
+@given(data=st.data())
+@fuzz("manifest bytes")
+def test_manifest_bytes(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
+    content = (original.folder / "manifest.yaml").read_bytes()
+    (victim / "manifest.yaml").write_bytes(data.draw(damaged(content)))
+    if store := load_or_refuse(victim):
+        assert store.manifest == original.manifest
+        assert_tensors(store, tensors_of(original))
+
+
+@given(data=st.data())
+@fuzz("manifest fields")
+def test_manifest_fields(original: ThresholdStore, fields: dict[str, Any], victim: Path, data: st.DataObject) -> None:
+    mutant = data.draw(edited(fields))
+    (victim / "manifest.yaml").write_bytes(strict_yaml.dump(mutant).encode())
+    if store := load_or_refuse(victim):
+        assert store.manifest == original.manifest
+        assert_tensors(store, tensors_of(original))
+
+
+@given(data=st.data())
+@fuzz("manifest fields, resealed")
+def test_manifest_fields_resealed(
+    original: ThresholdStore, fields: dict[str, Any], victim: Path, data: st.DataObject
+) -> None:
+    plausible = st.integers(0, 70) | st.just(1024) | st.floats(-2, 2) | st.booleans() | st.text(max_size=8)
+    mutant = data.draw(edited(fields, plausible))
+    tensors = (original.folder / "thresholds.safetensors").read_bytes()
+    try:
+        manifest = Manifest.model_validate(mutant)
+    except ValidationError:
+        (victim / "manifest.yaml").write_bytes(strict_yaml.dump(mutant).encode())
+        assert load_or_refuse(victim) is None
+        return
+    write_resealed(victim, manifest, tensors)
+    if store := load_or_refuse(victim):
+        assert store.manifest == Manifest.from_draft(manifest, tensors_sha256=original.manifest.tensors.sha256)
+        assert_tensors(store, tensors_of(original))
+        assert_promises(store)
+
+
+@given(data=st.data())
+@fuzz("tensor bytes")
+def test_tensor_bytes(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
+    content = (original.folder / "thresholds.safetensors").read_bytes()
+    mutant = data.draw(damaged(content))
+    (victim / "thresholds.safetensors").write_bytes(mutant)
+    if mutant == content:
+        assert_tensors(load(victim), tensors_of(original))
+    else:
+        with pytest.raises(ChecksumMismatch):
+            load(victim)
+
+
+def check_resealed(original: ThresholdStore, victim: Path, tensors: bytes) -> None:
+    write_resealed(victim, original.manifest, tensors)
+    if store := load_or_refuse(victim):
+        assert store.manifest == Manifest.from_draft(original.manifest, tensors_sha256=store.manifest.tensors.sha256)
+        assert_tensors(store, safetensors.numpy.load(tensors))
+        assert_promises(store)
+
+
+@given(data=st.data())
+@fuzz("tensor bytes, resealed")
+def test_tensor_bytes_resealed(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
+    content = (original.folder / "thresholds.safetensors").read_bytes()
+    header_end = len(content) - len(split_safetensors(content)[1])
+    match data.draw(st.sampled_from(["header", "data", "number"])):
+        case "header":
+            mutant = data.draw(damaged(content[:header_end])) + content[header_end:]
+        case "data":
+            mutant = content[:header_end] + data.draw(damaged(content[header_end:]))
+        case _:  # a random bit seldom makes the numbers that matter
+            number = np.float32(data.draw(st.sampled_from([np.nan, np.inf, -np.inf, -1.0, 0.5, 1e30]))).tobytes()
+            position = header_end + 4 * data.draw(st.integers(0, (len(content) - header_end) // 4 - 1))
+            mutant = content[:position] + number + content[position + 4 :]
+    check_resealed(original, victim, mutant)
+
+
+@given(data=st.data())
+@fuzz("tensor header, resealed")
+def test_tensor_header_resealed(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
+    header, body = split_safetensors((original.folder / "thresholds.safetensors").read_bytes())
+    json_values = anything.filter(lambda value: "date" not in type(value).__name__).map(
+        lambda value: repr(value) if isinstance(value, bytes) else value
+    )
+    size = st.sampled_from([0, 1, 2, 3, 4, 5, 20, 64, 288, 352, 384, 736, 1120, len(body), 2**32, 2**64])
+    values = json_values | size | st.lists(size, max_size=4) | st.sampled_from(["F32", "I32", "I64", "U32", "BF16"])
+    mutant = data.draw(edited(header, values))
+    encoded = json.dumps(mutant, default=repr).encode()
+    if data.draw(st.booleans(), label="repeat a tensor"):
+        encoded = encoded[:-1] + b', "row_count": ' + json.dumps(mutant.get("row_count"), default=repr).encode() + b"}"
+    check_resealed(original, victim, with_header(encoded, body))

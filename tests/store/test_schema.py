@@ -1,0 +1,238 @@
+"""The manifest's schema and the architecture fingerprint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.store_factory import make_draft
+from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
+from vllm_toptheta.store import Architecture, Manifest, ManifestDraft, strict_yaml
+
+LLAMA = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+LLAMA3_SCALING = {
+    "factor": 8,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def rope(**config: Any) -> dict[str, Any]:
+    return Architecture.from_hf_config({**LLAMA, **config}).rope
+
+
+def test_reads_a_llama_config() -> None:
+    architecture = Architecture.from_hf_config({**LLAMA, "rope_theta": 100000, "rope_scaling": None, "head_dim": None})
+    assert architecture == Architecture(
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_size=64,
+        rope={"rope_theta": 100000.0, "rope_type": "default"},
+    )
+
+
+def test_fills_in_what_old_configs_leave_out() -> None:
+    architecture = Architecture.from_hf_config({"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 64})
+    assert (architecture.num_kv_heads, architecture.head_size) == (8, 8)
+    assert architecture.rope == {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+def test_reads_the_text_config_of_a_multimodal_model() -> None:
+    assert Architecture.from_hf_config({"text_config": {**LLAMA, "head_dim": 128}, "hidden_size": 1}).head_size == 128
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default", "factor": None}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3_SCALING}},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3_SCALING}},
+        ),
+        (
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        ),
+        (
+            {"rope_theta": 1e4},
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "partial_rotary_factor": 1.0},
+        ),
+        (
+            {"rotary_emb_base": 1e4, "rotary_pct": 0.25},
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
+        ),
+        (  # yarn without its training length: transformers 5 takes the model's
+            {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 32768},
+            {
+                "rope_parameters": {
+                    "rope_theta": 1e4,
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                },
+                "max_position_embeddings": 32768,
+            },
+        ),
+        (  # phi 3 keeps the training length outside
+            {
+                "rope_scaling": {"type": "su", "long_factor": [1, 2.5], "short_factor": [1.0, 1.0]},
+                "original_max_position_embeddings": 4096,
+            },
+            {
+                "rope_parameters": {
+                    "rope_theta": 1e4,
+                    "rope_type": "longrope",
+                    "type": "longrope",
+                    "long_factor": [1.0, 2.5],
+                    "short_factor": [1, 1],
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+        ),
+        (  # gemma 3
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                }
+            },
+        ),
+    ],
+)
+def test_old_and_new_spelling_of_a_rope_are_equal(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert rope(**old) == rope(**new)
+
+
+def test_rope_per_layer_type_is_flat() -> None:
+    nested = rope(rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}})
+    assert nested == {
+        "full_attention.rope_theta": 1e6,
+        "full_attention.rope_type": "default",
+        "sliding_attention.rope_theta": 1e4,
+        "sliding_attention.rope_type": "default",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({}, "num_layers"),
+        ({**LLAMA, "num_hidden_layers": 0}, "num_layers"),
+        ({**LLAMA, "num_hidden_layers": "30"}, "num_layers"),
+        ({**LLAMA, "num_attention_heads": None}, "num_heads"),
+        ({**LLAMA, "num_attention_heads": 0}, "num_heads"),
+        ({**LLAMA, "head_dim": 1 << 40}, "head_size"),
+        ({**LLAMA, "rope_theta": float("nan")}, "rope.rope_theta"),
+        ({**LLAMA, "rope_theta": 10**400}, None),
+        ({**LLAMA, "rope_theta": {"a": {"b": 1}}}, "rope.rope_theta"),
+        ({**LLAMA, "rope_parameters": [1]}, None),
+        ({**LLAMA, "rope_parameters": {"rope_type": ["default"]}}, None),
+        ({**LLAMA, "rope_scaling": {"factors": [[1.0]]}}, "rope.factors"),
+    ],
+)
+def test_refuses_an_unusable_config(config: dict[str, Any], field: str | None) -> None:
+    try:
+        architecture = Architecture.from_hf_config(config)
+    except ModelConfigError as error:
+        assert field is None or (error.field or "").startswith(field)  # noqa: PT017
+        assert error.remedy  # noqa: PT017
+    else:
+        assert field is None
+        assert architecture.rope["rope_type"] == "['default']"
+
+
+def test_refuses_a_head_group_that_does_not_divide() -> None:
+    with pytest.raises(ModelConfigError, match="num_heads 9 is not a multiple of num_kv_heads 2"):
+        Architecture.from_hf_config({**LLAMA, "num_key_value_heads": 2})
+
+
+def test_architecture_survives_yaml() -> None:
+    architecture = Architecture.from_hf_config(
+        {**LLAMA, "rope_scaling": {"type": "su", "long_factor": [1, 2.5, 1e-7], "truncate": False}}
+    )
+    assert Architecture.model_validate(strict_yaml.parse(strict_yaml.dump(architecture.model_dump()))) == architecture
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_layers": 4}, "architecture.num_layers"),
+        ({"num_kv_heads": 4, "head_size": 32}, "architecture.num_kv_heads"),
+        ({"rope": {"rope_theta": 5.0, "rope_type": "default"}}, "architecture.rope.rope_theta"),
+        ({"rope": {"rope_theta": 10000.0}}, "architecture.rope.rope_type"),
+        ({"rope": {"rope_theta": 10000.0, "rope_type": "default", "factor": 2.0}}, "architecture.rope.factor"),
+    ],
+)
+def test_fingerprint_names_the_first_difference(change: dict[str, Any], field: str) -> None:
+    architecture = make_draft().architecture
+    architecture.check(architecture.model_copy())
+    with pytest.raises(FingerprintMismatch, match=r"Calibrate this model") as caught:
+        architecture.check(architecture.model_copy(update=change))
+    assert caught.value.field == field
+
+
+def edited(**changes: Any) -> dict[str, Any]:
+    """Return a draft's fields, those at `a__b` replaced."""
+    fields = make_draft().model_dump()
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place: Any = fields
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return fields
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unknown": 1},
+        {"schema_version": 2},
+        {"model__id": "../up"},
+        {"model__id": "a/b/c"},
+        {"model__id": ""},
+        {"architecture__num_layers": 1025},
+        {"architecture__num_layers": True},
+        {"architecture__num_layers": 3.0},
+        {"architecture__num_kv_heads": 3},
+        {"targets": []},
+        {"targets": [{"k": 8, "min_length": 8, "max_length": 9}]},
+        {"targets": [{"k": 8, "min_length": 10, "max_length": 9}]},
+        {"targets": [{"k": 9, "min_length": 10, "max_length": 11}, {"k": 9, "min_length": 10, "max_length": 11}]},
+        {"targets": [{"k": 8, "min_length": 9, "max_length": 20}, {"k": 32, "min_length": 33, "max_length": 99}]},
+        {"dense_layers": [1, 0]},
+        {"dense_layers": [0, 0]},
+        {"dense_layers": [3]},
+        {"dense_layers": [-1]},
+        {"placement": "post"},
+        {"degree": 5},
+        {"num_buckets": 0},
+        {"calibration__beta": float("nan")},
+        {"calibration__beta": float("inf")},
+        {"calibration__text": []},
+        {"calibration__top_k_at_calibration": 1},
+        {"calibration__date": "2026-01-31"},
+        {"calibration__command": "x" * 8193},
+        {"calibration__command": "\x1b[2J"},
+        {"calibration__versions": {"numpy": 2.0}},
+    ],
+)
+def test_schema_refuses(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ManifestDraft.model_validate(edited(**changes))
+
+
+def test_manifest_digest_covers_every_field() -> None:
+    manifest = Manifest.from_draft(make_draft(), tensors_sha256="0" * 64)
+    assert manifest.digest() == manifest.content_sha256
+    assert manifest.model_copy(update={"dense_layers": ()}).digest() != manifest.content_sha256
+    assert Manifest.from_draft(manifest, tensors_sha256="1" * 64).content_sha256 != manifest.content_sha256

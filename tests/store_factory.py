@@ -1,0 +1,99 @@
+"""A small valid store, for every test that needs one."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_toptheta.store import (
+    Architecture,
+    ManifestDraft,
+    ModelIdentity,
+    Provenance,
+    Target,
+    TextSource,
+    ThresholdStore,
+    save,
+)
+
+ROPE: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+def make_draft(
+    *,
+    model_id: str = "acme/tiny",
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 16,
+    rope: dict[str, Any] | None = None,
+    target_ks: tuple[int, ...] = (8, 32),
+    max_length: int = 1024,
+    dense_layers: tuple[int, ...] = (0,),
+    degree: int = 2,
+    num_buckets: int = 4,
+) -> ManifestDraft:
+    """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets."""
+    return ManifestDraft(
+        model=ModelIdentity(id=model_id),
+        architecture=Architecture(
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            rope=ROPE if rope is None else rope,
+        ),
+        targets=tuple(Target(k=k, min_length=k + 1, max_length=max_length) for k in target_ks),
+        dense_layers=dense_layers,
+        placement="pre_softmax",
+        degree=degree,
+        num_buckets=num_buckets,
+        calibration=Provenance(
+            text=(TextSource(name="stories.txt", sha256="0" * 64, num_characters=12345),),
+            num_sequences=2,
+            max_length=max_length,
+            seed=0,
+            top_k_at_calibration=True,
+            beta=0.0,
+            versions={"numpy": "2.0"},
+            command="toptheta calibrate tiny --text stories.txt --k 8,32 --out out",
+            date=datetime.date(2026, 1, 31),
+        ),
+    )
+
+
+def make_tensors(draft: ManifestDraft, *, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Return random tensors that agree with `draft`."""
+    rng = np.random.default_rng(seed)
+    first = draft.targets[0]
+    edges = np.geomspace(first.min_length, first.max_length + 1, draft.num_buckets + 1).round().astype(np.int32)
+    ks = np.array(draft.target_ks)
+    row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], ks[:, np.newaxis] + 1), 0).astype(np.int64)
+    per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(ks))
+    statistics = (*per_head, draft.num_buckets)
+    return {
+        "coefficients": rng.normal(size=(*per_head, draft.degree + 1)).astype(np.float32),
+        "bucket_edges": edges,
+        "row_count": row_count,
+        "score_mean": np.where(row_count > 0, rng.normal(size=statistics), 0).astype(np.float32),
+        "score_std": np.where(row_count > 0, rng.uniform(0.5, 2, size=statistics), 0).astype(np.float32),
+    }
+
+
+def make_store(folder: Path, *, coefficients: NDArray[Any] | float | None = None, **fields: Any) -> ThresholdStore:
+    """Write a valid store and return it.
+
+    Args:
+        folder: Where to.
+        coefficients: Replaces the random ones; broadcast to [num_layers, num_heads, num_targets, degree + 1].
+        fields: What `make_draft` takes.
+    """
+    draft = make_draft(**fields)
+    tensors = make_tensors(draft)
+    if coefficients is not None:
+        tensors["coefficients"] = np.broadcast_to(np.float32(coefficients), tensors["coefficients"].shape)
+    return save(folder, draft, tensors)

@@ -1,0 +1,175 @@
+"""The command `toptheta`.
+
+Every command imports what it needs when it runs, so that `--help` answers at once and needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_toptheta.errors import SettingsError, TopThetaError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vllm_toptheta.store import ThresholdStore
+
+TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
+
+app = typer.Typer(
+    name="toptheta",
+    help="Top-Theta attention for vLLM: read only the cached values that matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.", no_args_is_help=True)
+app.add_typer(thresholds_app, name="thresholds")
+
+ThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(help="A store or a directory of stores; default: TOPTHETA_THRESHOLDS, else the shipped ones."),
+]
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    try:
+        app()
+    except TopThetaError as error:
+        _print_error(error)
+        sys.exit(2)
+
+
+# calibrate, eval, demo-model and bench go here
+
+
+@thresholds_app.command("list")
+def list_thresholds(thresholds: ThresholdsOption = None) -> None:
+    """List the thresholds that a model can be served with."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vllm_toptheta import store
+
+    table = Table("folder", "model", "k", "lengths", "dense layers")
+    failed = False
+    for folder in store.list_stores(thresholds=thresholds):
+        try:
+            manifest = store.load(folder).manifest
+        except TopThetaError as error:
+            failed = True
+            _print_error(error)
+            continue
+        table.add_row(
+            escape(folder.name),
+            manifest.model.id,
+            ", ".join(map(str, manifest.target_ks)),
+            f"{manifest.targets[0].min_length} to {max(target.max_length for target in manifest.targets)}",
+            ", ".join(map(str, manifest.dense_layers)) or "none",
+        )
+    _print_table(table)
+    if failed:
+        raise typer.Exit(2)
+
+
+@thresholds_app.command("show")
+def show_thresholds(
+    store_or_model: Annotated[str, typer.Argument(metavar="FOLDER|MODEL", help="A store, or a model to look up.")],
+    thresholds: ThresholdsOption = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of the table; default: the first that is not dense.")] = None,
+    k: Annotated[int | None, typer.Option(help="Target k of the table; default: the largest calibrated.")] = None,
+) -> None:
+    """Summarise a store and print the thresholds of one layer."""
+    from vllm_toptheta import store
+
+    named = Path(store_or_model)
+    is_folder = named.joinpath("manifest.yaml").is_file()
+    loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
+    table = _theta_table(loaded, layer, k)
+    typer.echo(_summary(loaded))
+    _print_table(table)
+
+
+@thresholds_app.command("validate")
+def validate_thresholds(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Stores to check.")],
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face model directory that the stores must fit.")] = None,
+) -> None:
+    """Check every byte of the stores; exit with 2 if one fails."""
+    from vllm_toptheta import store
+
+    architecture = None if model is None else store.read_architecture(model)
+    failed = False
+    for folder in folders:
+        try:
+            manifest = store.load(folder).manifest
+            if architecture is not None:
+                manifest.architecture.check(architecture, file=folder / "manifest.yaml")
+        except TopThetaError as error:
+            failed = True
+            _print_error(error)
+        else:
+            typer.echo(f"valid: {folder}")
+    if failed:
+        raise typer.Exit(2)
+
+
+def _summary(store: ThresholdStore) -> str:
+    manifest = store.manifest
+    architecture, calibration = manifest.architecture, manifest.calibration
+    rope = ", ".join(f"{name} {value}" for name, value in architecture.rope.items())
+    rows = {
+        "folder": store.folder,
+        "model": manifest.model.id,
+        "architecture": f"{architecture.num_layers} layers, {architecture.num_heads} query heads, "
+        f"{architecture.num_kv_heads} kv heads, head size {architecture.head_size}",
+        "rope": rope,
+        "targets": "; ".join(f"k {t.k}: {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
+        "dense layers": ", ".join(map(str, manifest.dense_layers)) or "none",
+        "placement": manifest.placement,
+        "polynomial": f"degree {manifest.degree} in ln n, from {manifest.num_buckets} length buckets",
+        "calibrated": f"{calibration.date}, {calibration.num_sequences} sequences of at most {calibration.max_length} "
+        f"tokens, seed {calibration.seed}, beta {calibration.beta:g}, "
+        f"top-k at calibration {'on' if calibration.top_k_at_calibration else 'off'}",
+        "text": ", ".join(text.name for text in calibration.text),
+        "versions": ", ".join(f"{package} {version}" for package, version in calibration.versions.items()),
+        "command": calibration.command,
+        "sha256": manifest.tensors.sha256,
+    }
+    return "\n".join(f"{name + ':':<14}{value}" for name, value in rows.items())
+
+
+def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Table:
+    """Return a table of theta: a row per head, a column per length."""
+    from rich.table import Table
+
+    manifest = store.manifest
+    layers = range(manifest.architecture.num_layers)
+    if layer is None:
+        layer = next((index for index in layers if index not in manifest.dense_layers), 0)
+    if layer not in layers:
+        raise SettingsError(
+            f"no layer {layer}", file=store.folder, field="--layer", remedy=f"Choose one from 0 to {layers[-1]}"
+        )
+    curve = store.curve(manifest.target_ks[-1] if k is None else k)
+    lengths = [n for n in TABLE_LENGTHS if curve.min_length <= n < curve.max_length] + [curve.max_length]
+    dense = ", a dense layer" if layer in manifest.dense_layers else ""
+    table = Table("head", *(f"n = {n}" for n in lengths), title=f"theta, layer {layer}{dense}, k = {curve.target_k}")
+    for head, thetas in enumerate(curve.threshold(lengths)[:, layer].T):
+        table.add_row(str(head), *(f"{theta:.3f}" for theta in thetas))
+    return table
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _print_error(error: TopThetaError) -> None:
+    typer.echo(f"error: {error}", err=True)

@@ -1,0 +1,38 @@
+"""The threshold store: described by `schema`, read and written by `io`, found by `resolve`. No torch.
+
+folder = resolve("org/model")
+store = load(folder)
+store.manifest.architecture.check(Architecture.from_hf_config(config), file=folder)
+theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
+"""
+
+from vllm_toptheta.store.curve import ThresholdCurve
+from vllm_toptheta.store.io import ThresholdStore, load, read_architecture, save
+from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
+from vllm_toptheta.store.schema import (
+    Architecture,
+    Manifest,
+    ManifestDraft,
+    ModelIdentity,
+    Provenance,
+    Target,
+    TextSource,
+)
+
+__all__ = [
+    "Architecture",
+    "Manifest",
+    "ManifestDraft",
+    "ModelIdentity",
+    "Provenance",
+    "Target",
+    "TextSource",
+    "ThresholdCurve",
+    "ThresholdStore",
+    "folder_name",
+    "list_stores",
+    "load",
+    "read_architecture",
+    "resolve",
+    "save",
+]

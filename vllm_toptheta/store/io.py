@@ -1,0 +1,280 @@
+"""Read and write a store: the folder `<org>--<model>` with manifest.yaml and thresholds.safetensors.
+
+Reading trusts nothing. Each file is opened once, and what is checked is what is used; a store is returned whole or not
+at all. Writing checks the bytes by the same code before any file is touched, and renames a finished folder into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from vllm_toptheta.errors import (
+    ChecksumMismatch,
+    ManifestInvalid,
+    ManifestVersion,
+    ModelConfigError,
+    StoreNotFound,
+    StoreNotWritable,
+    StoreTooLarge,
+    StoreUnreadable,
+    TargetOutOfRange,
+)
+from vllm_toptheta.store import strict_yaml, tensors
+from vllm_toptheta.store.curve import ThresholdCurve, interpolate
+from vllm_toptheta.store.schema import SCHEMA_VERSION, Architecture, Manifest, ManifestDraft, clip, describe
+
+MANIFEST_NAME = "manifest.yaml"
+TENSORS_NAME = "thresholds.safetensors"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_TENSORS_BYTES = 256 << 20
+MAX_CONFIG_BYTES = 4 << 20
+
+_RESTORE = "Restore the folder from where it came, or calibrate the model again (toptheta calibrate --help)"
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdStore:
+    """The thresholds of one model, checked. All arrays are read-only.
+
+    Attributes:
+        folder: Where it was read from.
+        manifest: What it covers and how it was made.
+        coefficients: [num_layers, num_heads, num_targets, degree + 1] float32, of ascending powers of ln n.
+        bucket_edges: [num_buckets + 1] int32, tokens; bucket b holds rows of edges[b] <= n < edges[b + 1].
+        row_count: [num_targets, num_buckets] int64, calibration rows.
+        score_mean: [num_layers, num_heads, num_targets, num_buckets] float32, mean of the k-th largest score of a row.
+        score_std: The same shape, its standard deviation; both are zero in a bucket without rows.
+    """
+
+    folder: Path
+    manifest: Manifest
+    coefficients: NDArray[np.float32]
+    bucket_edges: NDArray[np.int32]
+    row_count: NDArray[np.int64]
+    score_mean: NDArray[np.float32]
+    score_std: NDArray[np.float32]
+
+    def curve(self, target_k: int) -> ThresholdCurve:
+        """Return theta(n) for a target k, interpolated between the two calibrated neighbours if need be.
+
+        Raises:
+            TargetOutOfRange: `target_k` lies outside the calibrated ks.
+        """
+        ks = self.manifest.target_ks
+        if not ks[0] <= target_k <= ks[-1]:
+            raise TargetOutOfRange(
+                f"no thresholds for k {target_k}; calibrated are {', '.join(map(str, ks))}",
+                file=self.folder,
+                field="target_k",
+                remedy=f"Choose a k from {ks[0]} to {ks[-1]}, or calibrate with a wider --k",
+            )
+        upper = next(index for index, k in enumerate(ks) if k >= target_k)
+        if ks[upper] == target_k:
+            return self._calibrated_curve(upper)
+        return interpolate(self._calibrated_curve(upper - 1), self._calibrated_curve(upper), target_k)
+
+    def _calibrated_curve(self, index: int) -> ThresholdCurve:
+        target = self.manifest.targets[index]
+        return ThresholdCurve(target.k, self.coefficients[:, :, index], target.min_length, target.max_length)
+
+
+def load(folder: Path | str) -> ThresholdStore:
+    """Read a store and check everything in it.
+
+    Args:
+        folder: The folder that contains manifest.yaml and thresholds.safetensors.
+
+    Raises:
+        StoreError: One of its sub-classes, the first check that fails.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StoreNotFound(
+            "there is no such folder", file=folder, remedy="Name a folder that contains a manifest.yaml"
+        )
+    manifest_bytes = _read(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    return _parse(folder, manifest_bytes, _read(folder, TENSORS_NAME, MAX_TENSORS_BYTES))
+
+
+def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[Any]]) -> ThresholdStore:
+    """Write a store, replacing the one that may be there.
+
+    Args:
+        folder: Where to; its parents are created. An existing folder is replaced only if it is a store or empty.
+        draft: The manifest without its checksums; those of a whole `Manifest` are computed anew.
+        arrays: The five tensors of `ThresholdStore`, by name, in its dtypes and shapes.
+
+    Returns:
+        The store, as `load` will return it.
+
+    Raises:
+        StoreError: The tensors contradict the manifest, or the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    tensor_bytes = tensors.encode(arrays)
+    manifest = Manifest.from_draft(draft, tensors_sha256=hashlib.sha256(tensor_bytes).hexdigest())
+    manifest_bytes = strict_yaml.dump(manifest.model_dump()).encode()
+    store = _parse(folder, manifest_bytes, tensor_bytes)
+    try:
+        with _replaced(folder) as new:
+            _write(new / MANIFEST_NAME, manifest_bytes)
+            _write(new / TENSORS_NAME, tensor_bytes)
+            _sync_directory(new)
+    except OSError as error:
+        raise StoreNotWritable(
+            f"cannot be written: {error.strerror}", file=folder, remedy="Choose a folder that you may write to"
+        ) from error
+    return store
+
+
+def read_architecture(model_folder: Path | str) -> Architecture:
+    """Read the fingerprint of the model in a Hugging Face directory.
+
+    Raises:
+        ModelConfigError: There is no usable config.json.
+    """
+    file = Path(model_folder) / "config.json"
+    remedy = "Name the directory of a Hugging Face model, the one that contains config.json"
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ModelConfigError(f"cannot be read: {error.strerror}", file=file, remedy=remedy) from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ModelConfigError(f"larger than {MAX_CONFIG_BYTES} bytes", file=file, remedy=remedy)
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelConfigError(f"not JSON: {error}", file=file, remedy=remedy) from None
+    if not isinstance(config, dict):
+        raise ModelConfigError("not a JSON object", file=file, remedy=remedy)
+    return Architecture.from_hf_config(config, file=file)
+
+
+def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> ThresholdStore:
+    manifest = _parse_manifest(manifest_bytes, folder / MANIFEST_NAME)
+    tensors_file = folder / TENSORS_NAME
+    digest = hashlib.sha256(tensor_bytes).hexdigest()
+    if digest != manifest.tensors.sha256:
+        raise ChecksumMismatch(
+            f"its sha256 is {digest}, but {MANIFEST_NAME} says {manifest.tensors.sha256}",
+            file=tensors_file,
+            field="tensors.sha256",
+            remedy=_RESTORE,
+        )
+    return ThresholdStore(folder, manifest, **tensors.decode(tensor_bytes, manifest, file=tensors_file))
+
+
+def _parse_manifest(content: bytes, file: Path) -> Manifest:
+    try:
+        fields = strict_yaml.parse(content.decode("utf-8"))
+    except ValueError as error:
+        raise ManifestInvalid(f"not a YAML manifest: {error}", file=file, remedy=_RESTORE) from None
+    # asked first, because another version may differ in everything else
+    version = fields.get("schema_version")
+    if type(version) is not int:
+        raise ManifestInvalid(
+            f"expected an integer, got {clip(version)}", file=file, field="schema_version", remedy=_RESTORE
+        )
+    if version != SCHEMA_VERSION:
+        raise ManifestVersion(
+            f"version {version}; this release reads version {SCHEMA_VERSION}",
+            file=file,
+            field="schema_version",
+            remedy="Upgrade vllm-toptheta" if version > SCHEMA_VERSION else _RESTORE,
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        field, message = describe(error)
+        raise ManifestInvalid(message, file=file, field=field, remedy=_RESTORE) from None
+    if manifest.digest() != manifest.content_sha256:
+        raise ChecksumMismatch(
+            "the manifest was changed after it was written", file=file, field="content_sha256", remedy=_RESTORE
+        )
+    return manifest
+
+
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+    """Read a regular file that lies in the folder, opening it once."""
+    file = folder / name
+    try:
+        # links within the folder are allowed: that is how Kubernetes mounts a config map
+        target = file.resolve(strict=True)
+        if not target.is_relative_to(folder.resolve()):
+            raise StoreUnreadable("a link that leaves the folder", file=file, remedy="Put the file itself there")
+        # without O_NONBLOCK, opening a named pipe would wait for its writer
+        descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreUnreadable("not a regular file", file=file, remedy=_RESTORE)
+            if status.st_size > max_bytes:
+                raise StoreTooLarge(
+                    f"{status.st_size} bytes; at most {max_bytes} are allowed", file=file, remedy=_RESTORE
+                )
+            return stream.read(max_bytes)
+    except (OSError, RuntimeError) as error:  # a cycle of links is a RuntimeError until Python 3.13
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StoreUnreadable(f"cannot be read: {reason}", file=file, remedy=_RESTORE) from None
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` once the block has filled it without an error."""
+    if folder.exists():
+        foreign = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME, TENSORS_NAME}
+        if foreign:
+            raise StoreNotWritable(
+                f"holds other files ({clip(sorted(foreign)[0])}), so it is not replaced",
+                file=folder,
+                remedy="Choose a folder of its own for the store",
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = workspace / "new", workspace / "old"
+    try:
+        new.mkdir()  # not the workspace itself, which nobody else may read
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        _sync_directory(folder.parent)
+    finally:
+        # should even the way back fail, the old store stays in the workspace
+        if folder.exists() or not old.exists():
+            shutil.rmtree(workspace)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

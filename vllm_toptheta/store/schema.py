@@ -1,0 +1,254 @@
+"""What manifest.yaml says: which model the thresholds belong to, what they cover and how they were made.
+
+    ManifestDraft   everything the author of a store states
+    Manifest        the draft, the checksum of thresholds.safetensors and its own: the content of manifest.yaml
+
+Every number is bounded and every string and list is capped, so that no manifest can make a reader allocate much.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
+from vllm_toptheta.store.rope import normalise_rope
+
+SCHEMA_VERSION: Final = 1
+
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_TOKENS = 1 << 24
+MAX_COUNT = (1 << 63) - 1
+
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # what is shown in a terminal must not steer it
+ShortText = Annotated[str, Field(min_length=1, max_length=256, pattern=PRINTABLE)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
+RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelIdentity(_Model):
+    """The model the thresholds were calibrated on."""
+
+    id: str = Field(
+        max_length=256,
+        pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)?$",
+        description="Hub id (org/name), or a bare name where there is no organisation.",
+    )
+
+
+class Architecture(_Model):
+    """The fingerprint: what must be equal for thresholds of one model to fit another."""
+
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_heads: int = Field(ge=1, le=MAX_HEADS, description="Query heads of a layer.")
+    num_kv_heads: int = Field(ge=1, le=MAX_HEADS)
+    head_size: int = Field(ge=1, le=1024)
+    rope: dict[ShortText, RopeValue] = Field(max_length=256, description="As store.rope.normalise_rope spells it.")
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], *, file: Path | None = None) -> Self:
+        """Read the fingerprint off a Hugging Face config.
+
+        Args:
+            config: config.json as a dict, or `PretrainedConfig.to_dict()`; a multimodal one is read in `text_config`.
+            file: Where it came from, for the error message.
+
+        Raises:
+            ModelConfigError: A field is missing or has an impossible value.
+        """
+        nested = config.get("text_config")
+        text_config = nested if isinstance(nested, Mapping) else config
+        num_heads = text_config.get("num_attention_heads")
+        head_size = text_config.get("head_dim")
+        hidden_size = text_config.get("hidden_size")
+        if head_size is None and isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0:
+            head_size = hidden_size // num_heads
+        num_kv_heads = text_config.get("num_key_value_heads")
+        stated = {
+            "num_layers": text_config.get("num_hidden_layers"),
+            "num_heads": num_heads,
+            "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
+            "head_size": head_size,
+        }
+        try:
+            return cls.model_validate({**stated, "rope": normalise_rope(text_config)})
+        except ValidationError as error:
+            field, message = describe(error)
+            raise ModelConfigError(message, file=file, field=field, remedy=_CONFIG_REMEDY) from None
+        except (AttributeError, OverflowError):
+            raise ModelConfigError("malformed rope parameters", file=file, remedy=_CONFIG_REMEDY) from None
+
+    def check(self, other: Architecture, *, file: Path | None = None) -> None:
+        """Refuse a model whose architecture differs from this one, the one calibrated.
+
+        Args:
+            other: The architecture of the model to be served.
+            file: The manifest this one was read from, for the error message.
+
+        Raises:
+            FingerprintMismatch: Names the first field that differs.
+        """
+        ours, theirs = self._flat(), other._flat()
+        for field in [*ours, *theirs]:
+            calibrated, served = ours.get(field), theirs.get(field)
+            if calibrated != served:
+                raise FingerprintMismatch(
+                    f"calibrated on a model with {clip(calibrated)}, but this model has {clip(served)}",
+                    file=file,
+                    field=f"architecture.{field}",
+                    remedy="Calibrate this model (toptheta calibrate --help), or name the folder that was made for it",
+                )
+
+    def _flat(self) -> dict[str, Any]:
+        fields = self.model_dump()
+        rope = fields.pop("rope")
+        return {**fields, **{f"rope.{name}": value for name, value in rope.items()}}
+
+
+class Target(_Model):
+    """One calibrated k, and the lengths of the calibration rows behind it."""
+
+    k: Tokens = Field(description="How many scores should reach the threshold.")
+    min_length: Tokens = Field(description="Shortest row, in tokens; rows of at most k tokens stay dense.")
+    max_length: Tokens = Field(description="Longest row, in tokens.")
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if not self.k < self.min_length <= self.max_length:
+            raise ValueError(
+                f"expected k < min_length <= max_length, got {self.k}, {self.min_length}, {self.max_length}"
+            )
+        return self
+
+
+class TextSource(_Model):
+    """A text that was calibrated on."""
+
+    name: ShortText
+    sha256: Sha256
+    num_characters: Count
+
+
+class Provenance(_Model):
+    """How the thresholds were made: enough to make them again."""
+
+    text: Annotated[tuple[TextSource, ...], Field(strict=False, min_length=1, max_length=1024)]
+    num_sequences: Count
+    max_length: Tokens
+    seed: int = Field(ge=0, le=(1 << 64) - 1)
+    top_k_at_calibration: bool
+    beta: float = Field(ge=-100.0, le=100.0, description="theta = mean + beta * std of the k-th largest score.")
+    versions: dict[ShortText, ShortText] = Field(max_length=64, description="Package to version.")
+    command: str = Field(max_length=8192, pattern=PRINTABLE)
+    date: datetime.date
+
+
+class TensorsDigest(_Model):
+    """The checksum of thresholds.safetensors."""
+
+    sha256: Sha256
+
+
+class ManifestDraft(_Model):
+    """A manifest before its tensors are written; `save` adds the checksums."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelIdentity
+    architecture: Architecture
+    targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
+    dense_layers: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
+    ]
+    placement: Literal["pre_softmax", "post_softmax"]
+    degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
+    num_buckets: int = Field(ge=1, le=1024)
+    calibration: Provenance
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        for lower, upper in zip(self.targets, self.targets[1:], strict=False):
+            if lower.k >= upper.k:
+                raise ValueError(f"targets: k must ascend, got {lower.k} before {upper.k}")
+            if max(lower.min_length, upper.min_length) > min(lower.max_length, upper.max_length):
+                raise ValueError(f"targets: k {lower.k} and k {upper.k} share no length, so nothing lies between them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dense_layers(self) -> Self:
+        if list(self.dense_layers) != sorted(set(self.dense_layers)):
+            raise ValueError("dense_layers must ascend without repetition")
+        if self.dense_layers and self.dense_layers[-1] >= self.architecture.num_layers:
+            raise ValueError(
+                f"dense_layers: no layer {self.dense_layers[-1]} in a model of {self.architecture.num_layers}"
+            )
+        return self
+
+    @property
+    def target_ks(self) -> tuple[int, ...]:
+        """The calibrated ks, ascending."""
+        return tuple(target.k for target in self.targets)
+
+
+class Manifest(ManifestDraft):
+    """The content of manifest.yaml."""
+
+    tensors: TensorsDigest
+    content_sha256: Sha256 = Field(description="Of everything above, so that no edit or lost bit goes unnoticed.")
+
+    @classmethod
+    def from_draft(cls, draft: ManifestDraft, *, tensors_sha256: str) -> Self:
+        """Return the manifest of a store whose tensors have this checksum."""
+        fields = draft.model_dump() | {"tensors": {"sha256": tensors_sha256}, "content_sha256": "0" * 64}
+        manifest = cls.model_validate(fields)
+        return manifest.model_copy(update={"content_sha256": manifest.digest()})
+
+    def digest(self) -> str:
+        """Return what `content_sha256` should be: the sha256 of the other fields as canonical JSON."""
+        content = self.model_dump(mode="json", exclude={"content_sha256"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def describe(error: ValidationError) -> tuple[str, str]:
+    """Return the field of the first problem, and a message with the number of further ones."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], str | int | float | None):
+        message += f", got {clip(first['input'])}"
+    if len(problems) > 1:
+        message += f" (and {len(problems) - 1} more)"
+    return clip_text(field) or "(the whole)", message
+
+
+def clip(value: object) -> str:
+    """Return `repr(value)`, shortened for an error message."""
+    return clip_text(repr(value))
+
+
+def clip_text(text: str) -> str:
+    """Return `text`, shortened for an error message."""
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_CONFIG_REMEDY = "Top-Theta needs a decoder's config.json with num_hidden_layers, num_attention_heads and head_dim"
