@@ -1,0 +1,276 @@
+"""Attention over contiguous keys and values: dense, exact top-k, and Top-Theta, in plain PyTorch.
+
+This is the truth that kernels and backends are compared with. One path serves all three: dense attention is a
+threshold of minus infinity, top-k is a threshold at the k-th largest score of each row.
+
+Conventions, for one sequence: query `[num_queries, num_heads, head_size]`, key and value
+`[seq_len, num_kv_heads, head_size]`, any float dtype, finite. The queries are the last `num_queries` positions, so
+query i sees the n = seq_len - num_queries + i + 1 keys up to and including its own. Query head h reads kv head
+h // (num_heads // num_kv_heads). Everything is computed in float32, or in float64 where the inputs are float64.
+
+Memory grows with num_heads * num_queries * seq_len. A caller bounds it by calling once per chunk of queries, with
+`query[a:b]`, `key[:prefix + b]` and `value[:prefix + b]`, where prefix = seq_len - num_queries: rows do not depend on
+each other, so the result is that of one call (to the rounding of the matrix products).
+
+Source of the method: Top-Theta Attention, arXiv 2502.08363.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .compensation import FULL_COMPENSATION, Compensation, causal_value_mean
+from .thresholds import keep_last, kth_largest_score, per_row, score_threshold, select_survivors
+
+__all__ = [
+    "AttentionResult",
+    "Placement",
+    "causal_scores",
+    "dense_attention",
+    "top_k_attention",
+    "top_theta_attention",
+]
+
+Placement = Literal["pre_softmax", "post_softmax"]
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """The output of an attention call, and what it read and lost.
+
+    Attributes:
+        output: `[num_queries, num_heads, head_size]`, float32 or float64.
+        num_survivors: `[num_queries, num_heads]` int64, keys kept by the head.
+        value_rows_read: `[num_queries, num_kv_heads]` int64, value rows kept by any query head of the group.
+        lost_mass: `[num_queries, num_heads]`, of the dtype of `output`, 1 - sum of the survivors' weights: 0 where
+            everything survives, 1 where nothing does.
+        survivors: `[num_queries, num_heads, seq_len]` bool; None from the paged form.
+    """
+
+    output: Tensor
+    num_survivors: Tensor
+    value_rows_read: Tensor
+    lost_mass: Tensor
+    survivors: Tensor | None
+
+
+def causal_scores(query: Tensor, key: Tensor, *, softmax_scale: float, logits_soft_cap: float | None = None) -> Tensor:
+    """Returns the scores s_j = softmax_scale * q . k_j, soft-capped to cap * tanh(s_j / cap) if a cap is given.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        softmax_scale: factor on the products.
+        logits_soft_cap: cap, scaled logits, positive; None for a model without one.
+
+    Returns:
+        `[num_queries, num_heads, seq_len]` float32 or float64, scaled logits, minus infinity at the keys that come
+        after the query.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or `logits_soft_cap` is not positive.
+    """
+    num_queries, num_heads, head_size = query.shape
+    seq_len, num_kv_heads, _ = key.shape
+    if not 1 <= num_queries <= seq_len:
+        raise ValueError(f"query: {num_queries} queries are not the last of {seq_len} positions")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query: {num_heads} query heads do not share {num_kv_heads} kv heads evenly")
+    if key.shape[2] != head_size:
+        raise ValueError(f"key: head_size is {key.shape[2]}, that of query is {head_size}")
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        raise ValueError(f"logits_soft_cap: must be positive, got {logits_soft_cap}")
+
+    dtype = torch.promote_types(torch.result_type(query, key), torch.float32)
+    # the heads of a group become rows of one product, so that keys are not repeated for them
+    products = _group_rows(query.to(dtype), num_kv_heads) @ key.to(dtype).permute(1, 2, 0)
+    scores = _ungroup_rows(products, num_heads) * softmax_scale
+    if logits_soft_cap is not None:
+        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+    positions = torch.arange(seq_len, device=query.device)
+    in_future = positions > positions[seq_len - num_queries :, None]
+    return scores.masked_fill(in_future[:, None, :], -torch.inf)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softmax_scale: float,
+    logits_soft_cap: float | None = None,
+) -> AttentionResult:
+    """Causal softmax attention over all keys: Top-Theta attention with a threshold of minus infinity.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        value: `[seq_len, num_kv_heads, head_size]` float.
+        softmax_scale: factor on the products of query and key.
+        logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+
+    Returns:
+        The result, with every key a survivor and a lost mass of exactly 0.
+
+    Raises:
+        ValueError: the arguments do not fit each other; the message starts with the name of one.
+    """
+    return top_theta_attention(
+        query,
+        key,
+        value,
+        threshold=-torch.inf,
+        target_k=0,
+        softmax_scale=softmax_scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+
+
+def top_k_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    target_k: int,
+    softmax_scale: float,
+    compensation: Compensation = FULL_COMPENSATION,
+    logits_soft_cap: float | None = None,
+) -> AttentionResult:
+    """Causal attention over the keys with the k largest scores of each row.
+
+    Every score that reaches the k-th largest survives, so a tie there keeps more than k keys, as a threshold at that
+    score does. Rows that see at most k keys are dense. This is what each layer applies during top-k at calibration.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        value: `[seq_len, num_kv_heads, head_size]` float.
+        target_k: k, keys to keep per row and query head, at least 1.
+        softmax_scale: factor on the products of query and key.
+        compensation: what makes up for the discarded keys; `exp_threshold` takes the k-th largest score for theta.
+        logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: the arguments do not fit each other; the message starts with the name of one.
+    """
+    scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
+    threshold = kth_largest_score(scores, target_k)
+    return _attend(scores, value, select_survivors(scores, threshold), threshold, compensation)
+
+
+def top_theta_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threshold: Tensor | float,
+    target_k: int,
+    softmax_scale: float,
+    placement: Placement = "pre_softmax",
+    compensation: Compensation = FULL_COMPENSATION,
+    cap_k: int | None = None,
+    logits_soft_cap: float | None = None,
+) -> AttentionResult:
+    """Causal attention over the keys whose score reaches a threshold.
+
+    For each row, with scores s_j, m = max_j s_j, survivors S = {j : s_j >= theta} and the denominator
+    Z = sum_{j in S} exp(s_j - m) + missing, where `compensation` says what is known of missing:
+
+        p_j = exp(s_j - m) / Z,   lost = missing / Z,   output = sum_{j in S} p_j v_j + lost * mean_j(v_j)
+
+    the last term with value mean compensation only. A row whose Z is 0 (no survivors, nothing known to be missing)
+    has no weights and a lost mass of 1. The threshold of minus infinity is dense attention, to the bit.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        value: `[seq_len, num_kv_heads, head_size]` float.
+        threshold: theta, a number or a tensor that broadcasts to `[num_queries, num_heads]`, compared in the dtype
+            of the computation: scaled logits before softmax, a probability after it. A tie survives.
+        target_k: the k that the threshold was calibrated for; rows that see at most k keys keep them all.
+        softmax_scale: factor on the products of query and key.
+        placement: whether the threshold applies to scores (`pre_softmax`) or to the dense probabilities
+            (`post_softmax`). It changes which keys survive, nothing else.
+        compensation: what makes up for the discarded keys.
+        cap_k: if given, at most this many survivors are kept, the last ones by position, at least 1. Rows that keep
+            all their keys because of `target_k` are not capped.
+        logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: the arguments do not fit each other; the message starts with the name of one.
+    """
+    if placement not in get_args(Placement):
+        raise ValueError(f"placement: {placement!r} is none of {', '.join(get_args(Placement))}")
+    scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
+    theta = per_row("threshold", threshold, scores[..., 0])
+    if placement == "post_softmax":
+        theta = score_threshold(scores, theta)
+    survivors = select_survivors(scores, theta)
+    if cap_k is not None:
+        survivors = keep_last(survivors, cap_k)
+    is_dense = _row_lengths(scores) <= target_k
+    survivors = torch.where(is_dense[:, None, None], scores > -torch.inf, survivors)
+    return _attend(scores, value, survivors, theta, compensation)
+
+
+def _attend(
+    scores: Tensor, value: Tensor, survivors: Tensor, threshold: Tensor, compensation: Compensation
+) -> AttentionResult:
+    """Weighs the values of the survivors; scores and survivors `[num_queries, num_heads, seq_len]`, threshold alike."""
+    num_queries, num_heads, seq_len = scores.shape
+    num_kv_heads = value.shape[1]
+    if value.shape[0] != seq_len or num_heads % num_kv_heads:
+        raise ValueError(f"value: shape {list(value.shape)} does not fit {seq_len} keys and {num_heads} query heads")
+    value = value.to(scores.dtype)
+
+    largest = scores.amax(dim=-1)
+    exponentials = torch.exp(scores - largest.unsqueeze(-1))
+    kept = exponentials.masked_fill(~survivors, 0.0)
+    num_survivors = survivors.sum(dim=-1)
+    missing = compensation.missing_mass(
+        exponentials,
+        survivors,
+        num_discarded=_row_lengths(scores)[:, None] - num_survivors,
+        relative_threshold=threshold - largest,
+    )
+    denominator = kept.sum(dim=-1) + missing
+    has_mass = denominator > 0
+    denominator = torch.where(has_mass, denominator, 1.0)
+    lost_mass = torch.where(has_mass, missing / denominator, 1.0)
+
+    weights = kept / denominator.unsqueeze(-1)
+    output = _ungroup_rows(_group_rows(weights, num_kv_heads) @ value.transpose(0, 1), num_heads)
+    if compensation.value_mean:
+        mean = causal_value_mean(value, num_queries).repeat_interleave(num_heads // num_kv_heads, dim=1)
+        output = output + lost_mass.unsqueeze(-1) * mean
+    return AttentionResult(
+        output=output.contiguous(),
+        num_survivors=num_survivors,
+        value_rows_read=survivors.reshape(num_queries, num_kv_heads, -1, seq_len).any(dim=2).sum(dim=-1),
+        lost_mass=lost_mass,
+        survivors=survivors,
+    )
+
+
+def _row_lengths(scores: Tensor) -> Tensor:
+    """Keys seen by each query, `[num_queries]` int64, from scores `[num_queries, num_heads, seq_len]`."""
+    num_queries, _, seq_len = scores.shape
+    return torch.arange(seq_len - num_queries + 1, seq_len + 1, device=scores.device)
+
+
+def _group_rows(rows: Tensor, num_kv_heads: int) -> Tensor:
+    """`[num_queries, num_heads, x]` to `[num_kv_heads, num_queries_per_kv * num_queries, x]`."""
+    return rows.transpose(0, 1).reshape(num_kv_heads, -1, rows.shape[-1])
+
+
+def _ungroup_rows(rows: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `_group_rows`."""
+    return rows.reshape(num_heads, -1, rows.shape[-1]).transpose(0, 1)
