@@ -1,0 +1,74 @@
+"""A paged KV cache as vLLM lays it out, filled by hand: permuted pages, tails, NaN wherever nothing was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+
+
+def empty_cache(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[num_blocks, num_kv_heads, block_size, 2 * head_size], NaN throughout, with room for a tail behind each page."""
+    content = num_kv_heads * block_size * 2 * head_size
+    stride = padded_page_bytes(content * dtype.itemsize, num_kv_heads, head_size) // dtype.itemsize
+    memory = torch.full((num_blocks * stride,), torch.nan, dtype=dtype)
+    return memory.as_strided(
+        (num_blocks, num_kv_heads, block_size, 2 * head_size), (stride, block_size * 2 * head_size, 2 * head_size, 1)
+    )
+
+
+@dataclass
+class PagedSequences:
+    """Sequences in permuted pages; block 0 stays unwritten, as vLLM's null block does."""
+
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor  # [num_seqs, max_blocks] int32; behind a sequence's end it names blocks of others
+    seq_lens: torch.Tensor  # [num_seqs] int64, grows with `append`
+
+    @classmethod
+    def allocate(
+        cls,
+        max_lens: list[int],
+        *,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> PagedSequences:
+        width = max(-(-length // block_size) for length in max_lens)
+        num_blocks = 1 + width * len(max_lens)
+        order = torch.randperm(num_blocks - 1, generator=generator).int() + 1
+        return cls(
+            empty_cache(num_blocks, num_kv_heads, block_size, head_size, dtype),
+            order.view(len(max_lens), width),
+            torch.zeros(len(max_lens), dtype=torch.int64),
+        )
+
+    @property
+    def value_sum(self) -> torch.Tensor:
+        return value_sum_view(self.kv_cache)
+
+    def append(self, new_lens: list[int], generator: torch.Generator) -> None:
+        """Write random tokens until the sequences are `new_lens` long, as one step of the engine does."""
+        block_size, head_size = self.kv_cache.shape[2], self.kv_cache.shape[3] // 2
+        before, after = self.seq_lens, torch.tensor(new_lens)
+        slots = torch.cat(
+            [
+                self.block_table[row, position // block_size] * block_size + position % block_size
+                for row in range(len(new_lens))
+                for position in [torch.arange(int(before[row]), int(after[row]))]
+            ]
+        )
+        shape = (len(slots), self.kv_cache.shape[1], head_size)
+        key, value = torch.randn(2, *shape, generator=generator).to(self.kv_cache.dtype)
+        cpu.write_kv(key, value, self.kv_cache, slots)
+        pages = cpu.ClosedPages.of_step(self.block_table, before, after, block_size)
+        if pages is not None:
+            cpu.close_pages(self.kv_cache, self.value_sum, pages)
+        self.seq_lens = after

@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: the page's layout and what is computed on it. Knows nothing of vLLM."""

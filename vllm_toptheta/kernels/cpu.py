@@ -1,0 +1,323 @@
+"""Top-Theta attention over the paged KV cache in vectorised torch operations, for CPUs.
+
+Three steps, in the order in which a layer runs them: `write_kv` puts new tokens into the cache, `close_pages` writes
+running value sums of pages that became full, then `decode` and `prefill` compute the output.
+
+    kv_cache      [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis
+    block_table   [num_seqs, max_blocks] integer, physical block of each logical block
+    seq_lens      [num_seqs] int64, cached tokens of each sequence including the new ones
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+NULL_BLOCK = 0  # block-table entries behind a sequence's end are read as this block and masked
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """What `decode` computed.
+
+    Attributes:
+        output: [num_seqs, num_heads, head_size] float32.
+        value_rows_read: [num_seqs, num_kv_heads] int64, value rows fetched from the cache.
+        lost_mass: [num_seqs, num_heads] float32, softmax mass of the keys that did not survive.
+    """
+
+    output: torch.Tensor
+    value_rows_read: torch.Tensor
+    lost_mass: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """The sequences of a decode step, prepared once and used by every layer.
+
+    Attributes:
+        seq_lens: [num_seqs] int64, cached tokens including the new one; at least 1.
+        blocks: [num_seqs, max_blocks] int64, physical blocks; `NULL_BLOCK` behind a sequence's end.
+        visible: [num_seqs, max_len] bool, positions that hold a token; max_len = max_blocks * block_size.
+        is_open: [num_seqs, max_len] bool, tokens of the last page where that is not full.
+        last_full: [num_seqs] int64, physical block of the last full page; meaningless where there is none.
+        has_full: [num_seqs] bool, whether there is one.
+    """
+
+    seq_lens: torch.Tensor
+    blocks: torch.Tensor
+    visible: torch.Tensor
+    is_open: torch.Tensor
+    last_full: torch.Tensor
+    has_full: torch.Tensor
+
+    @classmethod
+    def of_step(cls, block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> DecodeBatch:
+        """Prepare the sequences in the rows of `block_table`."""
+        seq_lens = seq_lens.long()
+        num_blocks = -(-seq_lens // block_size)
+        index = torch.arange(int(num_blocks.max()))
+        blocks = block_table[:, : len(index)].long().where(index < num_blocks[:, None], NULL_BLOCK)
+        position = torch.arange(len(index) * block_size)
+        num_full = seq_lens // block_size
+        visible = position < seq_lens[:, None]
+        return cls(
+            seq_lens=seq_lens,
+            blocks=blocks,
+            visible=visible,
+            is_open=visible & (position >= (num_full * block_size)[:, None]),
+            last_full=blocks.gather(1, (num_full - 1).clamp(min=0)[:, None]).flatten(),
+            has_full=num_full > 0,
+        )
+
+    def within(self, sliding_window: int) -> torch.Tensor:
+        """[num_seqs, max_len] bool: positions among a sequence's last `sliding_window` tokens, or behind its end."""
+        return torch.arange(self.visible.shape[1]) >= (self.seq_lens - sliding_window)[:, None]
+
+
+@dataclass(frozen=True)
+class ClosedPages:
+    """Pages that become full in a step; a row for each sequence that fills at least one.
+
+    Attributes:
+        blocks: [num_rows, max_pages] int64, physical blocks in the sequence's order, `NULL_BLOCK` where padded.
+        valid: [num_rows, max_pages] bool, False where padded.
+        previous: [num_rows] int64, the block before the first of the row; meaningless for a sequence's first block.
+        is_first: [num_rows] bool, the row starts with a sequence's first block.
+    """
+
+    blocks: torch.Tensor
+    valid: torch.Tensor
+    previous: torch.Tensor
+    is_first: torch.Tensor
+
+    @classmethod
+    def of_step(
+        cls, block_table: torch.Tensor, context_lens: torch.Tensor, seq_lens: torch.Tensor, block_size: int
+    ) -> ClosedPages | None:
+        """The pages that fill up while sequences grow from `context_lens` to `seq_lens` (both [num_seqs])."""
+        first, end = context_lens // block_size, seq_lens // block_size
+        rows = torch.nonzero(end > first).flatten()
+        if not len(rows):
+            return None
+        first, end = first[rows], end[rows]
+        page = first[:, None] + torch.arange(int((end - first).max()))
+        valid = page < end[:, None]
+        table = block_table[rows].long()
+        return cls(
+            blocks=table.gather(1, page.clamp(max=table.shape[1] - 1)).where(valid, NULL_BLOCK),
+            valid=valid,
+            previous=table.gather(1, (first - 1).clamp(min=0)[:, None]).flatten(),
+            is_first=first == 0,
+        )
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write new tokens into their slots; a negative slot is padding and is skipped.
+
+    Args:
+        key, value: [num_tokens, num_kv_heads, head_size].
+        kv_cache: Written in place.
+        slot_mapping: [num_tokens] integer, block * block_size + offset.
+    """
+    block_size, head_size = kv_cache.shape[2], key.shape[-1]
+    written = slot_mapping >= 0
+    if not bool(written.all()):
+        key, value, slot_mapping = key[written], value[written], slot_mapping[written]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    kv_cache[blocks, :, offsets, :head_size] = key.to(kv_cache.dtype)
+    kv_cache[blocks, :, offsets, head_size:] = value.to(kv_cache.dtype)
+
+
+def close_pages(kv_cache: torch.Tensor, value_sum: torch.Tensor, pages: ClosedPages) -> None:
+    """Write the running value sum of every page in `pages`.
+
+    A page's sum is made from its predecessor's sum and its own rows, never by adding tokens one at a time, so writing
+    it again (a step repeated, a token rejected and replaced) gives the same sum, up to rounding.
+
+    Args:
+        kv_cache: The pages' rows must have been written.
+        value_sum: [num_blocks, num_kv_heads, head_size] float32, written in place.
+        pages: Which pages, from `ClosedPages.of_step`.
+    """
+    head_size = kv_cache.shape[-1] // 2
+    sums = kv_cache[pages.blocks, :, :, head_size:].sum(dim=3, dtype=torch.float32)
+    sums.masked_fill_(~pages.valid[:, :, None, None], 0.0)
+    before = value_sum[pages.previous].masked_fill(pages.is_first[:, None, None], 0.0)
+    value_sum[pages.blocks[pages.valid]] = (before[:, None] + sums.cumsum(dim=1))[pages.valid]
+
+
+def decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: DecodeBatch,
+    *,
+    threshold: torch.Tensor | None,
+    softmax_scale: float,
+    logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    denominator_compensation: bool = True,
+    value_sum: torch.Tensor | None = None,
+) -> DecodeResult:
+    """One new token per sequence: score every cached key, read only the value rows that some head of the group keeps.
+
+    scores s_j = softmax_scale * q . k_j; survivors s_j >= threshold; weights p_j = exp(s_j - m) / Z with Z over all
+    keys (denominator compensation) or over the survivors; output sum p_j v_j + lost_mass * mean(v).
+    arXiv 2502.08363, sections on softmax denominator and value-mean compensation.
+
+    Args:
+        query: [num_seqs, num_heads, head_size].
+        kv_cache: See the module's head.
+        batch: The sequences.
+        threshold: [num_seqs, num_heads] float32, scaled logits; -inf keeps every key; None does so for all.
+        softmax_scale: Factor on q . k.
+        logits_soft_cap: Cap c of c * tanh(s / c), or None.
+        sliding_window: Number of most recent keys that are seen, or None for all.
+        denominator_compensation: Sum the softmax denominator over all keys instead of the survivors.
+        value_sum: [num_blocks, num_kv_heads, head_size] float32, running sums of full pages, for the value-mean
+            compensation; None switches it off.
+    """
+    num_seqs, num_heads, head_size = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    group = num_heads // num_kv_heads
+    visible = batch.visible if sliding_window is None else batch.visible & batch.within(sliding_window)
+
+    keys = _pages(kv_cache[..., :head_size], batch)
+    grouped = query.view(num_seqs, 1, num_kv_heads, group, head_size).float()
+    # [num_seqs, num_kv_heads, group, max_len]
+    scores = torch.matmul(grouped, keys.transpose(3, 4)).permute(0, 2, 3, 1, 4).flatten(3).mul_(softmax_scale)
+    if logits_soft_cap is not None:
+        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+    # masked_fill also replaces what unwritten memory holds, NaN included
+    scores.masked_fill_(~visible[:, None, None], -torch.inf)
+    numerators = torch.exp(scores - scores.amax(dim=3, keepdim=True))
+    total = numerators.sum(dim=3)
+
+    if threshold is None:
+        values = _pages(kv_cache[..., head_size:], batch).transpose(1, 2).flatten(2, 3)
+        # unwritten memory under weight 0 would still make NaN
+        values.masked_fill_(~visible[:, None, :, None], 0.0)
+        return DecodeResult(
+            output=(torch.matmul(numerators, values) / total[..., None]).view(num_seqs, num_heads, head_size),
+            value_rows_read=visible.sum(dim=1, keepdim=True).expand(-1, num_kv_heads),
+            lost_mass=torch.zeros(num_seqs, num_heads),
+        )
+
+    survivors = (scores >= threshold.view(num_seqs, num_kv_heads, group, 1)) & visible[:, None, None]
+    kept = numerators.where(survivors, 0.0)
+    kept_sum = kept.sum(dim=3)
+    lost_mass = (total - kept_sum) / total
+    read, weights = survivors.any(dim=2), kept
+    if value_sum is not None:
+        # one more row of weights sums the values of the page that is still open: its sum stands in no tail yet
+        read = read | batch.is_open[:, None]
+        is_open = batch.is_open[:, None, None].expand(-1, num_kv_heads, 1, -1)
+        weights = torch.cat([kept, is_open.to(kept.dtype)], dim=2)
+    weighted = _weighted_values(weights, read, kv_cache, batch.blocks)
+    denominator = total if denominator_compensation else kept_sum.clamp(min=torch.finfo(torch.float32).tiny)
+    output = weighted[:, :, :group] / denominator[..., None]
+    if value_sum is not None:
+        closed = value_sum[batch.last_full].masked_fill(~batch.has_full[:, None, None], 0.0)
+        mean = (closed + weighted[:, :, group]) / batch.seq_lens[:, None, None]
+        # without the exact denominator nothing is known to be lost, unless no key survived at all
+        known_lost = lost_mass if denominator_compensation else (kept_sum == 0).float()
+        output = output + known_lost[..., None] * mean[:, :, None]
+    return DecodeResult(
+        output=output.view(num_seqs, num_heads, head_size),
+        value_rows_read=read.sum(dim=2),
+        lost_mass=lost_mass.view(num_seqs, num_heads),
+    )
+
+
+def _pages(cache: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+    """The batch's pages of the keys' or the values' half of a cache: [num_seqs, max_blocks, *page] float32."""
+    # index_select on the block axis copies whole rows; advanced indexing would go element by element
+    pages = cache.index_select(0, batch.blocks.flatten()).float()
+    return pages.view(*batch.blocks.shape, *pages.shape[1:])
+
+
+def _weighted_values(
+    weights: torch.Tensor, read: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor
+) -> torch.Tensor:
+    """Sum of value rows under each row of weights, fetching only the rows marked in `read`.
+
+    Args:
+        weights: [num_seqs, num_kv_heads, num_rows, max_len] float32, zero outside `read`.
+        read: [num_seqs, num_kv_heads, max_len] bool.
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        blocks: [num_seqs, max_blocks] int64, physical blocks.
+
+    Returns:
+        [num_seqs, num_kv_heads, num_rows, head_size] float32.
+    """
+    num_seqs, num_kv_heads, max_len = read.shape
+    block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
+    rows_read = read.sum(dim=2)
+    width = int(rows_read.max())
+    seq, head, position = torch.nonzero(read, as_tuple=True)
+    # pack the positions of each (sequence, head) to the left
+    rank = (
+        torch.arange(len(position)) - (rows_read.flatten().cumsum(0) - rows_read.flatten())[seq * num_kv_heads + head]
+    )
+    values = torch.zeros(num_seqs, num_kv_heads, width, head_size)
+    physical = blocks[seq, position // block_size]
+    values[seq, head, rank] = kv_cache[physical, head, position % block_size, head_size:].float()
+    packed_weights = torch.zeros(num_seqs, num_kv_heads, width, weights.shape[2])
+    packed_weights[seq, head, rank] = weights.transpose(2, 3)[seq, head, position]
+    return torch.matmul(packed_weights.transpose(2, 3), values)
+
+
+def prefill(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    seq_len: int,
+    softmax_scale: float,
+    logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Dense causal attention of a chunk of one sequence's tokens, the last ones cached.
+
+    Args:
+        query: [num_tokens, num_heads, head_size].
+        kv_cache: See the module's head.
+        block_table: [max_blocks] integer, the sequence's blocks.
+        seq_len: Cached tokens, the chunk included.
+        softmax_scale: Factor on q . k.
+        logits_soft_cap: Cap c of c * tanh(s / c), or None.
+        sliding_window: Number of most recent keys that are seen, or None for all.
+
+    Returns:
+        [num_tokens, num_heads, head_size] in the query's dtype.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    blocks = block_table[: -(-seq_len // block_size)].long()
+    cached = kv_cache.transpose(0, 1)[:, blocks].reshape(num_kv_heads, -1, 2 * head_size)[:, :seq_len].to(query.dtype)
+    key, value = cached.split(head_size, dim=2)
+    row = torch.arange(seq_len - num_tokens, seq_len)[:, None]
+    column = torch.arange(seq_len)
+    visible = column <= row
+    if sliding_window is not None:
+        visible &= column > row - sliding_window
+    queries = query.transpose(0, 1)
+    if logits_soft_cap is not None:
+        scores = torch.matmul(queries.reshape(num_kv_heads, -1, head_size).float(), key.float().transpose(1, 2)).view(
+            num_heads, num_tokens, seq_len
+        )
+        scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
+        weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=2)
+        output = torch.matmul(weights.view(num_kv_heads, -1, seq_len), value.float()).view(queries.shape)
+        return output.transpose(0, 1).to(query.dtype)
+    output = F.scaled_dot_product_attention(
+        queries[None],
+        key[None],
+        value[None],
+        attn_mask=visible,
+        scale=softmax_scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return output[0].transpose(0, 1)

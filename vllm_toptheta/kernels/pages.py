@@ -1,0 +1,56 @@
+"""The side data that lives in the tail of a KV page.
+
+A page of one layer holds `block_size` tokens of keys and values, and behind them, up to the page's stride, a tail:
+
+    | K and V of the page's tokens, num_kv_heads x block_size x 2 head_size elements | value_sum | padding |
+
+    value_sum   float32 [num_kv_heads, head_size]   sum of the value rows of the sequence from its first token to the
+                                                    last token of this page; valid once the page is full
+
+Because the tail is part of the page, vLLM accounts for its memory, prefix caching shares it together with the keys
+and values it was computed from, and it is freed with them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+PAGE_ALIGNMENT = 256  # bytes; keeps every page and every tail aligned for the widest vector loads
+_FLOAT_BYTES = 4
+
+
+def padded_page_bytes(content_bytes: int, num_kv_heads: int, head_size: int) -> int:
+    """Bytes of a page whose keys and values take `content_bytes`, with its tail."""
+    page_bytes = content_bytes + num_kv_heads * head_size * _FLOAT_BYTES
+    return -(-page_bytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+
+def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The `value_sum` of every page of a layer, as a view of the cache's memory.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any dtype; the three inner axes fill a page's
+            front without gaps (in any order), the block stride is the padded page.
+
+    Returns:
+        [num_blocks, num_kv_heads, head_size] float32.
+
+    Raises:
+        ValueError: The pages have no room for a tail.
+    """
+    num_blocks, num_kv_heads, block_size, content_size = kv_cache.shape
+    head_size = content_size // 2
+    element = kv_cache.element_size()
+    content = num_kv_heads * block_size * content_size
+    page_bytes = kv_cache.stride(0) * element
+    if page_bytes < padded_page_bytes(content * element, num_kv_heads, head_size):
+        raise ValueError(
+            f"KV pages of {page_bytes} bytes have no tail behind their {content * element} bytes of K and V"
+        )
+    offset = (kv_cache.storage_offset() + content) * element
+    return torch.empty(0, dtype=torch.float32, device=kv_cache.device).set_(
+        kv_cache.untyped_storage(),
+        offset // _FLOAT_BYTES,
+        (num_blocks, num_kv_heads, head_size),
+        (page_bytes // _FLOAT_BYTES, head_size, 1),
+    )
