@@ -1,0 +1,1 @@
+"""Tests of the vLLM backend that need no engine."""

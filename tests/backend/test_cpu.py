@@ -1,0 +1,226 @@
+"""The backend's layers against the paged reference, on the batch shapes of vLLM's own attention tests; no engine.
+
+Thresholding is discontinuous: a score within rounding of theta may fall on either side. The inputs are fixed by a seed,
+and both sides compute scores in float32 from the same rounded keys, so survivor sets agree here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from tests.kernels.paged import empty_cache
+from vllm_toptheta.backend import cpu, plugin
+from vllm_toptheta.reference import paged_top_theta_attention
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
+SCALE = HEAD_SIZE**-0.5
+TARGET_K = 128
+
+# (sequence lengths after the step, new tokens of each)
+BATCHES = {
+    "small_decode": ([32, 40], [1, 1]),
+    "small_prefill": ([32, 40], [8, 8]),
+    "mixed_small": ([32, 40, 48, 56], [1, 1, 5, 5]),
+    "medium_decode": ([128, 256, 512, 1024, 128, 256, 512, 1024], [1] * 8),
+    "medium_prefill": ([256, 512, 1024, 2048], [16] * 4),
+    "mixed_medium": ([512, 1024, 2048, 512, 1024, 2048], [1, 1, 1, 7, 7, 7]),
+    "large_decode": ([2048] * 32, [1] * 32),
+    "large_prefill": ([4096] * 8, [32] * 8),
+    "single_decode": ([1024], [1]),
+    "single_prefill": ([1024], [64]),
+    "prefills_among_decodes": ([300, 700, 129, 900], [7, 1, 129, 1]),
+}
+
+
+class Step(NamedTuple):
+    """One engine step over all sequences."""
+
+    seq_lens: list[int]
+    query_lens: list[int]
+    is_prefilling: list[bool]
+
+
+class Harness:
+    """Three layers of a model on pages in random order, with NaN wherever nothing has been written."""
+
+    def __init__(self, config: VllmConfig, block_size: int, max_lens: list[int], seed: int = 42) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.block_size = block_size
+        self.dtype = config.model_config.dtype
+        with set_current_vllm_config(config):
+            self.layers = [
+                Attention(
+                    NUM_HEADS,
+                    HEAD_SIZE,
+                    SCALE,
+                    NUM_KV_HEADS,
+                    cache_config=config.cache_config,
+                    prefix=f"model.layers.{index}.self_attn.attn",
+                )
+                for index in (0, 1, 3)
+            ]
+        names = [layer.layer_name for layer in self.layers]
+        spec = self.layers[0].get_kv_cache_spec(config)
+        self.spec = cpu.CpuTopThetaBackend.customize_spec(spec)
+        self.builder = cpu.CpuMetadataBuilder(self.spec, names, config, torch.device("cpu"))
+        width = max(-(-length // block_size) for length in max_lens)
+        num_blocks = width * len(max_lens) + 1
+        self.block_table = (torch.randperm(num_blocks - 1, generator=self.generator).int() + 1).view(-1, width)
+        self.caches = [empty_cache(num_blocks, NUM_KV_HEADS, block_size, HEAD_SIZE, self.dtype) for _ in self.layers]
+
+    def run(self, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Random tokens through every layer: the query [num_tokens, heads, head_size] and each layer's output."""
+        seq_lens, query_lens = torch.tensor(step.seq_lens), torch.tensor(step.query_lens)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), query_lens.cumsum(0)])
+        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(step.seq_lens, step.query_lens, strict=True)])
+        rows = torch.repeat_interleave(torch.arange(len(seq_lens)), query_lens)
+        blocks = self.block_table[rows, positions // self.block_size].long()
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.int(),
+            query_start_loc_cpu=starts.int(),
+            seq_lens=seq_lens.int(),
+            num_reqs=len(seq_lens),
+            num_actual_tokens=len(positions),
+            max_query_len=max(step.query_lens),
+            max_seq_len=max(step.seq_lens),
+            block_table_tensor=self.block_table,
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            is_prefilling=torch.tensor(step.is_prefilling),
+        )
+        metadata = self.builder.build(0, common)
+        query = torch.randn(len(positions), NUM_HEADS, HEAD_SIZE, generator=self.generator).to(self.dtype)
+        outputs = []
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            key, value = torch.randn(2, len(positions), NUM_KV_HEADS, HEAD_SIZE, generator=self.generator).to(
+                self.dtype
+            )
+            layer.impl.do_kv_cache_update(layer, key, value, cache, common.slot_mapping)
+            output = torch.full_like(query, torch.nan)
+            outputs.append(layer.impl.forward(layer, query, key, value, cache, metadata, output))
+        return query, outputs
+
+    def expected(self, step: Step, query: torch.Tensor, layer: int) -> torch.Tensor:
+        """The reference's output of one layer in float32: thresholds for decoding rows, dense otherwise."""
+        starts = torch.tensor([0, *step.query_lens]).cumsum(0)
+        threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
+        if layer > 0:
+            for row, (length, new, prefilling) in enumerate(
+                zip(step.seq_lens, step.query_lens, step.is_prefilling, strict=True)
+            ):
+                if new == 1 and not prefilling:
+                    threshold[starts[row]] = 0.4 + 0.1 * torch.tensor(float(max(length, 129))).log()
+        return paged_top_theta_attention(
+            query,
+            self.caches[layer],
+            self.block_table,
+            torch.tensor(step.seq_lens),
+            starts,
+            threshold=threshold,
+            target_k=TARGET_K,
+            softmax_scale=SCALE,
+        ).output
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("name", BATCHES)
+def test_layers_equal_the_paged_reference(
+    make_config: Callable[..., VllmConfig], name: str, block_size: int, dtype: str
+) -> None:
+    seq_lens, query_lens = BATCHES[name]
+    harness = Harness(make_config(dtype=dtype, block_size=block_size), block_size, seq_lens)
+    contexts = [length - new for length, new in zip(seq_lens, query_lens, strict=True)]
+    if any(contexts):
+        harness.run(Step(contexts, contexts, [True] * len(contexts)))
+    step = Step(seq_lens, query_lens, [new > 1 for new in query_lens])
+    query, outputs = harness.run(step)
+    for layer, output in enumerate(outputs):
+        expected = harness.expected(step, query, layer)
+        # the reference rounded to the working precision is the best that any implementation can do
+        rounding = (expected.to(output.dtype).float() - expected).abs().max()
+        error = (output.float() - expected).abs().max()
+        assert error <= 2 * rounding + 1e-5, f"layer {layer}"
+    counters = harness.layers[1].impl.counters
+    num_decodes = query_lens.count(1)
+    assert harness.layers[0].impl.counters is None
+    assert counters.decode_tokens == num_decodes
+    assert counters.rows_cached == sum(n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
+    assert counters.dense_tokens == sum(n <= TARGET_K for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
+    if num_decodes > counters.dense_tokens:
+        assert counters.rows_read.max() < counters.rows_cached
+        assert counters.lost_mass.min() > 0
+
+
+def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16), 16, [512])
+    harness.run(Step([511], [511], [True]))
+    step = Step([512], [1], [True])
+    query, outputs = harness.run(step)
+    torch.testing.assert_close(outputs[1], harness.expected(step, query, 1), rtol=1e-4, atol=1e-5)
+    assert harness.layers[1].impl.counters.decode_tokens == 0
+
+
+def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16, options={"target_k": 8}), 16, [100])
+    harness.run(Step([60], [60], [True]))
+    for length in range(61, 100):
+        step = Step([length], [1], [False])
+        query, outputs = harness.run(step)
+        threshold = torch.full((1, NUM_HEADS), 0.4 + 0.1 * float(torch.tensor(float(length)).log()))
+        expected = paged_top_theta_attention(
+            query,
+            harness.caches[2],
+            harness.block_table,
+            torch.tensor([length]),
+            torch.tensor([0, 1]),
+            threshold=threshold,
+            target_k=8,
+            softmax_scale=SCALE,
+        )
+        torch.testing.assert_close(outputs[2], expected.output, rtol=1e-4, atol=1e-5)
+
+
+def test_min_context_keeps_a_sequence_dense(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16, options={"min_context": 600}), 16, [600, 601])
+    harness.run(Step([599, 600], [599, 600], [True, True]))
+    harness.run(Step([600, 601], [1, 1], [False, False]))
+    counters = harness.layers[1].impl.counters
+    assert (counters.decode_tokens, counters.dense_tokens) == (2, 1)
+
+
+def test_pages_have_a_tail_that_vllm_accounts_for(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16), 16, [16])
+    content = NUM_KV_HEADS * 16 * 2 * HEAD_SIZE * 4
+    assert harness.spec.page_size_bytes == content + NUM_KV_HEADS * HEAD_SIZE * 4
+    assert harness.spec.page_size_bytes > harness.spec.unpadded_page_size_bytes == content
+
+
+@pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
+def test_tensor_parallel_ranks_take_their_heads(
+    make_config: Callable[..., VllmConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    world_size: int,
+    kv_heads: list[int],
+) -> None:
+    monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: rank)
+    heads = NUM_HEADS // world_size
+    plan = cpu.Plan.resolve(make_config())
+    impl = cpu.CpuTopThetaImpl(heads, HEAD_SIZE, SCALE, max(1, NUM_KV_HEADS // world_size))
+    impl.bind(plan, 2, NUM_KV_HEADS)
+    whole = plan.coefficients(2, range(NUM_HEADS))
+    assert torch.equal(impl.coefficients, whole[rank * heads : (rank + 1) * heads])
+    assert impl.counters.kv_heads == kv_heads

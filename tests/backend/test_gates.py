@@ -1,0 +1,105 @@
+"""What is refused, before anything is loaded, and with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import KVTransferConfig, VllmConfig
+
+from vllm_toptheta import errors
+from vllm_toptheta.backend import gates, plugin
+from vllm_toptheta.backend.cpu import CpuTopThetaImpl
+
+MakeConfig = Callable[..., VllmConfig]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    plugin.register()
+
+
+def test_the_plain_configuration_is_accepted(make_config: MakeConfig) -> None:
+    assert make_config().attention_config.backend.name == "TOPTHETA"
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        (
+            {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+            "KV connectors",
+        ),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"runner": "pooling"}, "only generation"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_engine_features(make_config: MakeConfig, engine: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.UnsupportedError, match=reason):
+        make_config(**engine)
+
+
+def test_every_reason_is_named_at_once() -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            use_mla=True,
+            is_hybrid=True,
+            is_attention_free=False,
+            is_encoder_decoder=True,
+            runner_type="generate",
+            enable_sleep_mode=True,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
+        kv_transfer_config=None,
+        speculative_config=None,
+    )
+    with pytest.raises(errors.UnsupportedError) as caught:
+        gates.check_engine(config)
+    for reason in ("MLA", "hybrid", "encoder-decoder", "sleep-mode", "context parallelism"):
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("use_mla", True, "MLA"),
+        ("has_sink", True, "sinks"),
+        ("attn_type", "encoder_only", "attention type"),
+        ("use_non_causal", True, "non-causal"),
+        ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype"),
+        ("block_size", 24, "block_size"),
+        ("use_kv_connector", True, "KV connector"),
+        ("dtype", torch.float64, "dtype"),
+    ],
+)
+def test_layer_features(field: str, value: Any, reason: str) -> None:
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plain = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
+    gates.check_layer(plain)
+    with pytest.raises(errors.UnsupportedError, match=reason):
+        gates.check_layer(plain._replace(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
+        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "KV sharing"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+    ],
+)
+def test_layer_options(option: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.UnsupportedError, match=reason):
+        CpuTopThetaImpl(2, 64, 0.125, 2, **option)
+
+
+def test_another_backend_is_left_alone(make_config: MakeConfig) -> None:
+    config = make_config(attention_backend=None, kv_cache_dtype="fp8", options={"unknown": 1})
+    assert config.attention_config.backend is None

@@ -1,0 +1,108 @@
+"""From options to thresholds: what is resolved, and what is refused with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+
+from tests import store_factory
+from vllm_toptheta import errors
+from vllm_toptheta.backend import plugin
+from vllm_toptheta.backend.plan import Plan
+
+MakeConfig = Callable[..., VllmConfig]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    plugin.register()
+
+
+def test_thresholds_and_dense_layers_come_from_the_store(make_config: MakeConfig) -> None:
+    plan = Plan.resolve(make_config())
+    assert plan.dense_layers == {0}
+    assert plan.settings.target_k == 128
+    assert plan.coefficients(0, range(9)) is None
+    coefficients = plan.coefficients(1, range(3, 6))
+    assert coefficients is not None
+    assert coefficients.shape == (3, 3)
+
+
+def test_theta_is_evaluated_within_the_calibrated_lengths(make_config: MakeConfig) -> None:
+    plan = Plan.resolve(make_config())
+    lengths = torch.tensor([5, 129, 1000, 4096, 8000])
+    powers, coefficients = plan.length_powers(lengths), plan.coefficients(2, range(9))
+    assert powers is not None
+    assert coefficients is not None
+    expected = 0.4 + 0.1 * lengths.clamp(129, 4096).float().log()
+    torch.testing.assert_close(powers @ coefficients.T, expected[:, None].expand(-1, 9))
+    assert plan.curve is not None
+    torch.testing.assert_close(
+        torch.from_numpy(plan.curve.threshold(lengths.numpy())[:, 2].copy()), powers @ coefficients.T
+    )
+
+
+def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTHETA_TARGET_K", "8")
+    monkeypatch.setenv("TOPTHETA_DENSE_LAYERS", "1,2")
+    plan = Plan.resolve(make_config())
+    assert (plan.settings.target_k, plan.dense_layers) == (8, {1, 2})
+    assert Plan.resolve(make_config({"target_k": 64})).settings.target_k == 64
+
+
+def test_missing_thresholds_name_the_command_that_makes_them(make_config: MakeConfig, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(errors.StoreNotFound, match=r"toptheta calibrate .*tiny --text FILE"):
+        make_config({"thresholds": str(empty)})
+
+
+def test_missing_thresholds_may_mean_dense(make_config: MakeConfig, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plan = Plan.resolve(make_config({"thresholds": str(empty), "on_missing": "dense"}))
+    assert plan.curve is None
+    assert plan.coefficients(3, range(9)) is None
+    assert plan.length_powers(torch.tensor([100])) is None
+
+
+def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeConfig, thresholds_folder: Path) -> None:
+    (thresholds_folder / "thresholds.safetensors").write_bytes(b"damaged")
+    with pytest.raises(errors.ChecksumMismatch):
+        make_config({"on_missing": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"tarket_k": 64}, errors.SettingsError, r"toptheta.tarket_k: unknown option.*known options are.*target_k"),
+        ({"target_k": 0}, errors.SettingsError, "target_k.*greater than or equal to 1"),
+        ({"target_k": 4096}, errors.TargetOutOfRange, "calibrated are 8, 128"),
+        ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
+        ({"dense_layers": [-1]}, errors.SettingsError, "counted from 0"),
+        ({"compensation": "vmc"}, errors.SettingsError, r"compensation.*'sdc\+vmc'"),
+        ({"mode": "shadow"}, errors.SettingsError, "mode"),
+    ],
+)
+def test_options_that_do_not_fit(
+    make_config: MakeConfig, options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        make_config(options)
+
+
+def test_thresholds_of_another_architecture(make_config: MakeConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    store_factory.make_store(other, num_layers=4, num_heads=9, num_kv_heads=9, head_size=64, target_ks=(8, 128))
+    with pytest.raises(errors.FingerprintMismatch, match="num_kv_heads.*9.*3"):
+        make_config({"thresholds": str(other)})
+
+
+def test_unknown_variable(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTHETA_TARGETK", "8")
+    with pytest.raises(errors.SettingsError, match="TOPTHETA_TARGETK: unknown environment variable.*TOPTHETA_TARGET_K"):
+        make_config()

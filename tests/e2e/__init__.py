@@ -1,0 +1,1 @@
+"""Tests that start a vLLM engine or server on the CPU, with the demo model."""

@@ -1,0 +1,1 @@
+"""The vLLM attention backend `toptheta`: the only place that knows vLLM's internals."""

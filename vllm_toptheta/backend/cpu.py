@@ -1,0 +1,313 @@
+"""The backend on vLLM's CPU platform.
+
+It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, every generated token
+goes through the thresholds. It owns its cache layout (K and V of a token side by side, head by head), so it shares
+nothing with vLLM's own CPU kernels, which repack their pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.kernels import cpu as kernels
+from vllm_toptheta.kernels.pages import value_sum_view
+from vllm_toptheta.telemetry.counters import LayerCounters
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens of one sequence that attend densely: part of a prompt, or tokens computed again after a preemption."""
+
+    tokens: slice  # in the step's flat token axis
+    block_table: torch.Tensor  # [max_blocks] int32
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class StepMetadata(AttentionMetadata):
+    """One step, prepared once for all layers.
+
+    Attributes:
+        decodes: The sequences that decode, or None.
+        decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
+        length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
+        is_short: [num_decodes, 1] bool, sequences too short for thresholds.
+        num_short: Number of those.
+        rows_cached: Sum of the decoding sequences' lengths.
+        prefills: Everything that is not decoding.
+        closed_pages: Pages that become full, or None.
+    """
+
+    decodes: kernels.DecodeBatch | None
+    decode_tokens: torch.Tensor | slice
+    length_powers: torch.Tensor | None
+    is_short: torch.Tensor
+    num_short: int
+    rows_cached: int
+    prefills: list[PrefillChunk]
+    closed_pages: kernels.ClosedPages | None
+
+
+class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
+    """Prepares each step, and tells the layers of its KV cache group who they are."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.plan = Plan.resolve(vllm_config)
+        if get_tensor_model_parallel_rank() == 0:
+            self.plan.log()
+        total_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+            if isinstance(layer.impl, CpuTopThetaImpl):
+                layer.impl.bind(self.plan, extract_layer_index(name), total_kv_heads)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> StepMetadata:
+        common = common_attn_metadata
+        block_size = self.kv_cache_spec.block_size
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
+        query_lens = starts.diff()
+        seq_lens = common.seq_lens[: common.num_reqs].long()
+        block_table = common.block_table_tensor[: common.num_reqs]
+        is_decode = query_lens == 1
+        if common.is_prefilling is not None:
+            # the last token of a prompt is dense too, also when it is the only one left to compute
+            is_decode &= ~common.is_prefilling[: common.num_reqs]
+        decode_rows = torch.nonzero(is_decode).flatten()
+        prefills = [
+            PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
+            for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
+        ]
+        lengths = seq_lens[decode_rows]
+        is_short = lengths <= self.plan.settings.min_sparse_context
+        return StepMetadata(
+            decodes=(
+                kernels.DecodeBatch.of_step(block_table[decode_rows], lengths, block_size) if len(decode_rows) else None
+            ),
+            decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
+            length_powers=None if bool(is_short.all()) else self.plan.length_powers(lengths),
+            is_short=is_short[:, None],
+            num_short=int(is_short.sum()),
+            rows_cached=int(lengths.sum()),
+            prefills=prefills,
+            closed_pages=kernels.ClosedPages.of_step(block_table, seq_lens - query_lens, seq_lens, block_size),
+        )
+
+
+class CpuTopThetaBackend(AttentionBackend):
+    """Capabilities; what is not declared here is refused (`gates.check_layer`)."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "TOPTHETA"
+
+    @staticmethod
+    def get_impl_cls() -> type[CpuTopThetaImpl]:
+        return CpuTopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CpuMetadataBuilder]:
+        return CpuMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return with_tail(spec)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False  # connectors copy pages without their tails
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+
+class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
+    """One layer's attention on one rank."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes is not None,
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            **{f"layer option {name}": value is not None for name, value in unsupported.items()},
+        }
+        if reasons := [reason for reason, applies in refused.items() if applies]:
+            raise UnsupportedError(
+                f"attention backend toptheta does not support {', '.join(reasons)}",
+                remedy="Serve this model without --attention-backend toptheta",
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.sliding_window = sliding_window
+        self.logits_soft_cap = logits_soft_cap or None
+        self.plan: Plan | None = None
+        self.coefficients: torch.Tensor | None = None  # [num_heads, degree + 1]; None in a dense layer
+        self.uses_denominator = self.uses_value_mean = False
+        self.counters: LayerCounters | None = None
+
+    def bind(self, plan: Plan, layer: int, total_kv_heads: int) -> None:
+        """Take this layer's share of the plan; vLLM may build its metadata builders more than once.
+
+        Args:
+            plan: The model's plan.
+            layer: This layer's index in the model.
+            total_kv_heads: The model's kv heads over all ranks.
+        """
+        rank = get_tensor_model_parallel_rank()
+        self.plan = plan
+        if self.sliding_window is None:
+            first = rank * self.num_heads
+            self.coefficients = plan.coefficients(layer, range(first, first + self.num_heads))
+        if self.coefficients is not None:
+            self.uses_denominator = plan.settings.compensation != "none"
+            self.uses_value_mean = plan.settings.compensation == "sdc+vmc"
+            group = self.num_heads // self.num_kv_heads
+            total_heads_per_kv = plan.num_heads // total_kv_heads
+            kv_heads = [
+                (rank * self.num_heads + head * group) // total_heads_per_kv for head in range(self.num_kv_heads)
+            ]
+            self.counters = LayerCounters(layer, kv_heads, group)
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        tokens = len(slot_mapping)
+        kernels.write_kv(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: StepMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, reading keys and values from the cache only.
+
+        Args:
+            layer: Unused.
+            query: [num_tokens, num_heads, head_size].
+            key, value: Unused; `do_kv_cache_update` has written them.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            attn_metadata: The step; None while vLLM profiles.
+            output: [num_tokens, num_heads, head_size], written in place.
+            output_scale, output_block_scale: Fused output quantisation, not supported.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("attention backend toptheta does not quantise its output")
+        if attn_metadata is None:
+            return output.zero_()
+        value_sum = value_sum_view(kv_cache) if self.uses_value_mean else None
+        if value_sum is not None and attn_metadata.closed_pages is not None:
+            kernels.close_pages(kv_cache, value_sum, attn_metadata.closed_pages)
+        if attn_metadata.decodes is not None:
+            tokens = attn_metadata.decode_tokens
+            decoded = self._decode(query[tokens], kv_cache, attn_metadata.decodes, attn_metadata, value_sum)
+            output[tokens] = decoded.to(output.dtype)
+        for chunk in attn_metadata.prefills:
+            output[chunk.tokens] = kernels.prefill(
+                query[chunk.tokens],
+                kv_cache,
+                chunk.block_table,
+                seq_len=chunk.seq_len,
+                softmax_scale=self.scale,
+                logits_soft_cap=self.logits_soft_cap,
+                sliding_window=self.sliding_window,
+            )
+        return output
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        decodes: kernels.DecodeBatch,
+        step: StepMetadata,
+        value_sum: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[num_decodes, num_heads, head_size] float32 for the step's decoding sequences."""
+        threshold = None
+        if self.coefficients is not None and step.length_powers is not None:
+            threshold = (step.length_powers @ self.coefficients.T).masked_fill(step.is_short, -torch.inf)
+        result = kernels.decode(
+            query,
+            kv_cache,
+            decodes,
+            threshold=threshold,
+            softmax_scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            sliding_window=self.sliding_window,
+            denominator_compensation=self.uses_denominator,
+            value_sum=value_sum,
+        )
+        if self.counters is not None:
+            self.counters.add(
+                tokens=len(query),
+                dense_tokens=step.num_short,
+                rows_cached=step.rows_cached,
+                rows_read=result.value_rows_read,
+                lost_mass=result.lost_mass,
+            )
+        return result.output

@@ -1,0 +1,59 @@
+"""What the backend refuses at start-up, and why: better no server than a wrong answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_toptheta.errors import UnsupportedError
+
+_REMEDY = "Remove --attention-backend toptheta, or what is named here"
+
+
+def is_selected(vllm_config: Any, toptheta: Any) -> bool:
+    """Whether any layer kind of `vllm_config` is to run on the enum member `toptheta`."""
+    config = vllm_config.attention_config
+    per_kind = getattr(config, "backend_per_kind", None) or {}
+    return vllm_config.model_config is not None and toptheta in (config.backend, *per_kind.values())
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse features of the engine that would break the page tails or bypass the thresholds.
+
+    Raises:
+        UnsupportedError: Names every feature concerned.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    reasons = {
+        "multi-head latent attention (MLA) has no per-head values to skip": model.use_mla,
+        "hybrid state-space models have pages of their own": model.is_hybrid or model.is_attention_free,
+        "encoder-decoder models are not supported": model.is_encoder_decoder,
+        "only generation is supported, not pooling": model.runner_type != "generate",
+        f"--kv-cache-dtype {cache.cache_dtype} is not supported, only auto, float16 and bfloat16": (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16")
+        ),
+        "KV connectors and offloading move pages without their tails": vllm_config.kv_transfer_config is not None,
+        "--enable-sleep-mode frees the thresholds together with the KV cache": model.enable_sleep_mode,
+        "speculative decoding is not supported": vllm_config.speculative_config is not None,
+        "context parallelism splits a sequence's scores over ranks": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+    }
+    _refuse([reason for reason, applies in reasons.items() if applies])
+
+
+def check_layer(attn_selector_config: Any) -> None:
+    """Refuse what one attention layer asks for, by the backend's own declarations.
+
+    vLLM's GPU platforms make this check themselves; its CPU platform does not.
+
+    Raises:
+        UnsupportedError: Names every reason.
+    """
+    from vllm_toptheta.backend.cpu import CpuTopThetaBackend
+
+    _refuse(CpuTopThetaBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict()))
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise UnsupportedError(f"attention backend toptheta: {'; '.join(reasons)}", remedy=_REMEDY)

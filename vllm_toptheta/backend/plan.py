@@ -1,0 +1,112 @@
+"""What the backend will do for one model: the resolved settings, and the thresholds they lead to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_toptheta import store
+from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture, ThresholdCurve
+
+# below vLLM's own logger, so that its format and level apply
+logger = init_logger("vllm.toptheta")
+
+OPTIONS_KEY = "toptheta"  # in --additional-config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings and thresholds of a served model.
+
+    Attributes:
+        settings: The options in force.
+        curve: theta(n) of every layer and head at the target k; None if the model runs dense.
+        source: Which thresholds these are and where they lie, or why there are none.
+        dense_layers: Layers that read everything.
+        num_heads: The model's query heads over all ranks.
+    """
+
+    settings: Settings
+    curve: ThresholdCurve | None
+    source: str
+    dense_layers: frozenset[int]
+    num_heads: int
+
+    @classmethod
+    def resolve(cls, vllm_config: Any) -> Plan:
+        """Read the options, find the thresholds and check that they were made for this architecture.
+
+        Raises:
+            SettingsError: An option is unknown or does not fit the model.
+            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target k.
+            UnsupportedError: The thresholds apply after the softmax.
+        """
+        options = vllm_config.additional_config
+        settings = Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
+        model_config = vllm_config.model_config
+        architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
+        layers = range(architecture.num_layers)
+        try:
+            folder = store.resolve(model_config.model, thresholds=settings.thresholds)
+        except StoreNotFound as error:
+            if settings.on_missing == "error":
+                raise
+            return cls(settings, None, f"none: {error}", frozenset(layers), architecture.num_heads)
+        thresholds = store.load(folder)
+        manifest = thresholds.manifest
+        manifest.architecture.check(architecture, file=folder)
+        if manifest.placement != "pre_softmax":
+            raise UnsupportedError(
+                f"these thresholds are {manifest.placement}; serving compares scores before the softmax",
+                file=folder,
+                remedy="Calibrate without --placement post_softmax",
+            )
+        dense_layers = manifest.dense_layers if settings.dense_layers is None else settings.dense_layers
+        if unknown := sorted(set(dense_layers) - set(layers)):
+            raise SettingsError(
+                f"the model has no layer {unknown[0]}",
+                field="dense_layers",
+                remedy=f"name layers from 0 to {layers[-1]}",
+            )
+        source = f"{manifest.model.id} in {folder}"
+        curve = thresholds.curve(settings.target_k)
+        return cls(settings, curve, source, frozenset(dense_layers), architecture.num_heads)
+
+    def log(self) -> None:
+        """Say once what is in force."""
+        if self.curve is None:
+            logger.warning_once("toptheta: every layer runs dense; thresholds: %s", self.source)
+            return
+        chosen = self.settings.model_dump(exclude={"thresholds", "dense_layers"})
+        options = ", ".join(f"{name}={value}" for name, value in chosen.items())
+        dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
+        logger.info_once("toptheta: thresholds of %s; dense_layers=%s, %s", self.source, dense_layers, options)
+
+    def coefficients(self, layer: int, heads: range) -> torch.Tensor | None:
+        """Polynomial coefficients of theta in ln n for a layer's query heads, or None if the layer is dense.
+
+        Args:
+            layer: Index in the model.
+            heads: Global indices of the rank's query heads.
+
+        Returns:
+            [len(heads), degree + 1] float32, ascending powers.
+        """
+        if self.curve is None or layer in self.dense_layers:
+            return None
+        return torch.from_numpy(self.curve.coefficients[layer, heads.start : heads.stop].copy())
+
+    def length_powers(self, seq_lens: torch.Tensor) -> torch.Tensor | None:
+        """[num_seqs, degree + 1] float32: powers of ln n, n clamped to the calibrated lengths; None without thresholds.
+
+        theta(n) of a layer's heads is `length_powers @ coefficients.T`, [num_seqs, num_heads].
+        """
+        if self.curve is None:
+            return None
+        log_length = seq_lens.clamp(self.curve.min_length, self.curve.max_length).float().log()
+        return log_length[:, None] ** torch.arange(self.curve.coefficients.shape[-1])

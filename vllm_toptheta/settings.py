@@ -1,0 +1,90 @@
+"""The options of the backend, from vLLM's `--additional-config` and from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from vllm_toptheta.errors import SettingsError
+
+ENV_PREFIX = "TOPTHETA_"
+
+
+class Settings(BaseSettings):
+    """How the backend decides what to read.
+
+    `--additional-config '{"toptheta": {"target_k": 64}}'` wins over `TOPTHETA_TARGET_K=64`, and that over the default.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    mode: Literal["values"] = Field("values", description="What is skipped: value rows below the threshold.")
+    thresholds: Path | None = Field(
+        None, description="A threshold store, or a directory of stores; the shipped ones if not given."
+    )
+    target_k: int = Field(128, ge=1, description="Keys per query head that the thresholds should keep, about.")
+    compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
+        "sdc+vmc", description="Exact softmax denominator (sdc) and mean value for the lost mass (vmc)."
+    )
+    dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        None, description="Layers that read everything, as a list or '0,1'; those of the manifest if not given."
+    )
+    min_context: int = Field(
+        0, ge=0, description="A sequence of at most this many tokens stays dense, as does one of at most target_k."
+    )
+    on_missing: Literal["error", "dense"] = Field(
+        "error", description="What to do when there are no thresholds for the model."
+    )
+
+    @field_validator("dense_layers", mode="before")
+    @classmethod
+    def _split_layers(cls, value: Any) -> Any:
+        return [part for part in value.strip("[]").split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("dense_layers")
+    @classmethod
+    def _check_layers(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and min(value, default=0) < 0:
+            raise ValueError("layers are counted from 0")
+        return value
+
+    @property
+    def min_sparse_context(self) -> int:
+        """The longest context, in tokens, that still stays dense."""
+        return max(self.min_context, self.target_k)
+
+    @classmethod
+    def load(cls, options: Mapping[str, Any]) -> Settings:
+        """The settings made of vLLM's `additional_config["toptheta"]` and the environment.
+
+        Raises:
+            SettingsError: An unknown option or variable, or a value that does not fit; names it and the known ones.
+        """
+        if not isinstance(options, Mapping):
+            raise SettingsError(
+                f"expected a mapping, got {type(options).__name__}",
+                field="additional_config.toptheta",
+                remedy="""write --additional-config '{"toptheta": {"target_k": 128}}'""",
+            )
+        known = ", ".join(cls.model_fields)
+        variables = {ENV_PREFIX + name.upper() for name in cls.model_fields}
+        for name in os.environ:
+            if name.startswith(ENV_PREFIX) and name not in variables:
+                raise SettingsError(
+                    "unknown environment variable", field=name, remedy=f"known ones are {', '.join(sorted(variables))}"
+                )
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise SettingsError(
+                "unknown option" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r}",
+                field=f"additional_config.toptheta.{field}" if field in options else f"{ENV_PREFIX}{field.upper()}",
+                remedy=f"known options are {known}",
+            ) from error

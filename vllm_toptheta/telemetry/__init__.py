@@ -1,0 +1,1 @@
+"""What the thresholds do to live traffic: counted in the workers, gathered and served by the API server."""
