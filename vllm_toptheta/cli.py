@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.", no_args_is_help=True)
 app.add_typer(thresholds_app, name="thresholds")
+bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ThresholdsOption = Annotated[
     Path | None,
@@ -45,7 +47,130 @@ def main() -> None:
         sys.exit(2)
 
 
-# calibrate, eval, demo-model and bench go here
+# `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
+_TEXT_FILES = {"allow_extra_args": True}
+
+
+@app.command("calibrate", context_settings=_TEXT_FILES)
+def calibrate_model(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files.")],
+    out: Annotated[Path, typer.Option(help="Directory in which the folder <org>--<model> is written.")],
+    k: Annotated[str, typer.Option(help="Keys per query head to keep, separated by commas.")] = "32,64,128,256",
+    max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
+    sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
+    dense_layers: Annotated[str, typer.Option(help="Layers to serve dense, separated by commas.")] = "0,1",
+    beta: Annotated[float, typer.Option(help="Standard deviations added to the mean threshold.")] = 0.0,
+    top_k: Annotated[bool, typer.Option(help="Hand on exact top-k attention while calibrating.")] = True,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
+    model_id: Annotated[
+        str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
+    ] = None,
+) -> None:
+    """Calibrate thresholds for a model on texts and write them as a store."""
+    from vllm_toptheta.calibration import calibrate
+
+    texts = [*text, *map(Path, context.args)]
+    folder = calibrate(
+        model,
+        texts,
+        out=out,
+        target_ks=_integers("--k", k),
+        max_length=max_length,
+        num_sequences=sequences,
+        seed=seed,
+        beta=beta,
+        top_k_at_calibration=top_k,
+        dense_layers=_integers("--dense-layers", dense_layers),
+        model_id=model_id,
+        command=_command_line([model, out, *texts]),
+    )
+    typer.echo(f"wrote {folder}")
+    typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
+
+
+@app.command("eval", context_settings=_TEXT_FILES)
+def evaluate_model(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
+    k: Annotated[str, typer.Option(help="Target ks to compare, separated by commas.")] = "64,128",
+    sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    denominator: Annotated[str, typer.Option(help="Softmax denominator: none, exact or exp_threshold.")] = "exact",
+    value_mean: Annotated[bool, typer.Option(help="Give the lost mass the mean value.")] = True,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
+    thresholds: ThresholdsOption = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Compare Top-Theta with dense attention on texts: perplexity, KL and agreement, with paired standard errors."""
+    from vllm_toptheta import store
+    from vllm_toptheta.evaluation import evaluate, quality_table
+    from vllm_toptheta.reference import Compensation
+
+    if denominator not in ("none", "exact", "exp_threshold"):
+        raise SettingsError(
+            f"unknown value {denominator!r}", field="--denominator", remedy="Choose none, exact or exp_threshold"
+        )
+    report = evaluate(
+        model,
+        [*text, *map(Path, context.args)],
+        store.load(store.resolve(str(model), thresholds=thresholds)),
+        target_ks=_integers("--k", k),
+        length=length,
+        num_sequences=sequences,
+        seed=seed,
+        compensation=Compensation(denominator, value_mean),  # type: ignore[arg-type]  # checked above
+    )
+    _print_table(quality_table(report))
+    if json is not None:
+        json.write_text(report.model_dump_json(indent=1) + "\n")
+
+
+@app.command("demo-model")
+def make_demo_model(
+    out: Annotated[Path | None, typer.Option(help="Where to; default: a cache folder.")] = None,
+) -> None:
+    """Make the demo model SmolLM2-135M-Instruct unless it is there, and print its directory."""
+    from vllm_toptheta.demo_model import demo_model
+
+    typer.echo(demo_model(out))
+
+
+@bench_app.command("serving")
+def bench_serving(
+    model: Annotated[str, typer.Argument(help="A model that vLLM can load.")],
+    context: Annotated[int, typer.Option(help="Prompt tokens of a request.")] = 3900,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Measured batches per engine.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Engines per backend, alternating.")] = 2,
+    backends: Annotated[str, typer.Option(help="Backends; the others are measured against the first.")] = (
+        "CPU_ATTN,TOPTHETA"
+    ),
+    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
+    k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Time per output token of whole engines, one backend against the other in one run."""
+    from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
+
+    workload = ServingWorkload(
+        model=model,
+        context=context,
+        output_tokens=output_tokens,
+        batch_size=batch_size,
+        repeats=repeats,
+        dtype=dtype,
+        enforce_eager=not compile,
+        options={} if k is None else {"target_k": k},
+    )
+    report = compare(workload, backends.split(","), rounds)
+    _print_table(serving_table(report))
+    if json is not None:
+        json.write_text(report.model_dump_json(indent=1) + "\n")
 
 
 @thresholds_app.command("list")
@@ -173,3 +298,18 @@ def _print_table(table: Table) -> None:
 
 def _print_error(error: TopThetaError) -> None:
     typer.echo(f"error: {error}", err=True)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise SettingsError(f"not whole numbers: {text!r}", field=option, remedy="Write them as 32,64,128") from None
+
+
+def _command_line(paths: list[Path]) -> str:
+    """This process's command, with files by their bare names: where they lay is nobody's business."""
+    import shlex
+
+    names = {str(path): path.name for path in paths}
+    return shlex.join(["toptheta", *(names.get(argument, argument) for argument in sys.argv[1:])])

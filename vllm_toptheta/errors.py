@@ -23,6 +23,7 @@ TopThetaError
   CalibrationError            thresholds cannot be calibrated from this model and this text
   EvaluationError             quality cannot be evaluated on this model and this text
   DemoModelError              the demo model cannot be built
+  BenchmarkError              a benchmark could not run
   UnsupportedError            the backend does not support a feature of the model or the engine
 """
 
@@ -163,6 +164,10 @@ class EvaluationError(TopThetaError):
 
 class DemoModelError(TopThetaError):
     """The demo model cannot be built."""
+
+
+class BenchmarkError(TopThetaError):
+    """A benchmark could not run."""
 
 
 class UnsupportedError(TopThetaError):

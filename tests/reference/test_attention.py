@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.reference.oracle import attend_row, make_inputs, scores_of_row
 from vllm_toptheta.reference import (
     AttentionResult,
     Compensation,
@@ -15,8 +16,6 @@ from vllm_toptheta.reference import (
     top_k_attention,
     top_theta_attention,
 )
-
-from .oracle import attend_row, make_inputs, scores_of_row
 
 GROUPS = pytest.mark.parametrize("num_queries_per_kv", [1, 3, 8])
 SOFT_CAPS = pytest.mark.parametrize("soft_cap", [None, 2.0])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.oracle import make_inputs
 from vllm_toptheta.reference import (
     AttentionResult,
     Compensation,
@@ -9,8 +10,6 @@ from vllm_toptheta.reference import (
     dense_attention,
     top_theta_attention,
 )
-
-from .oracle import make_inputs
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, threshold: float, compensation: Compensation) -> AttentionResult:

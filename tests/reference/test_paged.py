@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.oracle import make_inputs
 from vllm_toptheta.reference import (
     Compensation,
     dense_attention,
@@ -9,8 +10,6 @@ from vllm_toptheta.reference import (
     paged_top_theta_attention,
     top_theta_attention,
 )
-
-from .oracle import make_inputs
 
 NUM_KV_HEADS, HEAD_SIZE = 2, 8
 # (tokens in the cache, query tokens): decode, prefill, a chunk, padding, a single token, nothing scheduled

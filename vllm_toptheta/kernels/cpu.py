@@ -11,6 +11,7 @@ running value sums of pages that became full, then `decode` and `prefill` comput
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +191,8 @@ def decode(
     scores = torch.matmul(grouped, keys.transpose(3, 4)).permute(0, 2, 3, 1, 4).flatten(3).mul_(softmax_scale)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-    # masked_fill also replaces what unwritten memory holds, NaN included
-    scores.masked_fill_(~visible[:, None, None], -torch.inf)
+    # this also replaces what unwritten memory holds, NaN included
+    scores = scores.where(visible[:, None, None], -torch.inf)
     numerators = torch.exp(scores - scores.amax(dim=3, keepdim=True))
     total = numerators.sum(dim=3)
 
@@ -252,15 +253,13 @@ def _weighted_values(
     Returns:
         [num_seqs, num_kv_heads, num_rows, head_size] float32.
     """
-    num_seqs, num_kv_heads, max_len = read.shape
+    num_seqs, num_kv_heads, _ = read.shape
     block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
-    rows_read = read.sum(dim=2)
-    width = int(rows_read.max())
     seq, head, position = torch.nonzero(read, as_tuple=True)
     # pack the positions of each (sequence, head) to the left
-    rank = (
-        torch.arange(len(position)) - (rows_read.flatten().cumsum(0) - rows_read.flatten())[seq * num_kv_heads + head]
-    )
+    packed = read.cumsum(dim=2)
+    width = int(packed[:, :, -1].max())
+    rank = packed[seq, head, position] - 1
     values = torch.zeros(num_seqs, num_kv_heads, width, head_size)
     physical = blocks[seq, position // block_size]
     values[seq, head, rank] = kv_cache[physical, head, position % block_size, head_size:].float()
@@ -298,26 +297,29 @@ def prefill(
     blocks = block_table[: -(-seq_len // block_size)].long()
     cached = kv_cache.transpose(0, 1)[:, blocks].reshape(num_kv_heads, -1, 2 * head_size)[:, :seq_len].to(query.dtype)
     key, value = cached.split(head_size, dim=2)
+    queries = query.transpose(0, 1)
+    if num_tokens == seq_len and sliding_window is None and logits_soft_cap is None:
+        return _scaled_dot_product(queries, key, value, softmax_scale, is_causal=True)
     row = torch.arange(seq_len - num_tokens, seq_len)[:, None]
     column = torch.arange(seq_len)
     visible = column <= row
     if sliding_window is not None:
         visible &= column > row - sliding_window
-    queries = query.transpose(0, 1)
-    if logits_soft_cap is not None:
-        scores = torch.matmul(queries.reshape(num_kv_heads, -1, head_size).float(), key.float().transpose(1, 2)).view(
-            num_heads, num_tokens, seq_len
-        )
-        scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
-        weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=2)
-        output = torch.matmul(weights.view(num_kv_heads, -1, seq_len), value.float()).view(queries.shape)
-        return output.transpose(0, 1).to(query.dtype)
+    if logits_soft_cap is None:
+        return _scaled_dot_product(queries, key, value, softmax_scale, attn_mask=visible)
+    grouped = queries.reshape(num_kv_heads, -1, head_size)
+    scores = torch.matmul(grouped.float(), key.float().transpose(1, 2)).view(num_heads, num_tokens, seq_len)
+    scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
+    weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=2)
+    output = torch.matmul(weights.view(num_kv_heads, -1, seq_len), value.float()).view(queries.shape)
+    return output.transpose(0, 1).to(query.dtype)
+
+
+def _scaled_dot_product(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float, **mask: Any
+) -> torch.Tensor:
+    """torch's attention of [num_heads, num_tokens, head_size] queries, as [num_tokens, num_heads, head_size]."""
     output = F.scaled_dot_product_attention(
-        queries[None],
-        key[None],
-        value[None],
-        attn_mask=visible,
-        scale=softmax_scale,
-        enable_gqa=num_heads != num_kv_heads,
+        query[None], key[None], value[None], scale=softmax_scale, enable_gqa=len(query) != len(key), **mask
     )
     return output[0].transpose(0, 1)

@@ -1,6 +1,6 @@
 """The truth in plain PyTorch: every mode of Top-Theta attention (arXiv 2502.08363), contiguous and paged."""
 
-from .attention import (
+from vllm_toptheta.reference.attention import (
     AttentionResult,
     Placement,
     causal_scores,
@@ -8,9 +8,9 @@ from .attention import (
     top_k_attention,
     top_theta_attention,
 )
-from .compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
-from .paged import gather_sequence, paged_top_theta_attention
-from .thresholds import (
+from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
+from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
+from vllm_toptheta.reference.thresholds import (
     keep_last,
     kth_largest_score,
     kth_largest_scores,

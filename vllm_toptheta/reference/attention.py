@@ -21,8 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .compensation import FULL_COMPENSATION, Compensation, causal_value_mean
-from .thresholds import keep_last, kth_largest_score, per_row, score_threshold, select_survivors
+from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, causal_value_mean
+from vllm_toptheta.reference.thresholds import keep_last, kth_largest_score, per_row, score_threshold, select_survivors
 
 __all__ = [
     "AttentionResult",

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .thresholds import per_row
+from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["FULL_COMPENSATION", "Compensation", "Denominator", "causal_value_mean"]
 

@@ -7,9 +7,9 @@ changes nothing. The cache may have any strides.
 import torch
 from torch import Tensor
 
-from .attention import AttentionResult, Placement, top_theta_attention
-from .compensation import FULL_COMPENSATION, Compensation
-from .thresholds import per_row
+from vllm_toptheta.reference.attention import AttentionResult, Placement, top_theta_attention
+from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation
+from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["gather_sequence", "paged_top_theta_attention"]
 

@@ -1,0 +1,172 @@
+"""Time per output token of whole engines: the same prompts through each backend, one after the other.
+
+Each backend gets a process of its own, because a vLLM engine takes over its process. Rounds alternate between the
+backends, so that a machine that slows down meanwhile slows all of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+from rich.table import Table
+
+from vllm_toptheta.errors import BenchmarkError
+
+LOG_TAIL = 4000  # characters of a failed engine's log that are shown
+
+
+class ServingWorkload(BaseModel):
+    """What every backend has to do."""
+
+    model: str
+    context: int = Field(ge=1, description="Prompt tokens of a request.")
+    output_tokens: int = Field(ge=2, description="Tokens generated per request.")
+    batch_size: int = Field(ge=1, description="Requests at a time.")
+    repeats: int = Field(ge=1, description="Measured batches per engine.")
+    dtype: str = "auto"
+    enforce_eager: bool = True
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend toptheta.")
+
+
+class BackendTimes(BaseModel):
+    """One backend's measurement."""
+
+    backend: str
+    ms_per_token: list[float] = Field(
+        description="Of each measured batch: decode time over generated tokens of a request."
+    )
+    rows_read_share: float | None = Field(
+        default=None, description="Value rows read over cached in thresholded layers."
+    )
+
+    @property
+    def median(self) -> float:
+        """Median time per output token, milliseconds."""
+        return statistics.median(self.ms_per_token)
+
+
+class ServingReport(BaseModel):
+    """A comparison; the first backend is the one that the others are measured against."""
+
+    workload: ServingWorkload
+    device: str
+    vllm: str
+    backends: list[BackendTimes]
+
+
+def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> ServingReport:
+    """Measure each backend in `rounds` alternating engines.
+
+    Raises:
+        BenchmarkError: An engine failed; shows the end of its log.
+    """
+    from importlib.metadata import version
+
+    times = {backend: BackendTimes(backend=backend, ms_per_token=[]) for backend in backends}
+    for _ in range(rounds):
+        for backend in backends:
+            measured = _in_new_process(workload, backend)
+            times[backend].ms_per_token += measured.ms_per_token
+            times[backend].rows_read_share = measured.rows_read_share
+    return ServingReport(workload=workload, device=_device(), vllm=version("vllm"), backends=list(times.values()))
+
+
+def serving_table(report: ServingReport) -> Table:
+    """The report as a table; a ratio above 1 is faster than the first backend."""
+    work = report.workload
+    table = Table(
+        title=f"{work.batch_size} x {work.context} tokens, {work.output_tokens} generated",
+        caption=f"{report.device}, vLLM {report.vllm}; median over {len(report.backends[0].ms_per_token)} batches",
+    )
+    for heading in ("backend", "ms / token", "min", "max", "tokens / s", "ratio", "value rows read %"):
+        table.add_column(heading, justify="left" if heading == "backend" else "right")
+    for backend in report.backends:
+        share = backend.rows_read_share
+        table.add_row(
+            backend.backend,
+            f"{backend.median:.2f}",
+            f"{min(backend.ms_per_token):.2f}",
+            f"{max(backend.ms_per_token):.2f}",
+            f"{1000 * work.batch_size / backend.median:.1f}",
+            f"{report.backends[0].median / backend.median:.3f}",
+            "" if share is None else f"{100 * share:.1f}",
+        )
+    return table
+
+
+def _in_new_process(workload: ServingWorkload, backend: str) -> BackendTimes:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "times.json")
+        process = subprocess.run(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", __name__, workload.model_dump_json(), backend, str(result)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if process.returncode or not result.exists():
+            raise BenchmarkError(
+                f"the engine with backend {backend} failed; the end of its log:\n{process.stdout[-LOG_TAIL:]}"
+            )
+        return BackendTimes.model_validate_json(result.read_text())
+
+
+def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
+    """Start an engine in this process and time it."""
+    from vllm import LLM, SamplingParams
+
+    from vllm_toptheta.telemetry.endpoint import STATS_RPC
+    from vllm_toptheta.telemetry.stats import merge
+
+    engine = LLM(
+        model=workload.model,
+        attention_backend=backend,
+        additional_config={"toptheta": workload.options} if workload.options else {},
+        dtype=workload.dtype,
+        max_model_len=workload.context + workload.output_tokens + 1,
+        max_num_seqs=workload.batch_size,
+        enforce_eager=workload.enforce_eager,
+        disable_log_stats=False,
+    )
+    vocabulary = engine.get_tokenizer().vocab_size
+    # different prompts, so that no request shares another's cache; the same in every repeat, so that only the first
+    # batch, which is not measured, has to compute them
+    prompts = [
+        {"prompt_token_ids": [(request * 7919 + index * 104729) % vocabulary for index in range(workload.context)]}
+        for request in range(workload.batch_size)
+    ]
+    sampling = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True)
+    times = []
+    for repeat in range(1 + workload.repeats):
+        outputs = engine.generate(prompts, sampling, use_tqdm=False)
+        seconds = [output.metrics.last_token_ts - output.metrics.first_token_ts for output in outputs]
+        if repeat:
+            times.append(1000 * statistics.mean(seconds) / (workload.output_tokens - 1))
+    ranks = [rank for rank in engine.collective_rpc(STATS_RPC) if rank is not None]
+    return BackendTimes(
+        backend=backend, ms_per_token=times, rows_read_share=merge(ranks).rows_read_share if ranks else None
+    )
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu_info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[3]).write_text(
+        _measure(ServingWorkload.model_validate_json(sys.argv[1]), sys.argv[2]).model_dump_json()
+    )
