@@ -5,7 +5,7 @@ PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
 export PYTHON
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: help install serve test lint format clean
 

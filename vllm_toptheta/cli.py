@@ -125,7 +125,7 @@ def evaluate_model(
     )
     _print_table(quality_table(report))
     if json is not None:
-        json.write_text(report.model_dump_json(indent=1) + "\n")
+        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 @app.command("demo-model")
@@ -170,7 +170,7 @@ def bench_serving(
     report = compare(workload, backends.split(","), rounds)
     _print_table(serving_table(report))
     if json is not None:
-        json.write_text(report.model_dump_json(indent=1) + "\n")
+        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 @thresholds_app.command("list")

@@ -20,8 +20,7 @@ TopThetaError
       TensorValues            a tensor's numbers contradict each other or the manifest
     FingerprintMismatch       the thresholds were calibrated on another architecture
     TargetOutOfRange          the thresholds were not calibrated for the target k asked for
-  CalibrationError            thresholds cannot be calibrated from this model and this text
-  EvaluationError             quality cannot be evaluated on this model and this text
+  CalibrationError            thresholds cannot be calibrated, or evaluated, with this model and this text
   DemoModelError              the demo model cannot be built
   BenchmarkError              a benchmark could not run
   UnsupportedError            the backend does not support a feature of the model or the engine
@@ -156,10 +155,6 @@ class TargetOutOfRange(StoreError):
 
 class CalibrationError(TopThetaError):
     """Thresholds cannot be calibrated from this model and this text."""
-
-
-class EvaluationError(TopThetaError):
-    """Quality cannot be evaluated on this model and this text."""
 
 
 class DemoModelError(TopThetaError):

@@ -153,9 +153,9 @@ def test_layers_equal_the_paged_reference(
         rounding = (expected.to(output.dtype).float() - expected).abs().max()
         error = (output.float() - expected).abs().max()
         assert error <= 2 * rounding + 1e-5, f"layer {layer}"
-    counters = harness.layers[1].impl.counters
+    counters = harness.layers[1].impl.layer_plan.counters
     num_decodes = query_lens.count(1)
-    assert harness.layers[0].impl.counters is None
+    assert harness.layers[0].impl.layer_plan is None
     assert counters.decode_tokens == num_decodes
     assert counters.rows_cached == sum(n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
     assert counters.dense_tokens == sum(n <= TARGET_K for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
@@ -170,7 +170,7 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     step = Step([512], [1], [True])
     query, outputs = harness.run(step)
     torch.testing.assert_close(outputs[1], harness.expected(step, query, 1), rtol=1e-4, atol=1e-5)
-    assert harness.layers[1].impl.counters.decode_tokens == 0
+    assert harness.layers[1].impl.layer_plan.counters.decode_tokens == 0
 
 
 def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:
@@ -197,7 +197,7 @@ def test_min_context_keeps_a_sequence_dense(make_config: Callable[..., VllmConfi
     harness = Harness(make_config(block_size=16, options={"min_context": 600}), 16, [600, 601])
     harness.run(Step([599, 600], [599, 600], [True, True]))
     harness.run(Step([600, 601], [1, 1], [False, False]))
-    counters = harness.layers[1].impl.counters
+    counters = harness.layers[1].impl.layer_plan.counters
     assert (counters.decode_tokens, counters.dense_tokens) == (2, 1)
 
 
@@ -206,21 +206,3 @@ def test_pages_have_a_tail_that_vllm_accounts_for(make_config: Callable[..., Vll
     content = NUM_KV_HEADS * 16 * 2 * HEAD_SIZE * 4
     assert harness.spec.page_size_bytes == content + NUM_KV_HEADS * HEAD_SIZE * 4
     assert harness.spec.page_size_bytes > harness.spec.unpadded_page_size_bytes == content
-
-
-@pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
-def test_tensor_parallel_ranks_take_their_heads(
-    make_config: Callable[..., VllmConfig],
-    monkeypatch: pytest.MonkeyPatch,
-    rank: int,
-    world_size: int,
-    kv_heads: list[int],
-) -> None:
-    monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: rank)
-    heads = NUM_HEADS // world_size
-    plan = cpu.Plan.resolve(make_config())
-    impl = cpu.CpuTopThetaImpl(heads, HEAD_SIZE, SCALE, max(1, NUM_KV_HEADS // world_size))
-    impl.bind(plan, 2, NUM_KV_HEADS)
-    whole = plan.coefficients(2, range(NUM_HEADS))
-    assert torch.equal(impl.coefficients, whole[rank * heads : (rank + 1) * heads])
-    assert impl.counters.kv_heads == kv_heads

@@ -26,24 +26,23 @@ def test_thresholds_and_dense_layers_come_from_the_store(make_config: MakeConfig
     plan = Plan.resolve(make_config())
     assert plan.dense_layers == {0}
     assert plan.settings.target_k == 128
-    assert plan.coefficients(0, range(9)) is None
-    coefficients = plan.coefficients(1, range(3, 6))
-    assert coefficients is not None
-    assert coefficients.shape == (3, 3)
+    assert plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0) is None
+    layer_plan = plan.for_layer(1, num_heads=3, num_kv_heads=1, rank=1)
+    assert layer_plan is not None
+    assert layer_plan.coefficients.shape == (3, 3)
 
 
 def test_theta_is_evaluated_within_the_calibrated_lengths(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
     lengths = torch.tensor([5, 129, 1000, 4096, 8000])
-    powers, coefficients = plan.length_powers(lengths), plan.coefficients(2, range(9))
+    powers, layer_plan = plan.length_powers(lengths), plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert powers is not None
-    assert coefficients is not None
+    assert layer_plan is not None
+    thetas = powers @ layer_plan.coefficients.T
     expected = 0.4 + 0.1 * lengths.clamp(129, 4096).float().log()
-    torch.testing.assert_close(powers @ coefficients.T, expected[:, None].expand(-1, 9))
+    torch.testing.assert_close(thetas, expected[:, None].expand(-1, 9))
     assert plan.curve is not None
-    torch.testing.assert_close(
-        torch.from_numpy(plan.curve.threshold(lengths.numpy())[:, 2].copy()), powers @ coefficients.T
-    )
+    torch.testing.assert_close(torch.from_numpy(plan.curve.threshold(lengths.numpy())[:, 2].copy()), thetas)
 
 
 def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +51,22 @@ def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: 
     plan = Plan.resolve(make_config())
     assert (plan.settings.target_k, plan.dense_layers) == (8, {1, 2})
     assert Plan.resolve(make_config({"target_k": 64})).settings.target_k == 64
+
+
+@pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
+def test_tensor_parallel_ranks_take_their_heads(
+    make_config: MakeConfig, tmp_path: Path, rank: int, world_size: int, kv_heads: list[int]
+) -> None:
+    folder = tmp_path / "random"
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    store_factory.make_store(folder, max_length=4096, **shape)  # every head has coefficients of its own
+    plan, heads = Plan.resolve(make_config({"thresholds": str(folder)})), 9 // world_size
+    share = plan.for_layer(2, num_heads=heads, num_kv_heads=max(1, 3 // world_size), rank=rank)
+    whole = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
+    assert share is not None
+    assert whole is not None
+    assert torch.equal(share.coefficients, whole.coefficients[rank * heads : (rank + 1) * heads])
+    assert share.counters.kv_heads == kv_heads
 
 
 def test_missing_thresholds_name_the_command_that_makes_them(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -66,7 +81,7 @@ def test_missing_thresholds_may_mean_dense(make_config: MakeConfig, tmp_path: Pa
     empty.mkdir()
     plan = Plan.resolve(make_config({"thresholds": str(empty), "on_missing": "dense"}))
     assert plan.curve is None
-    assert plan.coefficients(3, range(9)) is None
+    assert plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0) is None
     assert plan.length_powers(torch.tensor([100])) is None
 
 

@@ -8,6 +8,7 @@ nothing with vLLM's own CPU kernels, which repack their pages.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +29,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_toptheta.backend.pages import with_tail
-from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
 from vllm_toptheta.kernels.pages import value_sum_view
-from vllm_toptheta.telemetry.counters import LayerCounters
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,9 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log()
-        total_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, CpuTopThetaImpl):
-                layer.impl.bind(self.plan, extract_layer_index(name), total_kv_heads)
+                layer.impl.bind(self.plan, extract_layer_index(name))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -195,32 +194,19 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap or None
         self.plan: Plan | None = None
-        self.coefficients: torch.Tensor | None = None  # [num_heads, degree + 1]; None in a dense layer
-        self.uses_denominator = self.uses_value_mean = False
-        self.counters: LayerCounters | None = None
+        self.layer_plan: LayerPlan | None = None  # None in a dense layer
 
-    def bind(self, plan: Plan, layer: int, total_kv_heads: int) -> None:
-        """Take this layer's share of the plan; vLLM may build its metadata builders more than once.
-
-        Args:
-            plan: The model's plan.
-            layer: This layer's index in the model.
-            total_kv_heads: The model's kv heads over all ranks.
-        """
-        rank = get_tensor_model_parallel_rank()
-        self.plan = plan
-        if self.sliding_window is None:
-            first = rank * self.num_heads
-            self.coefficients = plan.coefficients(layer, range(first, first + self.num_heads))
-        if self.coefficients is not None:
-            self.uses_denominator = plan.settings.compensation != "none"
-            self.uses_value_mean = plan.settings.compensation == "sdc+vmc"
-            group = self.num_heads // self.num_kv_heads
-            total_heads_per_kv = plan.num_heads // total_kv_heads
-            kv_heads = [
-                (rank * self.num_heads + head * group) // total_heads_per_kv for head in range(self.num_kv_heads)
-            ]
-            self.counters = LayerCounters(layer, kv_heads, group)
+    def bind(self, plan: Plan, layer: int) -> None:
+        """Take this layer's share of the plan; vLLM may build its metadata builders more than once."""
+        if self.plan is None:
+            self.plan = plan
+            if self.sliding_window is None:
+                self.layer_plan = plan.for_layer(
+                    layer,
+                    num_heads=self.num_heads,
+                    num_kv_heads=self.num_kv_heads,
+                    rank=get_tensor_model_parallel_rank(),
+                )
 
     def do_kv_cache_update(
         self,
@@ -260,14 +246,13 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
             raise UnsupportedError("attention backend toptheta does not quantise its output")
         if attn_metadata is None:
             return output.zero_()
-        value_sum = value_sum_view(kv_cache) if self.uses_value_mean else None
-        if value_sum is not None and attn_metadata.closed_pages is not None:
-            kernels.close_pages(kv_cache, value_sum, attn_metadata.closed_pages)
-        if attn_metadata.decodes is not None:
-            tokens = attn_metadata.decode_tokens
-            decoded = self._decode(query[tokens], kv_cache, attn_metadata.decodes, attn_metadata, value_sum)
-            output[tokens] = decoded.to(output.dtype)
-        for chunk in attn_metadata.prefills:
+        step = attn_metadata
+        if self.layer_plan is not None and step.closed_pages is not None:
+            kernels.close_pages(kv_cache, value_sum_view(kv_cache), step.closed_pages)
+        if step.decodes is not None:
+            decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes)
+            output[step.decode_tokens] = decoded.to(output.dtype)
+        for chunk in step.prefills:
             output[chunk.tokens] = kernels.prefill(
                 query[chunk.tokens],
                 kv_cache,
@@ -280,34 +265,34 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         return output
 
     def _decode(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        decodes: kernels.DecodeBatch,
-        step: StepMetadata,
-        value_sum: torch.Tensor | None,
+        self, query: torch.Tensor, kv_cache: torch.Tensor, step: StepMetadata, decodes: kernels.DecodeBatch
     ) -> torch.Tensor:
         """[num_decodes, num_heads, head_size] float32 for the step's decoding sequences."""
-        threshold = None
-        if self.coefficients is not None and step.length_powers is not None:
-            threshold = (step.length_powers @ self.coefficients.T).masked_fill(step.is_short, -torch.inf)
-        result = kernels.decode(
+        decode = partial(
+            kernels.decode,
             query,
             kv_cache,
             decodes,
-            threshold=threshold,
             softmax_scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,
             sliding_window=self.sliding_window,
-            denominator_compensation=self.uses_denominator,
-            value_sum=value_sum,
         )
-        if self.counters is not None:
-            self.counters.add(
-                tokens=len(query),
-                dense_tokens=step.num_short,
-                rows_cached=step.rows_cached,
-                rows_read=result.value_rows_read,
-                lost_mass=result.lost_mass,
-            )
+        layer_plan = self.layer_plan
+        if layer_plan is None:
+            return decode().output
+        threshold = None
+        if step.length_powers is not None:
+            threshold = (step.length_powers @ layer_plan.coefficients.T).masked_fill(step.is_short, -torch.inf)
+        result = decode(
+            threshold=threshold,
+            denominator_compensation=layer_plan.denominator_compensation,
+            value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
+        )
+        layer_plan.counters.add(
+            tokens=len(query),
+            dense_tokens=step.num_short,
+            rows_cached=step.rows_cached,
+            rows_read=result.value_rows_read,
+            lost_mass=result.lost_mass,
+        )
         return result.output

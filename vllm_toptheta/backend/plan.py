@@ -12,11 +12,29 @@ from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
+from vllm_toptheta.telemetry.counters import LayerCounters
 
 # below vLLM's own logger, so that its format and level apply
 logger = init_logger("vllm.toptheta")
 
 OPTIONS_KEY = "toptheta"  # in --additional-config
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one sparse layer needs to know on one rank.
+
+    Attributes:
+        coefficients: [num_heads, degree + 1] float32, of theta in ascending powers of ln n.
+        denominator_compensation: Whether the softmax denominator is exact.
+        value_mean_compensation: Whether the lost mass is given to the mean value.
+        counters: What decoding does there.
+    """
+
+    coefficients: torch.Tensor
+    denominator_compensation: bool
+    value_mean_compensation: bool
+    counters: LayerCounters
 
 
 @dataclass(frozen=True)
@@ -28,14 +46,14 @@ class Plan:
         curve: theta(n) of every layer and head at the target k; None if the model runs dense.
         source: Which thresholds these are and where they lie, or why there are none.
         dense_layers: Layers that read everything.
-        num_heads: The model's query heads over all ranks.
+        architecture: The model's heads and layers over all ranks.
     """
 
     settings: Settings
     curve: ThresholdCurve | None
     source: str
     dense_layers: frozenset[int]
-    num_heads: int
+    architecture: Architecture
 
     @classmethod
     def resolve(cls, vllm_config: Any) -> Plan:
@@ -56,7 +74,7 @@ class Plan:
         except StoreNotFound as error:
             if settings.on_missing == "error":
                 raise
-            return cls(settings, None, f"none: {error}", frozenset(layers), architecture.num_heads)
+            return cls(settings, None, f"none: {error}", frozenset(layers), architecture)
         thresholds = store.load(folder)
         manifest = thresholds.manifest
         manifest.architecture.check(architecture, file=folder)
@@ -75,7 +93,7 @@ class Plan:
             )
         source = f"{manifest.model.id} in {folder}"
         curve = thresholds.curve(settings.target_k)
-        return cls(settings, curve, source, frozenset(dense_layers), architecture.num_heads)
+        return cls(settings, curve, source, frozenset(dense_layers), architecture)
 
     def log(self) -> None:
         """Say once what is in force."""
@@ -87,24 +105,35 @@ class Plan:
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
         logger.info_once("toptheta: thresholds of %s; dense_layers=%s, %s", self.source, dense_layers, options)
 
-    def coefficients(self, layer: int, heads: range) -> torch.Tensor | None:
-        """Polynomial coefficients of theta in ln n for a layer's query heads, or None if the layer is dense.
+    def for_layer(self, layer: int, *, num_heads: int, num_kv_heads: int, rank: int) -> LayerPlan | None:
+        """A layer's share of the plan on one tensor-parallel rank, or None if the layer is dense.
+
+        Ranks hold consecutive query heads; where there are more ranks than kv heads, several hold the same kv head
+        (vLLM's QKVParallelLinear).
 
         Args:
             layer: Index in the model.
-            heads: Global indices of the rank's query heads.
-
-        Returns:
-            [len(heads), degree + 1] float32, ascending powers.
+            num_heads: Query heads on the rank.
+            num_kv_heads: Key and value heads on the rank.
+            rank: Tensor-parallel rank.
         """
         if self.curve is None or layer in self.dense_layers:
             return None
-        return torch.from_numpy(self.curve.coefficients[layer, heads.start : heads.stop].copy())
+        first = rank * num_heads
+        group = num_heads // num_kv_heads
+        whole_group = self.architecture.num_heads // self.architecture.num_kv_heads
+        kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
+        return LayerPlan(
+            coefficients=torch.from_numpy(self.curve.coefficients[layer, first : first + num_heads].copy()),
+            denominator_compensation=self.settings.compensation != "none",
+            value_mean_compensation=self.settings.compensation == "sdc+vmc",
+            counters=LayerCounters(layer, kv_heads, group),
+        )
 
     def length_powers(self, seq_lens: torch.Tensor) -> torch.Tensor | None:
         """[num_seqs, degree + 1] float32: powers of ln n, n clamped to the calibrated lengths; None without thresholds.
 
-        theta(n) of a layer's heads is `length_powers @ coefficients.T`, [num_seqs, num_heads].
+        theta(n) of a layer's heads is `length_powers @ layer_plan.coefficients.T`, [num_seqs, num_heads].
         """
         if self.curve is None:
             return None

@@ -27,5 +27,5 @@ def _stats(worker: Any) -> dict[str, Any] | None:
         "target_k": plan.settings.target_k,
         "thresholds": plan.source,
         "dense_layers": sorted(plan.dense_layers),
-        "layers": [record for impl in impls if impl.counters is not None for record in impl.counters.snapshot()],
+        "layers": [record for impl in impls if impl.layer_plan for record in impl.layer_plan.counters.snapshot()],
     }

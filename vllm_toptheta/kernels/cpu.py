@@ -155,8 +155,8 @@ def decode(
     kv_cache: torch.Tensor,
     batch: DecodeBatch,
     *,
-    threshold: torch.Tensor | None,
     softmax_scale: float,
+    threshold: torch.Tensor | None = None,
     logits_soft_cap: float | None = None,
     sliding_window: int | None = None,
     denominator_compensation: bool = True,
@@ -172,8 +172,8 @@ def decode(
         query: [num_seqs, num_heads, head_size].
         kv_cache: See the module's head.
         batch: The sequences.
-        threshold: [num_seqs, num_heads] float32, scaled logits; -inf keeps every key; None does so for all.
         softmax_scale: Factor on q . k.
+        threshold: [num_seqs, num_heads] float32, scaled logits; -inf keeps every key; None does so for all.
         logits_soft_cap: Cap c of c * tanh(s / c), or None.
         sliding_window: Number of most recent keys that are seen, or None for all.
         denominator_compensation: Sum the softmax denominator over all keys instead of the survivors.

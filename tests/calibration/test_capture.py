@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_toptheta.calibration.capture import kth_largest, observe_top_k
+from vllm_toptheta.calibration.route import row_blocks, windowed_attention
+from vllm_toptheta.reference import causal_scores, dense_attention, kth_largest_scores, top_k_attention
+
+
+def random_attention(seq_len: int = 150, num_heads: int = 6, num_kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seq_len)
+    return (
+        2 * torch.randn(seq_len, num_heads, 16),
+        torch.randn(seq_len, num_kv_heads, 16),
+        torch.randn(seq_len, num_kv_heads, 16),
+    )
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_observation_agrees_with_the_reference(num_kv_heads: int, soft_cap: float | None) -> None:
+    query, key, value = random_attention(num_kv_heads=num_kv_heads)
+    options = {"softmax_scale": 0.25, "soft_cap": soft_cap}
+    expected_scores = kth_largest_scores(
+        causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap), [8, 32]
+    ).permute(2, 1, 0)
+
+    output, kth_scores = observe_top_k(query, key, value, target_ks=(8, 32), sparse_k=8, block_bytes=1 << 14, **options)
+    expected = top_k_attention(query, key, value, target_k=8, softmax_scale=0.25, logits_soft_cap=soft_cap).output
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kth_scores, expected_scores)
+
+    output, kth_scores = observe_top_k(query, key, value, target_ks=(8, 32), sparse_k=None, **options)
+    expected = dense_attention(query, key, value, softmax_scale=0.25, logits_soft_cap=soft_cap).output
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kth_scores, expected_scores)
+
+
+def test_blocks_change_nothing() -> None:
+    query, key, value = random_attention()
+    whole, *others = [
+        observe_top_k(query, key, value, target_ks=(4, 20), sparse_k=20, softmax_scale=0.25, block_bytes=block_bytes)
+        for block_bytes in (1 << 30, 1 << 16, 1 << 12, 1)
+    ]
+    for output, kth_scores in others:
+        torch.testing.assert_close(output, whole[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kth_scores, whole[1])
+
+
+@pytest.mark.parametrize("k", [1, 3, 31, 32, 200, 333])
+@pytest.mark.parametrize("seq_len", [333, 512, 1000])
+def test_kth_largest_is_exact(seq_len: int, k: int) -> None:
+    scores = torch.randn(2, 5, seq_len, generator=torch.Generator().manual_seed(k))
+    scores[0, 0] = scores[0, 0].round()  # ties
+    scores[0, 1, seq_len // 2 :] = -torch.inf
+    assert torch.equal(kth_largest(scores, k), scores.sort(descending=True).values[..., k - 1])
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 100_000, 1 << 30])
+def test_row_blocks_cover_every_row_once_within_the_bound(block_bytes: int) -> None:
+    blocks = list(row_blocks(3, 500, block_bytes))
+    assert [row for start, stop in blocks for row in range(start, stop)] == list(range(500))
+    assert all(3 * 4 * (stop - start) * stop <= block_bytes or stop == start + 1 for start, stop in blocks)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 7, 64, 1000])
+def test_windowed_attention_sees_the_last_keys_only(sliding_window: int) -> None:
+    query, key, value = random_attention()
+    seq_len = len(query)
+    distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
+        attn_mask=(distance >= 0) & (distance < sliding_window),
+        scale=0.25,
+        enable_gqa=True,
+    )
+    actual = windowed_attention(query, key, value, softmax_scale=0.25, soft_cap=None, sliding_window=sliding_window)
+    torch.testing.assert_close(actual, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,139 @@
+"""The seam to transformers: loads a model directory, and puts a model's attention on a route.
+
+The route is registered with transformers' `AttentionInterface`, its public way to replace attention
+(https://huggingface.co/docs/transformers/attention_interface); nothing is patched. No mask function is registered for
+it, so transformers builds no mask: the routes are causal by themselves, over one unpadded sequence at a time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from vllm_toptheta.calibration.route import AttentionRoute, windowed_attention
+from vllm_toptheta.errors import CalibrationError
+
+__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed"]
+
+_ATTENTION_NAME = "toptheta_route"
+_active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
+
+
+def load_model(model_dir: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a decoder model for inference, from its directory alone.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        dtype: of the weights and activations; scores are float32 whatever it is.
+
+    Returns:
+        A transformers causal language model in evaluation mode.
+
+    Raises:
+        CalibrationError: there is no model there that transformers can load.
+    """
+    return _load(AutoModelForCausalLM, model_dir, dtype=dtype).eval()
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """Loads the tokenizer of a model directory.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+
+    Raises:
+        CalibrationError: there is no tokenizer there that transformers can load.
+    """
+    return _load(AutoTokenizer, model_dir)
+
+
+def _load(kind: Any, model_dir: Path, **options: Any) -> Any:
+    if not (model_dir / "config.json").is_file():
+        raise CalibrationError(
+            "not a model directory: there is no config.json",
+            file=model_dir,
+            remedy="Give a directory with config.json, safetensors weights and a tokenizer",
+        )
+    try:
+        return kind.from_pretrained(model_dir, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(f"transformers cannot load it: {error}", file=model_dir) from error
+
+
+@contextmanager
+def routed(model: Any, route: AttentionRoute) -> Iterator[None]:
+    """Puts a model's attention on a route, and back to what it was.
+
+    Args:
+        model: a transformers model that follows `AttentionInterface`.
+        route: computes the attention of every layer that has no sliding window; those stay dense and are not routed.
+
+    Raises:
+        CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
+    """
+    if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise CalibrationError("layers with chunked attention are not supported", field="layer_types")
+    original = model.config._attn_implementation
+    token = _active_route.set(route)
+    try:
+        model.set_attn_implementation(_ATTENTION_NAME)
+        if model.config._attn_implementation != _ATTENTION_NAME:
+            raise CalibrationError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+            )
+        yield
+    finally:
+        model.set_attn_implementation(original)
+        _active_route.reset(token)
+
+
+def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
+    """Returns what the model's head would turn into logits, without running the head.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: `[seq_len]` int64.
+
+    Returns:
+        `[seq_len, hidden_size]` of the model's dtype.
+    """
+    with torch.inference_mode():
+        output = model.base_model(input_ids=token_ids[None].to(model.device), use_cache=False)
+    return output.last_hidden_state[0]
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as transformers calls it: tensors are `[1, num_heads, seq_len, head_size]`."""
+    if options.get("s_aux") is not None:
+        raise CalibrationError("attention sinks (s_aux) are not supported")
+    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tensors = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if sliding_window is None:
+        output = _active_route.get().attend(
+            int(module.layer_idx), *tensors, softmax_scale=softmax_scale, soft_cap=softcap
+        )
+    else:
+        output = windowed_attention(
+            *tensors, softmax_scale=softmax_scale, soft_cap=softcap, sliding_window=sliding_window
+        )
+    return output[None].to(query.dtype), None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attend)

@@ -1,0 +1,98 @@
+"""Losses and divergences of next-token predictions, with logits made a block of rows at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_toptheta.calibration.model import hidden_states
+from vllm_toptheta.errors import CalibrationError
+
+__all__ = ["Losses", "compare_predictions", "next_token_logits"]
+
+_LOGIT_BLOCK_BYTES = 64 << 20
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How two sets of predictions of one sequence compare; means over its predicted tokens.
+
+    Attributes:
+        dense: loss of the dense predictions, nats.
+        sparse: loss of the sparse predictions, nats.
+        kl_divergence: KL(dense || sparse), nats.
+        top1_agreement: share of tokens for which both predict the same one.
+    """
+
+    dense: float
+    sparse: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+def compare_predictions(model: Any, token_ids: Tensor, dense: Tensor, sparse: Sequence[Tensor]) -> list[Losses]:
+    """Compares the predictions that follow from dense hidden states with those that follow from sparse ones.
+
+    Args:
+        model: the transformers causal language model whose states they are.
+        token_ids: `[seq_len]` int64, at least 2 tokens.
+        dense: `[seq_len, hidden_size]`, from `hidden_states`.
+        sparse: any number of the same.
+
+    Returns:
+        One result for each of `sparse`.
+
+    Raises:
+        CalibrationError: the model does more to its logits than `next_token_logits` knows.
+    """
+    _check_head(model, token_ids)
+    targets = token_ids[1:].to(dense.device)
+    block_rows = max(1, _LOGIT_BLOCK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
+    sums = torch.zeros(len(sparse), 4, dtype=torch.float64)
+    for start in range(0, len(targets), block_rows):
+        rows = slice(start, min(start + block_rows, len(targets)))
+        dense_log = next_token_logits(model, dense[rows]).log_softmax(dim=-1)
+        for index, states in enumerate(sparse):
+            sparse_log = next_token_logits(model, states[rows]).log_softmax(dim=-1)
+            sums[index] += torch.stack(
+                [
+                    _loss(dense_log, targets[rows]),
+                    _loss(sparse_log, targets[rows]),
+                    torch.nn.functional.kl_div(sparse_log, dense_log, reduction="sum", log_target=True).double(),
+                    (dense_log.argmax(dim=-1) == sparse_log.argmax(dim=-1)).sum().double(),
+                ]
+            ).cpu()
+    return [Losses(*means) for means in (sums / len(targets)).tolist()]
+
+
+def next_token_logits(model: Any, states: Tensor) -> Tensor:
+    """Returns the model's logits: its output embedding, and the cap that Gemma 2 puts on it.
+
+    Args:
+        model: a transformers causal language model.
+        states: `[num_rows, hidden_size]`, from `hidden_states`.
+
+    Returns:
+        `[num_rows, vocab_size]` float32.
+    """
+    with torch.inference_mode():
+        logits: Tensor = model.get_output_embeddings()(states).float()
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _check_head(model: Any, token_ids: Tensor) -> None:
+    probe = token_ids[:_PROBE_TOKENS].to(model.device)
+    with torch.inference_mode():
+        expected = model(input_ids=probe[None], use_cache=False).logits[0].float()
+    actual = next_token_logits(model, hidden_states(model, probe))
+    # bfloat16 models round their own cap, which this evaluation computes in float32
+    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
+        raise CalibrationError(f"{type(model).__name__} changes its logits in a way that the evaluation does not know")
+
+
+def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, targets[:, None]).double().sum()
