@@ -89,8 +89,9 @@ def test_it_answers(server: Server) -> None:
 
 def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> None:
     log = server.log.read_text()
-    (command,) = [line for line in log.splitlines() if " vllm serve " in line]
-    assert "--attention-backend toptheta" in command
+    (command,) = [line for line in log.splitlines() if line.startswith("VLLM_PLUGINS=toptheta ")]
+    assert " vllm serve " in command
+    assert " --attention-backend toptheta " in command
     assert log.count("toptheta: thresholds of HuggingFaceTB/SmolLM2-135M-Instruct") == 1
     assert "target_k=128" in log
 
