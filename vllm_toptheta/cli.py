@@ -293,7 +293,8 @@ def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Tab
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    # a pipe or a file has no width, and rich would squeeze the columns into 80 characters
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _print_error(error: TopThetaError) -> None:

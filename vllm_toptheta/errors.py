@@ -154,7 +154,7 @@ class TargetOutOfRange(StoreError):
 
 
 class CalibrationError(TopThetaError):
-    """Thresholds cannot be calibrated from this model and this text."""
+    """Thresholds cannot be calibrated, or evaluated, with this model and this text."""
 
 
 class DemoModelError(TopThetaError):

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import cpu, plugin
+from vllm_toptheta.kernels.cpu import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
@@ -118,7 +119,7 @@ class Harness:
                     threshold[starts[row]] = 0.4 + 0.1 * torch.tensor(float(max(length, 129))).log()
         return paged_top_theta_attention(
             query,
-            self.caches[layer],
+            torch.cat(split_cache(self.caches[layer]), dim=-1),
             self.block_table,
             torch.tensor(step.seq_lens),
             starts,
@@ -153,14 +154,13 @@ def test_layers_equal_the_paged_reference(
         rounding = (expected.to(output.dtype).float() - expected).abs().max()
         error = (output.float() - expected).abs().max()
         assert error <= 2 * rounding + 1e-5, f"layer {layer}"
-    counters = harness.layers[1].impl.layer_plan.counters
-    num_decodes = query_lens.count(1)
     assert harness.layers[0].impl.layer_plan is None
-    assert counters.decode_tokens == num_decodes
-    assert counters.rows_cached == sum(n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
-    assert counters.dense_tokens == sum(n <= TARGET_K for n, new in zip(seq_lens, query_lens, strict=True) if new == 1)
-    if num_decodes > counters.dense_tokens:
-        assert counters.rows_read.max() < counters.rows_cached
+    counters = harness.layers[1].impl.layer_plan.counters
+    decodes = [n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1]
+    num_short = sum(n <= TARGET_K for n in decodes)
+    assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes)]
+    if len(decodes) > num_short:
+        assert counters.rows_read.max() < sum(decodes)
         assert counters.lost_mass.min() > 0
 
 
@@ -170,7 +170,7 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     step = Step([512], [1], [True])
     query, outputs = harness.run(step)
     torch.testing.assert_close(outputs[1], harness.expected(step, query, 1), rtol=1e-4, atol=1e-5)
-    assert harness.layers[1].impl.layer_plan.counters.decode_tokens == 0
+    assert not harness.layers[1].impl.layer_plan.counters.totals.any()
 
 
 def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:
@@ -182,7 +182,7 @@ def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., Vllm
         threshold = torch.full((1, NUM_HEADS), 0.4 + 0.1 * float(torch.tensor(float(length)).log()))
         expected = paged_top_theta_attention(
             query,
-            harness.caches[2],
+            torch.cat(split_cache(harness.caches[2]), dim=-1),
             harness.block_table,
             torch.tensor([length]),
             torch.tensor([0, 1]),
@@ -198,7 +198,7 @@ def test_min_context_keeps_a_sequence_dense(make_config: Callable[..., VllmConfi
     harness.run(Step([599, 600], [599, 600], [True, True]))
     harness.run(Step([600, 601], [1, 1], [False, False]))
     counters = harness.layers[1].impl.layer_plan.counters
-    assert (counters.decode_tokens, counters.dense_tokens) == (2, 1)
+    assert counters.totals.tolist()[:2] == [2, 1]
 
 
 def test_pages_have_a_tail_that_vllm_accounts_for(make_config: Callable[..., VllmConfig]) -> None:

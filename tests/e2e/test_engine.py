@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROUNDING = 5e-3  # nats between the two best tokens; float32 kernels with other summation orders stay well below
 LENGTHS = [700, 1500, 160, 2500]  # prompt tokens
+EQUAL_LENGTHS = [305] * 4
+MAX_TOKENS = 40
 
 
 def assert_same_text(actual: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -39,12 +41,12 @@ def cut(text_ids: list[int], lengths: list[int]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, text_ids: list[int]) -> dict[str, Any]:
-    """One prompt after the other would be slower; each whole prompt in one step, no cache reuse, one rank."""
+    """Each whole prompt in one step, no cache reuse, room for all."""
     return generate(
         model=str(model),
         backend="toptheta",
-        prompts=cut(text_ids, LENGTHS),
-        max_tokens=24,
+        calls=[cut(text_ids, LENGTHS), cut(text_ids, EQUAL_LENGTHS)],
+        max_tokens=MAX_TOKENS,
         engine={"enable_prefix_caching": False, "max_num_batched_tokens": 8192},
     )
 
@@ -78,13 +80,14 @@ def test_prefix_caching(model: Path, text_ids: list[int], undisturbed: dict[str,
         model=str(model),
         backend="toptheta",
         calls=[prompts, prompts],
-        max_tokens=24,
+        max_tokens=MAX_TOKENS,
         engine={"enable_prefix_caching": True, "block_size": 32},
     )
     assert cached["prefix_hits"] > 4000
     first, second = cached["outputs"][:4], cached["outputs"][4:]
-    assert_same_text({"outputs": first}, undisturbed)
-    assert_same_text({"outputs": second}, undisturbed)
+    expected = {"outputs": undisturbed["outputs"][: len(LENGTHS)]}
+    assert_same_text({"outputs": first}, expected)
+    assert_same_text({"outputs": second}, expected)
 
 
 def test_chunked_prefill_and_small_blocks(model: Path, text_ids: list[int], undisturbed: dict[str, Any]) -> None:
@@ -92,23 +95,23 @@ def test_chunked_prefill_and_small_blocks(model: Path, text_ids: list[int], undi
         model=str(model),
         backend="toptheta",
         prompts=cut(text_ids, LENGTHS),
-        max_tokens=24,
+        max_tokens=MAX_TOKENS,
         engine={"max_num_batched_tokens": 200, "block_size": 16},
     )
-    assert_same_text(chunked, undisturbed)
+    assert_same_text(chunked, {"outputs": undisturbed["outputs"][: len(LENGTHS)]})
 
 
 def test_preemption(model: Path, text_ids: list[int], undisturbed: dict[str, Any]) -> None:
-    # 2,500 tokens fill 157 blocks; what is left over cannot hold the other three
+    # a prompt fills 20 blocks and grows to 22: all four start, and not all of them can end
     preempted = generate(
         model=str(model),
         backend="toptheta",
-        prompts=cut(text_ids, LENGTHS),
-        max_tokens=24,
-        engine={"num_gpu_blocks_override": 160, "block_size": 16, "max_model_len": 2540},
+        prompts=cut(text_ids, EQUAL_LENGTHS),
+        max_tokens=MAX_TOKENS,
+        engine={"num_gpu_blocks_override": 84, "block_size": 16, "max_model_len": 400, "enable_prefix_caching": False},
     )
     assert preempted["preemptions"] > 0
-    assert_same_text(preempted, undisturbed)
+    assert_same_text(preempted, {"outputs": undisturbed["outputs"][len(LENGTHS) :]})
 
 
 @pytest.mark.parametrize("ranks", [2])

@@ -51,6 +51,11 @@ class PagedSequences:
         )
 
     @property
+    def interleaved(self) -> torch.Tensor:
+        """The cache as the reference reads it: a token's key and value side by side, a copy."""
+        return torch.cat(cpu.split_cache(self.kv_cache), dim=-1)
+
+    @property
     def value_sum(self) -> torch.Tensor:
         return value_sum_view(self.kv_cache)
 

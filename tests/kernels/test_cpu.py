@@ -41,7 +41,7 @@ def threshold_between_scores(
     """[num_seqs, num_heads]: halfway between the k-th and the next score, so that rounding moves no survivor."""
     rows = []
     for row, length in enumerate(paged.seq_lens.tolist()):
-        key, _ = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        key, _ = gather_sequence(paged.interleaved, paged.block_table[row], length)
         scale = query.shape[-1] ** -0.5
         scores = causal_scores(query[row : row + 1], key, softmax_scale=scale, logits_soft_cap=soft_cap)[0]
         ranked = scores.sort(dim=-1, descending=True).values
@@ -71,7 +71,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
         value_sum=paged.value_sum if value_mean else None,
     )
     for row, length in enumerate(paged.seq_lens.tolist()):
-        key, value = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = top_theta_attention(
             query[row : row + 1],
             key,
@@ -99,11 +99,11 @@ def test_decode_that_keeps_everything_is_dense(threshold: float | None, dtype: t
     batch = cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, 32)
     result = cpu.decode(query, paged.kv_cache, batch, threshold=limit, softmax_scale=0.125, value_sum=paged.value_sum)
     for row, length in enumerate(paged.seq_lens.tolist()):
-        key, value = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = dense_attention(query[row : row + 1], key, value, softmax_scale=0.125)
         torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
     assert result.value_rows_read.tolist() == [[length] * 3 for length in paged.seq_lens.tolist()]
-    assert not result.lost_mass.any()
+    assert result.lost_mass.max() < 1e-6
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -119,7 +119,7 @@ def test_decode_without_survivors_is_the_mean_value(exact: bool) -> None:
         value_sum=paged.value_sum,
     )
     for row, length in enumerate(paged.seq_lens.tolist()):
-        _, value = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        _, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = value.mean(0).repeat_interleave(3, dim=0)
         torch.testing.assert_close(result.output[row], expected, **TOLERANCE)
     assert bool((result.lost_mass == 1).all())
@@ -140,7 +140,7 @@ def test_decode_in_a_sliding_window_reads_nothing_outside(threshold: float | Non
         sliding_window=window,
     )
     for row, length in enumerate(paged.seq_lens.tolist()):
-        key, value = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = top_theta_attention(
             query[row : row + 1],
             key[-window:],
@@ -171,7 +171,7 @@ def test_prefill(dtype: torch.dtype, context: int, length: int, window: int | No
         sliding_window=window,
     )
     assert output.dtype == dtype
-    key, value = gather_sequence(paged.kv_cache, paged.block_table[0], length)
+    key, value = gather_sequence(paged.interleaved, paged.block_table[0], length)
     for index in range(len(query)):
         end = context + index + 1
         start = 0 if window is None else max(0, end - window)
@@ -188,10 +188,10 @@ def test_prefill(dtype: torch.dtype, context: int, length: int, window: int | No
 
 def test_padding_slots_are_not_written() -> None:
     paged, _ = sequences([16], "mha", 16, torch.float32)
-    before = paged.kv_cache.clone()
+    before = paged.interleaved
     key = torch.ones(3, 2, 64)
     cpu.write_kv(key, key, paged.kv_cache, torch.tensor([-1, 16 * int(paged.block_table[0, 0]) + 5, -1]))
-    changed = ~torch.isclose(before, paged.kv_cache, equal_nan=True)
+    changed = ~torch.isclose(before, paged.interleaved, equal_nan=True)
     assert changed.nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[int(paged.block_table[0, 0]), 5]]
 
 
@@ -215,7 +215,7 @@ def test_value_sums_do_not_depend_on_how_the_tokens_came(steps: list[list[int]],
         if paged.seq_lens.tolist() != lens:
             paged.append(lens, generator)
     for row, length in enumerate(paged.seq_lens.tolist()):
-        _, value = gather_sequence(paged.kv_cache, paged.block_table[row], length)
+        _, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         for page in range(length // block_size):
             expected = value[: (page + 1) * block_size].float().sum(0)
             actual = paged.value_sum[paged.block_table[row, page]]

@@ -36,7 +36,9 @@ def test_inner_axes_may_lie_token_first() -> None:
 
 def test_pages_are_aligned() -> None:
     assert padded_page_bytes(32768, 3, 64) == 33536
-    assert padded_page_bytes(1, 1, 1) % PAGE_ALIGNMENT == 0
+    for head_size in (64, 80, 96, 128, 256):
+        page_bytes = padded_page_bytes(2 * head_size * 16 * 2, 1, head_size)
+        assert page_bytes % PAGE_ALIGNMENT == page_bytes % (4 * head_size) == 0
 
 
 def test_pages_without_a_tail_are_refused() -> None:

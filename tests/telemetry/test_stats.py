@@ -29,9 +29,7 @@ def rank(*counters: LayerCounters) -> dict[str, Any]:
 def counted(layer: int, kv_heads: list[int], rows_read: list[list[int]], lost_mass: float) -> LayerCounters:
     counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2)
     counters.add(
-        tokens=len(rows_read),
-        dense_tokens=1,
-        rows_cached=100 * len(rows_read),
+        torch.tensor([len(rows_read), 1, 100 * len(rows_read)]),
         rows_read=torch.tensor(rows_read),
         lost_mass=torch.full((len(rows_read), 2 * len(kv_heads)), lost_mass),
     )
@@ -41,9 +39,7 @@ def counted(layer: int, kv_heads: list[int], rows_read: list[list[int]], lost_ma
 def test_counters_add_up_over_steps() -> None:
     counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25)
     counters.add(
-        tokens=1,
-        dense_tokens=0,
-        rows_cached=50,
+        torch.tensor([1, 0, 50]),
         rows_read=torch.tensor([[1, 2]]),
         lost_mass=torch.tensor([[0.0, 0.5, 1.0, 1.0]]),
     )

@@ -53,8 +53,7 @@ class StepMetadata(AttentionMetadata):
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
         length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
         is_short: [num_decodes, 1] bool, sequences too short for thresholds.
-        num_short: Number of those.
-        rows_cached: Sum of the decoding sequences' lengths.
+        totals: [3] int64, what the step adds to `LayerCounters.totals`.
         prefills: Everything that is not decoding.
         closed_pages: Pages that become full, or None.
     """
@@ -63,8 +62,7 @@ class StepMetadata(AttentionMetadata):
     decode_tokens: torch.Tensor | slice
     length_powers: torch.Tensor | None
     is_short: torch.Tensor
-    num_short: int
-    rows_cached: int
+    totals: torch.Tensor
     prefills: list[PrefillChunk]
     closed_pages: kernels.ClosedPages | None
 
@@ -110,8 +108,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
             length_powers=None if bool(is_short.all()) else self.plan.length_powers(lengths),
             is_short=is_short[:, None],
-            num_short=int(is_short.sum()),
-            rows_cached=int(lengths.sum()),
+            totals=torch.stack([torch.tensor(len(lengths)), is_short.sum(), lengths.sum()]),
             prefills=prefills,
             closed_pages=kernels.ClosedPages.of_step(block_table, seq_lens - query_lens, seq_lens, block_size),
         )
@@ -288,11 +285,5 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
         )
-        layer_plan.counters.add(
-            tokens=len(query),
-            dense_tokens=step.num_short,
-            rows_cached=step.rows_cached,
-            rows_read=result.value_rows_read,
-            lost_mass=result.lost_mass,
-        )
+        layer_plan.counters.add(step.totals, rows_read=result.value_rows_read, lost_mass=result.lost_mass)
         return result.output

@@ -105,7 +105,9 @@ class Plan:
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
         logger.info_once("toptheta: thresholds of %s; dense_layers=%s, %s", self.source, dense_layers, options)
 
-    def for_layer(self, layer: int, *, num_heads: int, num_kv_heads: int, rank: int) -> LayerPlan | None:
+    def for_layer(
+        self, layer: int, *, num_heads: int, num_kv_heads: int, rank: int, device: torch.device | str = "cpu"
+    ) -> LayerPlan | None:
         """A layer's share of the plan on one tensor-parallel rank, or None if the layer is dense.
 
         Ranks hold consecutive query heads; where there are more ranks than kv heads, several hold the same kv head
@@ -116,6 +118,7 @@ class Plan:
             num_heads: Query heads on the rank.
             num_kv_heads: Key and value heads on the rank.
             rank: Tensor-parallel rank.
+            device: Where the tensors go.
         """
         if self.curve is None or layer in self.dense_layers:
             return None
@@ -124,10 +127,10 @@ class Plan:
         whole_group = self.architecture.num_heads // self.architecture.num_kv_heads
         kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
         return LayerPlan(
-            coefficients=torch.from_numpy(self.curve.coefficients[layer, first : first + num_heads].copy()),
+            coefficients=torch.from_numpy(self.curve.coefficients[layer, first : first + num_heads].copy()).to(device),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
-            counters=LayerCounters(layer, kv_heads, group),
+            counters=LayerCounters(layer, kv_heads, group, device),
         )
 
     def length_powers(self, seq_lens: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
-"""vLLM's CPU platform knows one attention backend; these two hooks let it choose ours, or refuse.
+"""The hooks into vLLM's platforms: an early check on all of them, and the choice of our backend on CPUs.
 
-Out-of-tree backends have no hook of their own there, hence the two wrapped class methods. Both keep the signature that
+Out-of-tree backends have no hooks of their own there, hence the wrapped class methods. They keep the signatures that
 they have had since vLLM 0.26, and leave every other backend alone.
 """
 
@@ -9,22 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_toptheta.backend import gates
+from vllm_toptheta.backend.compat import NAME
 from vllm_toptheta.backend.plan import Plan
 
 
 def install(platform: type[Any]) -> None:
-    """Wrap the class methods of vLLM's `CpuPlatform`; called once per process."""
+    """Wrap the class methods of vLLM's current platform; called once per process."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    toptheta = AttentionBackendEnum["TOPTHETA"]
-    get_attn_backend_cls = platform.get_attn_backend_cls
+    toptheta = AttentionBackendEnum[NAME]
     check_and_update_config = platform.check_and_update_config
-
-    def select(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
-        if selected_backend is not toptheta:
-            return get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        gates.check_layer(attn_selector_config)
-        return toptheta.get_path()
 
     def check(vllm_config: Any) -> None:
         check_and_update_config(vllm_config)
@@ -33,5 +27,19 @@ def install(platform: type[Any]) -> None:
             gates.check_engine(vllm_config)
             Plan.resolve(vllm_config)
 
-    platform.get_attn_backend_cls = staticmethod(select)
     platform.check_and_update_config = staticmethod(check)
+    if platform.device_type == "cpu":
+        _install_selection(platform, toptheta)
+
+
+def _install_selection(platform: type[Any], toptheta: Any) -> None:
+    """vLLM's CPU platform knows one backend for each kind of attention and takes no other."""
+    get_attn_backend_cls = platform.get_attn_backend_cls
+
+    def select(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+        if selected_backend is not toptheta:
+            return get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        gates.check_layer(attn_selector_config)
+        return toptheta.get_path()
+
+    platform.get_attn_backend_cls = staticmethod(select)

@@ -3,7 +3,7 @@
 Three steps, in the order in which a layer runs them: `write_kv` puts new tokens into the cache, `close_pages` writes
 running value sums of pages that became full, then `decode` and `prefill` compute the output.
 
-    kv_cache      [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis
+    kv_cache      [num_blocks, num_kv_heads, block_size, 2 * head_size] of memory, filled as `split_cache` says
     block_table   [num_seqs, max_blocks] integer, physical block of each logical block
     seq_lens      [num_seqs] int64, cached tokens of each sequence including the new ones
 """
@@ -42,6 +42,7 @@ class DecodeBatch:
         seq_lens: [num_seqs] int64, cached tokens including the new one; at least 1.
         blocks: [num_seqs, max_blocks] int64, physical blocks; `NULL_BLOCK` behind a sequence's end.
         visible: [num_seqs, max_len] bool, positions that hold a token; max_len = max_blocks * block_size.
+        min_len: Length of the shortest sequence.
         is_open: [num_seqs, max_len] bool, tokens of the last page where that is not full.
         last_full: [num_seqs] int64, physical block of the last full page; meaningless where there is none.
         has_full: [num_seqs] bool, whether there is one.
@@ -50,6 +51,7 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     blocks: torch.Tensor
     visible: torch.Tensor
+    min_len: int
     is_open: torch.Tensor
     last_full: torch.Tensor
     has_full: torch.Tensor
@@ -68,6 +70,7 @@ class DecodeBatch:
             seq_lens=seq_lens,
             blocks=blocks,
             visible=visible,
+            min_len=int(seq_lens.min()),
             is_open=visible & (position >= (num_full * block_size)[:, None]),
             last_full=blocks.gather(1, (num_full - 1).clamp(min=0)[:, None]).flatten(),
             has_full=num_full > 0,
@@ -115,6 +118,17 @@ class ClosedPages:
         )
 
 
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of a cache, each [num_blocks, num_kv_heads, block_size, head_size].
+
+    Within a page and head, all keys stand in front of all values: keys are read whole and in order, values row by row,
+    and side by side each would drag the other through the memory bus.
+    """
+    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
+    halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, content // 2)
+    return halves[:, :, :block_size], halves[:, :, block_size:]
+
+
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Write new tokens into their slots; a negative slot is padding and is skipped.
 
@@ -123,13 +137,14 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
         kv_cache: Written in place.
         slot_mapping: [num_tokens] integer, block * block_size + offset.
     """
-    block_size, head_size = kv_cache.shape[2], key.shape[-1]
+    key_cache, value_cache = split_cache(kv_cache)
+    block_size = kv_cache.shape[2]
     written = slot_mapping >= 0
     if not bool(written.all()):
         key, value, slot_mapping = key[written], value[written], slot_mapping[written]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    kv_cache[blocks, :, offsets, :head_size] = key.to(kv_cache.dtype)
-    kv_cache[blocks, :, offsets, head_size:] = value.to(kv_cache.dtype)
+    key_cache[blocks, :, offsets] = key.to(kv_cache.dtype)
+    value_cache[blocks, :, offsets] = value.to(kv_cache.dtype)
 
 
 def close_pages(kv_cache: torch.Tensor, value_sum: torch.Tensor, pages: ClosedPages) -> None:
@@ -143,8 +158,8 @@ def close_pages(kv_cache: torch.Tensor, value_sum: torch.Tensor, pages: ClosedPa
         value_sum: [num_blocks, num_kv_heads, head_size] float32, written in place.
         pages: Which pages, from `ClosedPages.of_step`.
     """
-    head_size = kv_cache.shape[-1] // 2
-    sums = kv_cache[pages.blocks, :, :, head_size:].sum(dim=3, dtype=torch.float32)
+    _, value_cache = split_cache(kv_cache)
+    sums = value_cache[pages.blocks].sum(dim=3, dtype=torch.float32)
     sums.masked_fill_(~pages.valid[:, :, None, None], 0.0)
     before = value_sum[pages.previous].masked_fill(pages.is_first[:, None, None], 0.0)
     value_sum[pages.blocks[pages.valid]] = (before[:, None] + sums.cumsum(dim=1))[pages.valid]
@@ -185,87 +200,100 @@ def decode(
     group = num_heads // num_kv_heads
     visible = batch.visible if sliding_window is None else batch.visible & batch.within(sliding_window)
 
-    keys = _pages(kv_cache[..., :head_size], batch)
-    grouped = query.view(num_seqs, 1, num_kv_heads, group, head_size).float()
+    key_cache, value_cache = split_cache(kv_cache)
+    keys = _pages(key_cache, batch)
+    grouped = query.view(num_seqs, 1, num_kv_heads, group, head_size).float() * softmax_scale
     # [num_seqs, num_kv_heads, group, max_len]
-    scores = torch.matmul(grouped, keys.transpose(3, 4)).permute(0, 2, 3, 1, 4).flatten(3).mul_(softmax_scale)
+    scores = torch.matmul(grouped, keys.transpose(3, 4)).permute(0, 2, 3, 1, 4).flatten(3)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-    # this also replaces what unwritten memory holds, NaN included
-    scores = scores.where(visible[:, None, None], -torch.inf)
+    # this also replaces what unwritten memory holds, NaN included; in front, every sequence has a token
+    masked = slice(0 if sliding_window is not None else batch.min_len, None)
+    scores[..., masked] = scores[..., masked].where(visible[:, None, None, masked], -torch.inf)
     numerators = torch.exp(scores - scores.amax(dim=3, keepdim=True))
     total = numerators.sum(dim=3)
 
     if threshold is None:
-        values = _pages(kv_cache[..., head_size:], batch).transpose(1, 2).flatten(2, 3)
+        values = _pages(value_cache, batch)
+        num_blocks, block_size = values.shape[1], values.shape[3]
         # unwritten memory under weight 0 would still make NaN
-        values.masked_fill_(~visible[:, None, :, None], 0.0)
+        open_pages = slice(batch.min_len // block_size, None)
+        written = batch.visible.view(num_seqs, num_blocks, 1, block_size, 1)[:, open_pages]
+        values[:, open_pages] = values[:, open_pages].where(written, 0.0)
+        weights = numerators.unflatten(3, (num_blocks, block_size)).permute(0, 3, 1, 2, 4)
+        output = torch.matmul(weights, values).sum(dim=1) / total[..., None]
         return DecodeResult(
-            output=(torch.matmul(numerators, values) / total[..., None]).view(num_seqs, num_heads, head_size),
+            output=output.view(num_seqs, num_heads, head_size),
             value_rows_read=visible.sum(dim=1, keepdim=True).expand(-1, num_kv_heads),
             lost_mass=torch.zeros(num_seqs, num_heads),
         )
 
-    survivors = (scores >= threshold.view(num_seqs, num_kv_heads, group, 1)) & visible[:, None, None]
-    kept = numerators.where(survivors, 0.0)
+    limit = threshold.view(num_seqs, num_kv_heads, group, 1)
+    # some head of the group keeps the key: score minus threshold is not negative (-inf minus -inf, NaN, compares false)
+    read = (scores - limit).amax(dim=2) >= 0
+    if value_sum is not None:
+        read |= batch.is_open[:, None]
+    positions, valid = _packed_positions(read)
+    values = _value_rows(value_cache, batch.blocks, positions)
+    at_positions = positions[:, :, None].expand(-1, -1, group, -1)
+    survivors = (scores.gather(3, at_positions) >= limit) & valid[:, :, None]
+    kept = numerators.gather(3, at_positions).where(survivors, 0.0)
     kept_sum = kept.sum(dim=3)
-    lost_mass = (total - kept_sum) / total
-    read, weights = survivors.any(dim=2), kept
-    if value_sum is not None:
-        # one more row of weights sums the values of the page that is still open: its sum stands in no tail yet
-        read = read | batch.is_open[:, None]
-        is_open = batch.is_open[:, None, None].expand(-1, num_kv_heads, 1, -1)
-        weights = torch.cat([kept, is_open.to(kept.dtype)], dim=2)
-    weighted = _weighted_values(weights, read, kv_cache, batch.blocks)
+    lost_mass = ((total - kept_sum) / total).clamp_(min=0.0)
     denominator = total if denominator_compensation else kept_sum.clamp(min=torch.finfo(torch.float32).tiny)
-    output = weighted[:, :, :group] / denominator[..., None]
-    if value_sum is not None:
-        closed = value_sum[batch.last_full].masked_fill(~batch.has_full[:, None, None], 0.0)
-        mean = (closed + weighted[:, :, group]) / batch.seq_lens[:, None, None]
+    if value_sum is None:
+        output = torch.matmul(kept, values) / denominator[..., None]
+    else:
+        # one more row of weights sums the values of the page that is still open: its sum stands in no tail yet
+        is_open = valid & batch.is_open[:, None].expand_as(read).gather(2, positions)
+        sums = torch.matmul(torch.cat([kept, is_open[:, :, None].float()], dim=2), values)
+        closed_sum = value_sum[batch.last_full].masked_fill(~batch.has_full[:, None, None], 0.0)
+        mean = (closed_sum + sums[:, :, group]) / batch.seq_lens[:, None, None]
         # without the exact denominator nothing is known to be lost, unless no key survived at all
         known_lost = lost_mass if denominator_compensation else (kept_sum == 0).float()
-        output = output + known_lost[..., None] * mean[:, :, None]
+        output = sums[:, :, :group] / denominator[..., None] + known_lost[..., None] * mean[:, :, None]
     return DecodeResult(
         output=output.view(num_seqs, num_heads, head_size),
-        value_rows_read=read.sum(dim=2),
+        value_rows_read=valid.sum(dim=2),
         lost_mass=lost_mass.view(num_seqs, num_heads),
     )
 
 
 def _pages(cache: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
-    """The batch's pages of the keys' or the values' half of a cache: [num_seqs, max_blocks, *page] float32."""
+    """The batch's pages of a cache, [num_seqs, max_blocks, num_kv_heads, block_size, head_size] float32."""
     # index_select on the block axis copies whole rows; advanced indexing would go element by element
     pages = cache.index_select(0, batch.blocks.flatten()).float()
     return pages.view(*batch.blocks.shape, *pages.shape[1:])
 
 
-def _weighted_values(
-    weights: torch.Tensor, read: torch.Tensor, kv_cache: torch.Tensor, blocks: torch.Tensor
-) -> torch.Tensor:
-    """Sum of value rows under each row of weights, fetching only the rows marked in `read`.
-
-    Args:
-        weights: [num_seqs, num_kv_heads, num_rows, max_len] float32, zero outside `read`.
-        read: [num_seqs, num_kv_heads, max_len] bool.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
-        blocks: [num_seqs, max_blocks] int64, physical blocks.
+def _packed_positions(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions marked in `read`, [num_seqs, num_kv_heads, max_len] bool, packed to the left.
 
     Returns:
-        [num_seqs, num_kv_heads, num_rows, head_size] float32.
+        [num_seqs, num_kv_heads, width] int64, 0 where padded, and a mask of the same shape, False where padded; width
+        is that of the row with most marks, at least 1.
     """
-    num_seqs, num_kv_heads, _ = read.shape
-    block_size, head_size = kv_cache.shape[2], kv_cache.shape[3] // 2
     seq, head, position = torch.nonzero(read, as_tuple=True)
-    # pack the positions of each (sequence, head) to the left
-    packed = read.cumsum(dim=2)
-    width = int(packed[:, :, -1].max())
-    rank = packed[seq, head, position] - 1
-    values = torch.zeros(num_seqs, num_kv_heads, width, head_size)
-    physical = blocks[seq, position // block_size]
-    values[seq, head, rank] = kv_cache[physical, head, position % block_size, head_size:].float()
-    packed_weights = torch.zeros(num_seqs, num_kv_heads, width, weights.shape[2])
-    packed_weights[seq, head, rank] = weights.transpose(2, 3)[seq, head, position]
-    return torch.matmul(packed_weights.transpose(2, 3), values)
+    rank = read.cumsum(dim=2)
+    counts = rank[:, :, -1]
+    width = max(1, int(counts.max()))
+    positions = torch.zeros(*counts.shape, width, dtype=torch.int64)
+    positions[seq, head, rank[seq, head, position] - 1] = position
+    return positions, torch.arange(width) < counts[..., None]
+
+
+def _value_rows(value_cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The value rows at `positions`, [num_seqs, num_kv_heads, width, head_size] float32."""
+    num_blocks, num_kv_heads, block_size, head_size = value_cache.shape
+    # pages are whole numbers of rows (kernels.pages), so all rows stand in one matrix, which index_select copies row by
+    # row, while advanced indexing would go element by element
+    rows_per_page, rows_per_head = value_cache.stride(0) // head_size, value_cache.stride(1) // head_size
+    num_rows = (num_blocks - 1) * rows_per_page + (num_kv_heads - 1) * rows_per_head + block_size
+    rows = value_cache.as_strided((num_rows, head_size), (head_size, 1))
+    block = blocks[:, None].expand(-1, num_kv_heads, -1).gather(2, positions // block_size)
+    head = torch.arange(num_kv_heads)[:, None]
+    index = block * rows_per_page + head * rows_per_head + positions % block_size
+    return F.embedding(index, rows).float()
 
 
 def prefill(
@@ -295,8 +323,10 @@ def prefill(
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     blocks = block_table[: -(-seq_len // block_size)].long()
-    cached = kv_cache.transpose(0, 1)[:, blocks].reshape(num_kv_heads, -1, 2 * head_size)[:, :seq_len].to(query.dtype)
-    key, value = cached.split(head_size, dim=2)
+    key, value = (
+        cache.index_select(0, blocks).transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :seq_len].to(query.dtype)
+        for cache in split_cache(kv_cache)
+    )
     queries = query.transpose(0, 1)
     if num_tokens == seq_len and sliding_window is None and logits_soft_cap is None:
         return _scaled_dot_product(queries, key, value, softmax_scale, is_causal=True)

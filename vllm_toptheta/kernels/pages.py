@@ -13,6 +13,8 @@ and values it was computed from, and it is freed with them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 PAGE_ALIGNMENT = 256  # bytes; keeps every page and every tail aligned for the widest vector loads
@@ -20,9 +22,13 @@ _FLOAT_BYTES = 4
 
 
 def padded_page_bytes(content_bytes: int, num_kv_heads: int, head_size: int) -> int:
-    """Bytes of a page whose keys and values take `content_bytes`, with its tail."""
-    page_bytes = content_bytes + num_kv_heads * head_size * _FLOAT_BYTES
-    return -(-page_bytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+    """Bytes of a page whose keys and values take `content_bytes`, with its tail.
+
+    Pages are aligned, and whole numbers of rows of `head_size` elements of up to 4 bytes.
+    """
+    row_bytes = head_size * _FLOAT_BYTES
+    alignment = math.lcm(PAGE_ALIGNMENT, row_bytes)
+    return -(-(content_bytes + num_kv_heads * row_bytes) // alignment) * alignment
 
 
 def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""The Python files of a vLLM release, downloaded once into the cache folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_toptheta.demo_model import cache_folder
+
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
+
+
+def unpacked(version: str) -> Path:
+    """A folder for PYTHONPATH with the Python files of vLLM `version`, named as the CPU build of itself.
+
+    The kernels are left out: what is tested is the contract, which is Python.
+    """
+    folder = cache_folder() / "compat" / f"vllm-{version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
+        for platform in PLATFORMS:
+            options += ["--platform", platform]
+        command = [sys.executable, "-m", "pip", "download", "-q", *options, "-d", scratch, f"vllm=={version}"]
+        subprocess.run(command, check=True, capture_output=True)
+        site = Path(scratch, "site")
+        with zipfile.ZipFile(next(Path(scratch).glob("vllm-*.whl"))) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith("vllm/") and name.endswith((".py", ".json"))]
+            wheel.extractall(site, names)
+        metadata = site / f"vllm-{version}+cpu.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+        site.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["0.26.0", "0.33.0"])
+def vllm_files(request: pytest.FixtureRequest) -> Path:
+    """The oldest and the newest supported release."""
+    return unpacked(request.param)

@@ -1,0 +1,128 @@
+"""The differences between the vLLM versions that are supported, found by looking for features, not for numbers.
+
+0.26         backends have no names of their own in the enum; pages are padded by wrapping Attention.get_kv_cache_spec
+0.27 - 0.33  AttentionBackendEnum.register and AttentionBackend.customize_spec exist
+"""
+
+from __future__ import annotations
+
+import copyreg
+import os
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_toptheta.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+NAME = "TOPTHETA"
+ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"
+OLDEST, NEWEST = (0, 26), (0, 33)  # minor versions, both included
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM whose backend contract nobody has compared with this code.
+
+    Raises:
+        UnsupportedError: `version` is older or newer than the supported ones, and `ALLOW_UNTESTED` is not set.
+    """
+    minor = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if not OLDEST <= minor <= NEWEST and os.environ.get(ALLOW_UNTESTED) != "1":
+        supported = " to ".join(".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+        raise UnsupportedError(
+            f"attention backend toptheta supports vLLM {supported}, this is {version}",
+            remedy=f"Install a supported version, or try this one with {ALLOW_UNTESTED}=1",
+        )
+
+
+def register_name(class_path: str) -> None:
+    """Add the backend to vLLM's enum, and let the member pickle; once per process."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if hasattr(AttentionBackendEnum, "register"):
+        register_backend(NAME, class_path)
+    else:
+        register_backend(_new_member(AttentionBackendEnum, class_path), class_path)
+    copyreg.pickle(AttentionBackendEnum, _reduce)
+
+
+def _new_member(enum: Any, value: str) -> Any:
+    """What later versions do in `AttentionBackendEnum.register`: an enum member made after its class."""
+    member = object.__new__(enum)
+    member._name_, member._value_ = NAME, value
+    setattr(enum, NAME, member)
+    enum._member_map_[NAME] = member
+    enum._value2member_map_[value] = member
+    enum._member_names_.append(NAME)
+    return member
+
+
+def _reduce(member: AttentionBackendEnum) -> tuple[Any, ...]:
+    """Pickle our member by name.
+
+    A spawned process unpickles its config before it loads plugins, and enum members pickle by a value that it does not
+    know yet.
+    """
+    if member.name == NAME:
+        return _restore, (member.name,)
+    return type(member), (member.value,)
+
+
+def _restore(name: str) -> AttentionBackendEnum:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_toptheta.backend.plugin import register
+
+    register()
+    return AttentionBackendEnum[name]
+
+
+def install_page_tails() -> None:
+    """Have our layers' pages padded in versions whose backends cannot ask for it themselves."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    if hasattr(AttentionBackend, "customize_spec"):
+        return
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_toptheta.backend.pages import with_tail
+
+    get_kv_cache_spec = Attention.get_kv_cache_spec
+
+    def get_padded_spec(self: Any, vllm_config: Any) -> Any:
+        spec = get_kv_cache_spec(self, vllm_config)
+        return with_tail(spec) if spec is not None and self.attn_backend.get_name() == NAME else spec
+
+    Attention.get_kv_cache_spec = get_padded_spec
+
+
+def without_decodes(common: CommonAttentionMetadata, num_decodes: int, num_decode_tokens: int) -> Any:
+    """The part of a batch behind its decoding sequences, which stand in front.
+
+    Args:
+        common: The batch.
+        num_decodes: Sequences that decode.
+        num_decode_tokens: Their tokens.
+    """
+    changes: dict[str, Any] = {}
+    for field in fields(common):
+        value = getattr(common, field.name)
+        if isinstance(value, torch.Tensor) and len(value) == common.num_reqs:
+            changes[field.name] = value[num_decodes:]
+    changes |= {
+        "query_start_loc": common.query_start_loc[num_decodes:] - num_decode_tokens,
+        "query_start_loc_cpu": common.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
+        "slot_mapping": common.slot_mapping[num_decode_tokens:],
+        "num_reqs": common.num_reqs - num_decodes,
+        "num_actual_tokens": common.num_actual_tokens - num_decode_tokens,
+    }
+    for name in ("positions", "_num_computed_tokens_cache", "_token_to_req_indices_cache"):
+        if hasattr(common, name):
+            changes[name] = None  # derived or optional; rebuilt from the rest where it is needed
+    if getattr(common, "req_idx", None) is not None:
+        changes["req_idx"] = common.req_idx[num_decodes:]
+    return replace(common, **changes)
