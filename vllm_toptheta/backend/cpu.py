@@ -244,10 +244,12 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         if attn_metadata is None:
             return output.zero_()
         step = attn_metadata
-        if self.layer_plan is not None and step.closed_pages is not None:
-            kernels.close_pages(kv_cache, value_sum_view(kv_cache), step.closed_pages)
+        uses_mean = self.layer_plan is not None and self.layer_plan.value_mean_compensation
+        value_sum = value_sum_view(kv_cache) if uses_mean else None
+        if value_sum is not None and step.closed_pages is not None:
+            kernels.close_pages(kv_cache, value_sum, step.closed_pages)
         if step.decodes is not None:
-            decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes)
+            decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes, value_sum)
             output[step.decode_tokens] = decoded.to(output.dtype)
         for chunk in step.prefills:
             output[chunk.tokens] = kernels.prefill(
@@ -262,7 +264,12 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         return output
 
     def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, step: StepMetadata, decodes: kernels.DecodeBatch
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: StepMetadata,
+        decodes: kernels.DecodeBatch,
+        value_sum: torch.Tensor | None,
     ) -> torch.Tensor:
         """[num_decodes, num_heads, head_size] float32 for the step's decoding sequences."""
         decode = partial(
@@ -283,7 +290,7 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         result = decode(
             threshold=threshold,
             denominator_compensation=layer_plan.denominator_compensation,
-            value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
+            value_sum=value_sum,
         )
         layer_plan.counters.add(step.totals, rows_read=result.value_rows_read, lost_mass=result.lost_mass)
         return result.output

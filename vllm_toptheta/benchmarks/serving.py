@@ -13,12 +13,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
-from rich.table import Table
 
+from vllm_toptheta.benchmarks.dummy import keep_rows
 from vllm_toptheta.errors import BenchmarkError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LOG_TAIL = 4000  # characters of a failed engine's log that are shown
 
@@ -34,6 +37,10 @@ class ServingWorkload(BaseModel):
     dtype: str = "auto"
     enforce_eager: bool = True
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend toptheta.")
+    random_rows: int | None = Field(
+        default=None, description="Random weights, with thresholds by which a kv head reads that many value rows."
+    )
+    gpu_memory_utilization: float = 0.92
 
 
 class BackendTimes(BaseModel):
@@ -76,11 +83,14 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             measured = _in_new_process(workload, backend)
             times[backend].ms_per_token += measured.ms_per_token
             times[backend].rows_read_share = measured.rows_read_share
-    return ServingReport(workload=workload, device=_device(), vllm=version("vllm"), backends=list(times.values()))
+    named = workload.model_copy(update={"model": Path(workload.model).name})  # where it lies is nobody's business
+    return ServingReport(workload=named, device=_device(), vllm=version("vllm"), backends=list(times.values()))
 
 
 def serving_table(report: ServingReport) -> Table:
     """The report as a table; a ratio above 1 is faster than the first backend."""
+    from rich.table import Table
+
     work = report.workload
     table = Table(
         title=f"{work.batch_size} x {work.context} tokens, {work.output_tokens} generated",
@@ -126,6 +136,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     from vllm_toptheta.telemetry.endpoint import STATS_RPC
     from vllm_toptheta.telemetry.stats import merge
 
+    is_dummy = workload.random_rows is not None
     engine = LLM(
         model=workload.model,
         attention_backend=backend,
@@ -135,15 +146,23 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
         max_num_seqs=workload.batch_size,
         enforce_eager=workload.enforce_eager,
         disable_log_stats=False,
+        gpu_memory_utilization=workload.gpu_memory_utilization,
+        load_format="dummy" if is_dummy else "auto",
+        skip_tokenizer_init=is_dummy,
     )
-    vocabulary = engine.get_tokenizer().vocab_size
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
     # different prompts, so that no request shares another's cache; the same in every repeat, so that only the first
     # batch, which is not measured, has to compute them
     prompts = [
         {"prompt_token_ids": [(request * 7919 + index * 104729) % vocabulary for index in range(workload.context)]}
         for request in range(workload.batch_size)
     ]
-    sampling = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True, detokenize=not is_dummy
+    )
+    if workload.random_rows is not None and any(engine.collective_rpc(STATS_RPC)):
+        few_tokens = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, detokenize=False)
+        keep_rows(engine, lambda: engine.generate(prompts, few_tokens, use_tqdm=False), workload.random_rows)
     times = []
     for repeat in range(1 + workload.repeats):
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
