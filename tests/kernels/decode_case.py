@@ -1,0 +1,302 @@
+"""Random decode steps on a paged cache, and what the reference makes of them.
+
+Thresholding is discontinuous. So each head's threshold is moved into a gap between its scores, wide against rounding,
+and kernel and reference must agree on every survivor before their outputs are compared.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.tuning import LaunchConfig
+from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+RUNS_HERE = INTERPRETED or torch.cuda.is_available()
+WHY_NOT = "needs a GPU, or Triton's interpreter: test_interpreter.py starts that"
+
+MIN_GAP = 2e-4  # between a threshold and the nearest score, in scaled logits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step; lengths of 0 are padding rows."""
+
+    lens: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float16
+    kv_dtype: torch.dtype | None = None
+    layout: str = "NHD"
+    soft_cap: float | None = None
+    exact: bool = True
+    value_mean: bool = True
+    degree: int = 0
+    min_sparse_context: int = 0
+    target_k: int = 20
+    seed: int = 0
+
+
+@dataclass
+class Case:
+    """The tensors of a step, on the device."""
+
+    shape: Shape
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    value_sum: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    coefficients: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.shape.head_size**-0.5
+
+    @property
+    def length_range(self) -> tuple[int, int]:
+        return 32, 40_000
+
+    def run(
+        self, config: LaunchConfig | None = None, workspace: DecodeWorkspace | None = None, **options: Any
+    ) -> tuple[torch.Tensor, DecodeCounters]:
+        """Output and counters of the kernel, whose memory starts out as NaN."""
+        shape = self.shape
+        heads = shape.num_heads, shape.num_kv_heads
+        if workspace is None:
+            workspace = DecodeWorkspace.allocate(
+                len(shape.lens),
+                *heads,
+                shape.head_size,
+                kv_dtype=self.kv_cache.dtype,
+                device=DEVICE,
+                config=config,
+            )
+            for buffer in vars(workspace).values():
+                buffer.view(torch.int32).fill_(0x7FFF_FFFF)  # NaN
+        counters = DecodeCounters.allocate(*heads, DEVICE)
+        output = torch.full_like(self.query, torch.nan)
+        k_scale, v_scale = self.scales or (None, None)
+        arguments: dict[str, Any] = {
+            "output": output,
+            "workspace": workspace,
+            "coefficients": self.coefficients,
+            "min_length": self.length_range[0],
+            "max_length": self.length_range[1],
+            "min_sparse_context": shape.min_sparse_context,
+            "softmax_scale": self.softmax_scale,
+            "logits_soft_cap": shape.soft_cap,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "denominator_compensation": shape.exact,
+            "value_sum": self.value_sum if shape.value_mean else None,
+            "counters": counters,
+            "config": config,
+        }
+        decode(self.query, self.kv_cache, self.block_table, self.seq_lens, **(arguments | options))
+        return output, counters
+
+    def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a sequence, float32, scales applied."""
+        cache = self.kv_cache
+        if cache.dtype.itemsize == 1:  # float8 cannot be indexed
+            cache = cache.view(torch.uint8)
+        key, value = gather_sequence(cache, self.block_table[row], int(self.seq_lens[row]))
+        key, value = (tensor.contiguous().view(self.kv_cache.dtype).float() for tensor in (key, value))
+        if self.scales is not None:
+            key, value = key * self.scales[0], value * self.scales[1]
+        return key, value
+
+
+def make_case(shape: Shape, threshold: float | None = None) -> Case:
+    """Fill a cache of permuted pages whose unwritten memory, block 0 included, is NaN; None places the thresholds."""
+    generator = torch.Generator(DEVICE).manual_seed(shape.seed)
+    group_shape = shape.num_kv_heads, shape.block_size, 2 * shape.head_size
+    kv_dtype = shape.kv_dtype or shape.dtype
+    width = max(1, *(-(-length // shape.block_size) for length in shape.lens)) + 1
+    num_blocks = 1 + sum(-(-length // shape.block_size) for length in shape.lens)
+    content = group_shape[0] * group_shape[1] * group_shape[2]
+    stride = padded_page_bytes(content * kv_dtype.itemsize, shape.num_kv_heads, shape.head_size) // kv_dtype.itemsize
+    memory = torch.full((num_blocks * stride,), torch.nan, dtype=torch.float32, device=DEVICE).to(kv_dtype)
+    inner = {
+        "NHD": (group_shape[2], group_shape[0] * group_shape[2]),
+        "HND": (content // group_shape[0], group_shape[2]),
+    }
+    kv_cache = memory.as_strided((num_blocks, *group_shape), (stride, *inner[shape.layout], 1))
+    value_sum = value_sum_view(kv_cache)
+    value_sum.fill_(torch.nan)
+
+    order = (torch.randperm(num_blocks - 1, generator=generator, device=DEVICE) + 1).int()
+    block_table = torch.full((len(shape.lens), width), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    first = 0
+    for row, length in enumerate(shape.lens):
+        num_pages = -(-length // shape.block_size)
+        block_table[row, :num_pages] = order[first : first + num_pages]
+        first += num_pages
+        tokens = torch.randn(length, shape.num_kv_heads, 2 * shape.head_size, generator=generator, device=DEVICE)
+        pages = torch.full((num_pages * shape.block_size, *tokens.shape[1:]), torch.nan, device=DEVICE)
+        pages[:length] = tokens
+        blocks = block_table[row, :num_pages].long()
+        stored = pages.view(num_pages, shape.block_size, *tokens.shape[1:]).transpose(1, 2).to(kv_dtype)
+        kv_cache.view(_storable(kv_dtype))[blocks] = stored.view(_storable(kv_dtype))
+        # the tail of a page that this step's token fills is still to be written
+        num_closed = max(0, length - 1) // shape.block_size
+        sums = stored[:num_closed, ..., shape.head_size :].float().sum(2).cumsum(0)
+        value_sum[blocks[:num_closed]] = sums
+    query = torch.randn(len(shape.lens), shape.num_heads, shape.head_size, generator=generator, device=DEVICE)
+    scales = None
+    if kv_dtype.itemsize == 1:
+        scales = torch.tensor([0.7], device=DEVICE), torch.tensor([1.3], device=DEVICE)
+    case = Case(
+        shape,
+        query.to(shape.dtype),
+        kv_cache,
+        value_sum,
+        block_table,
+        torch.tensor(shape.lens, dtype=torch.int32, device=DEVICE),
+        torch.empty(shape.num_heads, shape.degree + 1, device=DEVICE),
+        scales,
+    )
+    if threshold is None:
+        _place_thresholds(case, generator)
+    else:
+        case.coefficients.fill_(threshold)
+    return case
+
+
+def reference(case: Case, row: int, **changes: Any) -> Any:
+    """The reference's result for a sequence, float32."""
+    shape = replace(case.shape, **changes)
+    key, value = case.sequence(row)
+    query = case.query[row : row + 1].float()
+    options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
+    if shape.lens[row] <= shape.min_sparse_context:
+        return dense_attention(query, key, value, **options)
+    return top_theta_attention(
+        query,
+        key,
+        value,
+        threshold=_thresholds(case)[row : row + 1],
+        target_k=0,
+        compensation=Compensation("exact" if shape.exact else "none", shape.value_mean),
+        **options,
+    )
+
+
+def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
+    """Compare with the reference: rows read exactly, lost mass, then the output."""
+    shape = case.shape
+    rows_read = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
+    lost_mass = torch.zeros(shape.num_heads, dtype=torch.float64, device=DEVICE)
+    worst = allowed = 0.0
+    for row, length in enumerate(shape.lens):
+        if length == 0:
+            assert not output[row].any()
+            continue
+        result = reference(case, row)
+        survivors = result.survivors[0].view(shape.num_kv_heads, -1, length).any(1)
+        is_dense = length <= shape.min_sparse_context
+        if shape.value_mean and not is_dense:  # the open page is read for the mean
+            survivors[:, length // shape.block_size * shape.block_size :] = True
+        rows_read += survivors.sum(1)
+        lost_mass += reference(case, row, exact=True).lost_mass[0]
+        worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
+        allowed = max(allowed, 2 * _error_of_dtype(case, row, result))
+    assert counters.rows_read.tolist() == rows_read.tolist()
+    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
+    assert counters.totals.tolist() == [
+        sum(length > 0 for length in shape.lens),
+        sum(0 < length <= shape.min_sparse_context for length in shape.lens),
+        sum(shape.lens),
+    ]
+    assert worst <= allowed + 1e-3, f"error {worst}, allowed {allowed} + 1e-3"
+    if shape.value_mean:
+        check_closed_pages(case)
+
+
+def check_closed_pages(case: Case) -> None:
+    """The tail of every full page is the sum of the values up to its end."""
+    block_size = case.shape.block_size
+    for row, length in enumerate(case.shape.lens):
+        num_full = length // block_size
+        if not num_full:
+            continue
+        _, value = replace(case, scales=None).sequence(row)
+        sums = value[: num_full * block_size].unflatten(0, (num_full, block_size)).sum(1).cumsum(0)
+        stored = case.value_sum[case.block_table[row, :num_full].long()]
+        torch.testing.assert_close(stored, sums, rtol=1e-4, atol=1e-2)
+
+
+def _storable(dtype: torch.dtype) -> torch.dtype:
+    """float8 tensors cannot be indexed; their bytes can."""
+    return torch.uint8 if dtype.itemsize == 1 else dtype
+
+
+def _length_powers(case: Case) -> torch.Tensor:
+    lens = case.seq_lens.clamp(*case.length_range).double().log()
+    return lens[:, None] ** torch.arange(case.shape.degree + 1, device=DEVICE)
+
+
+def _thresholds(case: Case) -> torch.Tensor:
+    """[num_seqs, num_heads] float32."""
+    return (_length_powers(case) @ case.coefficients.double().T).float()
+
+
+def _place_thresholds(case: Case, generator: torch.Generator) -> None:
+    """Choose coefficients whose constant term lies in a gap of all the scores that a head will compare with it."""
+    shape = case.shape
+    coefficients = torch.zeros(shape.num_heads, shape.degree + 1, dtype=torch.float64)
+    coefficients[:, 1:] = 0.02 * torch.randn(shape.num_heads, shape.degree, generator=generator, device=DEVICE).cpu()
+    case.coefficients = coefficients.float().to(DEVICE)
+    offsets = _thresholds(case)
+    relative: list[torch.Tensor] = []
+    for row, length in enumerate(shape.lens):
+        if length > shape.min_sparse_context:
+            key, _ = case.sequence(row)
+            scores = causal_scores(
+                case.query[row : row + 1].float(),
+                key,
+                softmax_scale=case.softmax_scale,
+                logits_soft_cap=shape.soft_cap,
+            )[0]
+            relative.append(scores - offsets[row][:, None])
+    if not relative:
+        return
+    pooled = torch.cat(relative, dim=1).sort(dim=1, descending=True).values
+    wanted = min(shape.target_k * len(relative), pooled.shape[1])
+    if pooled.shape[1] == 1:
+        constant = pooled[:, 0] - 1
+    else:
+        gaps = pooled[:, :-1] - pooled[:, 1:]
+        distance = (torch.arange(1, pooled.shape[1], device=DEVICE) - wanted).abs().expand_as(gaps)
+        distance, index = distance.masked_fill(gaps < 2.5 * MIN_GAP, pooled.shape[1]).min(dim=1)
+        assert int(distance.max()) < pooled.shape[1], "no gap for a threshold"
+        constant = (pooled - torch.nn.functional.pad(gaps, (0, 1)) / 2).gather(1, index[:, None])[:, 0]
+    case.coefficients[:, 0] = constant
+
+
+def _error_of_dtype(case: Case, row: int, result: Any) -> float:
+    """What PyTorch itself errs by when it multiplies weights and values in the query's dtype."""
+    shape = case.shape
+    key, value = case.sequence(row)
+    scores = causal_scores(
+        case.query[row : row + 1].float(), key, softmax_scale=case.softmax_scale, logits_soft_cap=shape.soft_cap
+    )[0]
+    weights = scores.exp().div(scores.exp().sum(-1, keepdim=True)) * result.survivors[0]
+    if not shape.exact:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    value = value.repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1)
+    rough = torch.einsum("hn,nhd->hd", weights.to(shape.dtype), value.to(shape.dtype)).float()
+    exact = torch.einsum("hn,nhd->hd", weights, value)
+    rounded = result.output[0].to(shape.dtype).float()
+    return float((rough - exact).abs().max() + (rounded - result.output[0]).abs().max())

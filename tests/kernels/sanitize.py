@@ -1,0 +1,36 @@
+"""A few decode steps for NVIDIA's compute-sanitizer, which makes every kernel slow.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitize
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitize unchecked
+
+`unchecked` leaves out thresholds and comparisons made with cuBLAS, in a kernel of which racecheck itself fails.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.kernels.decode_case import Shape, check, make_case
+from vllm_toptheta.kernels.value_sums import close_pages
+
+SHAPES = (
+    Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, min_sparse_context=130),
+    Shape((700, 17), num_heads=16, num_kv_heads=1, head_size=80, block_size=32, layout="HND"),
+    Shape((900, 16), kv_dtype=torch.float8_e4m3fn, dtype=torch.bfloat16, head_size=128, soft_cap=20.0),
+)
+THRESHOLD = 1.0  # where none is placed: about one key in six survives
+
+if __name__ == "__main__":
+    is_checked = "unchecked" not in sys.argv
+    for shape in SHAPES:
+        case = make_case(shape, threshold=None if is_checked else THRESHOLD)
+        output, counters = case.run()
+        if is_checked:
+            check(case, output, counters)
+        starts = torch.zeros(len(shape.lens) + 1, dtype=torch.int32, device="cuda")
+        starts[1:] = case.seq_lens.cumsum(0)
+        close_pages(case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts)
+        torch.cuda.synchronize()
+        sys.stdout.write(f"{shape.lens}: rows read {counters.rows_read.tolist()}\n")

@@ -1,0 +1,19 @@
+"""The grammar of the kernel benchmark's batches."""
+
+import pytest
+
+from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, parse_spec
+from vllm_toptheta.errors import BenchmarkError
+
+
+def test_batches() -> None:
+    assert parse_spec("q1s32k") == [32768]
+    assert parse_spec("3q1s100") == [100] * 3
+    assert parse_spec("2q1s4k_1q1s7") == [4096, 4096, 7]
+    assert [len(parse_spec(spec)) for spec in DEFAULT_SPECS] == [32, 8, 4, 32, 1, 64]
+
+
+@pytest.mark.parametrize("spec", ["", "32", "q2s1k", "q1ks1k", "1q1s0", "0q1s1k", "q1s1k_", "q1s1m"])
+def test_other_batches_are_refused(spec: str) -> None:
+    with pytest.raises(BenchmarkError):
+        parse_spec(spec)

@@ -1,0 +1,171 @@
+"""What only a GPU can show: random shapes at full lengths, CUDA graphs, more than 2^31 elements."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.decode_case import Case, Shape, check, make_case
+from vllm_toptheta.kernels.decode import DecodeWorkspace, decode
+from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.value_sums import close_pages
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+# what a kernel is compiled for; every value of every column occurs with most of the others
+COLUMNS: dict[str, list[Any]] = {
+    "head_size": [64, 80, 96, 128, 256],
+    "group": [1, 4, 8, 16, 2, 7],
+    "block_size": [16, 32, 64, 128],
+    "dtypes": [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.bfloat16, torch.float8_e5m2),
+    ],
+    "layout": ["NHD", "HND"],
+    "soft_cap": [None, None, 20.0],
+    "exact": [True, True, True, False],
+    "value_mean": [True, True, True, False],
+    "degree": [0, 2],
+}
+NUM_KINDS, CASES_PER_KIND = 20, 10
+MAX_LENGTH, MAX_TOKENS = 131_072, 150_000
+
+
+def random_shape(kind: int, case: int) -> Shape:
+    chosen = random.Random(kind)  # noqa: S311 - test data
+    columns = {name: chosen.choice(values) for name, values in COLUMNS.items()}
+    for name, values in itertools.islice(COLUMNS.items(), 4):  # all values of the first columns, whatever was drawn
+        columns[name] = values[kind % len(values)]
+    drawn = random.Random(1000 * kind + case)  # noqa: S311 - test data
+    lens: list[int] = []
+    for _ in range(drawn.choice([1, 2, 5, 40])):
+        length = min(int(2 ** drawn.uniform(0, 17.001)), MAX_LENGTH)
+        lens.append(length if sum(lens) + length <= MAX_TOKENS else drawn.randrange(200))
+    if case == 0:
+        lens = [MAX_LENGTH, 1]
+    group, (dtype, kv_dtype) = columns.pop("group"), columns.pop("dtypes")
+    num_kv_heads = drawn.choice([1, 2]) if kind % 2 else 2
+    return Shape(
+        (*lens, 0),
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        min_sparse_context=drawn.choice([0, 0, 300, 5000]),
+        target_k=drawn.choice([16, 128, 1000]),
+        seed=1000 * kind + case,
+        **columns,
+    )
+
+
+@pytest.mark.parametrize("case", range(CASES_PER_KIND))
+@pytest.mark.parametrize("kind", range(NUM_KINDS))
+def test_random_shapes(kind: int, case: int) -> None:
+    step = make_case(random_shape(kind, case))
+    check(step, *step.run())
+
+
+def graph_case() -> tuple[Case, DecodeWorkspace]:
+    shape = Shape(
+        (5000, 40_000, 777, 128, 16, 33, 1000, 2048),
+        num_heads=8,
+        head_size=128,
+        dtype=torch.bfloat16,
+        min_sparse_context=500,
+        degree=1,
+    )
+    case = make_case(shape)
+    _, _ = case.run()  # closes the pages that the last tokens fill
+    return case, DecodeWorkspace.allocate(8, 8, 2, 128, kv_dtype=torch.bfloat16, device="cuda")
+
+
+def test_a_replayed_graph_equals_the_eager_call() -> None:
+    case, workspace = graph_case()
+    output = torch.full_like(case.query, torch.nan)
+    # as the engine captures: lengths of 1, and what they were then must not matter
+    lens = case.seq_lens.clone()
+    case.seq_lens.fill_(1)
+    case.run(workspace=workspace, output=output)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case_run(case, workspace, output)
+    for divisor in (1, 2, 3, 7):
+        case.seq_lens.copy_(lens // divisor)
+        case.seq_lens[-2:] = 0  # padding
+        case.query.normal_()
+        output.fill_(torch.nan)
+        graph.replay()
+        expected, _ = case.run(workspace=workspace)
+        assert torch.equal(output, expected)
+        assert not output[-2:].any()
+
+
+def case_run(case: Case, workspace: DecodeWorkspace, output: torch.Tensor) -> None:
+    decode(
+        case.query,
+        case.kv_cache,
+        case.block_table,
+        case.seq_lens,
+        output=output,
+        workspace=workspace,
+        coefficients=case.coefficients,
+        min_length=case.length_range[0],
+        max_length=case.length_range[1],
+        min_sparse_context=case.shape.min_sparse_context,
+        softmax_scale=case.softmax_scale,
+        value_sum=case.value_sum,
+    )
+
+
+def test_page_tails_are_kept_by_a_replayed_graph() -> None:
+    case, _ = graph_case()
+    expected = case.value_sum.clone()
+    starts = torch.arange(9, dtype=torch.int32, device="cuda")
+    lens = case.seq_lens.clone()
+    arguments = case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts
+    close_pages(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        close_pages(*arguments)
+    for length in range(1, 100):
+        case.seq_lens.copy_(lens.clamp(max=length))
+        blocks = case.block_table[:, (length - 1) // 16].long()[lens >= length]
+        if length % 16 == 0:
+            case.value_sum[blocks] = torch.nan
+        graph.replay()
+        torch.testing.assert_close(case.value_sum, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    case, workspace = graph_case()
+    expected, _ = case.run(workspace=workspace)
+    num_blocks, num_kv_heads, block_size, content = case.kv_cache.shape
+    page = padded_page_bytes(num_kv_heads * block_size * content * 2, num_kv_heads, content // 2) // 2
+    many = 2**31 // page + num_blocks
+    memory = torch.full((many * page,), torch.nan, dtype=torch.bfloat16, device="cuda")
+    assert memory.numel() > 2**31
+    cache = memory.as_strided((many, *case.kv_cache.shape[1:]), (page, *case.kv_cache.stride()[1:]))
+    cache[-num_blocks:] = case.kv_cache
+    value_sum = value_sum_view(cache)
+    value_sum[-num_blocks:] = case.value_sum
+    table = torch.where(case.block_table < num_blocks, case.block_table + (many - num_blocks), case.block_table)
+    moved = replace(case, kv_cache=cache, value_sum=value_sum, block_table=table)
+    output, _ = moved.run(workspace=workspace)
+    assert torch.equal(output, expected)
+    value_sum[-num_blocks:] = torch.nan
+    starts = torch.zeros(9, dtype=torch.int32, device="cuda")
+    starts[1:] = case.seq_lens.cumsum(0)
+    close_pages(cache, value_sum, table, case.seq_lens, starts)
+    torch.testing.assert_close(value_sum[-num_blocks:], case.value_sum, rtol=1e-4, atol=1e-2, equal_nan=True)

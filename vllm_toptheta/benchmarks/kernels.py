@@ -1,0 +1,297 @@
+"""Time of the decode kernels alone: ours against dense ones on the same pages, in CUDA graphs, on one GPU.
+
+Keys, values and queries are random, and so are the scores. The thresholds are therefore calibrated on the very scores
+that are measured (the k-th largest of each head), which gives the wanted number of survivors but not their clustering
+in real text. Random survivors rarely coincide between the heads of a group, so more rows are read here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+from rich.table import Table
+
+from vllm_toptheta.errors import BenchmarkError
+
+if TYPE_CHECKING:
+    from vllm_toptheta.kernels.tuning import LaunchConfig
+
+DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
+COPY_BYTES = 1 << 30
+CACHE_BYTES = 256 << 20  # a step that reads less is timed on several copies, so that the L2 cache serves none of it
+GRAPH_MICROSECONDS = 3000  # work in a graph, so that its launch does not count
+REPLAYS = 21
+
+_SPEC = re.compile(r"(\d*)q(\d+)(k?)(?:s(\d+)(k?))?")
+
+
+class KernelWorkload(BaseModel):
+    """The attention of a layer, and what is decoded with it."""
+
+    specs: list[str] = Field(description="Batches in vLLM's grammar: 32q1s32k is 32 requests, 1 new token, 32K cached.")
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    block_size: int = 16
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    target_k: int = Field(default=128, ge=1, description="Survivors of a head, on average.")
+
+
+class KernelTime(BaseModel):
+    """One kernel on one batch."""
+
+    kernel: str
+    microseconds: float = Field(description="Median over graph replays.")
+    tb_per_s: float = Field(description="Bytes that it has to read, over time.")
+    ratio: float = Field(description="Time of the faster FlashAttention-3 over this one.")
+    rows_read_share: float = Field(description="Value rows read over rows cached (f).")
+    limit_share: float = Field(description="The ratio over the byte limit 2 / (1 + f).")
+
+
+class BatchReport(BaseModel):
+    """All kernels on one batch; `missing` says why one was left out."""
+
+    spec: str
+    kernels: list[KernelTime]
+    missing: dict[str, str]
+
+
+class KernelReport(BaseModel):
+    """A comparison on one GPU."""
+
+    workload: KernelWorkload
+    device: str
+    versions: dict[str, str]
+    copy_tb_per_s: float = Field(description="Of a device-to-device copy, bytes read and written.")
+    thresholds: str = "k-th largest of the same random scores"
+    batches: list[BatchReport]
+
+
+def parse_spec(spec: str) -> list[int]:
+    """Context lengths of a batch in vLLM's grammar, parts joined by underscores: 2q1s32k_30q1s1k.
+
+    Raises:
+        BenchmarkError: It is malformed, or a request has more than one new token.
+    """
+    lens: list[int] = []
+    for part in spec.split("_"):
+        match = _SPEC.fullmatch(part)
+        if match is None:
+            raise BenchmarkError(f"{spec!r} is no batch", remedy="Write <requests>q1s<context>, as in 32q1s32k")
+        requests, query, query_unit, context, context_unit = match.groups()
+        if int(query) != 1 or query_unit:
+            raise BenchmarkError(f"{spec!r} has requests of several new tokens; only decoding is measured")
+        length = int(context or query) * (1024 if context_unit else 1)
+        if not length or requests == "0":
+            raise BenchmarkError(f"{spec!r} has no requests or no context")
+        lens += [length] * int(requests or 1)
+    return lens
+
+
+def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None) -> KernelReport:
+    """Measure every kernel on every batch.
+
+    Raises:
+        BenchmarkError: There is no GPU, or FlashAttention-3, the measure of all, does not run.
+    """
+    import torch
+
+    from vllm_toptheta.benchmarks.registry import versions
+
+    batches = [(spec, parse_spec(spec)) for spec in workload.specs]
+    if not torch.cuda.is_available():
+        raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
+    copy_tb_per_s = _copy_tb_per_s()
+    reports = []
+    for spec, lens in batches:
+        report_progress(spec)
+        reports.append(_measure(workload, spec, lens))
+        torch.cuda.empty_cache()
+    return KernelReport(
+        workload=workload,
+        device=torch.cuda.get_device_name(),
+        versions=versions(),
+        copy_tb_per_s=copy_tb_per_s,
+        batches=reports,
+    )
+
+
+def kernel_table(report: KernelReport) -> Table:
+    """The report as a table."""
+    work = report.workload
+    table = Table(
+        title=f"{work.num_heads} query heads, {work.num_kv_heads} kv heads, head size {work.head_size}, "
+        f"pages of {work.block_size}, KV {work.kv_dtype}, k = {work.target_k}",
+        caption=f"{report.device}; a copy moves {report.copy_tb_per_s:.2f} TB/s; "
+        + ", ".join(f"{name} {number}" for name, number in report.versions.items())
+        + f"; thresholds: {report.thresholds}",
+    )
+    for heading in ("batch", "kernel", "us", "TB/s", "rows read %", "ratio", "of the limit %"):
+        table.add_column(heading, justify="left" if heading in ("batch", "kernel") else "right")
+    for batch in report.batches:
+        for kernel in batch.kernels:
+            table.add_row(
+                batch.spec,
+                kernel.kernel,
+                f"{kernel.microseconds:.1f}",
+                f"{kernel.tb_per_s:.2f}",
+                f"{100 * kernel.rows_read_share:.1f}",
+                f"{kernel.ratio:.3f}",
+                f"{100 * kernel.limit_share:.0f}",
+            )
+        for kernel_name, reason in batch.missing.items():
+            table.add_row(batch.spec, f"{kernel_name}: {reason}", style="dim")
+        table.add_section()
+    return table
+
+
+def time_in_graph(calls: Sequence[Callable[[], Any]]) -> float:
+    """Median microseconds of a call, from replays of a CUDA graph that repeats `calls`, which do alike, in turn."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+    rounds = max(1, int(GRAPH_MICROSECONDS / max(1000 * start.elapsed_time(end), 1.0)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for replay in range(REPLAYS + 2):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 2:
+            times.append(1000 * start.elapsed_time(end) / (rounds * len(calls)))
+    return float(statistics.median(times))
+
+
+def tune(workload: KernelWorkload) -> LaunchConfig:
+    """The candidate with the least product of times over the batches, thresholds on and off.
+
+    Raises:
+        BenchmarkError: There is no GPU.
+    """
+    import torch
+
+    from vllm_toptheta.benchmarks.registry import toptheta
+
+    if not torch.cuda.is_available():
+        raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
+    scores = dict.fromkeys(_candidates(), 0.0)
+    for spec in workload.specs:
+        copies = _inputs(workload, parse_spec(spec))
+        for config in scores:
+            for keep in (False, True):
+                calls = [toptheta(inputs, keep_everything=keep, config=config)[0] for inputs in copies]
+                scores[config] += math.log(time_in_graph(calls))
+        del copies
+        torch.cuda.empty_cache()
+    return min(scores, key=lambda config: scores[config])
+
+
+def _candidates() -> list[LaunchConfig]:
+    """Launch parameters worth trying; the first is the default."""
+    from vllm_toptheta.kernels.tuning import LaunchConfig
+
+    two = {"programs_per_sm": 2, "max_registers": None}
+    return [
+        LaunchConfig(**options)
+        for options in (
+            {},
+            {"scan_stages": 4},
+            {"min_group": 16},
+            {**two},
+            {**two, "scan_stages": 4},
+            {**two, "min_group": 16},
+            {**two, "dense_tile": 32, "dense_stages": 3},
+            {"programs_per_sm": 4, "max_registers": 128, "scan_stages": 2},
+        )
+    ]
+
+
+def _copy_tb_per_s() -> float:
+    """Rate of a device-to-device copy, bytes read and written."""
+    import torch
+
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2e-6 * COPY_BYTES / time_in_graph([lambda: target.copy_(source)])
+
+
+def _measure(workload: KernelWorkload, spec: str, lens: list[int]) -> BatchReport:
+    from vllm_toptheta.benchmarks.registry import DENSE, toptheta
+
+    copies = _inputs(workload, lens)
+    times: dict[str, tuple[float, float]] = {}
+    missing: dict[str, str] = {}
+    for name, build in DENSE.items():
+        try:
+            times[name] = time_in_graph([build(inputs) for inputs in copies]), 1.0
+        except (ImportError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+            missing[name] = "not installed" if isinstance(error, ImportError) else f"failed: {error}"[:100]
+    baseline = min((time for name, (time, _) in times.items() if name.startswith("FlashAttention")), default=None)
+    if baseline is None:
+        raise BenchmarkError(f"FlashAttention-3 does not run here: {missing}")
+    for name, keep in (("Top-Theta", False), ("Top-Theta, context too short", True)):
+        built = [toptheta(inputs, keep_everything=keep) for inputs in copies]
+        built[0][0]()
+        share = float(built[0][1].rows_read.sum()) / (sum(lens) * workload.num_kv_heads)
+        times[name] = time_in_graph([call for call, _ in built]), share
+    return BatchReport(
+        spec=spec,
+        kernels=[
+            KernelTime(
+                kernel=name,
+                microseconds=time,
+                tb_per_s=1e-6 * copies[0].kv_bytes * (1 + share) / 2 / time,
+                ratio=baseline / time,
+                rows_read_share=share,
+                limit_share=baseline / time * (1 + share) / 2,
+            )
+            for name, (time, share) in times.items()
+        ],
+        missing=missing,
+    )
+
+
+def _inputs(workload: KernelWorkload, lens: list[int]) -> list[Any]:
+    """Random steps, as many as it takes to outgrow the L2 cache."""
+    import torch
+
+    from vllm_toptheta.benchmarks.registry import Inputs
+
+    first = Inputs.random(
+        lens,
+        **workload.model_dump(include={"num_heads", "num_kv_heads", "head_size", "block_size", "target_k"}),
+        dtype=getattr(torch, workload.dtype),
+        kv_dtype=getattr(torch, workload.kv_dtype),
+    )
+    count = max(1, -(-CACHE_BYTES // first.kv_bytes))
+    return [first, *(_copy(first) for _ in range(count - 1))]
+
+
+def _copy(inputs: Any) -> Any:
+    """The same step in other memory."""
+    from dataclasses import replace
+
+    import torch
+
+    cache = inputs.kv_cache
+    memory = torch.empty(len(cache) * cache.stride(0), dtype=cache.dtype, device="cuda")
+    other = memory.as_strided(cache.shape, cache.stride())
+    memory.view(torch.uint8).copy_(torch.as_strided(cache, (len(memory),), (1,)).view(torch.uint8))
+    return replace(inputs, kv_cache=other, query=inputs.query.clone())

@@ -1,0 +1,286 @@
+"""The decode attention kernels that are compared, all on the same paged cache; each is imported when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.tuning import LaunchConfig
+
+Call = Callable[[], Any]
+KEEPS_EVERYTHING = 2**31 - 1  # as min_sparse_context
+CALIBRATION_SEQUENCES = 4
+FILL_BLOCKS = 4096  # pages filled with random numbers at a time
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A decode step on random keys and values in pages as vLLM lays them out.
+
+    Attributes:
+        query: [num_seqs, num_heads, head_size].
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], token first in memory, with page tails.
+        block_table: [num_seqs, max_blocks] int32.
+        seq_lens: [num_seqs] int32.
+        max_seq_len: The longest of them.
+        coefficients: [num_heads, 1] float32, thresholds calibrated on these very scores.
+    """
+
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    max_seq_len: int
+    coefficients: torch.Tensor
+
+    @classmethod
+    def random(
+        cls,
+        lens: list[int],
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        target_k: int,
+    ) -> Inputs:
+        """Normally distributed queries, keys and values; thresholds at the `target_k`-th largest scores."""
+        torch.manual_seed(0)
+        pages = [-(-length // block_size) for length in lens]
+        num_blocks = 1 + sum(pages)
+        width = 2 * head_size
+        content = num_kv_heads * block_size * width
+        stride = padded_page_bytes(content * kv_dtype.itemsize, num_kv_heads, head_size) // kv_dtype.itemsize
+        memory = torch.empty(num_blocks * stride, dtype=kv_dtype, device="cuda")
+        kv_cache = memory.as_strided(
+            (num_blocks, num_kv_heads, block_size, width), (stride, width, num_kv_heads * width, 1)
+        )
+        for start in range(0, num_blocks, FILL_BLOCKS):
+            chunk = kv_cache[start : start + FILL_BLOCKS]
+            chunk.copy_(torch.randn(chunk.shape, device="cuda"))
+        # the value of the sums changes no timing
+        value_sum_view(kv_cache).zero_()
+        order = (torch.randperm(num_blocks - 1, device="cuda") + 1).int()
+        block_table = torch.zeros(len(lens), max(pages), dtype=torch.int32, device="cuda")
+        for row, blocks in enumerate(order.split(pages)):
+            block_table[row, : len(blocks)] = blocks
+        inputs = cls(
+            query=torch.randn(len(lens), num_heads, head_size, device="cuda").to(dtype),
+            kv_cache=kv_cache,
+            block_table=block_table,
+            seq_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
+            max_seq_len=max(lens),
+            coefficients=torch.empty(num_heads, 1, device="cuda"),
+        )
+        largest = [inputs._kth_score(row, target_k) for row in range(min(len(lens), CALIBRATION_SEQUENCES))]
+        return replace(inputs, coefficients=torch.stack(largest).mean(0)[:, None].contiguous())
+
+    def _kth_score(self, row: int, target_k: int) -> torch.Tensor:
+        """[num_heads]: the k-th largest score of each head of a sequence."""
+        num_kv_heads, block_size, width = self.kv_cache.shape[1:]
+        length = int(self.seq_lens[row])
+        blocks = self.block_table[row, : -(-length // block_size)].long()
+        cache = self.kv_cache.view(torch.uint8) if self.kv_cache.dtype.itemsize == 1 else self.kv_cache
+        pages = cache[blocks].view(self.kv_cache.dtype)[..., : width // 2].float()
+        keys = pages.transpose(1, 2).flatten(0, 1)[:length]
+        query = self.query[row].float().view(num_kv_heads, -1, width // 2)
+        scores = torch.einsum("hgd,nhd->hgn", query, keys).flatten(0, 1) * self.softmax_scale
+        return scores.topk(min(target_k, length)).values[:, -1]
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.query.shape[-1] ** -0.5)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the step's keys and values."""
+        _, num_kv_heads, _, width = self.kv_cache.shape
+        return int(self.seq_lens.sum()) * num_kv_heads * width * self.kv_cache.element_size()
+
+
+def toptheta(
+    inputs: Inputs, *, keep_everything: bool = False, config: LaunchConfig | None = None
+) -> tuple[Call, DecodeCounters]:
+    """Our kernel, counters on; with `keep_everything` as for contexts too short for thresholds."""
+    num_seqs, num_heads, head_size = inputs.query.shape
+    num_kv_heads = inputs.kv_cache.shape[1]
+    counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
+    workspace = DecodeWorkspace.allocate(
+        num_seqs,
+        num_heads,
+        num_kv_heads,
+        head_size,
+        kv_dtype=inputs.kv_cache.dtype,
+        device="cuda",
+        config=config,
+    )
+    arguments: dict[str, Any] = {
+        "output": torch.empty_like(inputs.query),
+        "workspace": workspace,
+        "coefficients": inputs.coefficients,
+        "min_length": 1,
+        "max_length": 2**20,
+        "min_sparse_context": KEEPS_EVERYTHING if keep_everything else 0,
+        "softmax_scale": inputs.softmax_scale,
+        "value_sum": value_sum_view(inputs.kv_cache),
+        "counters": counters,
+        "config": config,
+    }
+    return lambda: decode(inputs.query, inputs.kv_cache, inputs.block_table, inputs.seq_lens, **arguments), counters
+
+
+def flash_attention_3(inputs: Inputs, *, num_splits: int = 0) -> Call:
+    """FlashAttention-3 as vLLM calls it, its schedule computed ahead; 0 splits leaves their number to it.
+
+    Raises:
+        ImportError: vLLM or its FlashAttention is not installed.
+        RuntimeError: It does not run on this GPU or with this cache.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    num_seqs, num_heads, head_size = inputs.query.shape
+    keys, values = (half.transpose(1, 2) for half in inputs.kv_cache.split(head_size, dim=3))
+    query = inputs.query if keys.dtype.itemsize > 1 else inputs.query.to(keys.dtype)
+    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
+    schedule = get_scheduler_metadata(
+        batch_size=num_seqs,
+        max_seqlen_q=1,
+        max_seqlen_k=inputs.max_seq_len,
+        num_heads_q=num_heads,
+        num_heads_kv=keys.shape[2],
+        headdim=head_size,
+        cache_seqlens=inputs.seq_lens,
+        qkv_dtype=query.dtype,
+        cu_seqlens_q=starts,
+        page_size=keys.shape[1],
+        causal=True,
+        num_splits=num_splits,
+    )
+    output = torch.empty_like(inputs.query)
+    return lambda: flash_attn_varlen_func(
+        q=query,
+        k=keys,
+        v=values,
+        out=output,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=inputs.seq_lens,
+        max_seqlen_k=inputs.max_seq_len,
+        softmax_scale=inputs.softmax_scale,
+        causal=True,
+        block_table=inputs.block_table,
+        fa_version=3,
+        scheduler_metadata=schedule,
+        num_splits=num_splits,
+    )
+
+
+def vllm_triton(inputs: Inputs) -> Call:
+    """vLLM's Triton attention, split along the context as its backend does for small batches.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    num_seqs, num_heads, head_size = inputs.query.shape
+    num_kv_heads = inputs.kv_cache.shape[1]
+    keys, values = (half.transpose(1, 2) for half in inputs.kv_cache.split(head_size, dim=3))
+    splits, max_seqs = 16, 128 // num_kv_heads  # the backend's constants
+    scratch = torch.empty(max_seqs, num_heads, splits, 1 << (head_size - 1).bit_length(), device="cuda")
+    scale = torch.ones(num_seqs, num_kv_heads, device="cuda")
+    output = torch.empty_like(inputs.query)
+    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
+    return lambda: unified_attention(
+        q=inputs.query,
+        k=keys,
+        v=values,
+        out=output,
+        cu_seqlens_q=starts,
+        max_seqlen_q=1,
+        seqused_k=inputs.seq_lens,
+        max_seqlen_k=inputs.max_seq_len,
+        softmax_scale=inputs.softmax_scale,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=inputs.block_table,
+        softcap=0.0,
+        q_descale=None,
+        k_descale=scale,
+        v_descale=scale,
+        seq_threshold_3D=max_seqs,
+        num_par_softmax_segments=splits,
+        softmax_segm_output=scratch,
+        softmax_segm_max=torch.empty(scratch.shape[:3], device="cuda"),
+        softmax_segm_expsum=torch.empty(scratch.shape[:3], device="cuda"),
+    )
+
+
+def flashinfer(inputs: Inputs) -> Call:
+    """FlashInfer's paged decode, planned ahead.
+
+    Raises:
+        ImportError: FlashInfer is not installed.
+    """
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper  # type: ignore[import-not-found]
+
+    num_seqs, num_heads, head_size = inputs.query.shape
+    _, num_kv_heads, block_size, _ = inputs.kv_cache.shape
+    pages = -(-inputs.seq_lens // block_size)
+    starts = torch.zeros(num_seqs + 1, dtype=torch.int32, device="cuda")
+    starts[1:] = pages.cumsum(0)
+    index = torch.arange(inputs.block_table.shape[1], device="cuda")
+    blocks = inputs.block_table[index < pages[:, None]].contiguous()
+    last = inputs.seq_lens - (pages - 1) * block_size
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=starts.clone(),
+        paged_kv_indices_buffer=blocks.clone(),
+        paged_kv_last_page_len_buffer=last.int(),
+    )
+    wrapper.plan(
+        starts,
+        blocks,
+        last.int(),
+        num_heads,
+        num_kv_heads,
+        head_size,
+        block_size,
+        q_data_type=inputs.query.dtype,
+        kv_data_type=inputs.kv_cache.dtype,
+        sm_scale=inputs.softmax_scale,
+    )
+    halves = tuple(half.transpose(1, 2) for half in inputs.kv_cache.split(head_size, dim=3))
+    output = torch.empty_like(inputs.query)
+    return lambda: wrapper.run(inputs.query, halves, out=output)
+
+
+# the dense kernels, the baseline first; FlashAttention's two settings are those that vLLM uses
+DENSE: dict[str, Callable[[Inputs], Call]] = {
+    "FlashAttention-3": flash_attention_3,
+    "FlashAttention-3, 32 splits": lambda inputs: flash_attention_3(inputs, num_splits=32),
+    "vLLM Triton": vllm_triton,
+    "FlashInfer": flashinfer,
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is compared."""
+    found = {"torch": str(torch.__version__)}
+    for package in ("triton", "vllm", "flashinfer-python"):
+        try:
+            found[package] = version(package)
+        except ImportError:
+            continue
+    return found

@@ -1,0 +1,97 @@
+"""Launch parameters of the decode kernel, by head size and width of a cached element: a small committed table.
+
+`launch_table.json` lists where they differ from the defaults; `benchmarks.kernels.tune` searches for such an entry on a
+GPU and `save_table` writes it. Nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("launch_table.json")
+_INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the decode kernel is launched.
+
+    Attributes:
+        tile: Keys per step of the scan.
+        num_warps: Warps of a program.
+        min_group: Columns that the group's heads are padded to; from 16 on, Hopper's asynchronous products are used.
+        max_registers: Registers per thread, at most, so that `programs_per_sm` fit; None leaves it to the compiler.
+        scan_stages: Depth of the scan's software pipeline.
+        dense_tile: Keys per step where a sequence keeps everything.
+        dense_stages: Depth of that loop's pipeline.
+        gather_stages: Depth of the pipeline over the survivors' values.
+        min_work: Tiles of keys that are worth a program.
+        programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
+        merge_warps: Warps of a program of the merge; 0 chooses.
+        early_merge: Launch the merge while the pieces are still computed (programmatic dependent launch).
+    """
+
+    tile: int = 64
+    num_warps: int = 4
+    min_group: int = 8
+    max_registers: int | None = 168
+    scan_stages: int = 3
+    dense_tile: int = 64
+    dense_stages: int = 2
+    gather_stages: int = 2
+    min_work: int = 4
+    programs_per_sm: int = 3
+    merge_warps: int = 0
+    early_merge: bool = True
+
+    def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
+        """Programs of each kv head."""
+        return max(1, self.programs_per_sm * num_sms // num_kv_heads)
+
+
+def launch_config(head_size: int, element_bytes: int) -> LaunchConfig:
+    """The table's entry for a head size and the bytes of a cached element, or the defaults."""
+    return _table().get(_key(head_size, element_bytes), LaunchConfig())
+
+
+def save_table(table: dict[tuple[int, int], LaunchConfig], path: Path = TABLE) -> None:
+    """Write launch parameters, by head size and bytes of a cached element, over those of the file."""
+    entries = {key: asdict(config) for key, config in _table().items()}
+    entries |= {_key(*shape): asdict(config) for shape, config in table.items()}
+    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, or a stand-in where Triton interprets on the CPU."""
+    return _num_multiprocessors(device.index or 0) if device.type == "cuda" else _INTERPRETER_SMS
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can start while its predecessor runs: Hopper and later."""
+    return device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _num_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _table() -> dict[str, LaunchConfig]:
+    if not TABLE.exists():
+        return {}
+    return {key: LaunchConfig(**entry) for key, entry in json.loads(TABLE.read_text()).items()}
+
+
+def _key(head_size: int, element_bytes: int) -> str:
+    return f"head_size {head_size}, {8 * element_bytes} bit"

@@ -1,0 +1,135 @@
+"""Running value sums in the page tails, for steps that fill any number of pages: prefill chunks, mixed batches.
+
+A page's sum is its predecessor's sum plus its own rows, written by whichever step fills the page, never by adding one
+token at a time. So a step repeated, or a token rejected and replaced, leaves the same sums, up to rounding.
+`kernels.decode` does the same for the page that a decoded token fills.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TOKENS_PER_STEP = 128
+HEAD_SLICE = 64  # channels of a program
+
+
+@triton.jit(do_not_specialize=("stride_table_seq",))
+def _close_pages_kernel(
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_sum_block,
+    stride_sum_head,
+    stride_table_seq,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
+    first_page = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE
+    end_page = seq_len // BLOCK_SIZE
+    if first_page >= end_page:
+        return
+
+    offs_d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    offs_b = tl.arange(0, BLOCK_PAD)
+    mask_d = offs_d < HEAD_SIZE
+    table = block_table_ptr + seq * stride_table_seq
+    values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
+    sums = value_sum_ptr + kv_head * stride_sum_head + offs_d
+    previous = tl.load(table + tl.maximum(first_page - 1, 0)).to(tl.int64)
+    running = tl.load(sums + previous * stride_sum_block, mask=mask_d, other=0.0)
+    # a sequence's first page has no predecessor, and what was loaded for it may be anything
+    running = tl.where(first_page > 0, running, 0.0)
+    for start in range(first_page, end_page, PAGES):
+        page = start + tl.arange(0, PAGES)
+        mask_p = page < end_page
+        block = tl.load(table + page, mask=mask_p, other=0).to(tl.int64)
+        rows = tl.load(
+            values
+            + (block * stride_kv_block)[:, None, None]
+            + (offs_b * stride_kv_token)[None, :, None]
+            + offs_d[None, None, :],
+            mask=mask_p[:, None, None] & (offs_b < BLOCK_SIZE)[None, :, None] & mask_d[None, None, :],
+            other=0.0,
+        )
+        page_sums = tl.sum(rows.to(tl.float32), axis=1)
+        tl.store(
+            sums[None, :] + (block * stride_sum_block)[:, None],
+            running[None, :] + tl.cumsum(page_sums, axis=0),
+            mask=mask_p[:, None] & mask_d[None, :],
+        )
+        running += tl.sum(page_sums, axis=0)
+
+
+def close_pages(
+    kv_cache: torch.Tensor,
+    value_sum: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+) -> None:
+    """Write the running value sum of every page that this step's tokens fill.
+
+    One launch whose grid depends on shapes only, nothing allocated: the call can be captured in a CUDA graph. The
+    tokens' keys and values must have been written. Sequences without tokens in this step are left alone.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis, which
+            is dense; any other strides, any float dtype. The sums are of the stored values, without a scale.
+        value_sum: [num_blocks, num_kv_heads, head_size] float32, last axis dense, written (`kernels.pages`).
+        block_table: [num_seqs, max_blocks] int32, last axis dense.
+        seq_lens: [num_seqs] int32, cached tokens including this step's.
+        query_start_loc: [num_seqs + 1] int32, where the tokens of each sequence start in this step.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as described; the message starts with the argument's name.
+    """
+    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
+    head_size, num_seqs = content // 2, len(seq_lens)
+    expected = {
+        "value_sum": (value_sum, (num_blocks, num_kv_heads, head_size), torch.float32),
+        "block_table": (block_table, (num_seqs, block_table.shape[1]), torch.int32),
+        "seq_lens": (seq_lens, (num_seqs,), torch.int32),
+        "query_start_loc": (query_start_loc, (num_seqs + 1,), torch.int32),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
+    for name, tensor in (("kv_cache", kv_cache), ("value_sum", value_sum), ("block_table", block_table)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
+    if num_seqs == 0:
+        return
+    block_pad = triton.next_power_of_2(block_size)
+    _close_pages_kernel[(num_seqs, num_kv_heads, triton.cdiv(head_size, HEAD_SLICE))](
+        kv_cache_ptr=kv_cache,
+        value_sum_ptr=value_sum,
+        block_table_ptr=block_table,
+        seq_lens_ptr=seq_lens,
+        query_start_loc_ptr=query_start_loc,
+        stride_kv_block=kv_cache.stride(0),
+        stride_kv_head=kv_cache.stride(1),
+        stride_kv_token=kv_cache.stride(2),
+        stride_sum_block=value_sum.stride(0),
+        stride_sum_head=value_sum.stride(1),
+        stride_table_seq=block_table.stride(0),
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        BLOCK_PAD=block_pad,
+        SLICE=HEAD_SLICE,
+        PAGES=max(1, TOKENS_PER_STEP // block_pad),
+        num_warps=4,
+    )
