@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test lint format clean
+.PHONY: help install serve test test-gpu lint format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 
 test: install ## Run the tests
 	python -m pytest
+
+test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
+	$(PYTHON) -m pytest tests/kernels
 
 lint: install ## Check format, style and types
 	ruff format --check .

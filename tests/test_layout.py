@@ -30,6 +30,19 @@ FORBIDDEN = {
 }
 
 
+# what benchmarks may use of vLLM: its public interface, and the kernels that ours are compared with
+PEERS = {
+    "vllm",
+    "vllm.LLM",
+    "vllm.SamplingParams",
+    "vllm.vllm_flash_attn",
+    "vllm.vllm_flash_attn.flash_attn_varlen_func",
+    "vllm.vllm_flash_attn.get_scheduler_metadata",
+    "vllm.v1.attention.ops.triton_unified_attention",
+    "vllm.v1.attention.ops.triton_unified_attention.unified_attention",
+}
+
+
 def part(module: Path) -> str:
     return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -59,8 +72,8 @@ def test_imports(module: Path) -> None:
     broken = {name for name in names for other in FORBIDDEN.get(part(module), set()) if is_within(name, other)}
     assert not broken
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), "absolute imports only"
-    if part(module) == "benchmarks":  # the public interface only
-        assert {name for name in names if is_within(name, "vllm")} <= {"vllm", "vllm.LLM", "vllm.SamplingParams"}
+    if part(module) == "benchmarks":
+        assert {name for name in names if is_within(name, "vllm")} <= PEERS
 
 
 def test_the_command_imports_lazily() -> None:

@@ -138,6 +138,26 @@ def make_demo_model(
     typer.echo(demo_model(out))
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    specs: Annotated[
+        str | None, typer.Option(help="Batches in vLLM's grammar, separated by commas: 32q1s32k is 32 requests of 32K.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Survivors of a head, on average.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
+    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table
+
+    batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
+    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k)
+    report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
+    _print_table(kernel_table(report))
+    if json is not None:
+        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
 @bench_app.command("serving")
 def bench_serving(
     model: Annotated[str, typer.Argument(help="A model that vLLM can load.")],
@@ -152,12 +172,26 @@ def bench_serving(
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
     k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
+    random_rows: Annotated[
+        int | None,
+        typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
     """Time per output token of whole engines, one backend against the other in one run."""
+    import os
+    import tempfile
+
+    from vllm_toptheta.benchmarks.dummy import TARGET_K, write_model
     from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
 
+    if random_rows is not None:
+        folder, thresholds = write_model(Path(tempfile.mkdtemp()), name=model)
+        model, k = str(folder), TARGET_K
+        # the thresholds are set on the running engine, by functions sent to its workers
+        os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     workload = ServingWorkload(
+        random_rows=random_rows,
         model=model,
         context=context,
         output_tokens=output_tokens,

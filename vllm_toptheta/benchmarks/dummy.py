@@ -36,19 +36,29 @@ LLAMA_8B = {
     "eos_token_id": 128001,
     "tie_word_embeddings": False,
 }
+TARGET_K = 1  # of the store: every sequence of more tokens is thresholded
 BISECTIONS = 16
 SMALLEST, LARGEST = 1e-16, 1e4  # between these lies every threshold above zero that random weights need
 
 
-def write_model(folder: Path, config: dict[str, Any] = LLAMA_8B, max_length: int = 131072) -> tuple[Path, Path]:
-    """Write a model directory without weights and a store of zero thresholds for it; the two folders."""
-    model = folder / "dummy"
+def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) -> tuple[Path, Path]:
+    """Write a model directory of Llama-3.1-8B's shape, without weights, and a store of zero thresholds for it.
+
+    Args:
+        folder: Where to.
+        name: The model's name.
+        max_length: Of the thresholds, tokens.
+
+    Returns:
+        The model's directory, and the directory of its store.
+    """
+    model = folder / name
     model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(config))
-    architecture = store.Architecture.from_hf_config(config)
-    target = store.Target(k=1, min_length=2, max_length=max_length)
+    (model / "config.json").write_text(json.dumps(LLAMA_8B))
+    architecture = store.Architecture.from_hf_config(LLAMA_8B)
+    target = store.Target(k=TARGET_K, min_length=TARGET_K + 1, max_length=max_length)
     draft = store.ManifestDraft(
-        model=store.ModelIdentity(id="dummy"),
+        model=store.ModelIdentity(id=name),
         architecture=architecture,
         targets=(target,),
         dense_layers=(),
@@ -70,12 +80,12 @@ def write_model(folder: Path, config: dict[str, Any] = LLAMA_8B, max_length: int
     per_head = (architecture.num_layers, architecture.num_heads, 1, 1)
     arrays: dict[str, NDArray[Any]] = {
         "coefficients": np.zeros(per_head, np.float32),
-        "bucket_edges": np.array([2, max_length + 1], np.int32),
+        "bucket_edges": np.array([TARGET_K + 1, max_length + 1], np.int32),
         "row_count": np.ones((1, 1), np.int64),
         "score_mean": np.zeros(per_head, np.float32),
         "score_std": np.zeros(per_head, np.float32),
     }
-    store.save(folder / "thresholds" / "dummy", draft, arrays)
+    store.save(folder / "thresholds" / name, draft, arrays)
     return model, folder / "thresholds"
 
 

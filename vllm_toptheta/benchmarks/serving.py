@@ -143,7 +143,8 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
         additional_config={"toptheta": workload.options} if workload.options else {},
         dtype=workload.dtype,
         max_model_len=workload.context + workload.output_tokens + 1,
-        max_num_seqs=workload.batch_size,
+        # graphs are captured at multiples of 8 up to this; a batch between two sizes would run without a full graph
+        max_num_seqs=-(-workload.batch_size // 8) * 8,
         enforce_eager=workload.enforce_eager,
         disable_log_stats=False,
         gpu_memory_utilization=workload.gpu_memory_utilization,

@@ -1,0 +1,271 @@
+"""The backend on NVIDIA GPUs: FlashAttention for prompts and dense layers, Top-Theta for the tokens that are decoded.
+
+It subclasses vLLM's FlashAttention backend and adds to it, on sparse layers only: page tails with running value sums,
+and a decode kernel that reads surviving values. Steps that only decode run in FULL CUDA graphs, so there everything
+that depends on lengths is decided on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.workspace import current_workspace_manager
+
+from vllm_toptheta.backend.compat import NAME, without_decodes
+from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.kernels import decode as kernels
+from vllm_toptheta.kernels.pages import value_sum_view
+from vllm_toptheta.kernels.tuning import launch_config, num_multiprocessors
+from vllm_toptheta.kernels.value_sums import close_pages
+
+
+@dataclass(frozen=True)
+class StepSplit:
+    """How a step is divided; decoding sequences stand in front of the batch.
+
+    Attributes:
+        num_decodes: Sequences with one new token, and as many tokens.
+        prefill: FlashAttention's metadata of everything behind them, or None.
+    """
+
+    num_decodes: int
+    prefill: FlashAttentionMetadata | None
+
+
+class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
+    """FlashAttention's metadata with a `StepSplit` attached as `toptheta`."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    supports_update_block_table = False
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.supports_draft_decode_metadata_update = False
+        self._init_reorder_batch_threshold(1)
+        self.plan = Plan.resolve(vllm_config)
+        if get_tensor_model_parallel_rank() == 0:
+            self.plan.log()
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+            if isinstance(layer.impl, GpuTopThetaImpl):
+                layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        common = common_attn_metadata
+        metadata = super().build(0, common, fast_build)
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        prefill = None
+        if num_decodes and num_prefills:
+            # fast_build: a second ahead-of-time schedule in the same step would overwrite the first one's buffer
+            prefill = super().build(0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True)
+        elif num_prefills:
+            prefill = metadata
+        metadata.toptheta = StepSplit(num_decodes, prefill)
+        return metadata
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+class GpuTopThetaBackend(FlashAttentionBackend):
+    """Capabilities; vLLM refuses what is not declared here."""
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[GpuTopThetaImpl]:
+        return GpuTopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[GpuMetadataBuilder]:
+        return GpuMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return with_tail(spec)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in kernels.HEAD_SIZES
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False  # connectors copy pages without their tails
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+
+class GpuTopThetaImpl(FlashAttentionImpl):
+    """One layer's attention on one rank."""
+
+    supports_dcp = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refused = {
+            "ALiBi": self.alibi_slopes is not None,
+            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
+        }
+        if reasons := [reason for reason, applies in refused.items() if applies]:
+            raise UnsupportedError(
+                f"attention backend toptheta does not support {', '.join(reasons)}",
+                remedy="Serve this model without --attention-backend toptheta",
+            )
+        self.plan: Plan | None = None
+        self.layer_plan: LayerPlan | None = None  # None in a dense layer
+
+    def bind(self, plan: Plan, layer: int, device: torch.device, max_num_seqs: int) -> None:
+        """Take this layer's share of the plan; vLLM may build its metadata builders more than once.
+
+        Args:
+            plan: The model's plan.
+            layer: This layer's index in the model.
+            device: Where the thresholds go.
+            max_num_seqs: Sequences of the largest batch, for which the workspace is reserved.
+        """
+        if self.plan is None:
+            self.plan = plan
+            if self.sliding_window == (-1, -1):
+                self.layer_plan = plan.for_layer(
+                    layer,
+                    num_heads=self.num_heads,
+                    num_kv_heads=self.num_kv_heads,
+                    rank=get_tensor_model_parallel_rank(),
+                    device=device,
+                )
+        if self.layer_plan is not None:
+            self._workspace(max_num_seqs, element_bytes=2, device=device)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; decoding sequences of a sparse layer by the thresholds, everything else by FlashAttention.
+
+        Args and shapes are `FlashAttentionImpl.forward`'s.
+        """
+        if attn_metadata is None or self.layer_plan is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        split: StepSplit = attn_metadata.toptheta
+        decodes = split.num_decodes
+        if split.prefill is not None:
+            if self.layer_plan.value_mean_compensation:
+                prefill = split.prefill
+                close_pages(
+                    kv_cache, value_sum_view(kv_cache), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
+                )
+            super().forward(
+                layer,
+                query[decodes:],
+                None if key is None else key[decodes:],
+                None if value is None else value[decodes:],
+                kv_cache,
+                split.prefill,
+                output[decodes:],
+                output_scale,
+                output_block_scale,
+            )
+        if decodes:
+            self._decode(query[:decodes], kv_cache, attn_metadata, output[:decodes])
+        return output
+
+    def _decode(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
+    ) -> None:
+        plan, layer_plan = self.plan, self.layer_plan
+        if plan is None or plan.curve is None or layer_plan is None:
+            raise UnsupportedError("a dense layer reached the sparse decode")
+        num_seqs = len(query)
+        counters = layer_plan.counters
+        kernels.decode(
+            query,
+            kv_cache,
+            metadata.block_table[:num_seqs],
+            metadata.seq_lens[:num_seqs],
+            output=output,
+            workspace=self._workspace(num_seqs, kv_cache.element_size(), query.device),
+            coefficients=layer_plan.coefficients,
+            min_length=plan.curve.min_length,
+            max_length=plan.curve.max_length,
+            min_sparse_context=plan.settings.min_sparse_context,
+            softmax_scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap or None,
+            denominator_compensation=layer_plan.denominator_compensation,
+            value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
+            counters=kernels.DecodeCounters(counters.rows_read, counters.lost_mass, counters.totals),
+        )
+
+    def _workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> kernels.DecodeWorkspace:
+        """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
+        spec = kernels.DecodeWorkspace.spec(
+            num_seqs,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            launch_config(self.head_size, element_bytes),
+            num_multiprocessors(device),
+        )
+        return kernels.DecodeWorkspace(*current_workspace_manager().get_simultaneous(*spec))
