@@ -29,7 +29,7 @@ test: install ## Run the tests
 	python -m pytest
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/kernels
+	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py
 
 lint: install ## Check format, style and types
 	ruff format --check .

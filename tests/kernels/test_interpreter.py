@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = [str(Path(__file__).with_name(name)) for name in ("test_decode.py", "test_value_sums.py")]
+TESTS = Path(__file__).parents[1]
+FILES = [str(TESTS / name) for name in ("kernels/test_decode.py", "kernels/test_value_sums.py", "backend/test_gpu.py")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
@@ -23,7 +24,7 @@ def test_kernels_in_the_interpreter() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,156 @@
+"""The GPU backend's steps with its kernels in Triton's interpreter; FlashAttention, which needs a GPU, is stood in for.
+
+Runs where `tests/kernels/test_interpreter.py` starts it, or on a GPU.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
+
+from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from tests.kernels.paged import empty_cache
+from vllm_toptheta.backend.gpu import GpuMetadataBuilder, GpuTopThetaImpl
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.decode import DecodeWorkspace
+from vllm_toptheta.reference import paged_top_theta_attention
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture, ThresholdCurve
+
+pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
+SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
+
+
+class Engine:
+    """One sparse layer and what vLLM does around it, step by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int]) -> None:
+        self.generator = torch.Generator().manual_seed(7)
+        self.dense_rows: list[int] = []
+        monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", self.flash_attention_build)
+        monkeypatch.setattr(FlashAttentionImpl, "forward", self.flash_attention_forward)
+        monkeypatch.setattr(GpuTopThetaImpl, "_workspace", self.workspace)
+        coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
+        plan = Plan(
+            settings=Settings.load({"target_k": TARGET_K}),
+            curve=ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096),
+            source="a test",
+            dense_layers=frozenset({0}),
+            architecture=Architecture(
+                num_layers=2, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, rope={}
+            ),
+        )
+        self.impl = GpuTopThetaImpl.__new__(GpuTopThetaImpl)
+        self.impl.num_heads, self.impl.num_kv_heads, self.impl.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
+        self.impl.scale, self.impl.logits_soft_cap = SCALE, 0
+        self.impl.plan = plan
+        self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
+        self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
+        width = max(-(-length // BLOCK_SIZE) for length in max_lens)
+        num_blocks = 1 + width * len(max_lens)
+        order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
+        self.block_table = order.view(len(max_lens), width).to(DEVICE)
+        self.kv_cache = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, torch.float16).to(DEVICE)
+
+    def step(self, rows: list[int], seq_lens: list[int], query_lens: list[int]) -> torch.Tensor:
+        """Run one step over the sequences in `rows`; largest error against the reference's rows."""
+        lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int()
+        block_table = self.block_table[rows]
+        query = self.random(int(starts[-1]), NUM_HEADS)
+        for row, (length, new) in enumerate(zip(seq_lens, query_lens, strict=True)):
+            positions = torch.arange(length - new, length, device=DEVICE)
+            blocks = block_table[row, positions // BLOCK_SIZE].long()
+            self.kv_cache[blocks, :, positions % BLOCK_SIZE] = torch.cat(
+                [self.random(new, NUM_KV_HEADS), self.random(new, NUM_KV_HEADS)], dim=-1
+            )
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(DEVICE),
+            query_start_loc_cpu=starts,
+            seq_lens=lens.int().to(DEVICE),
+            num_reqs=len(rows),
+            num_actual_tokens=len(query),
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=block_table,
+            slot_mapping=torch.zeros(len(query), dtype=torch.int64, device=DEVICE),
+        )
+        self.dense_rows = []
+        output = torch.full_like(query, torch.nan)
+        self.impl.forward(None, query, query, query, self.kv_cache, self.builder.build(0, common), output)
+        is_decode = torch.repeat_interleave(news == 1, news)
+        threshold = torch.where(is_decode, THETA, -torch.inf)[:, None].expand(-1, NUM_HEADS)
+        expected = self.reference(query, block_table, lens, starts, threshold)
+        return (output.float() - expected).abs().amax(dim=(1, 2))
+
+    def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
+        return torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator).half().to(DEVICE)
+
+    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
+        return paged_top_theta_attention(
+            query,
+            self.kv_cache,
+            block_table,
+            lens,
+            starts,
+            threshold=threshold.to(query.device),
+            target_k=TARGET_K,
+            softmax_scale=SCALE,
+        ).output
+
+    def flash_attention_build(self, prefix: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+        return SimpleNamespace(
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            query_start_loc=common.query_start_loc,
+            num_actual_tokens=common.num_actual_tokens,
+        )
+
+    def flash_attention_forward(
+        self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
+    ) -> torch.Tensor:
+        self.dense_rows.append(metadata.num_actual_tokens)
+        everything = torch.full((len(query), NUM_HEADS), -torch.inf)
+        output.copy_(
+            self.reference(query, metadata.block_table, metadata.seq_lens, metadata.query_start_loc, everything)
+        )
+        return output
+
+    def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> DecodeWorkspace:
+        return DecodeWorkspace.allocate(
+            num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, kv_dtype=torch.float16, device=device
+        )
+
+
+def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60, 90, 90])
+    assert engine.step([0, 1, 2], [40, 70, 33], [40, 70, 33]).max() < 2e-3
+    assert engine.dense_rows == [143]
+    assert engine.step([0, 1, 2], [41, 71, 53], [1, 1, 20]).max() < 2e-3  # decoding sequences stand in front
+    assert engine.dense_rows == [20]
+    for step in range(1, 13):  # across the ends of pages: 48, 80 and 64
+        lens = [41 + step, 71 + step, 53 + step]
+        assert engine.step([0, 1, 2], lens, [1, 1, 1]).max() < 2e-3, lens
+        assert engine.dense_rows == []
+    layer_plan = engine.impl.layer_plan
+    assert layer_plan is not None
+    decoded, dense, cached = layer_plan.counters.totals.tolist()
+    assert (decoded, dense) == (2 + 3 * 12, 0)
+    assert 0 < int(layer_plan.counters.rows_read.max()) < cached
+    assert float(layer_plan.counters.lost_mass.min()) > 0
+
+
+def test_a_dense_layer_is_flash_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60])
+    engine.impl.layer_plan = None
+    engine.step([0], [40], [40])
+    engine.step([0], [41], [1])
+    assert engine.dense_rows == [1]
