@@ -54,6 +54,7 @@ class Engine:
         self.impl.plan = plan
         self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
         self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
+        self.builder.layer_plans, self.builder.has_captured = [self.impl.layer_plan], False
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
@@ -146,6 +147,16 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert (decoded, dense) == (2 + 3 * 12, 0)
     assert 0 < int(layer_plan.counters.rows_read.max()) < cached
     assert float(layer_plan.counters.lost_mass.min()) > 0
+
+
+def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60])
+    engine.step([0], [40], [40])
+    engine.step([0], [41], [1])
+    engine.builder.has_captured = True  # as after build_for_cudagraph_capture
+    engine.step([0], [42], [1])
+    engine.step([0], [43], [1])
+    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43]
 
 
 def test_a_dense_layer_is_flash_attentions(monkeypatch: pytest.MonkeyPatch) -> None:

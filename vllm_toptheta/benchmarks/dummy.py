@@ -126,8 +126,7 @@ def _take_rows_read(worker: Any) -> list[list[float]]:
         counters = plan.counters
         tokens = max(1, int(counters.totals[0]))
         rows.append([count / tokens for count in counters.rows_read.tolist()])
-        for buffer in (counters.totals, counters.rows_read, counters.lost_mass):
-            buffer.zero_()
+        counters.zero_()
     return rows
 
 

@@ -49,6 +49,11 @@ class LayerCounters:
         self.rows_read += rows_read.sum(dim=0)
         self.lost_mass += lost_mass.sum(dim=0)
 
+    def zero_(self) -> None:
+        """Start counting anew."""
+        for buffer in (self.totals, self.rows_read, self.lost_mass):
+            buffer.zero_()
+
     def snapshot(self) -> list[dict[str, Any]]:
         """One plain record per kv head, in the fields of `stats.HeadStats`."""
         decode_tokens, dense_tokens, rows_cached = self.totals.tolist()
