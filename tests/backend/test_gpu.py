@@ -42,7 +42,8 @@ class Engine:
         plan = Plan(
             settings=Settings.load({"target_k": TARGET_K}),
             curve=ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096),
-            source="a test",
+            model_id="acme/tiny",
+            origin="a test",
             dense_layers=frozenset({0}),
             architecture=Architecture(
                 num_layers=2, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, rope={}

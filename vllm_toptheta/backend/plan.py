@@ -44,14 +44,16 @@ class Plan:
     Attributes:
         settings: The options in force.
         curve: theta(n) of every layer and head at the target k; None if the model runs dense.
-        source: Which thresholds these are and where they lie, or why there are none.
+        model_id: The model that the thresholds were calibrated on; None if there are none.
+        origin: Where the thresholds lie, or why there are none; for the log only.
         dense_layers: Layers that read everything.
         architecture: The model's heads and layers over all ranks.
     """
 
     settings: Settings
     curve: ThresholdCurve | None
-    source: str
+    model_id: str | None
+    origin: str
     dense_layers: frozenset[int]
     architecture: Architecture
 
@@ -74,7 +76,7 @@ class Plan:
         except StoreNotFound as error:
             if settings.on_missing == "error":
                 raise
-            return cls(settings, None, f"none: {error}", frozenset(layers), architecture)
+            return cls(settings, None, None, str(error), frozenset(layers), architecture)
         thresholds = store.load(folder)
         manifest = thresholds.manifest
         manifest.architecture.check(architecture, file=folder)
@@ -82,7 +84,7 @@ class Plan:
             raise UnsupportedError(
                 f"these thresholds are {manifest.placement}; serving compares scores before the softmax",
                 file=folder,
-                remedy="Calibrate without --placement post_softmax",
+                remedy="Calibrate thresholds that apply before the softmax, as `toptheta calibrate` does",
             )
         dense_layers = manifest.dense_layers if settings.dense_layers is None else settings.dense_layers
         if unknown := sorted(set(dense_layers) - set(layers)):
@@ -91,19 +93,20 @@ class Plan:
                 field="dense_layers",
                 remedy=f"name layers from 0 to {layers[-1]}",
             )
-        source = f"{manifest.model.id} in {folder}"
         curve = thresholds.curve(settings.target_k)
-        return cls(settings, curve, source, frozenset(dense_layers), architecture)
+        return cls(settings, curve, manifest.model.id, str(folder), frozenset(dense_layers), architecture)
 
     def log(self) -> None:
         """Say once what is in force."""
         if self.curve is None:
-            logger.warning_once("toptheta: every layer runs dense; thresholds: %s", self.source)
+            logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
         chosen = self.settings.model_dump(exclude={"thresholds", "dense_layers"})
         options = ", ".join(f"{name}={value}" for name, value in chosen.items())
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
-        logger.info_once("toptheta: thresholds of %s; dense_layers=%s, %s", self.source, dense_layers, options)
+        logger.info_once(
+            "toptheta: thresholds of %s in %s; dense_layers=%s, %s", self.model_id, self.origin, dense_layers, options
+        )
 
     def for_layer(
         self, layer: int, *, num_heads: int, num_kv_heads: int, rank: int, device: torch.device | str = "cpu"

@@ -25,7 +25,7 @@ def _stats(worker: Any) -> dict[str, Any] | None:
     return {
         "mode": plan.settings.mode,
         "target_k": plan.settings.target_k,
-        "thresholds": plan.source,
+        "thresholds": plan.model_id,
         "dense_layers": sorted(plan.dense_layers),
         "layers": [record for impl in impls if impl.layer_plan for record in impl.layer_plan.counters.snapshot()],
     }

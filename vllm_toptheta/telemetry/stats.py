@@ -25,7 +25,9 @@ class RankStats(BaseModel):
 
     mode: str
     target_k: int
-    thresholds: str = Field(description="Which thresholds are in use, or why none are.")
+    thresholds: str | None = Field(
+        description="The model that the thresholds were calibrated on; null if none are used."
+    )
     dense_layers: list[int] = Field(description="Layers that read everything; they are not listed under layers.")
     layers: list[HeadStats]
 
