@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from vllm_toptheta.errors import SettingsError
 
 ENV_PREFIX = "TOPTHETA_"
-OTHER_VARIABLES = {"TOPTHETA_ALLOW_UNTESTED_VLLM"}  # not options: read elsewhere
+ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.compat` reads it
 
 
 class Settings(BaseSettings):
@@ -73,7 +73,7 @@ class Settings(BaseSettings):
                 remedy="""write --additional-config '{"toptheta": {"target_k": 128}}'""",
             )
         known = ", ".join(cls.model_fields)
-        variables = {ENV_PREFIX + name.upper() for name in cls.model_fields} | OTHER_VARIABLES
+        variables = {ENV_PREFIX + name.upper() for name in cls.model_fields} | {ALLOW_UNTESTED}
         for name in os.environ:
             if name.startswith(ENV_PREFIX) and name not in variables:
                 raise SettingsError(

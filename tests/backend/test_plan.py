@@ -85,6 +85,11 @@ def test_missing_thresholds_may_mean_dense(make_config: MakeConfig, tmp_path: Pa
     assert plan.length_powers(torch.tensor([100])) is None
 
 
+def test_a_mistyped_path_is_never_taken_for_missing_thresholds(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(errors.StoreNotFound, match="nowhere"):
+        make_config({"thresholds": str(tmp_path / "nowhere"), "on_missing": "dense"})
+
+
 def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeConfig, thresholds_folder: Path) -> None:
     (thresholds_folder / "thresholds.safetensors").write_bytes(b"damaged")
     with pytest.raises(errors.ChecksumMismatch):

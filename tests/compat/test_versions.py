@@ -11,6 +11,7 @@ import pytest
 
 from vllm_toptheta.backend import compat
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.settings import ALLOW_UNTESTED
 
 pytestmark = pytest.mark.compat
 
@@ -63,7 +64,6 @@ def test_pages_have_tails(vllm_files: Path) -> None:
         "    padded = with_tail(plain)\n"
         "else:\n"
         "    layer = Attention.__new__(Attention); torch.nn.Module.__init__(layer)\n"
-        "    Attention.get_kv_cache_spec.__closure__  # wrapped\n"
         "    layer.attn_backend = S(get_name=lambda: 'TOPTHETA', is_mla=lambda: False)\n"
         "    layer.attn_type, layer.sliding_window, layer.kv_cache_dtype = 'decoder', None, 'auto'\n"
         "    layer.num_kv_heads, layer.head_size, layer.head_size_v = 8, 128, 128\n"
@@ -116,8 +116,8 @@ def test_supported_versions(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0"])
 def test_other_versions_are_refused_unless_allowed(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(compat.ALLOW_UNTESTED, raising=False)
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
     with pytest.raises(UnsupportedError, match=f"supports vLLM 0.26 to 0.33, this is {version}"):
         compat.check_version(version)
-    monkeypatch.setenv(compat.ALLOW_UNTESTED, "1")
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     compat.check_version(version)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.settings import ALLOW_UNTESTED
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 NAME = "TOPTHETA"
-ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"
 OLDEST, NEWEST = (0, 26), (0, 33)  # minor versions, both included
 
 

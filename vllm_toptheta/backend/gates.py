@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
+
+import vllm
 
 from vllm_toptheta.backend.compat import check_version
 from vllm_toptheta.errors import UnsupportedError
@@ -24,7 +25,7 @@ def check_engine(vllm_config: Any) -> None:
     Raises:
         UnsupportedError: Names every feature concerned.
     """
-    check_version(metadata.version("vllm"))
+    check_version(vllm.__version__)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     reasons = {
         "multi-head latent attention (MLA) has no per-head values to skip": model.use_mla,

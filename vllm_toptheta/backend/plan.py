@@ -74,7 +74,8 @@ class Plan:
         try:
             folder = store.resolve(model_config.model, thresholds=settings.thresholds)
         except StoreNotFound as error:
-            if settings.on_missing == "error":
+            mistyped = settings.thresholds is not None and not settings.thresholds.exists()
+            if settings.on_missing == "error" or mistyped:
                 raise
             return cls(settings, None, None, str(error), frozenset(layers), architecture)
         thresholds = store.load(folder)
