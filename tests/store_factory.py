@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from vllm_toptheta.store import (
     Architecture,
     ManifestDraft,
+    Measurement,
     ModelIdentity,
     Provenance,
     Target,
+    TargetSpec,
     TextSource,
     ThresholdStore,
     save,
 )
+from vllm_toptheta.store.expectations import EXPECTATION_NAMES
 
 ROPE: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "default"}
 
@@ -32,12 +35,19 @@ def make_draft(
     head_size: int = 16,
     rope: dict[str, Any] | None = None,
     target_ks: tuple[int, ...] = (8, 32),
+    labels: tuple[str, ...] | None = None,
     max_length: int = 1024,
     dense_layers: tuple[int, ...] = (0,),
     degree: int = 2,
     num_buckets: int = 4,
+    placement: Literal["pre_softmax", "post_softmax"] = "pre_softmax",
+    measured: bool = False,
 ) -> ManifestDraft:
-    """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets."""
+    """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets.
+
+    `labels` replace `target_ks` by targets of any kind.
+    """
+    specs = [TargetSpec.parse(label) for label in labels or [f"k:{k}" for k in target_ks]]
     return ManifestDraft(
         model=ModelIdentity(id=model_id),
         architecture=Architecture(
@@ -47,11 +57,14 @@ def make_draft(
             head_size=head_size,
             rope=ROPE if rope is None else rope,
         ),
-        targets=tuple(Target(k=k, min_length=k + 1, max_length=max_length) for k in target_ks),
+        targets=tuple(
+            Target(**spec.model_dump(), min_length=(spec.k or 8) + 1, max_length=max_length) for spec in specs
+        ),
         dense_layers=dense_layers,
-        placement="pre_softmax",
+        placement=placement,
         degree=degree,
         num_buckets=num_buckets,
+        measurement=Measurement(num_sequences=1) if measured else None,
         calibration=Provenance(
             text=(TextSource(name="stories.txt", sha256="0" * 64, num_characters=12345),),
             num_sequences=2,
@@ -71,17 +84,23 @@ def make_tensors(draft: ManifestDraft, *, seed: int = 0) -> dict[str, NDArray[An
     rng = np.random.default_rng(seed)
     first = draft.targets[0]
     edges = np.geomspace(first.min_length, first.max_length + 1, draft.num_buckets + 1).round().astype(np.int32)
-    ks = np.array(draft.target_ks)
-    row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], ks[:, np.newaxis] + 1), 0).astype(np.int64)
-    per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(ks))
+    shortest = np.array([target.dense_length + 1 for target in draft.targets])
+    row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], shortest[:, np.newaxis]), 0).astype(np.int64)
+    per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(shortest))
     statistics = (*per_head, draft.num_buckets)
-    return {
+    tensors = {
         "coefficients": rng.normal(size=(*per_head, draft.degree + 1)).astype(np.float32),
         "bucket_edges": edges,
         "row_count": row_count,
         "score_mean": np.where(row_count > 0, rng.normal(size=statistics), 0).astype(np.float32),
         "score_std": np.where(row_count > 0, rng.uniform(0.5, 2, size=statistics), 0).astype(np.float32),
     }
+    if draft.measurement:
+        tensors["measured_rows"] = row_count.copy()
+        for name in EXPECTATION_NAMES:
+            if name != "measured_rows":
+                tensors[name] = np.where(row_count > 0, rng.uniform(size=statistics), 0).astype(np.float32)
+    return tensors
 
 
 def make_store(folder: Path, *, coefficients: NDArray[Any] | float | None = None, **fields: Any) -> ThresholdStore:

@@ -122,11 +122,11 @@ def test_show(run: Run, stores: Path, by_name: bool) -> None:
     for text in (
         "acme/long",
         "3 layers, 4 query heads, 2 kv heads, head size 16",
-        "k 8: 9 to 4096 tokens",
+        "k:8 from 9 to 4096 tokens",
         "stories.txt",
     ):
         assert text in out
-    assert "theta, layer 0, k = 32" in out
+    assert "theta, layer 0, k:32" in out
     assert [word for word in ("512", "2048", "4096") if f"n = {word}" in out] == ["512", "2048", "4096"]
 
 
@@ -134,7 +134,7 @@ def test_show_prints_theta(run: Run, tmp_path: Path) -> None:
     per_layer = np.array([1.25, 2.5, 3.5], np.float32)[:, np.newaxis, np.newaxis, np.newaxis]
     make_store(tmp_path / "acme--tiny", coefficients=per_layer, degree=0)
     _, out, _ = run("thresholds", "show", tmp_path / "acme--tiny", "--layer", 2, "--k", 16)
-    assert "theta, layer 2, k = 16" in out
+    assert "theta, layer 2, k:16" in out
     rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [[str(head), "3.500", "3.500"] for head in range(4)]
 

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_toptheta.calibrate_cli import calibrate_command
 from vllm_toptheta.errors import SettingsError, TopThetaError
+from vllm_toptheta.eval_cli import eval_app
+from vllm_toptheta.interchange_cli import export_command, import_command
+from vllm_toptheta.report_cli import report_command
+from vllm_toptheta.terminal import print_table, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_toptheta.store import ThresholdStore
+    from vllm_toptheta.store import Provenance, ThresholdStore
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
@@ -27,8 +32,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.", no_args_is_help=True)
+thresholds_app = typer.Typer(
+    help="Look at calibrated thresholds, check them, import and export them.", no_args_is_help=True
+)
 app.add_typer(thresholds_app, name="thresholds")
+app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
@@ -50,82 +58,10 @@ def main() -> None:
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 _TEXT_FILES = {"allow_extra_args": True}
 
-
-@app.command("calibrate", context_settings=_TEXT_FILES)
-def calibrate_model(
-    context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
-    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files.")],
-    out: Annotated[Path, typer.Option(help="Directory in which the folder <org>--<model> is written.")],
-    k: Annotated[str, typer.Option(help="Keys per query head to keep, separated by commas.")] = "32,64,128,256",
-    max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
-    sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
-    dense_layers: Annotated[str, typer.Option(help="Layers to serve dense, separated by commas.")] = "0,1",
-    beta: Annotated[float, typer.Option(help="Standard deviations added to the mean threshold.")] = 0.0,
-    top_k: Annotated[bool, typer.Option(help="Hand on exact top-k attention while calibrating.")] = True,
-    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
-    model_id: Annotated[
-        str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
-    ] = None,
-) -> None:
-    """Calibrate thresholds for a model on texts and write them as a store."""
-    from vllm_toptheta.calibration import calibrate
-
-    texts = [*text, *map(Path, context.args)]
-    folder = calibrate(
-        model,
-        texts,
-        out=out,
-        target_ks=_integers("--k", k),
-        max_length=max_length,
-        num_sequences=sequences,
-        seed=seed,
-        beta=beta,
-        top_k_at_calibration=top_k,
-        dense_layers=_integers("--dense-layers", dense_layers),
-        model_id=model_id,
-        command=_command_line([model, out, *texts]),
-    )
-    typer.echo(f"wrote {folder}")
-    typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
-
-
-@app.command("eval", context_settings=_TEXT_FILES)
-def evaluate_model(
-    context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
-    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
-    k: Annotated[str, typer.Option(help="Target ks to compare, separated by commas.")] = "64,128",
-    sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    denominator: Annotated[str, typer.Option(help="Softmax denominator: none, exact or exp_threshold.")] = "exact",
-    value_mean: Annotated[bool, typer.Option(help="Give the lost mass the mean value.")] = True,
-    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
-    thresholds: ThresholdsOption = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
-) -> None:
-    """Compare Top-Theta with dense attention on texts: perplexity, KL and agreement, with paired standard errors."""
-    from vllm_toptheta import store
-    from vllm_toptheta.evaluation import evaluate, quality_table
-    from vllm_toptheta.reference import Compensation
-
-    if denominator not in ("none", "exact", "exp_threshold"):
-        raise SettingsError(
-            f"unknown value {denominator!r}", field="--denominator", remedy="Choose none, exact or exp_threshold"
-        )
-    report = evaluate(
-        model,
-        [*text, *map(Path, context.args)],
-        store.load(store.resolve(str(model), thresholds=thresholds)),
-        target_ks=_integers("--k", k),
-        length=length,
-        num_sequences=sequences,
-        seed=seed,
-        compensation=Compensation(denominator, value_mean),  # type: ignore[arg-type]  # checked above
-    )
-    _print_table(quality_table(report))
-    if json is not None:
-        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+app.command("calibrate", context_settings=_TEXT_FILES)(calibrate_command)
+app.command("report", context_settings=_TEXT_FILES)(report_command)
+thresholds_app.command("import", context_settings=_TEXT_FILES)(import_command)
+thresholds_app.command("export", context_settings=_TEXT_FILES)(export_command)
 
 
 @app.command("demo-model")
@@ -153,9 +89,8 @@ def bench_kernels(
     batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
     workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k)
     report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
-    _print_table(kernel_table(report))
-    if json is not None:
-        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    print_table(kernel_table(report))
+    write_json(json, report)
 
 
 @bench_app.command("serving")
@@ -202,9 +137,8 @@ def bench_serving(
         options={} if k is None else {"target_k": k},
     )
     report = compare(workload, backends.split(","), rounds)
-    _print_table(serving_table(report))
-    if json is not None:
-        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    print_table(serving_table(report))
+    write_json(json, report)
 
 
 @thresholds_app.command("list")
@@ -227,11 +161,11 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
         table.add_row(
             escape(folder.name),
             manifest.model.id,
-            ", ".join(map(str, manifest.target_ks)),
+            ", ".join(label.removeprefix("k:") for label in manifest.labels),
             f"{manifest.targets[0].min_length} to {max(target.max_length for target in manifest.targets)}",
             ", ".join(map(str, manifest.dense_layers)) or "none",
         )
-    _print_table(table)
+    print_table(table)
     if failed:
         raise typer.Exit(2)
 
@@ -241,7 +175,8 @@ def show_thresholds(
     store_or_model: Annotated[str, typer.Argument(metavar="FOLDER|MODEL", help="A store, or a model to look up.")],
     thresholds: ThresholdsOption = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the table; default: the first that is not dense.")] = None,
-    k: Annotated[int | None, typer.Option(help="Target k of the table; default: the largest calibrated.")] = None,
+    k: Annotated[int | None, typer.Option(help="Target k of the table; short for --target.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target of the table; default: the largest calibrated k.")] = None,
 ) -> None:
     """Summarise a store and print the thresholds of one layer."""
     from vllm_toptheta import store
@@ -249,9 +184,9 @@ def show_thresholds(
     named = Path(store_or_model)
     is_folder = named.joinpath("manifest.yaml").is_file()
     loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
-    table = _theta_table(loaded, layer, k)
+    table = _theta_table(loaded, layer, target if k is None else f"k:{k}")
     typer.echo(_summary(loaded))
-    _print_table(table)
+    print_table(table)
 
 
 @thresholds_app.command("validate")
@@ -288,13 +223,12 @@ def _summary(store: ThresholdStore) -> str:
         "architecture": f"{architecture.num_layers} layers, {architecture.num_heads} query heads, "
         f"{architecture.num_kv_heads} kv heads, head size {architecture.head_size}",
         "rope": rope,
-        "targets": "; ".join(f"k {t.k}: {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
+        "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
+        "expected": _expected(store),
         "dense layers": ", ".join(map(str, manifest.dense_layers)) or "none",
         "placement": manifest.placement,
         "polynomial": f"degree {manifest.degree} in ln n, from {manifest.num_buckets} length buckets",
-        "calibrated": f"{calibration.date}, {calibration.num_sequences} sequences of at most {calibration.max_length} "
-        f"tokens, seed {calibration.seed}, beta {calibration.beta:g}, "
-        f"top-k at calibration {'on' if calibration.top_k_at_calibration else 'off'}",
+        "calibrated": _calibrated(calibration),
         "text": ", ".join(text.name for text in calibration.text),
         "versions": ", ".join(f"{package} {version}" for package, version in calibration.versions.items()),
         "command": calibration.command,
@@ -303,7 +237,34 @@ def _summary(store: ThresholdStore) -> str:
     return "\n".join(f"{name + ':':<14}{value}" for name, value in rows.items())
 
 
-def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Table:
+def _expected(store: ThresholdStore) -> str:
+    """Return what the thresholds keep and lose at the longest calibrated length, over heads of the sparse layers."""
+    manifest = store.manifest
+    if store.expectations is None:
+        return "not measured"
+    sparse = [layer for layer in range(manifest.architecture.num_layers) if layer not in manifest.dense_layers]
+    texts = []
+    for target in manifest.targets:
+        curve = store.curve_of(target.label)
+        survivors = curve.expected("survivors_mean", target.max_length)[sparse].mean()
+        lost_mass = curve.expected("lost_mass_mean", target.max_length)[sparse].mean()
+        texts.append(f"{target.label}: {survivors:.0f} survivors, {lost_mass:.3f} of the mass lost")
+    return "; ".join(texts)
+
+
+def _calibrated(calibration: Provenance) -> str:
+    """Return how the thresholds were made, without what an imported file did not say."""
+    known = {
+        f"{calibration.num_sequences} sequences": calibration.num_sequences,
+        f"at most {calibration.max_length} tokens": calibration.max_length,
+        f"seed {calibration.seed}": calibration.seed,
+        f"beta {calibration.beta}": calibration.beta,
+        f"top-k at calibration {'on' if calibration.top_k_at_calibration else 'off'}": calibration.top_k_at_calibration,
+    }
+    return ", ".join([str(calibration.date), *(text for text, value in known.items() if value is not None)])
+
+
+def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -> Table:
     """Return a table of theta: a row per head, a column per length."""
     from rich.table import Table
 
@@ -315,36 +276,15 @@ def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Tab
         raise SettingsError(
             f"no layer {layer}", file=store.folder, field="--layer", remedy=f"Choose one from 0 to {layers[-1]}"
         )
-    curve = store.curve(manifest.target_ks[-1] if k is None else k)
+    largest = f"k:{manifest.target_ks[-1]}" if manifest.target_ks else manifest.labels[0]
+    curve = store.curve_of(target or largest)
     lengths = [n for n in TABLE_LENGTHS if curve.min_length <= n < curve.max_length] + [curve.max_length]
     dense = ", a dense layer" if layer in manifest.dense_layers else ""
-    table = Table("head", *(f"n = {n}" for n in lengths), title=f"theta, layer {layer}{dense}, k = {curve.target_k}")
+    table = Table("head", *(f"n = {n}" for n in lengths), title=f"theta, layer {layer}{dense}, {curve.label}")
     for head, thetas in enumerate(curve.threshold(lengths)[:, layer].T):
         table.add_row(str(head), *(f"{theta:.3f}" for theta in thetas))
     return table
 
 
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    # a pipe or a file has no width, and rich would squeeze the columns into 80 characters
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
 def _print_error(error: TopThetaError) -> None:
     typer.echo(f"error: {error}", err=True)
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise SettingsError(f"not whole numbers: {text!r}", field=option, remedy="Write them as 32,64,128") from None
-
-
-def _command_line(paths: list[Path]) -> str:
-    """This process's command, with files by their bare names: where they lay is nobody's business."""
-    import shlex
-
-    names = {str(path): path.name for path in paths}
-    return shlex.join(["toptheta", *(names.get(argument, argument) for argument in sys.argv[1:])])

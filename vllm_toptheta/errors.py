@@ -19,8 +19,12 @@ TopThetaError
       TensorNotFinite         a tensor contains NaN or infinity
       TensorValues            a tensor's numbers contradict each other or the manifest
     FingerprintMismatch       the thresholds were calibrated on another architecture
-    TargetOutOfRange          the thresholds were not calibrated for the target k asked for
-  CalibrationError            thresholds cannot be calibrated, or evaluated, with this model and this text
+    TargetOutOfRange          the thresholds were not calibrated for the target asked for
+    ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
+  CalibrationError            thresholds cannot be calibrated with this model and this text
+  EvaluationError             an evaluation cannot run, or would not measure what it says
+  InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
+  ReportError                 a report cannot be drawn or written
   DemoModelError              the demo model cannot be built
   BenchmarkError              a benchmark could not run
   UnsupportedError            the backend does not support a feature of the model or the engine
@@ -150,11 +154,27 @@ class FingerprintMismatch(StoreError):
 
 
 class TargetOutOfRange(StoreError):
-    """The thresholds were not calibrated for the target k asked for."""
+    """The thresholds were not calibrated for the target asked for."""
+
+
+class ExpectationsMissing(StoreError):
+    """The thresholds came without a measurement of what they keep and lose."""
 
 
 class CalibrationError(TopThetaError):
-    """Thresholds cannot be calibrated, or evaluated, with this model and this text."""
+    """Thresholds cannot be calibrated with this model and this text."""
+
+
+class EvaluationError(TopThetaError):
+    """An evaluation cannot run, or would not measure what it says."""
+
+
+class InterchangeError(TopThetaError):
+    """Thresholds of another project cannot be read, or ours cannot be written in its format."""
+
+
+class ReportError(TopThetaError):
+    """A report cannot be drawn or written."""
 
 
 class DemoModelError(TopThetaError):

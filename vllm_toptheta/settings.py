@@ -29,6 +29,9 @@ class Settings(BaseSettings):
         None, description="A threshold store, or a directory of stores; the shipped ones if not given."
     )
     target_k: int = Field(128, ge=1, description="Keys per query head that the thresholds should keep, about.")
+    target: str | None = Field(
+        None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."
+    )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc", description="Exact softmax denominator (sdc) and mean value for the lost mass (vmc)."
     )
@@ -36,7 +39,7 @@ class Settings(BaseSettings):
         None, description="Layers that read everything, as a list or '0,1'; those of the manifest if not given."
     )
     min_context: int = Field(
-        0, ge=0, description="A sequence of at most this many tokens stays dense, as does one of at most target_k."
+        0, ge=0, description="A sequence of at most this many tokens stays dense, as does one too short for the target."
     )
     on_missing: Literal["error", "dense"] = Field(
         "error", description="What to do when there are no thresholds for the model."
@@ -53,11 +56,6 @@ class Settings(BaseSettings):
         if value is not None and min(value, default=0) < 0:
             raise ValueError("layers are counted from 0")
         return value
-
-    @property
-    def min_sparse_context(self) -> int:
-        """The longest context, in tokens, that still stays dense."""
-        return max(self.min_context, self.target_k)
 
     @classmethod
     def load(cls, options: Mapping[str, Any]) -> Settings:

@@ -53,6 +53,21 @@ def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: 
     assert Plan.resolve(make_config({"target_k": 64})).settings.target_k == 64
 
 
+def test_a_target_by_its_label(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "labelled"
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "max_length": 4096}
+    stored = store_factory.make_store(folder, labels=("k:8", "k:128", "mass:0.98"), **shape)
+    plan = Plan.resolve(make_config({"thresholds": str(folder), "target": "mass:0.98"}))
+    layer_plan = plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0)
+    assert layer_plan is not None
+    assert torch.equal(layer_plan.coefficients, torch.tensor(stored.curve_of("mass:0.98").coefficients[3]))
+    # what was calibrated on rows from 9 tokens on is dense below, unless asked for more
+    assert plan.min_sparse_context == 8
+    longer = make_config({"thresholds": str(folder), "target": "mass:0.98", "min_context": 500})
+    assert Plan.resolve(longer).min_sparse_context == 500
+    assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).min_sparse_context == 64
+
+
 @pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
 def test_tensor_parallel_ranks_take_their_heads(
     make_config: MakeConfig, tmp_path: Path, rank: int, world_size: int, kv_heads: list[int]
@@ -102,6 +117,8 @@ def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeCo
         ({"tarket_k": 64}, errors.SettingsError, r"toptheta.tarket_k: unknown option.*known options are.*target_k"),
         ({"target_k": 0}, errors.SettingsError, "target_k.*greater than or equal to 1"),
         ({"target_k": 4096}, errors.TargetOutOfRange, "calibrated are 8, 128"),
+        ({"target": "mass:0.5"}, errors.TargetOutOfRange, "no thresholds for mass:0.5; calibrated are k:8, k:128"),
+        ({"target": "half"}, errors.SettingsError, "unknown target 'half'"),
         ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
         ({"dense_layers": [-1]}, errors.SettingsError, "counted from 0"),
         ({"compensation": "vmc"}, errors.SettingsError, r"compensation.*'sdc\+vmc'"),

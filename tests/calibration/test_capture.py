@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.capture import kth_largest, observe_top_k
+from vllm_toptheta.calibration.capture import largest_with_kth, observe_top_k
 from vllm_toptheta.calibration.route import row_blocks, windowed_attention
 from vllm_toptheta.reference import causal_scores, dense_attention, kth_largest_scores, top_k_attention
 
@@ -30,6 +30,13 @@ def test_observation_agrees_with_the_reference(num_kv_heads: int, soft_cap: floa
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kth_scores, expected_scores)
 
+    # after the softmax, and with ks in no order
+    _, log_probabilities = observe_top_k(
+        query, key, value, target_ks=(8, 32, 8), sparse_k=32, placement="post_softmax", **options
+    )
+    log_denominator = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap).logsumexp(dim=-1).T
+    torch.testing.assert_close(log_probabilities, expected_scores[[0, 1, 0]] - log_denominator)
+
     output, kth_scores = observe_top_k(query, key, value, target_ks=(8, 32), sparse_k=None, **options)
     expected = dense_attention(query, key, value, softmax_scale=0.25, logits_soft_cap=soft_cap).output
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -49,11 +56,14 @@ def test_blocks_change_nothing() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 31, 32, 200, 333])
 @pytest.mark.parametrize("seq_len", [333, 512, 1000])
-def test_kth_largest_is_exact(seq_len: int, k: int) -> None:
+def test_the_largest_are_exact(seq_len: int, k: int) -> None:
     scores = torch.randn(2, 5, seq_len, generator=torch.Generator().manual_seed(k))
     scores[0, 0] = scores[0, 0].round()  # ties
     scores[0, 1, seq_len // 2 :] = -torch.inf
-    assert torch.equal(kth_largest(scores, k), scores.sort(descending=True).values[..., k - 1])
+    largest, kth = largest_with_kth(scores, k)
+    expected = scores.sort(descending=True).values[..., :k]
+    assert torch.equal(largest.sort(descending=True).values, expected)
+    assert torch.equal(kth, expected[..., -1])
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1000, 100_000, 1 << 30])

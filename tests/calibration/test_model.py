@@ -1,12 +1,12 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AttentionInterface, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration.capture import TopKRoute
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
@@ -14,30 +14,10 @@ from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import causal_scores, kth_largest_score
 
-SHAPE = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
 
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SHAPE),
-        Qwen3Config(**SHAPE),
-        MistralConfig(**SHAPE, sliding_window=20),
-        Gemma2Config(**SHAPE, sliding_window=20, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
-    ],
-    ids=["llama", "qwen3", "mistral", "gemma2"],
-)
-def test_the_dense_route_is_the_models_own_attention(config: Any) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral with a window"])
+def test_the_dense_route_is_the_models_own_attention(family: str) -> None:
+    config = family_config(family) if family in FAMILIES else MistralConfig(**SHAPE, sliding_window=20)
     config._attn_implementation = "eager"
     model, tokens = tiny_model(config), random_tokens(100)
     expected = hidden_states(model, tokens)
@@ -56,7 +36,7 @@ def test_the_models_attention_comes_back() -> None:
 
 
 def test_layers_with_a_sliding_window_are_not_routed() -> None:
-    config = Gemma2Config(**SHAPE, sliding_window=20)
+    config = family_config("gemma2")
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
     seen: list[int] = []
     route = TopKRoute(
@@ -142,3 +122,20 @@ def test_a_model_directory_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert load_model(folder).dtype == torch.float32
     assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert len(load_tokenizer(folder)("Grüße")["input_ids"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:99", "no device cuda:99"), ("gpu", "no device 'gpu'"), ("meta", "no device meta")]
+)
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: str, message: str) -> None:
+    folder = save_model_dir(tmp_path / "tiny")
+    with pytest.raises(CalibrationError, match=message) as caught:
+        load_model(folder, device=device)
+    assert caught.value.field == "device"
+
+
+def test_spreading_a_model_needs_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model_dir(tmp_path / "tiny")
+    monkeypatch.setattr("vllm_toptheta.calibration.model.find_spec", lambda name: None)
+    with pytest.raises(CalibrationError, match=r"vllm-toptheta\[accelerate\]"):
+        load_model(folder, device_map="auto")

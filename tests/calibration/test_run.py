@@ -5,22 +5,13 @@ import numpy as np
 import pytest
 from transformers import Gemma2Config, MistralConfig
 
-from tests.calibration.tiny_model import (
-    architecture,
-    random_tokens,
-    save_model_dir,
-    tiny_config,
-    tiny_model,
-    write_text,
-)
+from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model, write_text
 from vllm_toptheta import store
-from vllm_toptheta.calibration import calibrate
-from vllm_toptheta.calibration.accumulate import Moments, length_buckets
-from vllm_toptheta.calibration.data import load_sequences, read_text
-from vllm_toptheta.calibration.model import load_model, load_tokenizer
-from vllm_toptheta.calibration.run import collect_moments, default_model_id
+from vllm_toptheta.calibration import CalibrationOptions, calibrate, job
+from vllm_toptheta.calibration.data import read_text
+from vllm_toptheta.calibration.model import hidden_states as model_hidden_states
+from vllm_toptheta.calibration.run import default_model_id
 from vllm_toptheta.errors import CalibrationError, ModelConfigError
-from vllm_toptheta.evaluation.quality import evaluate_sequences
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +25,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model_dir: Path, text: Path, out: Path, **overrides: Any) -> store.ThresholdStore:
-    options = {"target_ks": (16, 8), "max_length": 200, "num_sequences": 2, "progress": False}
-    return store.load(calibrate(model_dir, [text], out=out, **{**options, **overrides}))
-
-
-def collect(**overrides: Any) -> Moments:
-    model = tiny_model()
-    options = {
-        "architecture": architecture(model),
-        "target_ks": [8, 16],
-        "bucket_edges": length_buckets(9, 120, 5),
-        "top_k_at_calibration": True,
-        "dense_layers": (0, 1),
-    }
-    return collect_moments(model, [random_tokens(120)], **{**options, **overrides})
+    chosen = {"targets": (16, 8), "max_length": 200, "num_sequences": 2, **overrides}
+    others = {name: chosen.pop(name) for name in ("model_id", "command", "resume") if name in chosen}
+    options = CalibrationOptions.create(chosen.pop("targets"), **chosen)
+    return store.load(calibrate(model_dir, [read_text(text)], out=out, options=options, progress=False, **others))
 
 
 def test_a_store_is_written_that_says_how_it_was_made(model_dir: Path, text: Path, tmp_path: Path) -> None:
@@ -85,21 +66,38 @@ def test_beta_moves_the_thresholds_by_standard_deviations(model_dir: Path, text:
     assert difference.mean() == pytest.approx(1.0, rel=0.2)
 
 
-def test_top_k_at_calibration_changes_deeper_layers_only() -> None:
-    sparse, dense = collect(), collect(top_k_at_calibration=False)
-    np.testing.assert_array_equal(sparse.row_count, dense.row_count)
-    # layer 2 is the first sparse one: its own scores come from dense layers
-    np.testing.assert_allclose(sparse.mean[:3], dense.mean[:3], rtol=1e-5, atol=1e-5)
-    assert np.abs(sparse.mean[3] - dense.mean[3]).max() > 1e-3
+def test_what_the_thresholds_keep_and_lose_is_recorded(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    loaded = run(model_dir, text, tmp_path)
+    assert loaded.manifest.measurement == store.Measurement(num_sequences=1)
+    for k in (8, 16):
+        curve = loaded.curve(k)
+        survivors = curve.expected("survivors_mean", 200)[2:]
+        assert survivors.mean() == pytest.approx(k, rel=0.4)
+        assert (curve.expected("survivors_p95", 200)[2:] >= survivors).mean() > 0.9
+        lost_mass = curve.expected("lost_mass_mean", 200)
+        assert ((lost_mass > 0) & (lost_mass < 1)).all()
+        scale = curve.expected("exp_threshold_scale", 200)
+        assert ((scale > 0) & (scale < 1)).all()
+    assert (loaded.curve(8).expected("lost_mass_mean", 200) > loaded.curve(16).expected("lost_mass_mean", 200)).all()
 
 
-def test_every_layer_of_every_pass_is_announced() -> None:
-    announced: list[None] = []
-    collect(on_layer=lambda: announced.append(None))
-    assert len(announced) == 2 * 4
-    announced.clear()
-    collect(top_k_at_calibration=False, on_layer=lambda: announced.append(None))
-    assert len(announced) == 4
+def test_a_part_of_the_rows_gives_nearly_the_same_thresholds(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    whole = run(model_dir, text, tmp_path / "whole")
+    part = run(model_dir, text, tmp_path / "part", row_fraction=0.5)
+    assert part.row_count.sum() < 0.6 * whole.row_count.sum()
+    assert part.manifest.calibration.row_fraction == 0.5
+    difference = part.curve(8).threshold(150) - whole.curve(8).threshold(150)
+    assert np.abs(difference).mean() < 0.2 * whole.score_std[:, :, 0].mean()
+
+
+def test_thresholds_after_the_softmax_are_probabilities(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    before = run(model_dir, text, tmp_path / "before", dense_layers=range(4))
+    after = run(model_dir, text, tmp_path / "after", placement="post_softmax", dense_layers=range(4))
+    assert after.manifest.placement == "post_softmax"
+    thresholds = after.curve(8).threshold([50, 200])
+    assert ((thresholds > 0) & (thresholds < 1 / 8)).all()
+    for loaded in (before, after):
+        assert loaded.curve(8).expected("survivors_mean", 200).mean() == pytest.approx(8, rel=0.4)
 
 
 @pytest.mark.parametrize("config_type", [Gemma2Config, MistralConfig])
@@ -120,11 +118,14 @@ def test_layers_with_a_sliding_window_are_recorded_as_dense(config_type: Any, te
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_ks": (8, 200)}, "k 200 needs rows of more than 200 tokens, but max_length is 200"),
-        ({"target_ks": ()}, "different k"),
-        ({"target_ks": (8, 8)}, "different k"),
-        ({"target_ks": (0, 8)}, "different k"),
-        ({"num_sequences": 0}, "at least 1"),
+        ({"targets": (8, 200)}, "k 200 needs rows of more than 200 tokens, but max_length is 200"),
+        ({"targets": ()}, "different targets"),
+        ({"targets": (8, 8)}, "different targets"),
+        ({"num_sequences": 0}, "num_sequences: Input should be greater"),
+        ({"row_fraction": 0.0}, "row_fraction: Input should be greater"),
+        ({"targets": ("rows:150",)}, "rows:150 needs a max_length of at least 512, but it is 200"),
+        ({"targets": ("mass:0.9",), "max_length": 60}, "mass:0.9 needs a max_length of at least 66"),
+        ({"targets": ("mass:0.9",), "find_dense_layers": True}, "mass:0.9, is no number of keys"),
         ({"num_sequences": 10_000}, "tokens, but 10000 sequences of 200 need 2000000"),
         ({"dense_layers": (0, 4)}, "no layer 4 in a model of 4"),
         ({"model_id": "not a model"}, "id: String should match"),
@@ -154,8 +155,59 @@ def test_the_model_id_is_read_off_the_folder(folder: str, expected: str) -> None
     assert default_model_id(Path(folder)) == expected
 
 
-def test_thresholds_keep_about_k_scores_of_the_calibration_text(model_dir: Path, text: Path, tmp_path: Path) -> None:
-    loaded = run(model_dir, text, tmp_path, dense_layers=())
-    sequences = load_sequences([read_text(text)], load_tokenizer(model_dir), num_sequences=2, max_length=200, seed=0)
-    for comparison in evaluate_sequences(load_model(model_dir), sequences, loaded, target_ks=(8, 16)):
-        assert comparison.mean_survivors == pytest.approx(comparison.target_k, rel=0.4)
+class Killed(BaseException):
+    """Nothing catches it, like a signal."""
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_a_killed_calibration_goes_on_where_it_was(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    options: dict[str, Any] = {"targets": ("k:8", "k:16", "mass:0.9")}
+    whole = run(model_dir, text, tmp_path / "whole", **options)
+    done = 0
+
+    def hidden_states(model: Any, tokens: Any) -> Any:
+        nonlocal done
+        if done == passes:
+            raise Killed
+        done += 1
+        return model_hidden_states(model, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "hidden_states", hidden_states)
+        with pytest.raises(Killed):
+            run(model_dir, text, tmp_path / "killed", **options)
+    assert [entry.name for entry in (tmp_path / "killed").iterdir()] == [".tiny.calibration"]
+    with pytest.raises(CalibrationError, match="other options"):
+        run(model_dir, text, tmp_path / "killed", **options, seed=1)
+
+    continued = []
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "hidden_states", lambda model, tokens: continued.append(model_hidden_states(model, tokens)))
+        resumed = run(model_dir, text, tmp_path / "killed", **options)
+    assert len(continued) == 2 + 1 + 3 - passes
+    assert resumed.manifest.tensors == whole.manifest.tensors
+    assert [entry.name for entry in (tmp_path / "killed").iterdir()] == ["tiny"]
+
+
+def test_an_interrupted_calibration_can_be_forgotten(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / ".tiny.calibration").write_bytes(b"damaged")
+    with pytest.raises(CalibrationError, match="not the state"):
+        run(model_dir, text, tmp_path)
+    run(model_dir, text, tmp_path, resume=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_targets_of_every_kind_are_stored_by_their_labels(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    labels = ("rows:16", "mass:0.9", "k:16", "k:8", "k:8@50^0.5")
+    loaded = run(model_dir, text, tmp_path, targets=labels, find_dense_layers=True, max_lost_mass=0.5)
+    assert loaded.manifest.labels == ("k:8", "k:16", "rows:16", "mass:0.9", "k:8@50^0.5")
+    for label in labels:
+        curve = loaded.curve_of(label)
+        assert np.isfinite(curve.threshold([20, 200, 10_000])).all()
+        assert curve.expected("survivors_mean", 200).any()
+    assert loaded.manifest.dense_layers_rule == store.DenseLayersRule(given=(0, 1), max_lost_mass=0.5, target="k:8")
+    assert loaded.manifest.outside_lengths == "clamp"
+    assert loaded.manifest.calibration.shared_k == 8
+    np.testing.assert_array_equal(loaded.curve(8).threshold(10_000), loaded.curve(8).threshold(200))

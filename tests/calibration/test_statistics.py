@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from vllm_toptheta.calibration.accumulate import KthScoreStatistics, length_buckets
+from vllm_toptheta.calibration.accumulate import KthScoreStatistics
 from vllm_toptheta.calibration.fit import fit_curves
+from vllm_toptheta.calibration.sampling import length_buckets, sample_lengths
 
 
 def test_buckets_cover_the_range_and_grow() -> None:
@@ -20,6 +21,30 @@ def test_few_lengths_get_few_buckets() -> None:
     assert length_buckets(9, 9, 14).tolist() == [9, 10]
 
 
+def test_a_part_of_the_rows_is_drawn_evenly_from_all_lengths() -> None:
+    edges = length_buckets(9, 1000, 6)
+    lengths = sample_lengths(edges, 1000, 120, (3, 1))
+    assert len(lengths) == len(set(lengths.tolist())) == 120
+    counts = np.histogram(lengths, edges)[0]
+    sizes = np.diff(edges)
+    # a bucket is exhausted, or has its share
+    assert all(count == size or count >= 120 // 6 for count, size in zip(counts, sizes, strict=True))
+    assert counts.max() - counts[sizes > counts].min() <= 1
+    assert np.array_equal(lengths, sample_lengths(edges, 1000, 120, (3, 1)))
+    assert not np.array_equal(lengths, sample_lengths(edges, 1000, 120, (3, 2)))
+
+
+@pytest.mark.parametrize("num_rows", [992, 5000])
+def test_all_rows_are_drawn_if_there_are_not_more(num_rows: int) -> None:
+    assert sample_lengths(length_buckets(9, 1000, 6), 1000, num_rows, (0,)).tolist() == list(range(9, 1001))
+
+
+def test_rows_of_a_short_sequence_are_drawn_from_its_own_lengths() -> None:
+    lengths = sample_lengths(length_buckets(9, 1000, 6), 50, 20, (0,))
+    assert len(lengths) == 20
+    assert lengths.max() <= 50
+
+
 def test_moments_are_those_of_all_rows_at_once() -> None:
     generator = np.random.default_rng(0)
     target_ks, edges = (4, 10), length_buckets(5, 60, 6)
@@ -29,7 +54,8 @@ def test_moments_are_those_of_all_rows_at_once() -> None:
     for scores in sequences:
         for layer_idx in range(3):
             for target in range(2):
-                statistics.add(layer_idx, target, scores[layer_idx, target])
+                lengths = np.arange(1, scores.shape[-1] + 1)
+                statistics.add(layer_idx, target, scores[layer_idx, target], lengths)
     moments = statistics.moments()
 
     assert moments.observed_layers == (0, 1, 2)
@@ -54,8 +80,8 @@ def test_layers_must_see_the_same_rows() -> None:
     statistics = KthScoreStatistics(num_layers=2, num_heads=1, target_ks=(2,), bucket_edges=length_buckets(3, 9, 2))
     with pytest.raises(ValueError, match="same rows"):
         statistics.moments()
-    statistics.add(0, 0, np.ones((1, 9), np.float32))
-    statistics.add(1, 0, np.ones((1, 8), np.float32))
+    statistics.add(0, 0, np.ones((1, 9), np.float32), np.arange(1, 10))
+    statistics.add(1, 0, np.ones((1, 8), np.float32), np.arange(1, 9))
     with pytest.raises(ValueError, match="same rows"):
         statistics.moments()
 
@@ -71,6 +97,17 @@ def test_a_known_polynomial_is_recovered() -> None:
     coefficients = fit_curves(log_length, row_count, scores, degree=2)
     assert coefficients.dtype == np.float32
     np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_were_not_drawn_are_left_out() -> None:
+    edges = length_buckets(5, 60, 3)
+    lengths = np.array([2, 6, 9, 30, 60, 61])
+    scores = np.arange(6, dtype=np.float32)[None]
+    statistics = KthScoreStatistics(num_layers=1, num_heads=1, target_ks=(6,), bucket_edges=edges)
+    statistics.add(0, 0, scores, lengths)
+    moments = statistics.moments()
+    assert moments.row_count.sum() == 3
+    assert (moments.mean * moments.row_count).sum() == 2 + 3 + 4
 
 
 @pytest.mark.parametrize(("filled", "expected"), [(1, [5.0, 0, 0]), (2, [2.0, 0.5, 0])])

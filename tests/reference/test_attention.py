@@ -56,6 +56,7 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
     soft_cap = None if integers else draw(st.sampled_from([None, 1.5]))
     target_k = draw(st.integers(0, 6))
     cap_k = draw(st.none() | st.integers(1, 5))
+    phase, num_prompt_tokens = draw(st.sampled_from(["prefill", "decode", "both"])), draw(st.integers(0, 12))
     denominator = draw(st.sampled_from(["none", "exact", "offline", "exp_threshold"]))
     value_mean = draw(st.booleans())
     seed = draw(st.integers(0, 10_000))
@@ -88,10 +89,14 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
         compensation=Compensation(denominator, value_mean, offline_sum, scale),
         cap_k=cap_k,
         logits_soft_cap=soft_cap,
+        phase=phase,
+        num_prompt_tokens=num_prompt_tokens,
     )
 
     for i in range(num_queries):
         n = prefix + i + 1
+        in_phase = phase == "both" or (phase == "prefill") == (n <= num_prompt_tokens)
+        assert result.thresholded[i].item() == (in_phase and n > target_k)
         rows_read: list[set[int]] = [set() for _ in range(num_kv_heads)]
         for head in range(num_heads):
             kv_head = head // num_queries_per_kv
@@ -99,7 +104,7 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
                 scores_of_row(query[i, head].tolist(), key[:n, kv_head].tolist(), 0.5, soft_cap),
                 value[:n, kv_head].tolist(),
                 threshold=threshold[i, head].item(),
-                target_k=target_k,
+                target_k=target_k if in_phase else n,
                 placement=placement,
                 denominator=denominator,
                 value_mean=value_mean,
@@ -216,6 +221,19 @@ def test_rows_of_at_most_k_keys_are_dense() -> None:
         assert torch.equal(sparse.output[:9], dense.output[:9])
         assert torch.all(sparse.lost_mass[:9] == 0)
         assert torch.all(sparse.num_survivors[9:] < 10)
+
+
+def test_top_k_is_dense_outside_its_phase() -> None:
+    query, key, value = inputs(num_queries=37)
+    dense = dense_attention(query, key, value, softmax_scale=0.3)
+    sparse = top_k_attention(query, key, value, target_k=5, softmax_scale=0.3)
+    decode = top_k_attention(query, key, value, target_k=5, softmax_scale=0.3, phase="decode", num_prompt_tokens=20)
+    prefill = top_k_attention(query, key, value, target_k=5, softmax_scale=0.3, phase="prefill", num_prompt_tokens=20)
+    assert torch.equal(decode.output, torch.cat([dense.output[:20], sparse.output[20:]]))
+    assert torch.equal(prefill.output, torch.cat([sparse.output[:20], dense.output[20:]]))
+    assert decode.thresholded.tolist() == [position >= 20 for position in range(37)]
+    assert prefill.thresholded.tolist() == [5 <= position < 20 for position in range(37)]
+    assert torch.all(decode.num_survivors[20:] == 5)
 
 
 def test_top_k_of_more_keys_than_there_are_is_dense() -> None:

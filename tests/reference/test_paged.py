@@ -62,6 +62,7 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
     num_tokens, num_heads, _ = query.shape
     threshold = torch.linspace(0.01, 0.1, num_tokens * num_heads).view(num_tokens, num_heads)
     compensation = Compensation("offline", offline_sum=threshold * 10)
+    prompts = [30, 10, 46, 0, 0, 0, 3, 48]
     paged = paged_top_theta_attention(
         query,
         kv_cache,
@@ -75,10 +76,12 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
         compensation=compensation,
         cap_k=20,
         logits_soft_cap=3.0,
+        phase="decode",
+        num_prompt_tokens=torch.tensor(prompts),
     )
     assert paged.survivors is None
     written = torch.zeros(num_tokens, dtype=torch.bool)
-    for start, (sequence_query, key, value) in zip(starts.tolist(), sequences, strict=False):
+    for start, prompt, (sequence_query, key, value) in zip(starts.tolist()[:-1], prompts, sequences, strict=True):
         tokens = slice(start, start + len(sequence_query))
         if len(key) == 0 or len(sequence_query) == 0:
             continue
@@ -94,13 +97,17 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
             compensation=Compensation("offline", offline_sum=threshold[tokens] * 10),
             cap_k=20,
             logits_soft_cap=3.0,
+            phase="decode",
+            num_prompt_tokens=prompt,
         )
+        assert torch.equal(paged.thresholded[tokens], contiguous.thresholded)
         assert torch.equal(paged.num_survivors[tokens], contiguous.num_survivors)
         assert torch.equal(paged.value_rows_read[tokens], contiguous.value_rows_read)
         # the strides of what was gathered may change the order of sums, nothing else
         torch.testing.assert_close(paged.output[tokens], contiguous.output, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(paged.lost_mass[tokens], contiguous.lost_mass, rtol=1e-5, atol=1e-6)
-    for padded in (paged.output, paged.num_survivors, paged.value_rows_read, paged.lost_mass):
+    assert 0 < paged.thresholded.sum() < written.sum()
+    for padded in (paged.output, paged.num_survivors, paged.value_rows_read, paged.lost_mass, paged.thresholded):
         assert torch.all(padded[~written] == 0)
 
 

@@ -9,6 +9,7 @@ from vllm_toptheta.reference import (
     kth_largest_scores,
     score_threshold,
     select_survivors,
+    thresholded_rows,
 )
 
 few_numbers = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
@@ -53,3 +54,11 @@ def test_probability_becomes_a_score() -> None:
 def test_k_below_one_is_refused(target_ks: list[int]) -> None:
     with pytest.raises(ValueError, match="^target_ks: "):
         kth_largest_scores(torch.zeros(3), target_ks)
+
+
+def test_a_phase_is_one_of_three_and_a_prompt_has_a_length() -> None:
+    lengths = torch.arange(1, 5)
+    with pytest.raises(ValueError, match="^phase: 'all' is none of prefill, decode, both"):
+        thresholded_rows(lengths, target_k=1, phase="all", num_prompt_tokens=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^num_prompt_tokens: "):
+        thresholded_rows(lengths, target_k=1, phase="both", num_prompt_tokens=-1)

@@ -49,7 +49,7 @@ def fuzz(name: str) -> settings:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> ThresholdStore:
-    return store_factory.make_store(tmp_path_factory.mktemp("original") / "acme--tiny")
+    return store_factory.make_store(tmp_path_factory.mktemp("original") / "acme--tiny", measured=True)
 
 
 @pytest.fixture
@@ -72,12 +72,15 @@ def load_or_refuse(folder: Path) -> ThresholdStore | None:
 
 
 def assert_tensors(store: ThresholdStore, expected: dict[str, Any]) -> None:
-    for name in TENSORS:
-        np.testing.assert_array_equal(getattr(store, name), expected[name], strict=True)
+    actual = tensors_of(store)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        np.testing.assert_array_equal(tensor, expected[name], strict=True)
 
 
 def tensors_of(store: ThresholdStore) -> dict[str, Any]:
-    return {name: getattr(store, name) for name in TENSORS}
+    assert store.expectations is not None
+    return {name: getattr(store, name) for name in TENSORS} | vars(store.expectations)
 
 
 def assert_promises(store: ThresholdStore) -> None:
@@ -91,9 +94,12 @@ def assert_promises(store: ThresholdStore) -> None:
     assert store.score_std.min() >= 0
     for target, bucket in np.argwhere(counts == 0):
         assert set(store.score_mean[:, :, target, bucket].flat) == {0}
+    for array in vars(store.expectations).values():
+        assert all(map(np.isfinite, array.flat))
+        assert array.min() >= 0
     for target in store.manifest.targets:
         for length in (target.min_length, target.max_length):
-            assert np.isfinite(store.curve(target.k).threshold(length)).all()
+            assert np.isfinite(store.curve_of(target.label).threshold(length)).all()
 
 
 @st.composite

@@ -17,7 +17,8 @@ import pytest
 from tests.store.mutation import split_safetensors, with_header, write_resealed
 from tests.store_factory import make_draft, make_tensors
 from vllm_toptheta import errors
-from vllm_toptheta.store import ThresholdStore, io, load, read_architecture, save
+from vllm_toptheta.store import ThresholdStore, io, load, read_architecture, save, strict_yaml
+from vllm_toptheta.store.expectations import EXPECTATION_NAMES
 
 MakeStore = Callable[..., ThresholdStore]
 
@@ -39,11 +40,39 @@ def test_a_saved_store_loads_as_it_was(tmp_path: Path) -> None:
     loaded = load(tmp_path / "new" / "acme--tiny")
     assert_equal(saved, loaded)
     assert loaded.manifest.model_dump(exclude={"tensors", "content_sha256"}) == draft.model_dump()
+    assert loaded.expectations is None
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(getattr(loaded, name), tensor, strict=True)
         assert not getattr(loaded, name).flags.writeable
     assert names(tmp_path / "new") == ["acme--tiny"]
     assert names(tmp_path / "new" / "acme--tiny") == ["manifest.yaml", "thresholds.safetensors"]
+
+
+def test_a_measured_store_loads_with_its_expectations(tmp_path: Path) -> None:
+    draft = make_draft(measured=True, labels=("k:8", "k:32", "mass:0.98"))
+    tensors = make_tensors(draft)
+    save(tmp_path / "acme--tiny", draft, tensors)
+    loaded = load(tmp_path / "acme--tiny")
+    assert loaded.manifest.labels == ("k:8", "k:32", "mass:0.98")
+    assert loaded.manifest.target_ks == (8, 32)
+    for name in EXPECTATION_NAMES:
+        np.testing.assert_array_equal(getattr(loaded.expectations, name), tensors[name], strict=True)
+
+
+def test_a_store_of_version_1_loads_as_it_was(tmp_path: Path, make_store: MakeStore) -> None:
+    """The digest of version 1 covers the fields of version 1, which are those of version 2 that it sets."""
+    folder = make_store().folder
+    current = load(folder)
+    fields = strict_yaml.parse((folder / "manifest.yaml").read_text())
+    fields["schema_version"] = 1
+    del fields["content_sha256"]
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=lambda date: date.isoformat())
+    fields["content_sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+    (folder / "manifest.yaml").write_text(strict_yaml.dump(fields))
+    loaded = load(folder)
+    assert loaded.manifest.schema_version == 1
+    np.testing.assert_array_equal(loaded.coefficients, current.coefficients)
+    assert save(tmp_path / "again", loaded.manifest, make_tensors(make_draft())).manifest.schema_version == 2
 
 
 def test_checksum_is_that_of_the_file(make_store: MakeStore) -> None:
@@ -157,12 +186,19 @@ def replace(name: str, function: Callable[[Any], Any]) -> Callable[[dict[str, An
         (edit("row_count", (0, 1), -1), errors.TensorValues, "row_count"),
         (edit("row_count", (1, 0), 1), errors.TensorValues, "row_count"),
         (edit("row_count", 1, 0), errors.TensorValues, "row_count"),
+        (lambda tensors: tensors.pop("offline_sum"), errors.TensorNames, None),
+        (edit("measured_rows", (1, 0), 1), errors.TensorValues, "measured_rows"),
+        (edit("measured_rows", 0, 0), errors.TensorValues, "measured_rows"),
+        (edit("offline_sum", (2, 3, 1, 3), np.nan), errors.TensorNotFinite, "offline_sum"),
+        (edit("offline_sum", (2, 3, 1, 3), -1.0), errors.TensorValues, "offline_sum"),
+        (edit("lost_mass_p95", (2, 3, 1, 3), 1.5), errors.TensorValues, "lost_mass_p95"),
+        (edit("survivors_mean", (2, 3, 1, 0), 1.0), errors.TensorValues, "survivors_mean"),
     ],
 )
 def test_tensors_that_contradict_the_manifest_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], error: type[errors.TensorsInvalid], field: str | None
 ) -> None:
-    draft = make_draft()
+    draft = make_draft(measured=True)
     tensors = make_tensors(draft)
     change(tensors)
     with pytest.raises(errors.TensorsInvalid) as caught:
@@ -178,10 +214,10 @@ def test_tensors_that_contradict_the_manifest_are_refused(
     [
         ("acme/tiny", "acme/other", errors.ChecksumMismatch, "content_sha256"),
         ("k: 32\n", "k: 31\n", errors.ChecksumMismatch, "content_sha256"),
-        ("schema_version: 1", "schema_version: 2", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 1", "schema_version: 0", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 1", "schema_version: true", errors.ManifestInvalid, "schema_version"),
-        ("schema_version: 1", "other: 1", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 2", "schema_version: 3", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 2", "schema_version: 0", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 2", "schema_version: true", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 2", "other: 1", errors.ManifestInvalid, "schema_version"),
         ("num_layers: 3", "num_layers: 5000", errors.ManifestInvalid, "architecture.num_layers"),
         ("num_layers: 3", "num_layers: 3\n  more: 4", errors.ManifestInvalid, "architecture.more"),
         ("k: 32\n", "k: .nan\n", errors.ManifestInvalid, "targets[1].k"),
@@ -203,7 +239,7 @@ def test_tensors_that_contradict_the_manifest_are_refused(
         ("seed: 0", 'seed: "\\UFFFFFFFF"', errors.ManifestInvalid, None),
         ("command: toptheta", 'command: "\\ud800" #', errors.ManifestInvalid, "calibration.command"),
         ("command: toptheta", "command: \x00", errors.ManifestInvalid, None),
-        ("schema_version: 1", "--- [1]\n---", errors.ManifestInvalid, None),
+        ("schema_version: 2", "--- [1]\n---", errors.ManifestInvalid, None),
     ],
 )
 def test_edited_manifests_are_refused(

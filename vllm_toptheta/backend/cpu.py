@@ -100,7 +100,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
         lengths = seq_lens[decode_rows]
-        is_short = lengths <= self.plan.settings.min_sparse_context
+        is_short = lengths <= self.plan.min_sparse_context
         return StepMetadata(
             decodes=(
                 kernels.DecodeBatch.of_step(block_table[decode_rows], lengths, block_size) if len(decode_rows) else None

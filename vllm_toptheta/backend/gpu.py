@@ -267,7 +267,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             coefficients=layer_plan.coefficients,
             min_length=plan.curve.min_length,
             max_length=plan.curve.max_length,
-            min_sparse_context=plan.settings.min_sparse_context,
+            min_sparse_context=plan.min_sparse_context,
             softmax_scale=self.scale,
             logits_soft_cap=self.logits_soft_cap or None,
             denominator_compensation=layer_plan.denominator_compensation,

@@ -43,7 +43,7 @@ class Plan:
 
     Attributes:
         settings: The options in force.
-        curve: theta(n) of every layer and head at the target k; None if the model runs dense.
+        curve: theta(n) of every layer and head at the target; None if the model runs dense.
         model_id: The model that the thresholds were calibrated on; None if there are none.
         origin: Where the thresholds lie, or why there are none; for the log only.
         dense_layers: Layers that read everything.
@@ -63,7 +63,7 @@ class Plan:
 
         Raises:
             SettingsError: An option is unknown or does not fit the model.
-            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target k.
+            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target.
             UnsupportedError: The thresholds apply after the softmax.
         """
         options = vllm_config.additional_config
@@ -94,15 +94,21 @@ class Plan:
                 field="dense_layers",
                 remedy=f"name layers from 0 to {layers[-1]}",
             )
-        curve = thresholds.curve(settings.target_k)
+        curve = thresholds.curve_of(settings.target) if settings.target else thresholds.curve(settings.target_k)
         return cls(settings, curve, manifest.model.id, str(folder), frozenset(dense_layers), architecture)
+
+    @property
+    def min_sparse_context(self) -> int:
+        """The longest context, in tokens, that still stays dense."""
+        return max(self.settings.min_context, self.curve.dense_length if self.curve else 0)
 
     def log(self) -> None:
         """Say once what is in force."""
         if self.curve is None:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
-        chosen = self.settings.model_dump(exclude={"thresholds", "dense_layers"})
+        chosen = {"target": self.curve.label}
+        chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k"})
         options = ", ".join(f"{name}={value}" for name, value in chosen.items())
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
         logger.info_once(

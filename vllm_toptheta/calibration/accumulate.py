@@ -1,28 +1,14 @@
 """Mean and standard deviation of k-th largest scores, by layer, head, target k and length of the row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KthScoreStatistics", "Moments", "length_buckets"]
+from vllm_toptheta.calibration.sampling import bucket_of
 
-
-def length_buckets(min_length: int, max_length: int, num_buckets: int) -> NDArray[np.int32]:
-    """Cuts a range of row lengths into buckets whose edges grow by about one ratio.
-
-    Args:
-        min_length: shortest row, tokens.
-        max_length: longest row, tokens, at least `min_length`.
-        num_buckets: buckets wanted, at least 1; fewer come out where lengths are too few to fill them.
-
-    Returns:
-        `[num_buckets + 1]` int32, ascending: bucket i holds the lengths edges[i] <= n < edges[i + 1], the first edge
-        is `min_length` and the last `max_length + 1`.
-    """
-    edges = np.geomspace(min_length, max_length + 1, num_buckets + 1).round()
-    return np.unique(edges).astype(np.int32)
+__all__ = ["KthScoreStatistics", "Moments"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +18,7 @@ class Moments:
     Attributes:
         row_count: `[num_targets, num_buckets]` int64, rows seen by each head of each observed layer.
         log_length: `[num_targets, num_buckets]` float64, mean of ln n over those rows; 0 without rows.
-        mean: `[num_layers, num_heads, num_targets, num_buckets]` float64, scaled logits; 0 without rows.
+        mean: `[num_layers, num_heads, num_targets, num_buckets]` float64, in the unit of the placement; 0 without rows.
         std: like `mean`; over the rows themselves (division by their number).
         observed_layers: layers that reported rows.
     """
@@ -42,6 +28,20 @@ class Moments:
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
     observed_layers: tuple[int, ...]
+
+    def columns(self, targets: slice) -> "Moments":
+        """Returns those of some of the targets.
+
+        Args:
+            targets: which.
+        """
+        return Moments(
+            self.row_count[targets],
+            self.log_length[targets],
+            self.mean[:, :, targets],
+            self.std[:, :, targets],
+            self.observed_layers,
+        )
 
 
 class KthScoreStatistics:
@@ -53,7 +53,7 @@ class KthScoreStatistics:
     Args:
         num_layers: layers of the model.
         num_heads: query heads of a layer.
-        target_ks: the k observed, as `add` counts them.
+        target_ks: the k observed, as `add` counts them; a k may occur twice.
         bucket_edges: `[num_buckets + 1]`, as `length_buckets` returns them.
     """
 
@@ -68,17 +68,31 @@ class KthScoreStatistics:
         self._mean = np.zeros((num_layers, num_heads, num_targets, num_buckets))
         self._squares = np.zeros_like(self._mean)
 
-    def add(self, layer_idx: int, target_index: int, kth_scores: NDArray[np.float32]) -> None:
-        """Merges the rows of one sequence; rows that see at most k keys are not rows of the target and are left out.
+    @property
+    def state(self) -> Mapping[str, NDArray[np.float64] | NDArray[np.int64]]:
+        """The arrays that hold everything, by name; writing into them restores an earlier state."""
+        return {
+            "count": self._count,
+            "log_length_sum": self._log_length_sum,
+            "mean": self._mean,
+            "squares": self._squares,
+        }
+
+    def add(
+        self, layer_idx: int, target_index: int, kth_scores: NDArray[np.float32], lengths: NDArray[np.int64]
+    ) -> None:
+        """Merges rows of one sequence; rows that see at most k keys are not rows of the target and are left out.
 
         Args:
             layer_idx: the layer.
             target_index: which of the target ks.
-            kth_scores: `[num_heads, seq_len]`, scaled logits; row i sees i + 1 keys.
+            kth_scores: `[num_heads, num_rows]`, scaled logits.
+            lengths: `[num_rows]` ascending, the keys that the rows see; those outside the buckets are left out.
         """
-        lengths = np.arange(self._target_ks[target_index] + 1, kth_scores.shape[1] + 1)
-        bucket = np.searchsorted(self._edges, lengths, side="right") - 1
-        scores = kth_scores[:, lengths - 1].astype(np.float64)
+        shortest = max(self._target_ks[target_index] + 1, int(self._edges[0]))
+        first, end = np.searchsorted(lengths, [shortest, int(self._edges[-1])])
+        lengths, scores = lengths[first:end], kth_scores[:, first:end].astype(np.float64)
+        bucket = bucket_of(lengths, self._edges)
         membership = np.zeros((len(lengths), len(self._edges) - 1))
         membership[np.arange(len(lengths)), bucket] = 1.0
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import BLOCK_BYTES, AttentionRoute, row_blocks
-from vllm_toptheta.reference import causal_value_mean
+from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
+from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.reference import Placement
 
-__all__ = ["TopKRoute", "kth_largest", "observe_top_k"]
+__all__ = ["TopKRoute", "largest_with_kth", "observe_top_k"]
 
 
 class TopKRoute(AttentionRoute):
@@ -25,8 +26,8 @@ class TopKRoute(AttentionRoute):
             compensation; None to hand on dense attention.
         dense_layers: layers that hand on dense attention whatever `sparse_k` is. They are observed all the same, so
             that they can be made sparse later.
-        report: called with the layer and `[len(target_ks), num_heads, seq_len]` float32, scaled logits; row i sees
-            i + 1 keys, and holds minus infinity where that is less than k.
+        report: called with the layer and what `observe_top_k` returns for it.
+        placement: what the thresholds will apply to.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class TopKRoute(AttentionRoute):
         sparse_k: int | None,
         dense_layers: Collection[int],
         report: Callable[[int, Tensor], None],
+        placement: Placement = "pre_softmax",
     ) -> None:
         self.target_ks = target_ks
         self.sparse_k = sparse_k
         self.dense_layers = dense_layers
         self.report = report
+        self.placement = placement
 
     def attend(
         self,
@@ -59,6 +62,7 @@ class TopKRoute(AttentionRoute):
             value,
             target_ks=self.target_ks,
             sparse_k=None if layer_idx in self.dense_layers else self.sparse_k,
+            placement=self.placement,
             softmax_scale=softmax_scale,
             soft_cap=soft_cap,
         )
@@ -75,12 +79,12 @@ def observe_top_k(
     sparse_k: int | None,
     softmax_scale: float,
     soft_cap: float | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    placement: Placement = "pre_softmax",
+    block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over a whole sequence, dense or exact top-k, that also returns k-th largest scores.
 
-    Agrees with `reference.top_k_attention` and `reference.dense_attention`. It exists beside them for speed:
-    calibration spends most of its time here, so scores stay in the cache from their product to the output.
+    Agrees with `reference.top_k_attention` and `reference.dense_attention`.
 
     Args:
         query: `[seq_len, num_heads, head_size]` float.
@@ -91,54 +95,42 @@ def observe_top_k(
             denominator and value mean compensation; None for dense attention.
         softmax_scale: factor on the products of query and key.
         soft_cap: cap on the scores, scaled logits; None for a model without one.
-        block_bytes: bytes that the scores of a block of rows may take.
+        placement: unit of what is returned: scaled logits before the softmax, the logarithm of the dense probability
+            after it.
+        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
 
     Returns:
         The output `[seq_len, num_heads, head_size]` float32, and the k-th largest scores
-        `[len(target_ks), num_heads, seq_len]` float32, scaled logits; minus infinity where a row sees fewer than k
-        keys.
+        `[len(target_ks), num_heads, seq_len]` float32, in the unit of `placement`; minus infinity where a row sees
+        fewer than k keys.
     """
     seq_len, num_heads, _ = query.shape
-    num_kv_heads = key.shape[1]
-    # heads first, and the heads of a group as rows of one product
-    queries = (query.float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    keys = key.float().permute(1, 2, 0)
-    values = value.float().transpose(0, 1).contiguous()
-    value_mean = causal_value_mean(value.float(), seq_len).transpose(0, 1).unsqueeze(1)
-    output = torch.empty_like(queries)
-    kth_scores = queries.new_full((len(target_ks), *queries.shape[:-1]), -torch.inf)
+    groups = (key.shape[1], num_heads // key.shape[1])
+    sparse_index = 0 if sparse_k is None else target_ks.index(sparse_k)
+    kth_scores = query.new_full((len(target_ks), *groups, seq_len), -torch.inf, dtype=torch.float32)
 
-    for start, stop in row_blocks(num_heads, seq_len, block_bytes):
-        rows = queries[:, :, start:stop]
-        scores = (rows.flatten(1, 2) @ keys[..., :stop]).unflatten(1, rows.shape[1:3])
-        if soft_cap is not None:
-            scores.div_(soft_cap).tanh_().mul_(soft_cap)
-        in_future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
-        scores[..., start:].masked_fill_(in_future, -torch.inf)
+    def select(block: ScoreBlock) -> Tensor | None:
+        place = kth_scores[..., block.rows]
+        candidates = block.scores
+        # the k largest hold the smaller k largest, so each search leaves less to the next
+        for index in sorted(range(len(target_ks)), key=lambda index: -target_ks[index]):
+            k = target_ks[index]
+            if k <= block.stop:
+                candidates, place[index] = largest_with_kth(candidates, k)
+        is_sparse = sparse_k is not None and sparse_k < block.stop
+        threshold = place[sparse_index].clone() if is_sparse else None
+        if placement == "post_softmax":
+            place -= block.scores.logsumexp(dim=-1)
+        return threshold
 
-        for index, k in enumerate(target_ks):
-            if k <= stop:
-                kth_scores[index, :, :, start:stop] = kth_largest(scores, k)
-        kept = None
-        if sparse_k is not None and sparse_k < stop:
-            # 1.0 and 0.0: a product with floats is several times faster than masking by booleans
-            threshold = kth_scores[target_ks.index(sparse_k), :, :, start:stop, None]
-            kept = torch.ge(scores, threshold, out=torch.empty_like(scores))
-
-        weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-        denominator = weights.sum(dim=-1, keepdim=True)
-        if kept is not None:
-            weights.mul_(kept)
-        block = (weights.flatten(1, 2) @ values[:, :stop]).unflatten(1, rows.shape[1:3])
-        if kept is not None:
-            lost = denominator - weights.sum(dim=-1, keepdim=True)
-            block.addcmul_(lost, value_mean[:, :, start:stop])
-        output[:, :, start:stop] = block.div_(denominator)
-    return output.flatten(0, 1).transpose(0, 1), kth_scores.flatten(1, 2)
+    output = attend_blocks(
+        query, key, value, select=select, softmax_scale=softmax_scale, soft_cap=soft_cap, block_bytes=block_bytes
+    )
+    return output, kth_scores.flatten(1, 2)
 
 
-def kth_largest(scores: Tensor, k: int) -> Tensor:
-    """Returns the k-th largest score of every row, faster than a partial sort of long rows.
+def largest_with_kth(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the k largest scores of every row, and the least of them, faster than a partial sort of long rows.
 
     A row is cut into columns of a few scores. Its k largest scores lie in the k columns with the largest maxima: any
     other column has k maxima at or above everything in it. So only those columns are searched.
@@ -148,15 +140,16 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
         k: at least 1, at most `seq_len`.
 
     Returns:
-        `[...]` of the dtype of `scores`.
+        `[..., k]` in no order, and `[...]`, both of the dtype of `scores`.
     """
     seq_len = scores.shape[-1]
     height = math.isqrt(seq_len // k)  # makes both searches about equally long
-    if height < 4:  # where two short searches are no faster than a long one
-        return scores.topk(k, sorted=False).values.amin(dim=-1)
-    width = seq_len // height
-    columns = scores[..., : height * width].unflatten(-1, (height, width))
-    best = columns.amax(dim=-2).topk(k, sorted=False).indices
-    in_best = columns.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], height, k)).flatten(-2)
-    candidates = torch.cat([in_best, scores[..., height * width :]], dim=-1)
-    return candidates.topk(k, sorted=False).values.amin(dim=-1)
+    candidates = scores
+    if height >= 4:  # two short searches of lower columns are no faster than a long one
+        width = seq_len // height
+        columns = scores[..., : height * width].unflatten(-1, (height, width))
+        best = columns.amax(dim=-2).topk(k, sorted=False).indices
+        in_best = columns.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], height, k)).flatten(-2)
+        candidates = torch.cat([in_best, scores[..., height * width :]], dim=-1)
+    largest = candidates.topk(k, sorted=False).values
+    return largest, largest.amin(dim=-1)

@@ -8,6 +8,7 @@ it, so transformers builds no mask: the routes are causal by themselves, over on
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,67 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from vllm_toptheta.calibration.route import AttentionRoute, windowed_attention
 from vllm_toptheta.errors import CalibrationError
 
-__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed"]
+__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "usable_device"]
 
 _ATTENTION_NAME = "toptheta_route"
 _active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
 
 
-def load_model(model_dir: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    model_dir: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    device_map: str | None = None,
+) -> Any:
     """Loads a decoder model for inference, from its directory alone.
 
     Args:
         model_dir: a Hugging Face model directory.
         dtype: of the weights and activations; scores are float32 whatever it is.
+        device: where to.
+        device_map: how transformers spreads the model over devices, such as `auto`, instead of `device`.
 
     Returns:
         A transformers causal language model in evaluation mode.
 
     Raises:
-        CalibrationError: there is no model there that transformers can load.
+        CalibrationError: there is no model there that transformers can load, or no such device.
     """
-    return _load(AutoModelForCausalLM, model_dir, dtype=dtype).eval()
+    if device_map is not None:
+        if find_spec("accelerate") is None:
+            raise CalibrationError(
+                "spreading a model over devices needs the package accelerate",
+                field="device_map",
+                remedy="pip install 'vllm-toptheta[accelerate]', or name one device",
+            )
+        return _load(AutoModelForCausalLM, model_dir, dtype=dtype, device_map=device_map).eval()
+    place = usable_device(device)
+    return _load(AutoModelForCausalLM, model_dir, dtype=dtype).eval().to(place)
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """Returns a device that is there.
+
+    Args:
+        name: cpu, cuda or cuda:N.
+
+    Raises:
+        CalibrationError: it is no device, or not there.
+    """
+    remedy = "Choose cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CalibrationError(f"no device {str(name)!r}", field="device", remedy=remedy) from error
+    available = torch.cuda.device_count() if device.type == "cuda" else int(device.type == "cpu")
+    if (device.index or 0) >= available:
+        raise CalibrationError(
+            f"there is no device {device}; this machine has {torch.cuda.device_count()} CUDA devices",
+            field="device",
+            remedy=remedy,
+        )
+    return device
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -102,8 +144,10 @@ def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
     Returns:
         `[seq_len, hidden_size]` of the model's dtype.
     """
+    # of a model spread over devices, the first layer's
+    first_device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
-        output = model.base_model(input_ids=token_ids[None].to(model.device), use_cache=False)
+        output = model.base_model(input_ids=token_ids[None].to(first_device), use_cache=False)
     return output.last_hidden_state[0]
 
 

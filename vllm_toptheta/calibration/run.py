@@ -1,192 +1,140 @@
 """Calibrates a model: texts in, a store out."""
 
 import datetime
+import hashlib
+import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import Tensor
 
 import vllm_toptheta
 from vllm_toptheta import store
-from vllm_toptheta.calibration.accumulate import KthScoreStatistics, Moments, length_buckets
-from vllm_toptheta.calibration.capture import TopKRoute
-from vllm_toptheta.calibration.data import load_sequences, read_text
-from vllm_toptheta.calibration.fit import fit_curves
-from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
+from vllm_toptheta.calibration.data import Text, load_sequences
+from vllm_toptheta.calibration.job import DEGREE, NUM_BUCKETS, CalibrationJob
+from vllm_toptheta.calibration.model import load_model, load_tokenizer
+from vllm_toptheta.calibration.options import CalibrationOptions
 from vllm_toptheta.calibration.progress import progress_bar
+from vllm_toptheta.calibration.state import Checkpoint
 from vllm_toptheta.errors import CalibrationError
 
-__all__ = ["calibrate", "collect_moments", "default_model_id", "package_versions"]
-
-NUM_BUCKETS = 14
-DEGREE = 2
+__all__ = ["DEGREE", "NUM_BUCKETS", "calibrate", "default_model_id", "package_versions"]
 
 
 def calibrate(
     model_dir: Path,
-    texts: Sequence[Path],
+    texts: Sequence[Text],
     *,
     out: Path,
-    target_ks: Sequence[int] = (32, 64, 128, 256),
-    max_length: int = 4096,
-    num_sequences: int = 4,
-    seed: int = 0,
-    beta: float = 0.0,
-    top_k_at_calibration: bool = True,
-    dense_layers: Sequence[int] = (0, 1),
+    options: CalibrationOptions,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    device_map: str | None = None,
     model_id: str | None = None,
     command: str | None = None,
+    resume: bool = True,
     progress: bool = True,
 ) -> Path:
     """Calibrates thresholds for a model and writes them as a store.
 
-    For every target k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score of
-    the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`. The same
-    arguments give the same tensors to the bit, on the same machine and number of threads.
+    For every constant k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
+    of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`; `allot`
+    says how other targets find theirs. Then the thresholds are applied to some of the sequences, and the store says
+    what they keep and lose. The same arguments give the same tensors to the bit, on the same machine and number of
+    threads, however often the calibration was interrupted.
 
     Args:
         model_dir: a Hugging Face model directory, with its tokenizer.
-        texts: UTF-8 text files to calibrate on.
-        out: folder in which the store's folder `<org>--<model>` is written.
-        target_ks: the k to calibrate for, in any order.
-        max_length: tokens of a calibration sequence, more than the largest k.
-        num_sequences: sequences to calibrate on.
-        seed: chooses the sequences out of the texts.
-        beta: standard deviations added to the mean; above 0 fewer keys survive, below 0 more.
-        top_k_at_calibration: layers hand on exact top-k attention while calibrating, at the price of one pass for each
-            k; without it, one dense pass serves all k.
-        dense_layers: layers to serve dense. Layers that cannot be calibrated, such as those with a sliding window, are
-            added to them.
+        texts: texts to calibrate on.
+        out: folder in which the store's folder `<org>--<model>` is written. Until it is, the state of the calibration
+            lies there in a hidden file.
+        options: what to calibrate.
         dtype: of the weights and activations; scores are float32 whatever it is.
+        device: where the model runs.
+        device_map: how transformers spreads the model over devices, such as `auto`, instead of `device`.
         model_id: hub id (org/name) to record; None for `default_model_id`.
         command: command line to record; None for a call from Python.
+        resume: go on where an interrupted calibration with the same arguments stopped; False to forget it.
         progress: show a progress bar on stderr.
 
     Returns:
         The folder written.
 
     Raises:
-        CalibrationError: the options contradict each other, a text cannot be used, or the model is not supported.
+        CalibrationError: the options contradict each other, a text cannot be used, the model is not supported, or the
+            interrupted calibration was another one.
         ModelConfigError: the model directory has no usable config.json.
         StoreError: the store cannot be written.
     """
     architecture = store.read_architecture(model_dir)
-    target_ks = sorted(target_ks)
-    _check_options(target_ks, max_length, num_sequences, dense_layers, architecture.num_layers)
-    read = [read_text(file) for file in texts]
+    outside = [layer for layer in options.dense_layers if layer >= architecture.num_layers]
+    if outside:
+        raise CalibrationError(f"no layer {outside[0]} in a model of {architecture.num_layers}", field="dense_layers")
     try:
         identity = store.ModelIdentity(id=model_id or default_model_id(model_dir))
-        provenance = store.Provenance(
-            text=tuple(text.source for text in read),
-            num_sequences=num_sequences,
-            max_length=max_length,
-            seed=seed,
-            top_k_at_calibration=top_k_at_calibration,
-            beta=beta,
-            versions=package_versions(),
-            command=command or "vllm_toptheta.calibration.calibrate()",
-            date=datetime.datetime.now(datetime.UTC).date(),
-        )
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise CalibrationError(problem["msg"], field=".".join(map(str, problem["loc"]))) from None
-
+        raise CalibrationError(error.errors()[0]["msg"], field="id") from None
+    folder = out / store.folder_name(identity.id)
     sequences = load_sequences(
-        read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=max_length, seed=seed
+        texts,
+        load_tokenizer(model_dir),
+        num_sequences=options.num_sequences,
+        max_length=options.max_length,
+        seed=options.seed,
     )
-    model = load_model(model_dir, dtype=dtype)
-    edges = length_buckets(target_ks[0] + 1, max_length, NUM_BUCKETS)
-    steps = len(sequences) * (len(target_ks) if top_k_at_calibration else 1) * architecture.num_layers
-    with progress_bar("layers", enabled=progress) as bar:
-        task = bar.add_task("calibrating", total=steps)
-        moments = collect_moments(
-            model,
-            sequences,
-            architecture=architecture,
-            target_ks=target_ks,
-            bucket_edges=edges,
-            top_k_at_calibration=top_k_at_calibration,
-            dense_layers=dense_layers,
-            on_layer=lambda: bar.advance(task),
-        )
-        bar.update(task, completed=steps)  # layers that are not observed never announce themselves
+    model = load_model(model_dir, dtype=dtype, device=device, device_map=device_map)
+    job = CalibrationJob(model, sequences, architecture=architecture, options=options)
+    checkpoint = Checkpoint(
+        out / f".{folder.name}.calibration",
+        _fingerprint(
+            model_dir, texts, options, f"{dtype} on {device_map or device}, {torch.get_num_threads()} threads"
+        ),
+    )
+    if not resume:
+        checkpoint.remove()
+    done = checkpoint.restore(job.arrays)
+    with progress_bar("passes", enabled=progress) as bar:
+        task = bar.add_task("calibrating", total=len(job.passes), completed=done)
+        for index, run_pass in enumerate(job.passes[done:], start=done + 1):
+            run_pass()
+            checkpoint.save(index, job.arrays)
+            bar.advance(task)
 
-    unobserved = set(range(architecture.num_layers)) - set(moments.observed_layers)
+    provenance = store.Provenance(
+        text=tuple(text.source for text in texts),
+        num_sequences=options.num_sequences,
+        max_length=options.max_length,
+        row_fraction=options.row_fraction,
+        seed=options.seed,
+        top_k_at_calibration=options.top_k != "off",
+        shared_k=job.shared_k,
+        beta=options.beta,
+        dtype=str(dtype).removeprefix("torch."),
+        versions=package_versions(),
+        command=command or "vllm_toptheta.calibration.calibrate()",
+        date=datetime.datetime.now(datetime.UTC).date(),
+    )
+    unobserved = set(range(architecture.num_layers)) - set(job.moments.observed_layers)
     draft = store.ManifestDraft(
         model=identity,
         architecture=architecture,
-        targets=tuple(store.Target(k=k, min_length=k + 1, max_length=max_length) for k in target_ks),
-        dense_layers=tuple(sorted(unobserved.union(dense_layers))),
-        placement="pre_softmax",
+        targets=tuple(job.targets),
+        dense_layers=tuple(sorted(unobserved.union(job.dense_layers))),
+        dense_layers_rule=_dense_layers_rule(job),
+        placement=options.placement,
+        outside_lengths="clamp",
         degree=DEGREE,
-        num_buckets=len(edges) - 1,
+        num_buckets=len(job.edges) - 1,
         calibration=provenance,
+        measurement=store.Measurement(num_sequences=job.num_measured),
     )
-    folder = out / store.folder_name(identity.id)
-    store.save(folder, draft, _tensors(moments, edges, beta))
+    store.save(folder, draft, {**job.tensors, **job.expectations()})
+    checkpoint.remove()
     return folder
-
-
-def collect_moments(
-    model: Any,
-    sequences: Sequence[Tensor],
-    *,
-    architecture: store.Architecture,
-    target_ks: Sequence[int],
-    bucket_edges: NDArray[np.int32],
-    top_k_at_calibration: bool,
-    dense_layers: Sequence[int],
-    on_layer: Callable[[], object] = lambda: None,
-) -> Moments:
-    """Runs the model over token sequences and returns the statistics of its k-th largest scores.
-
-    Args:
-        model: a transformers causal language model.
-        sequences: tensors `[seq_len]` int64.
-        architecture: that of the model.
-        target_ks: the k, ascending, each less than the longest sequence.
-        bucket_edges: `[num_buckets + 1]`, as `length_buckets` returns them.
-        top_k_at_calibration: one pass for each k with exact top-k attention, instead of one dense pass for all.
-        dense_layers: layers that hand on dense attention all the same.
-        on_layer: called after each layer of each pass.
-
-    Raises:
-        CalibrationError: the model is not supported, or none of its layers can be calibrated.
-    """
-    statistics = KthScoreStatistics(
-        num_layers=architecture.num_layers,
-        num_heads=architecture.num_heads,
-        target_ks=target_ks,
-        bucket_edges=bucket_edges,
-    )
-    passes = [(k,) for k in target_ks] if top_k_at_calibration else [tuple(target_ks)]
-    for sequence in sequences:
-        for observed_ks in passes:
-
-            def report(layer_idx: int, kth_scores: Tensor, observed_ks: Sequence[int] = observed_ks) -> None:
-                for k, scores in zip(observed_ks, kth_scores, strict=True):
-                    statistics.add(layer_idx, target_ks.index(k), scores.cpu().numpy())
-                on_layer()
-
-            route = TopKRoute(
-                target_ks=observed_ks,
-                sparse_k=observed_ks[0] if top_k_at_calibration else None,
-                dense_layers=dense_layers,
-                report=report,
-            )
-            with routed(model, route):
-                hidden_states(model, sequence)
-    if not statistics.observed_layers:
-        raise CalibrationError("no layer can be calibrated: all of them have a sliding window, or no attention")
-    return statistics.moments()
 
 
 def default_model_id(model_dir: Path) -> str:
@@ -204,36 +152,34 @@ def default_model_id(model_dir: Path) -> str:
     return resolved.name
 
 
-def _check_options(
-    target_ks: Sequence[int], max_length: int, num_sequences: int, dense_layers: Sequence[int], num_layers: int
-) -> None:
-    if not target_ks or target_ks[0] < 1 or len(set(target_ks)) != len(target_ks):
-        raise CalibrationError(f"give different k of at least 1, got {list(target_ks)}", field="target_ks")
-    if target_ks[-1] >= max_length:
-        raise CalibrationError(
-            f"k {target_ks[-1]} needs rows of more than {target_ks[-1]} tokens, but max_length is {max_length}",
-            field="target_ks",
-            remedy="Raise max_length or leave that k out",
-        )
-    if num_sequences < 1:
-        raise CalibrationError(f"must be at least 1, got {num_sequences}", field="num_sequences")
-    outside = [layer for layer in dense_layers if not 0 <= layer < num_layers]
-    if outside:
-        raise CalibrationError(f"no layer {outside[0]} in a model of {num_layers}", field="dense_layers")
-
-
 def package_versions() -> dict[str, str]:
     """Returns the versions that decide the numbers, by package."""
     packages = {name: version(name) for name in ("numpy", "torch", "transformers")}
     return {"python": platform.python_version(), "vllm-toptheta": vllm_toptheta.__version__, **packages}
 
 
-def _tensors(moments: Moments, edges: NDArray[np.int32], beta: float) -> dict[str, NDArray[Any]]:
-    thresholds = moments.mean + beta * moments.std
-    return {
-        "coefficients": fit_curves(moments.log_length, moments.row_count, thresholds, degree=DEGREE),
-        "bucket_edges": edges,
-        "row_count": moments.row_count,
-        "score_mean": moments.mean.astype(np.float32),
-        "score_std": moments.std.astype(np.float32),
+def _dense_layers_rule(job: CalibrationJob) -> store.DenseLayersRule | None:
+    if job.lost_mass_bound is None:
+        return None
+    return store.DenseLayersRule(
+        given=job.options.dense_layers, max_lost_mass=job.lost_mass_bound, target=job.options.targets[0].label
+    )
+
+
+def _fingerprint(model_dir: Path, texts: Sequence[Text], options: CalibrationOptions, machine: str) -> str:
+    """The sha256 of what decides the numbers. Weights count by size and time: reading them all takes too long."""
+    config = (model_dir / "config.json").read_bytes()
+    files = {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(model_dir.iterdir())
+        if file.suffix in {".safetensors", ".bin", ".json", ".model"}
     }
+    content: dict[str, Any] = {
+        "config": hashlib.sha256(config).hexdigest(),
+        "files": files,
+        "texts": [text.source.sha256 for text in texts],
+        "options": options.model_dump(mode="json"),
+        "machine": machine,
+        "versions": package_versions(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

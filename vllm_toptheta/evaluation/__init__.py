@@ -1,6 +1,23 @@
-"""Evaluation: what Top-Theta attention changes in a model's predictions, paired against dense attention."""
+"""Evaluation: what Top-Theta attention changes in a model's predictions and answers, paired against dense attention."""
 
-from vllm_toptheta.evaluation.quality import evaluate
-from vllm_toptheta.evaluation.report import Comparison, QualityReport, quality_table
+from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_domain
+from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
+from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
+from vllm_toptheta.evaluation.subject import Subject
+from vllm_toptheta.evaluation.variants import COMPENSATIONS, Variant, expand_variants
 
-__all__ = ["Comparison", "QualityReport", "evaluate", "quality_table"]
+__all__ = [
+    "COMPENSATIONS",
+    "Comparison",
+    "Domain",
+    "DomainReport",
+    "PerplexityReport",
+    "Sample",
+    "Subject",
+    "Variant",
+    "evaluate_perplexity",
+    "expand_variants",
+    "named_paths",
+    "perplexity_tables",
+    "text_domain",
+]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.model import hidden_states
-from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.errors import EvaluationError
 
 __all__ = ["Losses", "compare_predictions", "next_token_logits"]
 
@@ -21,19 +21,23 @@ class Losses:
     """How two sets of predictions of one sequence compare; means over its predicted tokens.
 
     Attributes:
+        num_tokens: predicted tokens.
         dense: loss of the dense predictions, nats.
         sparse: loss of the sparse predictions, nats.
         kl_divergence: KL(dense || sparse), nats.
         top1_agreement: share of tokens for which both predict the same one.
     """
 
+    num_tokens: int
     dense: float
     sparse: float
     kl_divergence: float
     top1_agreement: float
 
 
-def compare_predictions(model: Any, token_ids: Tensor, dense: Tensor, sparse: Sequence[Tensor]) -> list[Losses]:
+def compare_predictions(
+    model: Any, token_ids: Tensor, dense: Tensor, sparse: Sequence[Tensor], *, num_prompt_tokens: int = 0
+) -> list[Losses]:
     """Compares the predictions that follow from dense hidden states with those that follow from sparse ones.
 
     Args:
@@ -41,31 +45,35 @@ def compare_predictions(model: Any, token_ids: Tensor, dense: Tensor, sparse: Se
         token_ids: `[seq_len]` int64, at least 2 tokens.
         dense: `[seq_len, hidden_size]`, from `hidden_states`.
         sparse: any number of the same.
+        num_prompt_tokens: how many tokens are given rather than predicted; the first one always is. Fewer than all.
 
     Returns:
         One result for each of `sparse`.
 
     Raises:
-        CalibrationError: the model does more to its logits than `next_token_logits` knows.
+        EvaluationError: the model does more to its logits than `next_token_logits` knows.
     """
     _check_head(model, token_ids)
-    targets = token_ids[1:].to(dense.device)
+    first = max(num_prompt_tokens, 1)
+    targets = token_ids[first:].to(dense.device)
     block_rows = max(1, _LOGIT_BLOCK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
     sums = torch.zeros(len(sparse), 4, dtype=torch.float64)
     for start in range(0, len(targets), block_rows):
-        rows = slice(start, min(start + block_rows, len(targets)))
+        block = targets[start : start + block_rows]
+        # the row of a token predicts the one after it
+        rows = slice(first - 1 + start, first - 1 + start + len(block))
         dense_log = next_token_logits(model, dense[rows]).log_softmax(dim=-1)
         for index, states in enumerate(sparse):
             sparse_log = next_token_logits(model, states[rows]).log_softmax(dim=-1)
             sums[index] += torch.stack(
                 [
-                    _loss(dense_log, targets[rows]),
-                    _loss(sparse_log, targets[rows]),
+                    _loss(dense_log, block),
+                    _loss(sparse_log, block),
                     torch.nn.functional.kl_div(sparse_log, dense_log, reduction="sum", log_target=True).double(),
                     (dense_log.argmax(dim=-1) == sparse_log.argmax(dim=-1)).sum().double(),
                 ]
             ).cpu()
-    return [Losses(*means) for means in (sums / len(targets)).tolist()]
+    return [Losses(len(targets), *means) for means in (sums / len(targets)).tolist()]
 
 
 def next_token_logits(model: Any, states: Tensor) -> Tensor:
@@ -91,7 +99,7 @@ def _check_head(model: Any, token_ids: Tensor) -> None:
     actual = next_token_logits(model, hidden_states(model, probe))
     # bfloat16 models round their own cap, which this evaluation computes in float32
     if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
-        raise CalibrationError(f"{type(model).__name__} changes its logits in a way that the evaluation does not know")
+        raise EvaluationError(f"{type(model).__name__} changes its logits in a way that the evaluation does not know")
 
 
 def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:

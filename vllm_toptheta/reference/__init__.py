@@ -3,19 +3,21 @@
 from vllm_toptheta.reference.attention import (
     AttentionResult,
     Placement,
-    causal_scores,
     dense_attention,
     top_k_attention,
     top_theta_attention,
 )
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
 from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
+from vllm_toptheta.reference.scores import causal_scores
 from vllm_toptheta.reference.thresholds import (
+    Phase,
     keep_last,
     kth_largest_score,
     kth_largest_scores,
     score_threshold,
     select_survivors,
+    thresholded_rows,
 )
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "AttentionResult",
     "Compensation",
     "Denominator",
+    "Phase",
     "Placement",
     "causal_scores",
     "causal_value_mean",
@@ -34,6 +37,7 @@ __all__ = [
     "paged_top_theta_attention",
     "score_threshold",
     "select_survivors",
+    "thresholded_rows",
     "top_k_attention",
     "top_theta_attention",
 ]

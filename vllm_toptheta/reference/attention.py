@@ -22,12 +22,20 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, causal_value_mean
-from vllm_toptheta.reference.thresholds import keep_last, kth_largest_score, per_row, score_threshold, select_survivors
+from vllm_toptheta.reference.scores import causal_scores, group_rows, row_lengths, ungroup_rows
+from vllm_toptheta.reference.thresholds import (
+    Phase,
+    keep_last,
+    kth_largest_score,
+    per_row,
+    score_threshold,
+    select_survivors,
+    thresholded_rows,
+)
 
 __all__ = [
     "AttentionResult",
     "Placement",
-    "causal_scores",
     "dense_attention",
     "top_k_attention",
     "top_theta_attention",
@@ -46,6 +54,7 @@ class AttentionResult:
         value_rows_read: `[num_queries, num_kv_heads]` int64, value rows kept by any query head of the group.
         lost_mass: `[num_queries, num_heads]`, of the dtype of `output`, 1 - sum of the survivors' weights: 0 where
             everything survives, 1 where nothing does.
+        thresholded: `[num_queries]` bool, rows whose keys the threshold decided on; the others kept all of them.
         survivors: `[num_queries, num_heads, seq_len]` bool; None from the paged form.
     """
 
@@ -53,45 +62,8 @@ class AttentionResult:
     num_survivors: Tensor
     value_rows_read: Tensor
     lost_mass: Tensor
+    thresholded: Tensor
     survivors: Tensor | None
-
-
-def causal_scores(query: Tensor, key: Tensor, *, softmax_scale: float, logits_soft_cap: float | None = None) -> Tensor:
-    """Returns the scores s_j = softmax_scale * q . k_j, soft-capped to cap * tanh(s_j / cap) if a cap is given.
-
-    Args:
-        query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        softmax_scale: factor on the products.
-        logits_soft_cap: cap, scaled logits, positive; None for a model without one.
-
-    Returns:
-        `[num_queries, num_heads, seq_len]` float32 or float64, scaled logits, minus infinity at the keys that come
-        after the query.
-
-    Raises:
-        ValueError: the shapes do not fit each other, or `logits_soft_cap` is not positive.
-    """
-    num_queries, num_heads, head_size = query.shape
-    seq_len, num_kv_heads, _ = key.shape
-    if not 1 <= num_queries <= seq_len:
-        raise ValueError(f"query: {num_queries} queries are not the last of {seq_len} positions")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"query: {num_heads} query heads do not share {num_kv_heads} kv heads evenly")
-    if key.shape[2] != head_size:
-        raise ValueError(f"key: head_size is {key.shape[2]}, that of query is {head_size}")
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
-        raise ValueError(f"logits_soft_cap: must be positive, got {logits_soft_cap}")
-
-    dtype = torch.promote_types(torch.result_type(query, key), torch.float32)
-    # the heads of a group become rows of one product, so that keys are not repeated for them
-    products = _group_rows(query.to(dtype), num_kv_heads) @ key.to(dtype).permute(1, 2, 0)
-    scores = _ungroup_rows(products, num_heads) * softmax_scale
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-    positions = torch.arange(seq_len, device=query.device)
-    in_future = positions > positions[seq_len - num_queries :, None]
-    return scores.masked_fill(in_future[:, None, :], -torch.inf)
 
 
 def dense_attention(
@@ -137,6 +109,8 @@ def top_k_attention(
     softmax_scale: float,
     compensation: Compensation = FULL_COMPENSATION,
     logits_soft_cap: float | None = None,
+    phase: Phase = "both",
+    num_prompt_tokens: int = 0,
 ) -> AttentionResult:
     """Causal attention over the keys with the k largest scores of each row.
 
@@ -151,6 +125,8 @@ def top_k_attention(
         softmax_scale: factor on the products of query and key.
         compensation: what makes up for the discarded keys; `exp_threshold` takes the k-th largest score for theta.
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+        phase: which rows are sparse, see `thresholds.thresholded_rows`; the others are dense.
+        num_prompt_tokens: tokens of the sequence that are its prompt.
 
     Returns:
         The result.
@@ -160,7 +136,10 @@ def top_k_attention(
     """
     scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
     threshold = kth_largest_score(scores, target_k)
-    return _attend(scores, value, select_survivors(scores, threshold), threshold, compensation)
+    thresholded = thresholded_rows(
+        row_lengths(scores), target_k=target_k, phase=phase, num_prompt_tokens=num_prompt_tokens
+    )
+    return _attend(scores, value, select_survivors(scores, threshold), threshold, thresholded, compensation)
 
 
 def top_theta_attention(
@@ -175,6 +154,8 @@ def top_theta_attention(
     compensation: Compensation = FULL_COMPENSATION,
     cap_k: int | None = None,
     logits_soft_cap: float | None = None,
+    phase: Phase = "both",
+    num_prompt_tokens: int = 0,
 ) -> AttentionResult:
     """Causal attention over the keys whose score reaches a threshold.
 
@@ -197,9 +178,11 @@ def top_theta_attention(
         placement: whether the threshold applies to scores (`pre_softmax`) or to the dense probabilities
             (`post_softmax`). It changes which keys survive, nothing else.
         compensation: what makes up for the discarded keys.
-        cap_k: if given, at most this many survivors are kept, the last ones by position, at least 1. Rows that keep
-            all their keys because of `target_k` are not capped.
+        cap_k: if given, at most this many survivors are kept, the last ones by position, at least 1. Rows that are
+            not thresholded are not capped.
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+        phase: which rows are thresholded, see `thresholds.thresholded_rows`; the others are dense.
+        num_prompt_tokens: tokens of the sequence that are its prompt.
 
     Returns:
         The result.
@@ -216,20 +199,31 @@ def top_theta_attention(
     survivors = select_survivors(scores, theta)
     if cap_k is not None:
         survivors = keep_last(survivors, cap_k)
-    is_dense = _row_lengths(scores) <= target_k
-    survivors = torch.where(is_dense[:, None, None], scores > -torch.inf, survivors)
-    return _attend(scores, value, survivors, theta, compensation)
+    thresholded = thresholded_rows(
+        row_lengths(scores), target_k=target_k, phase=phase, num_prompt_tokens=num_prompt_tokens
+    )
+    return _attend(scores, value, survivors, theta, thresholded, compensation)
 
 
 def _attend(
-    scores: Tensor, value: Tensor, survivors: Tensor, threshold: Tensor, compensation: Compensation
+    scores: Tensor,
+    value: Tensor,
+    survivors: Tensor,
+    threshold: Tensor,
+    thresholded: Tensor,
+    compensation: Compensation,
 ) -> AttentionResult:
-    """Weighs the values of the survivors; scores and survivors `[num_queries, num_heads, seq_len]`, threshold alike."""
+    """Weighs the values of the survivors, and in rows that are not thresholded of all keys.
+
+    Scores and survivors are `[num_queries, num_heads, seq_len]`, threshold `[num_queries, num_heads]` in scaled
+    logits, thresholded `[num_queries]`.
+    """
     num_queries, num_heads, seq_len = scores.shape
     num_kv_heads = value.shape[1]
     if value.shape[0] != seq_len or num_heads % num_kv_heads:
         raise ValueError(f"value: shape {list(value.shape)} does not fit {seq_len} keys and {num_heads} query heads")
     value = value.to(scores.dtype)
+    survivors = torch.where(thresholded[:, None, None], survivors, scores > -torch.inf)
 
     largest = scores.amax(dim=-1)
     exponentials = torch.exp(scores - largest.unsqueeze(-1))
@@ -238,7 +232,7 @@ def _attend(
     missing = compensation.missing_mass(
         exponentials,
         survivors,
-        num_discarded=_row_lengths(scores)[:, None] - num_survivors,
+        num_discarded=row_lengths(scores)[:, None] - num_survivors,
         relative_threshold=threshold - largest,
     )
     denominator = kept.sum(dim=-1) + missing
@@ -247,7 +241,7 @@ def _attend(
     lost_mass = torch.where(has_mass, missing / denominator, 1.0)
 
     weights = kept / denominator.unsqueeze(-1)
-    output = _ungroup_rows(_group_rows(weights, num_kv_heads) @ value.transpose(0, 1), num_heads)
+    output = ungroup_rows(group_rows(weights, num_kv_heads) @ value.transpose(0, 1), num_heads)
     if compensation.value_mean:
         mean = causal_value_mean(value, num_queries).repeat_interleave(num_heads // num_kv_heads, dim=1)
         output = output + lost_mass.unsqueeze(-1) * mean
@@ -256,21 +250,6 @@ def _attend(
         num_survivors=num_survivors,
         value_rows_read=survivors.reshape(num_queries, num_kv_heads, -1, seq_len).any(dim=2).sum(dim=-1),
         lost_mass=lost_mass,
+        thresholded=thresholded,
         survivors=survivors,
     )
-
-
-def _row_lengths(scores: Tensor) -> Tensor:
-    """Keys seen by each query, `[num_queries]` int64, from scores `[num_queries, num_heads, seq_len]`."""
-    num_queries, _, seq_len = scores.shape
-    return torch.arange(seq_len - num_queries + 1, seq_len + 1, device=scores.device)
-
-
-def _group_rows(rows: Tensor, num_kv_heads: int) -> Tensor:
-    """`[num_queries, num_heads, x]` to `[num_kv_heads, num_queries_per_kv * num_queries, x]`."""
-    return rows.transpose(0, 1).reshape(num_kv_heads, -1, rows.shape[-1])
-
-
-def _ungroup_rows(rows: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `_group_rows`."""
-    return rows.reshape(num_heads, -1, rows.shape[-1]).transpose(0, 1)

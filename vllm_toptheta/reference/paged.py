@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_toptheta.reference.attention import AttentionResult, Placement, top_theta_attention
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation
-from vllm_toptheta.reference.thresholds import per_row
+from vllm_toptheta.reference.thresholds import Phase, per_row
 
 __all__ = ["gather_sequence", "paged_top_theta_attention"]
 
@@ -52,6 +52,8 @@ def paged_top_theta_attention(
     compensation: Compensation = FULL_COMPENSATION,
     cap_k: int | None = None,
     logits_soft_cap: float | None = None,
+    phase: Phase = "both",
+    num_prompt_tokens: Tensor | None = None,
 ) -> AttentionResult:
     """`attention.top_theta_attention` for a batch of sequences in a paged cache.
 
@@ -71,6 +73,8 @@ def paged_top_theta_attention(
         compensation: what makes up for the discarded keys; its tensors broadcast to `[num_tokens, num_heads]`.
         cap_k: survivors to keep at most.
         logits_soft_cap: cap on the scores, scaled logits.
+        phase: which rows are thresholded.
+        num_prompt_tokens: `[num_seqs]` int, tokens of each sequence that are its prompt; None for no prompts.
 
     Returns:
         The result over all tokens, without the survivor mask. Tokens of a sequence of length 0, and tokens that
@@ -88,9 +92,14 @@ def paged_top_theta_attention(
     num_survivors = torch.zeros_like(lost_mass, dtype=torch.int64)
     value_rows_read = num_survivors.new_zeros(num_tokens, kv_cache.shape[1])
 
+    thresholded = torch.zeros(num_tokens, dtype=torch.bool, device=query.device)
+
     theta = per_row("threshold", threshold, lost_mass)
     starts = query_start_loc.tolist()
-    for block_row, seq_len, start, stop in zip(block_table, seq_lens.tolist(), starts[:-1], starts[1:], strict=True):
+    prompts = torch.zeros_like(seq_lens) if num_prompt_tokens is None else num_prompt_tokens
+    for block_row, seq_len, prompt, start, stop in zip(
+        block_table, seq_lens.tolist(), prompts.tolist(), starts[:-1], starts[1:], strict=True
+    ):
         if seq_len == 0 or start == stop:
             continue
         tokens = slice(start, stop)
@@ -106,9 +115,12 @@ def paged_top_theta_attention(
             compensation=compensation.select_rows(tokens, lost_mass),
             cap_k=cap_k,
             logits_soft_cap=logits_soft_cap,
+            phase=phase,
+            num_prompt_tokens=prompt,
         )
         output[tokens] = result.output
         num_survivors[tokens] = result.num_survivors
         value_rows_read[tokens] = result.value_rows_read
         lost_mass[tokens] = result.lost_mass
-    return AttentionResult(output, num_survivors, value_rows_read, lost_mass, survivors=None)
+        thresholded[tokens] = result.thresholded
+    return AttentionResult(output, num_survivors, value_rows_read, lost_mass, thresholded, survivors=None)

@@ -1,22 +1,60 @@
 """Which scores survive: the k-th largest score of a row, and the survivor sets of both placements.
 
-Every function takes causal scores `[..., seq_len]` as `attention.causal_scores` returns them: scaled logits, minus
+Every function takes causal scores `[..., seq_len]` as `scores.causal_scores` returns them: scaled logits, minus
 infinity at the keys that a row does not see. Source of the method: Top-Theta Attention, arXiv 2502.08363.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Phase",
     "keep_last",
     "kth_largest_score",
     "kth_largest_scores",
     "per_row",
     "score_threshold",
     "select_survivors",
+    "thresholded_rows",
 ]
+
+Phase = Literal["prefill", "decode", "both"]
+
+
+def thresholded_rows(row_lengths: Tensor, *, target_k: int, phase: Phase, num_prompt_tokens: int) -> Tensor:
+    """Returns the rows whose keys a threshold decides on; the others keep all of them.
+
+    The row of the i-th position (from 0) belongs to the prompt if i < num_prompt_tokens, and to decoding otherwise.
+    `prefill` thresholds the rows of the prompt, `decode` those behind it, `both` all. Rows that see at most k keys are
+    never thresholded.
+
+    Args:
+        row_lengths: `[num_rows]` int64, keys that each row sees, its own included.
+        target_k: k.
+        phase: which rows are thresholded.
+        num_prompt_tokens: tokens of the prompt, not negative.
+
+    Returns:
+        `[num_rows]` bool.
+
+    Raises:
+        ValueError: `phase` is unknown, or `num_prompt_tokens` is negative.
+    """
+    if phase not in get_args(Phase):
+        raise ValueError(f"phase: {phase!r} is none of {', '.join(get_args(Phase))}")
+    if num_prompt_tokens < 0:
+        raise ValueError(f"num_prompt_tokens: cannot be negative, got {num_prompt_tokens}")
+    is_long = row_lengths > target_k
+    match phase:
+        case "prefill":
+            return is_long & (row_lengths <= num_prompt_tokens)
+        case "decode":
+            return is_long & (row_lengths > num_prompt_tokens)
+        case "both":
+            return is_long
 
 
 def kth_largest_scores(scores: Tensor, target_ks: Sequence[int]) -> Tensor:

@@ -7,25 +7,33 @@ theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
 """
 
 from vllm_toptheta.store.curve import ThresholdCurve
-from vllm_toptheta.store.io import ThresholdStore, load, read_architecture, save
+from vllm_toptheta.store.expectations import Expectations
+from vllm_toptheta.store.io import load, read_architecture, save
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
     Architecture,
+    DenseLayersRule,
     Manifest,
     ManifestDraft,
+    Measurement,
     ModelIdentity,
     Provenance,
-    Target,
     TextSource,
 )
+from vllm_toptheta.store.target import Target, TargetSpec
+from vllm_toptheta.store.thresholds import ThresholdStore
 
 __all__ = [
     "Architecture",
+    "DenseLayersRule",
+    "Expectations",
     "Manifest",
     "ManifestDraft",
+    "Measurement",
     "ModelIdentity",
     "Provenance",
     "Target",
+    "TargetSpec",
     "TextSource",
     "ThresholdCurve",
     "ThresholdStore",

@@ -14,11 +14,9 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -31,11 +29,19 @@ from vllm_toptheta.errors import (
     StoreNotWritable,
     StoreTooLarge,
     StoreUnreadable,
-    TargetOutOfRange,
 )
 from vllm_toptheta.store import strict_yaml, tensors
-from vllm_toptheta.store.curve import ThresholdCurve, interpolate
-from vllm_toptheta.store.schema import SCHEMA_VERSION, Architecture, Manifest, ManifestDraft, clip, describe
+from vllm_toptheta.store.expectations import EXPECTATION_NAMES, Expectations
+from vllm_toptheta.store.schema import (
+    READABLE_VERSIONS,
+    SCHEMA_VERSION,
+    Architecture,
+    Manifest,
+    ManifestDraft,
+    clip,
+    describe,
+)
+from vllm_toptheta.store.thresholds import ThresholdStore
 
 MANIFEST_NAME = "manifest.yaml"
 TENSORS_NAME = "thresholds.safetensors"
@@ -44,52 +50,6 @@ MAX_TENSORS_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 4 << 20
 
 _RESTORE = "Restore the folder from where it came, or calibrate the model again (toptheta calibrate --help)"
-
-
-@dataclass(frozen=True, eq=False)
-class ThresholdStore:
-    """The thresholds of one model, checked. All arrays are read-only.
-
-    Attributes:
-        folder: Where it was read from.
-        manifest: What it covers and how it was made.
-        coefficients: [num_layers, num_heads, num_targets, degree + 1] float32, of ascending powers of ln n.
-        bucket_edges: [num_buckets + 1] int32, tokens; bucket b holds rows of edges[b] <= n < edges[b + 1].
-        row_count: [num_targets, num_buckets] int64, calibration rows.
-        score_mean: [num_layers, num_heads, num_targets, num_buckets] float32, mean of the k-th largest score of a row.
-        score_std: The same shape, its standard deviation; both are zero in a bucket without rows.
-    """
-
-    folder: Path
-    manifest: Manifest
-    coefficients: NDArray[np.float32]
-    bucket_edges: NDArray[np.int32]
-    row_count: NDArray[np.int64]
-    score_mean: NDArray[np.float32]
-    score_std: NDArray[np.float32]
-
-    def curve(self, target_k: int) -> ThresholdCurve:
-        """Return theta(n) for a target k, interpolated between the two calibrated neighbours if need be.
-
-        Raises:
-            TargetOutOfRange: `target_k` lies outside the calibrated ks.
-        """
-        ks = self.manifest.target_ks
-        if not ks[0] <= target_k <= ks[-1]:
-            raise TargetOutOfRange(
-                f"no thresholds for k {target_k}; calibrated are {', '.join(map(str, ks))}",
-                file=self.folder,
-                field="target_k",
-                remedy=f"Choose a k from {ks[0]} to {ks[-1]}, or calibrate with a wider --k",
-            )
-        upper = next(index for index, k in enumerate(ks) if k >= target_k)
-        if ks[upper] == target_k:
-            return self._calibrated_curve(upper)
-        return interpolate(self._calibrated_curve(upper - 1), self._calibrated_curve(upper), target_k)
-
-    def _calibrated_curve(self, index: int) -> ThresholdCurve:
-        target = self.manifest.targets[index]
-        return ThresholdCurve(target.k, self.coefficients[:, :, index], target.min_length, target.max_length)
 
 
 def load(folder: Path | str) -> ThresholdStore:
@@ -116,7 +76,8 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
     Args:
         folder: Where to; its parents are created. An existing folder is replaced only if it is a store or empty.
         draft: The manifest without its checksums; those of a whole `Manifest` are computed anew.
-        arrays: The five tensors of `ThresholdStore`, by name, in its dtypes and shapes.
+        arrays: The tensors of `ThresholdStore`, by name, in its dtypes and shapes; with those of `Expectations` if
+            the draft has a measurement.
 
     Returns:
         The store, as `load` will return it.
@@ -127,7 +88,7 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
     folder = Path(folder).absolute()
     tensor_bytes = tensors.encode(arrays)
     manifest = Manifest.from_draft(draft, tensors_sha256=hashlib.sha256(tensor_bytes).hexdigest())
-    manifest_bytes = strict_yaml.dump(manifest.model_dump()).encode()
+    manifest_bytes = strict_yaml.dump(manifest.model_dump(exclude_none=True)).encode()
     store = _parse(folder, manifest_bytes, tensor_bytes)
     try:
         with _replaced(folder) as new:
@@ -176,7 +137,11 @@ def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> Threshol
             field="tensors.sha256",
             remedy=_RESTORE,
         )
-    return ThresholdStore(folder, manifest, **tensors.decode(tensor_bytes, manifest, file=tensors_file))
+    arrays = tensors.decode(tensor_bytes, manifest, file=tensors_file)
+    measured = {name: arrays.pop(name) for name in EXPECTATION_NAMES if name in arrays}
+    return ThresholdStore(
+        folder, manifest, **arrays, expectations=Expectations(**measured) if manifest.measurement else None
+    )
 
 
 def _parse_manifest(content: bytes, file: Path) -> Manifest:
@@ -190,9 +155,9 @@ def _parse_manifest(content: bytes, file: Path) -> Manifest:
         raise ManifestInvalid(
             f"expected an integer, got {clip(version)}", file=file, field="schema_version", remedy=_RESTORE
         )
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise ManifestVersion(
-            f"version {version}; this release reads version {SCHEMA_VERSION}",
+            f"version {version}; this release reads {' and '.join(map(str, READABLE_VERSIONS))}",
             file=file,
             field="schema_version",
             remedy="Upgrade vllm-toptheta" if version > SCHEMA_VERSION else _RESTORE,

@@ -15,32 +15,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
+from vllm_toptheta.store.fields import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    PRINTABLE,
+    Count,
+    Sha256,
+    ShortText,
+    StrictModel,
+    Tokens,
+)
 from vllm_toptheta.store.rope import normalise_rope
+from vllm_toptheta.store.target import Target
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
 
-MAX_LAYERS = 1024
-MAX_HEADS = 1024
-MAX_TOKENS = 1 << 24
-MAX_COUNT = (1 << 63) - 1
-
-Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # what is shown in a terminal must not steer it
-ShortText = Annotated[str, Field(min_length=1, max_length=256, pattern=PRINTABLE)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
 RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelIdentity(_Model):
+class ModelIdentity(StrictModel):
     """The model the thresholds were calibrated on."""
 
     id: str = Field(
@@ -50,7 +48,7 @@ class ModelIdentity(_Model):
     )
 
 
-class Architecture(_Model):
+class Architecture(StrictModel):
     """The fingerprint: what must be equal for thresholds of one model to fit another."""
 
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
@@ -125,72 +123,97 @@ class Architecture(_Model):
         return {**fields, **{f"rope.{name}": value for name, value in rope.items()}}
 
 
-class Target(_Model):
-    """One calibrated k, and the lengths of the calibration rows behind it."""
-
-    k: Tokens = Field(description="How many scores should reach the threshold.")
-    min_length: Tokens = Field(description="Shortest row, in tokens; rows of at most k tokens stay dense.")
-    max_length: Tokens = Field(description="Longest row, in tokens.")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
-        if not self.k < self.min_length <= self.max_length:
-            raise ValueError(
-                f"expected k < min_length <= max_length, got {self.k}, {self.min_length}, {self.max_length}"
-            )
-        return self
-
-
-class TextSource(_Model):
-    """A text that was calibrated on."""
+class TextSource(StrictModel):
+    """A text that was calibrated on; of imported thresholds, the file that they came from."""
 
     name: ShortText
     sha256: Sha256
     num_characters: Count
 
 
-class Provenance(_Model):
-    """How the thresholds were made: enough to make them again."""
+class Provenance(StrictModel):
+    """How the thresholds were made: enough to make them again. Left out is what an imported file does not say."""
 
     text: Annotated[tuple[TextSource, ...], Field(strict=False, min_length=1, max_length=1024)]
-    num_sequences: Count
+    num_sequences: Count | None = None
     max_length: Tokens
-    seed: int = Field(ge=0, le=(1 << 64) - 1)
-    top_k_at_calibration: bool
-    beta: float = Field(ge=-100.0, le=100.0, description="theta = mean + beta * std of the k-th largest score.")
+    row_fraction: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="Rows of a sequence that were observed."
+    )
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
+    top_k_at_calibration: bool | None = None
+    shared_k: Tokens | None = Field(
+        default=None,
+        description="The k of top-k attention where one pass served all targets; None where each had its own.",
+    )
+    beta: float | None = Field(
+        default=None, ge=-100.0, le=100.0, description="theta = mean + beta * std of the k-th largest score."
+    )
+    dtype: ShortText | None = Field(default=None, description="Of the weights and activations.")
     versions: dict[ShortText, ShortText] = Field(max_length=64, description="Package to version.")
     command: str = Field(max_length=8192, pattern=PRINTABLE)
     date: datetime.date
 
 
-class TensorsDigest(_Model):
+class Measurement(StrictModel):
+    """How it was measured what the thresholds keep and lose: they were applied to calibration text, as served."""
+
+    num_sequences: Count
+
+
+class DenseLayersRule(StrictModel):
+    """How `dense_layers` were chosen: those given, and those that would lose more than a bound."""
+
+    given: Annotated[tuple[int, ...], Field(strict=False, max_length=MAX_LAYERS)]
+    max_lost_mass: float = Field(gt=0.0, lt=1.0, description="Mean over heads and lengths, at the target.")
+    target: ShortText
+
+
+class TensorsDigest(StrictModel):
     """The checksum of thresholds.safetensors."""
 
     sha256: Sha256
 
 
-class ManifestDraft(_Model):
+class ManifestDraft(StrictModel):
     """A manifest before its tensors are written; `save` adds the checksums."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     model: ModelIdentity
     architecture: Architecture
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
     dense_layers: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
     ]
+    dense_layers_rule: DenseLayersRule | None = Field(default=None, description="None where they were given.")
     placement: Literal["pre_softmax", "post_softmax"]
+    outside_lengths: Literal["clamp"] | None = Field(
+        default=None, description="theta beyond a target's lengths is that of the nearest calibrated length."
+    )
     degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
     num_buckets: int = Field(ge=1, le=1024)
     calibration: Provenance
 
+    measurement: Measurement | None = Field(default=None, description="None where nothing was measured.")
+
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
-        for lower, upper in zip(self.targets, self.targets[1:], strict=False):
-            if lower.k >= upper.k:
+        constant = [target for target in self.targets if target.constant_k is not None]
+        if list(self.targets[: len(constant)]) != constant:
+            raise ValueError("targets: those of a constant k come first")
+        for lower, upper in zip(constant, constant[1:], strict=False):
+            if (lower.k or 0) >= (upper.k or 0):
                 raise ValueError(f"targets: k must ascend, got {lower.k} before {upper.k}")
             if max(lower.min_length, upper.min_length) > min(lower.max_length, upper.max_length):
                 raise ValueError(f"targets: k {lower.k} and k {upper.k} share no length, so nothing lies between them")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("targets: one is repeated")
+        return self
+
+    @model_validator(mode="after")
+    def _check_version(self) -> Self:
+        if self.schema_version == 1 and (self.measurement or len(self.target_ks) < len(self.targets)):
+            raise ValueError("schema_version 1 has no measurement and no targets other than a constant k")
         return self
 
     @model_validator(mode="after")
@@ -205,8 +228,13 @@ class ManifestDraft(_Model):
 
     @property
     def target_ks(self) -> tuple[int, ...]:
-        """The calibrated ks, ascending."""
-        return tuple(target.k for target in self.targets)
+        """The calibrated constant ks, ascending; they come first among `targets`."""
+        return tuple(target.constant_k for target in self.targets if target.constant_k is not None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of `targets`."""
+        return tuple(target.label for target in self.targets)
 
 
 class Manifest(ManifestDraft):
@@ -218,13 +246,14 @@ class Manifest(ManifestDraft):
     @classmethod
     def from_draft(cls, draft: ManifestDraft, *, tensors_sha256: str) -> Self:
         """Return the manifest of a store whose tensors have this checksum."""
-        fields = draft.model_dump() | {"tensors": {"sha256": tensors_sha256}, "content_sha256": "0" * 64}
+        fields = draft.model_dump(exclude={"schema_version"})
+        fields |= {"tensors": {"sha256": tensors_sha256}, "content_sha256": "0" * 64}
         manifest = cls.model_validate(fields)
         return manifest.model_copy(update={"content_sha256": manifest.digest()})
 
     def digest(self) -> str:
-        """Return what `content_sha256` should be: the sha256 of the other fields as canonical JSON."""
-        content = self.model_dump(mode="json", exclude={"content_sha256"})
+        """Return what `content_sha256` should be: the sha256 of the other fields that are set, as canonical JSON."""
+        content = self.model_dump(mode="json", exclude={"content_sha256"}, exclude_none=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

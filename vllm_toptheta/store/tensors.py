@@ -25,6 +25,7 @@ from vllm_toptheta.errors import (
     TensorsInvalid,
     TensorValues,
 )
+from vllm_toptheta.store.expectations import EXPECTATION_NAMES
 from vllm_toptheta.store.schema import ManifestDraft, clip
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -50,12 +51,15 @@ def expected_formats(manifest: ManifestDraft) -> dict[str, TensorFormat]:
     """Return the format of every tensor that a manifest implies, by name."""
     num_targets, num_buckets = len(manifest.targets), manifest.num_buckets
     per_head = (manifest.architecture.num_layers, manifest.architecture.num_heads, num_targets)
+    expectations = dict.fromkeys(EXPECTATION_NAMES, TensorFormat("F32", (*per_head, num_buckets)))
+    expectations["measured_rows"] = TensorFormat("I64", (num_targets, num_buckets))
     return {
         "coefficients": TensorFormat("F32", (*per_head, manifest.degree + 1)),
         "bucket_edges": TensorFormat("I32", (num_buckets + 1,)),
         "row_count": TensorFormat("I64", (num_targets, num_buckets)),
         "score_mean": TensorFormat("F32", (*per_head, num_buckets)),
         "score_std": TensorFormat("F32", (*per_head, num_buckets)),
+        **(expectations if manifest.measurement else {}),
     }
 
 
@@ -146,8 +150,8 @@ def _is_integers(value: object) -> bool:
 
 
 def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, file: Path) -> None:
-    for name in ("coefficients", "score_mean", "score_std"):
-        if not np.isfinite(tensors[name]).all():
+    for name, tensor in tensors.items():
+        if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
             raise TensorNotFinite("contains NaN or infinity", file=file, field=name, remedy=_REMEDY)
 
     def require(condition: Any, name: str, message: str) -> None:
@@ -155,17 +159,25 @@ def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, 
             raise TensorValues(message, file=file, field=name, remedy=_REMEDY)
 
     require((np.abs(tensors["coefficients"]) <= MAX_COEFFICIENT).all(), "coefficients", f"beyond +-{MAX_COEFFICIENT:g}")
-    edges, row_count = tensors["bucket_edges"].astype(np.int64), tensors["row_count"]
+    edges = tensors["bucket_edges"].astype(np.int64)
     require(edges[0] >= 1 and (np.diff(edges) > 0).all(), "bucket_edges", "edges must be positive and ascend")
-    require((row_count >= 0).all(), "row_count", "a count is negative")
-    for index, target in enumerate(manifest.targets):
-        require(row_count[index].any(), "row_count", f"no row was counted for k {target.k}")
-        require(not row_count[index, edges[1:] - 1 <= target.k].any(), "row_count", f"rows too short for k {target.k}")
+    for target in manifest.targets:
         require(
             edges[0] <= target.min_length and target.max_length < edges[-1],
             "bucket_edges",
-            f"the buckets do not cover lengths {target.min_length} to {target.max_length} of k {target.k}",
+            f"the buckets do not cover lengths {target.min_length} to {target.max_length} of {target.label}",
         )
-    require((tensors["score_std"] >= 0).all(), "score_std", "a standard deviation is negative")
-    for name in ("score_mean", "score_std"):
-        require(not tensors[name][:, :, row_count == 0].any(), name, "not zero in a bucket without rows")
+    counted = {"row_count": ["score_mean", "score_std"]}
+    if manifest.measurement:
+        counted["measured_rows"] = [name for name in EXPECTATION_NAMES if name != "measured_rows"]
+    for count_name, statistics in counted.items():
+        count = tensors[count_name]
+        require((count >= 0).all(), count_name, "a count is negative")
+        for index, target in enumerate(manifest.targets):
+            require(count[index].any(), count_name, f"no row was counted for {target.label}")
+            too_short = edges[1:] - 1 <= target.dense_length
+            require(not count[index, too_short].any(), count_name, f"rows too short for {target.label}")
+        for name in statistics:
+            require(not tensors[name][:, :, count == 0].any(), name, "not zero in a bucket without rows")
+            require(name == "score_mean" or (tensors[name] >= 0).all(), name, "a number is negative")
+            require(not name.startswith("lost_mass") or (tensors[name] <= 1).all(), name, "a share is above 1")

@@ -1,0 +1,162 @@
+"""The commands `toptheta eval ...`, as a user types them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluation.fake_server import FakeServer
+from tests.test_cli import imported
+from vllm_toptheta import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `toptheta eval` with these arguments; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["toptheta", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out, printed.err
+
+    return run_main
+
+
+def on(folder: Path, command: str, *arguments: object) -> tuple[object, ...]:
+    return (command, folder / "tiny", "--thresholds", folder / "org--tiny-model", "--device", "cpu", *arguments)
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert imported("eval", "--help") == ""
+    assert imported("eval", "perplexity", "--help") == ""
+
+
+def test_perplexity(run: Run, folder: Path, tmp_path: Path) -> None:
+    texts = ("--text", f"prose={folder}/pro*.txt", "--text", f"code={folder}/code.txt")
+    sizes = ("--k", "8,16", "--sequences", 2, "--length", 80)
+    modes = ("--compensations", "none,sdc+vmc", "--top-k", "--human-eval", "--limit", 2)
+    outputs = ("--json", tmp_path / "report.json", "--plots", tmp_path / "plots")
+    code, out, err = run(*on(folder, "perplexity", *texts, *sizes, *modes, *outputs))
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    assert {domain["domain"] for domain in report["domains"]} == {"prose", "code", "human-eval"}
+    assert all(len(domain["comparisons"]) == 8 for domain in report["domains"])
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {
+        "trade-off-prose.png",
+        "trade-off-code.png",
+        "trade-off-human-eval.png",
+    }
+    assert [line.split(" on ")[1].split(":")[0] for line in out.splitlines() if " on " in line] == [
+        domain["domain"] for domain in report["domains"]
+    ]
+
+
+@pytest.mark.parametrize(("phase", "predicted"), [("both", 79), ("decode", 40), ("prefill", 40)])
+def test_perplexity_by_phase(run: Run, folder: Path, tmp_path: Path, phase: str, predicted: int) -> None:
+    options = ("--k", 8, "--sequences", 1, "--length", 80, "--phase", phase, "--json", tmp_path / "report.json")
+    code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options))
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    assert (report["phase"], report["domains"][0]["num_predicted_tokens"]) == (phase, predicted)
+    assert report["domains"][0]["domain"] == "text"
+
+
+def test_many_files_behind_one_option_are_one_text(run: Run, folder: Path, tmp_path: Path) -> None:
+    options = ("--k", 8, "--sequences", 1, "--length", 80, "--json", tmp_path / "report.json")
+    code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", folder / "code.txt", *options))
+    assert code == 0, err
+    assert [text["name"] for text in read(tmp_path / "report.json")["domains"][0]["text"]] == ["prose.txt", "code.txt"]
+
+
+def test_tasks(run: Run, folder: Path, tmp_path: Path) -> None:
+    options = ("--tasks", "needle,key-value,human-eval", "--limit", 1, "--allow-code-execution", "--text")
+    sizes = ("--k", "8", "--lengths", "500", "--depths", "0,100", "--samples", 1, "--json", tmp_path / "report.json")
+    sizes += ("--plots", tmp_path / "plots")
+    code, out, err = run(*on(folder, "tasks", *options, folder / "prose.txt", *sizes))
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    assert {task["task"]: len(task["questions"]) for task in report["tasks"]} == {
+        "needle": 2,
+        "key-value": 2,
+        "human-eval": 1,
+    }
+    assert "top-theta k:8 sdc+vmc" in out
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {"recall-needle.png", "recall-key-value.png"}
+    assert (report["phase"], report["setup"]["model"]) == ("decode", "tiny")
+
+
+def test_endpoint(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = FakeServer(key="sesame")
+    sparse = FakeServer(key="sesame", forgets_beyond=2000, counts_rows=True)
+    monkeypatch.setenv("SERVER_KEY", "sesame")
+    with dense.listening() as dense_url, sparse.listening() as sparse_url:
+        code, out, err = run(
+            *("endpoint", "--dense", dense_url, "--sparse", f"{sparse_url}/v1", "--api-key-env", "SERVER_KEY"),
+            *("--text", folder / "prose.txt", "--lengths", "300,700", "--depths", "50", "--samples", 2),
+            *("--json", tmp_path / "report.json"),
+        )
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    assert report["setup"]["value_rows_share"] == 0.1
+    needle = next(task for task in report["tasks"] if task["task"] == "needle")
+    assert needle["contenders"][0]["shares"]["difference"] == -0.5
+    assert needle["contenders"][0]["places"][0]["name"] == "length 700"
+    assert "the sparse server read 10.0% of value rows" in out
+    assert "sesame" not in out + err + (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "perplexity"), "--tasks: servers compute log probabilities of prompts in prefill"),
+        (("--tasks", "riddle"), "unknown task 'riddle'"),
+        (("--tasks", "needle"), "--text: needle needs text"),
+        (("--tasks", "human-eval"), "--allow-code-execution: human-eval runs programs"),
+    ],
+)
+def test_tasks_that_an_endpoint_cannot_answer(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    with FakeServer().listening() as url:
+        code, out, err = run("endpoint", "--dense", url, "--sparse", url, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_server_that_is_not_there(run: Run) -> None:
+    with FakeServer().listening() as url:
+        pass
+    code, out, err = run("endpoint", "--dense", url, "--sparse", url, "--tasks", "human-eval", "--allow-code-execution")
+    assert (code, out) == (2, "")
+    assert f"error: {url}: no answer" in err
+
+
+def test_stores_need_names_of_their_own(run: Run, folder: Path) -> None:
+    store = folder / "org--tiny-model"
+    code, _, err = run(*on(folder, "perplexity", "--thresholds", store, "--text", folder / "prose.txt"))
+    assert code == 2
+    assert "--thresholds: 2 stores with one name" in err
+
+
+def test_missing_extras_are_named(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm_toptheta.evaluation.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", "--plots", folder))
+    assert code == 2
+    assert "--plots: matplotlib.axes is not installed" in err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = run("lm-eval", "--task", "gsm8k", "--dense", "http://a", "--sparse", "http://b")
+    assert code == 2
+    assert 'pip install "lm-eval[api]"' in err

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from vllm_toptheta.evaluation.route import ReadCounts
+from vllm_toptheta.reference import dense_attention, top_k_attention
+
+
+def test_reads_are_counted_in_thresholded_rows_only() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    whole, parts = ReadCounts(20), ReadCounts(20)
+    result = top_k_attention(query, key, value, target_k=5, softmax_scale=1.0)
+    whole.add(result, start=0)
+    for start, stop in ((0, 3), (3, 11), (11, 20)):
+        part = top_k_attention(query[start:stop], key[:stop], value[:stop], target_k=5, softmax_scale=1.0)
+        parts.add(part, start=start)
+    num_keys = sum(range(6, 21))
+    for counts in (whole, parts):
+        assert counts.mean_survivors == counts.p95_survivors == 5
+        assert counts.thresholded_share == 15 / 20
+        assert counts.value_rows_share == int(result.value_rows_read[5:].sum()) / (2 * num_keys)
+        assert counts.attention_elements_share == 5 * 15 / num_keys
+        assert counts.mean_lost_mass == pytest.approx(float(result.lost_mass[5:].mean()))
+
+
+def test_without_thresholded_rows_nothing_is_read_and_nothing_is_lost() -> None:
+    query, key, value = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    counts = ReadCounts(20)
+    result = top_k_attention(query, key, value, target_k=5, softmax_scale=1.0, phase="prefill")
+    assert torch.equal(result.output, dense_attention(query, key, value, softmax_scale=1.0).output)
+    counts.add(result, start=0)
+    assert (counts.thresholded_share, counts.value_rows_share, counts.attention_elements_share) == (0, 0, 0)
+    assert (counts.mean_lost_mass, counts.mean_survivors, counts.p95_survivors) == (0, 0, 0)

@@ -1,0 +1,57 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.calibration.tiny_model import save_model_dir, write_text
+from tests.evaluation.tiny_store import tiny_store
+from vllm_toptheta import store
+from vllm_toptheta.calibration.data import read_text
+from vllm_toptheta.calibration.model import load_model
+from vllm_toptheta.report import Report, make_report
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more threads, which spin while they wait for a core that another process has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and texts."""
+    folder = tmp_path_factory.mktemp("report")
+    save_model_dir(folder / "tiny")
+    write_text(folder / "calibration.txt", 500, seed=0)
+    write_text(folder / "held-out.txt", 500, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def thresholds(folder: Path) -> store.ThresholdStore:
+    """Made from the second of the texts, as far as the manifest says."""
+    written = tiny_store(folder / "org--tiny-model", load_model(folder / "tiny"), only_layers=(2, 3))
+    provenance = written.manifest.calibration.model_copy(
+        update={"text": (read_text(folder / "calibration.txt").source,)}
+    )
+    return replace(written, manifest=written.manifest.model_copy(update={"calibration": provenance}))
+
+
+@pytest.fixture(scope="package")
+def report(folder: Path, thresholds: store.ThresholdStore) -> Report:
+    return make_report(
+        folder / "tiny",
+        [folder / "held-out.txt"],
+        thresholds,
+        calibration_texts=[folder / "calibration.txt"],
+        targets=["8", "k:16"],
+        length=120,
+        num_sequences=2,
+        device="cpu",
+        progress=False,
+    )

@@ -1,0 +1,78 @@
+"""The command `toptheta calibrate`, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.calibration.tiny_model import save_model_dir, write_text
+from vllm_toptheta import cli, store
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--max-length", 200, "--sequences", 1)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `toptheta calibrate` on a tiny model; return exit code, stdout and stderr."""
+    model = save_model_dir(tmp_path / "tiny")
+    capsys.readouterr()
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        argv = ["toptheta", "calibrate", str(model), "--out", str(tmp_path / "out"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out, printed.err
+
+    return run_main
+
+
+def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
+    words = write_text(tmp_path / "words.txt", num_words=100)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"body": words.read_text()}) + "\n")
+    code, out, _ = run(
+        *("--text", words, lines, "--text-field", "body", "--k", "16,8", "--target", "mass:0.9,k:8@50^0.5"),
+        *("--dense-layers", "0,auto", "--max-lost-mass", 0.9, "--top-k", "each", "--dtype", "bfloat16", *SMALL),
+    )
+    assert code == 0
+    assert f"wrote {tmp_path / 'out' / 'tiny'}" in out
+    manifest = store.load(tmp_path / "out" / "tiny").manifest
+    assert manifest.labels == ("k:8", "k:16", "mass:0.9", "k:8@50^0.5")
+    assert manifest.dense_layers == (0,)
+    assert manifest.dense_layers_rule is not None
+    assert [text.name for text in manifest.calibration.text] == ["words.txt", "lines.jsonl"]
+    assert manifest.calibration.dtype == "bfloat16"
+    assert manifest.calibration.command.startswith("toptheta calibrate tiny --out out --text words.txt lines.jsonl")
+
+
+def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
+    code, _, _ = run("--k", 8, *SMALL)
+    assert code == 0
+    names = [text.name for text in store.load(tmp_path / "out" / "tiny").manifest.calibration.text]
+    assert len(names) == 24
+    assert all(name.endswith(".py") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--k", "many"), "unknown target 'k:many'"),
+        (("--target", "mass:2"), "'mass:2': Input should be less than 1"),
+        (("--dense-layers", "first"), "--dense-layers: not layers: 'first'"),
+        (("--k", "8", "--device", "cuda:99"), "no device cuda:99"),
+        (("--k", "8", "--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
+        (("--k", "500"), "k 500 needs rows of more than 500 tokens"),
+    ],
+)
+def test_what_cannot_work_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*SMALL, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.terminal import integers, words, write_json
+
+
+class Report(BaseModel):
+    number: int
+
+
+def test_words_and_integers_are_separated_by_commas() -> None:
+    assert words(" a, b,,c ") == ["a", "b", "c"]
+    assert words("") == []
+    assert integers("--k", "32, 64,") == [32, 64]
+    with pytest.raises(SettingsError, match="--k: not whole numbers: '32,x'. Write them as 32,64,128"):
+        integers("--k", "32,x")
+
+
+def test_a_report_is_written_where_it_can_be(tmp_path: Path) -> None:
+    write_json(None, Report(number=1))
+    write_json(tmp_path / "report.json", Report(number=1))
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == Report(number=1)
+    write_json(tmp_path / "new" / "folder" / "report.json", Report(number=2))
+    assert (tmp_path / "new" / "folder" / "report.json").exists()
+    with pytest.raises(SettingsError, match="--json: cannot be written: "):
+        write_json(tmp_path / "report.json" / "report.json", Report(number=1))

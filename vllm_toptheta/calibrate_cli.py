@@ -1,0 +1,132 @@
+"""The command `toptheta calibrate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.terminal import words
+
+__all__ = ["calibrate_command"]
+
+AUTO = "auto"
+CHARACTERS_PER_TOKEN = 8  # taken from a dataset; the most that a token stands for in ordinary text
+
+
+def calibrate_command(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    out: Annotated[Path, typer.Option(help="Directory in which the folder <org>--<model> is written.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="UTF-8 text files, or .jsonl files; default: Python's own sources."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a JSON line, or column of a dataset, with the text.")] = (
+        "text"
+    ),
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME[:SPLIT]", help="A dataset of the hub; needs the extra datasets.")
+    ] = None,
+    builtin: Annotated[
+        bool, typer.Option("--builtin", help="Python's own sources, beside what else is given.")
+    ] = False,
+    k: Annotated[str | None, typer.Option(help="Keys per query head to keep; short for --target.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Targets, separated by commas: k:64, k:64@2048^0.5, survivors:64, mass:0.98, rows:64."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
+    sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
+    row_fraction: Annotated[float, typer.Option(help="Share of the rows observed, even over lengths.")] = 1.0,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers to serve dense, separated by commas; auto adds those that lose too much.")
+    ] = "0,1",
+    max_lost_mass: Annotated[
+        float | None,
+        typer.Option(help="What auto calls too much at the first target; default: twice what the median layer loses."),
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Standard deviations added to the mean threshold.")] = 0.0,
+    top_k: Annotated[
+        Literal["shared", "each", "off"],
+        typer.Option(help="Top-k attention while calibrating: one pass for all k, one for each, or none."),
+    ] = "shared",
+    placement: Annotated[
+        Literal["pre_softmax", "post_softmax"],
+        typer.Option(help="What thresholds apply to; after the softmax is for evaluation only."),
+    ] = "pre_softmax",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads the model over GPUs; needs the extra accelerate.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and activations; scores are float32.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Chooses sequences and rows.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted.")] = True,
+    model_id: Annotated[
+        str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
+    ] = None,
+) -> None:
+    """Calibrate thresholds for a model on texts and write them as a store."""
+    import shlex
+
+    import torch
+
+    from vllm_toptheta.calibration import CalibrationOptions, calibrate
+    from vllm_toptheta.calibration.sources import builtin_texts, read_dataset, read_file
+
+    layers, automatic = _dense_layers(dense_layers)
+    targets = [f"k:{number}" for number in words(k or "")] + words(target or "")
+    options = CalibrationOptions.create(
+        targets or ["k:32", "k:64", "k:128", "k:256"],
+        max_length=max_length,
+        num_sequences=sequences,
+        row_fraction=row_fraction,
+        seed=seed,
+        beta=beta,
+        top_k=top_k,
+        dense_layers=layers,
+        find_dense_layers=automatic,
+        max_lost_mass=max_lost_mass,
+        placement=placement,
+    )
+    files = [*(text or []), *map(Path, context.args)]
+    texts = [read_file(file, text_field=text_field) for file in files]
+    if dataset is not None:
+        wanted = CHARACTERS_PER_TOKEN * sequences * max_length
+        texts.append(read_dataset(dataset, num_characters=wanted, text_field=text_field))
+    if builtin or not texts:
+        texts += builtin_texts()
+    # files by their bare names: where they lay is nobody's business
+    names = {str(path): path.name for path in (model, out, *files)}
+    if dataset is not None and Path(dataset.partition(":")[0]).exists():
+        names[dataset] = Path(dataset).name
+    folder = calibrate(
+        model,
+        texts,
+        out=out,
+        options=options,
+        dtype=getattr(torch, dtype),
+        device=device,
+        device_map=device_map,
+        model_id=model_id,
+        command=shlex.join(["toptheta", *(names.get(argument, argument) for argument in sys.argv[1:])]),
+        resume=resume,
+    )
+    typer.echo(f"wrote {folder}")
+    typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
+
+
+def _dense_layers(option: str) -> tuple[tuple[int, ...], bool]:
+    """The layers of --dense-layers, and whether others are to be found."""
+    parts = words(option)
+    try:
+        return tuple(sorted({int(part) for part in parts if part != AUTO})), AUTO in parts
+    except ValueError:
+        raise SettingsError(
+            f"not layers: {option!r}", field="--dense-layers", remedy="Write them as 0,1 or 0,1,auto or auto"
+        ) from None

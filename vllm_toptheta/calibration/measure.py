@@ -1,0 +1,287 @@
+"""What thresholds keep and lose while a model reads a text, row by row."""
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks, block_bytes_on
+from vllm_toptheta.calibration.capture import observe_top_k
+from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.reference import Placement
+
+__all__ = ["ROW_MEASURES", "GridRoute", "ProbeRoute", "ServedRoute", "measure_grid", "measure_rows"]
+
+# the order of what `measure_rows` returns
+ROW_MEASURES = ("lost_mass", "survivors", "offline_sum", "exp_threshold_scale")
+
+
+class ServedRoute(AttentionRoute):
+    """Applies thresholds as a server does, and reports what every row keeps and loses.
+
+    Args:
+        thresholds: `[max_length + 1, num_layers, num_heads]` float32, row n holds theta(n): scaled logits, or after
+            the softmax the logarithm of a probability.
+        dense_length: rows that see at most this many keys keep them all.
+        dense_layers: layers that hand on dense attention. What their thresholds would keep is reported all the same,
+            so that they can be made sparse later.
+        placement: what the thresholds apply to.
+        report: called with the layer and what `measure_rows` returns for it.
+    """
+
+    def __init__(
+        self,
+        thresholds: NDArray[np.float32],
+        *,
+        dense_length: int,
+        dense_layers: Collection[int],
+        placement: Placement,
+        report: Callable[[int, Tensor], None],
+    ) -> None:
+        self.thresholds = torch.from_numpy(thresholds)
+        self.dense_length = dense_length
+        self.dense_layers = dense_layers
+        self.placement = placement
+        self.report = report
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        softmax_scale: float,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """See `AttentionRoute.attend`."""
+        output, measures = measure_rows(
+            query,
+            key,
+            value,
+            thresholds=self.thresholds[1 : len(query) + 1, layer_idx].to(query.device),
+            dense_length=self.dense_length,
+            placement=self.placement,
+            softmax_scale=softmax_scale,
+            soft_cap=soft_cap,
+        )
+        self.report(layer_idx, measures)
+        if layer_idx in self.dense_layers:
+            return _dense(query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
+        return output
+
+
+class ProbeRoute(AttentionRoute):
+    """Reports what every row of dense attention would lose without all but its k largest scores.
+
+    Args:
+        target_k: k.
+        report: called with the layer and `[num_heads, seq_len]` float32, the lost mass of the rows.
+    """
+
+    def __init__(self, *, target_k: int, report: Callable[[int, Tensor], None]) -> None:
+        self.target_k = target_k
+        self.report = report
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        softmax_scale: float,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """See `AttentionRoute.attend`."""
+        output, kth_scores = observe_top_k(
+            query,
+            key,
+            value,
+            target_ks=[self.target_k],
+            sparse_k=None,
+            softmax_scale=softmax_scale,
+            soft_cap=soft_cap,
+        )
+        _, measures = measure_rows(
+            query,
+            key,
+            value,
+            thresholds=kth_scores[0].T,
+            dense_length=self.target_k,
+            softmax_scale=softmax_scale,
+            soft_cap=soft_cap,
+        )
+        self.report(layer_idx, measures[ROW_MEASURES.index("lost_mass")])
+        return output
+
+
+class GridRoute(AttentionRoute):
+    """Hands on dense attention, and reports what several thresholds would keep and lose in some rows.
+
+    Args:
+        thresholds: `[num_thresholds, num_rows, num_layers, num_heads]` float32, in the unit of the placement.
+        lengths: `[num_rows]` ascending, the keys that the rows see.
+        placement: what the thresholds apply to.
+        report: called with the layer and what `measure_grid` returns for it.
+    """
+
+    def __init__(
+        self,
+        thresholds: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        *,
+        placement: Placement,
+        report: Callable[[int, Tensor], None],
+    ) -> None:
+        self.thresholds = torch.from_numpy(thresholds)
+        self.lengths = torch.from_numpy(lengths)
+        self.placement = placement
+        self.report = report
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        softmax_scale: float,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """See `AttentionRoute.attend`."""
+        measures = measure_grid(
+            query,
+            key,
+            self.lengths.to(query.device),
+            self.thresholds[:, :, layer_idx].to(query.device),
+            placement=self.placement,
+            softmax_scale=softmax_scale,
+            soft_cap=soft_cap,
+        )
+        self.report(layer_idx, measures)
+        return _dense(query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
+
+
+def measure_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    thresholds: Tensor,
+    dense_length: int,
+    softmax_scale: float,
+    soft_cap: float | None = None,
+    placement: Placement = "pre_softmax",
+    block_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Top-Theta attention over a whole sequence with full compensation, and what every row keeps and loses.
+
+    Args:
+        query: `[seq_len, num_heads, head_size]` float.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        value: `[seq_len, num_kv_heads, head_size]` float.
+        thresholds: `[seq_len, num_heads]` float32, scaled logits, or after the softmax the logarithm of a probability.
+        dense_length: rows that see at most this many keys keep them all.
+        softmax_scale: factor on the products of query and key.
+        soft_cap: cap on the scores, scaled logits; None for a model without one.
+        placement: what the thresholds apply to.
+        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
+
+    Returns:
+        The output `[seq_len, num_heads, head_size]` float32, and `[len(ROW_MEASURES), num_heads, seq_len]` float32:
+        the lost mass, the survivors, the sum of exp(s - m) over the discarded scores (what `offline` compensation
+        knows the mean of), and the mean of exp(s - theta) over them (r), NaN in a row that discards nothing.
+    """
+    num_heads, seq_len = query.shape[1], query.shape[0]
+    groups = (key.shape[1], num_heads // key.shape[1])
+    per_row = thresholds.T.unflatten(0, groups).clone()
+    per_row[..., :dense_length] = -torch.inf
+    measures = query.new_zeros((len(ROW_MEASURES), *groups, seq_len), dtype=torch.float32)
+
+    def select(block: ScoreBlock) -> Tensor | None:
+        place = per_row[..., block.rows]
+        if placement == "post_softmax":
+            place += block.scores.logsumexp(dim=-1)
+        return place
+
+    def report(sums: BlockSums) -> None:
+        rows = slice(sums.start, sums.stop)
+        seen = torch.arange(sums.start + 1, sums.stop + 1, device=query.device)
+        discarded = (sums.num_discarded.squeeze(-1) - (sums.stop - seen)).clamp_(min=0)
+        lost, largest = sums.lost.squeeze(-1), sums.largest.squeeze(-1)
+        scale = (lost.log() + largest - per_row[..., rows] - discarded.log()).exp()
+        measures[0, ..., rows] = lost / sums.denominator.squeeze(-1)
+        measures[1, ..., rows] = seen - discarded
+        measures[2, ..., rows] = lost
+        measures[3, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
+
+    output = attend_blocks(
+        query,
+        key,
+        value,
+        select=select,
+        report=report,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        block_bytes=block_bytes,
+    )
+    return output, measures.flatten(1, 2)
+
+
+def measure_grid(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    thresholds: Tensor,
+    *,
+    softmax_scale: float,
+    soft_cap: float | None = None,
+    placement: Placement = "pre_softmax",
+    block_bytes: int | None = None,
+) -> Tensor:
+    """Returns what several thresholds would keep and lose in some rows of dense attention.
+
+    Args:
+        query: `[seq_len, num_heads, head_size]` float.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        lengths: `[num_rows]` int64 ascending, the keys that the rows see.
+        thresholds: `[num_thresholds, num_rows, num_heads]` float32, in the unit of the placement.
+        softmax_scale: factor on the products of query and key.
+        soft_cap: cap on the scores, scaled logits; None for a model without one.
+        placement: what the thresholds apply to.
+        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
+
+    Returns:
+        `[2, num_thresholds, num_heads, num_rows]` float32: lost mass, and survivors.
+    """
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    keys = key.float().permute(1, 2, 0)
+    queries = (query[lengths - 1].float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    per_row = thresholds.permute(0, 2, 1).unflatten(1, (num_kv_heads, -1))
+    measures = queries.new_zeros(2, *per_row.shape)
+    block_rows = max(1, (block_bytes or block_bytes_on(query.device)) // (4 * num_heads * len(query)))
+    for start in range(0, len(lengths), block_rows):
+        rows = slice(start, start + block_rows)
+        longest = int(lengths[rows][-1])
+        block = queries[:, :, rows]
+        scores = (block.flatten(1, 2) @ keys[..., :longest]).unflatten(1, block.shape[1:3])
+        if soft_cap is not None:
+            scores.div_(soft_cap).tanh_().mul_(soft_cap)
+        in_future = torch.arange(longest, device=query.device) >= lengths[rows, None]
+        scores.masked_fill_(in_future, -torch.inf)
+        log_denominator = scores.logsumexp(dim=-1, keepdim=True)
+        probabilities = (scores - log_denominator).exp_()
+        for index, threshold in enumerate(per_row[..., rows].unsqueeze(-1)):
+            if placement == "post_softmax":
+                threshold = threshold + log_denominator
+            kept = torch.ge(scores, threshold, out=torch.empty_like(scores))
+            measures[1, index, ..., rows] = kept.sum(dim=-1)
+            measures[0, index, ..., rows] = probabilities.mul(1 - kept).sum(dim=-1)
+    return measures.flatten(2, 3)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float, soft_cap: float | None) -> Tensor:
+    return attend_blocks(query, key, value, select=lambda block: None, softmax_scale=softmax_scale, soft_cap=soft_cap)

@@ -1,0 +1,137 @@
+"""What can be chosen about a calibration."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_toptheta.calibration.allot import FIRST_GRID_K, grid_ks
+from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.reference import Placement
+from vllm_toptheta.store import Target, TargetSpec
+
+__all__ = ["CalibrationOptions", "TopKMode"]
+
+TopKMode = Literal["each", "shared", "off"]
+_ALLOTTED_MIN_LENGTH = 33  # shorter rows hold too little to skip
+
+
+class CalibrationOptions(BaseModel):
+    """The options that decide the numbers; with the model and the texts, they are all that does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: tuple[TargetSpec, ...] = Field(description="What to calibrate for; constant ks ascending and first.")
+    max_length: int = Field(default=4096, ge=2, description="Tokens of a sequence; thresholds are clamped beyond.")
+    num_sequences: int = Field(default=4, ge=1, description="Sequences to calibrate on.")
+    row_fraction: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="Rows of a sequence observed, even over lengths."
+    )
+    seed: int = Field(default=0, ge=0, description="Chooses sequences and rows.")
+    beta: float = Field(
+        default=0.0, ge=-100.0, le=100.0, description="Standard deviations added to the mean threshold."
+    )
+    top_k: TopKMode = Field(
+        default="shared",
+        description="Layers hand on exact top-k attention while calibrating: in one pass for all k (with the middle "
+        "one), in a pass for each k, or not at all.",
+    )
+    dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1), description="Layers to serve dense.")
+    find_dense_layers: bool = Field(
+        default=False, description="Layers that lose too much at the first target become dense, too."
+    )
+    max_lost_mass: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="What is too much; twice what the median layer loses if not given."
+    )
+    placement: Placement = "pre_softmax"
+
+    @classmethod
+    def create(cls, targets: Sequence[TargetSpec | int | str], **options: Any) -> "CalibrationOptions":
+        """Checks options and puts the targets in order.
+
+        Args:
+            targets: targets, their labels, or constant ks, in any order.
+            options: the other fields.
+
+        Raises:
+            SettingsError: a label is none.
+            CalibrationError: an option has an impossible value, or contradicts another.
+        """
+        specs = [spec if isinstance(spec, TargetSpec) else TargetSpec.parse(str(spec)) for spec in targets]
+        specs.sort(key=lambda spec: (spec.constant_k is None, spec.constant_k or 0))
+        if not specs or len({spec.label for spec in specs}) < len(specs):
+            raise CalibrationError(
+                f"give different targets, at least one, got {[spec.label for spec in specs]}", field="targets"
+            )
+        try:
+            chosen = cls(targets=tuple(specs), **options)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise CalibrationError(f"{problem['msg']}, got {problem['input']!r}", field=field) from None
+        chosen._check_lengths()
+        return chosen
+
+    def _check_lengths(self) -> None:
+        longest = self.max_length
+        for spec in self.targets:
+            if spec.constant_k is not None and spec.constant_k >= longest:
+                raise CalibrationError(
+                    f"k {spec.k} needs rows of more than {spec.k} tokens, but max_length is {longest}",
+                    field="targets",
+                    remedy="Raise max_length or leave that k out",
+                )
+            if spec.constant_k is None:
+                largest = max(self.grid_ks, default=0)
+                keys = spec.rows or spec.survivors or (FIRST_GRID_K if spec.k is None else float(spec.keys(longest)))
+                if keys > largest or longest < 2 * _ALLOTTED_MIN_LENGTH:
+                    needed = max(2 * _ALLOTTED_MIN_LENGTH, 2 << (math.ceil(keys) - 1).bit_length())
+                    raise CalibrationError(
+                        f"{spec.label} needs a max_length of at least {needed}, but it is {longest}",
+                        field="targets",
+                        remedy="Raise max_length or leave that target out",
+                    )
+        if self.find_dense_layers and self.probe_k is None:
+            raise CalibrationError(
+                f"the first target, {self.targets[0].label}, is no number of keys by which layers could be judged",
+                field="dense_layers",
+                remedy="Add a k, or name the dense layers",
+            )
+
+    @property
+    def constant_ks(self) -> list[int]:
+        """The ks that are observed for a target of their own, ascending."""
+        return [spec.constant_k for spec in self.targets if spec.constant_k is not None]
+
+    @property
+    def allotted(self) -> list[TargetSpec]:
+        """The targets that the grid decides, in their order; they come after the constant ks."""
+        return [spec for spec in self.targets if spec.constant_k is None]
+
+    @property
+    def grid_ks(self) -> list[int]:
+        """The k of the grid; none where no target needs one."""
+        return grid_ks(self.max_length) if self.allotted else []
+
+    @property
+    def probe_k(self) -> int | None:
+        """The k by which layers are judged for `find_dense_layers`: that of the first target, if it has one."""
+        first = self.targets[0]
+        return first.k or first.rows or first.survivors
+
+    @property
+    def store_targets(self) -> list[Target]:
+        """The targets with the lengths that their calibration covers."""
+        return [
+            Target(**spec.model_dump(), min_length=self._min_length(spec), max_length=self.max_length)
+            for spec in self.targets
+        ]
+
+    def _min_length(self, spec: TargetSpec) -> int:
+        if spec.constant_k is not None:
+            return spec.constant_k + 1
+        shortest = max(_ALLOTTED_MIN_LENGTH, (spec.rows or spec.survivors or 0) + 1)
+        if spec.k is None:
+            return shortest
+        return next(length for length in range(shortest, self.max_length + 1) if spec.keys(length) < length)

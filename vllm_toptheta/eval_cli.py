@@ -1,0 +1,286 @@
+"""The commands `toptheta eval ...`: what sparse attention does to predictions and answers, paired against dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vllm_toptheta import eval_options as options
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.terminal import integers, print_table, words, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_toptheta.evaluation import Domain, Subject
+    from vllm_toptheta.evaluation.endpoint import Endpoint
+
+eval_app = typer.Typer(
+    help="What sparse attention does to a model's predictions and answers, paired against dense attention.",
+    no_args_is_help=True,
+)
+
+# `--text *.txt` hands over many files, of which click takes one as the option's value and the rest as extra arguments
+_TEXT_FILES = {"allow_extra_args": True}
+
+
+@eval_app.command("perplexity", context_settings=_TEXT_FILES)
+def evaluate_perplexities(
+    context: typer.Context,
+    model: options.ModelArgument,
+    text: options.TextOption = None,
+    human_eval: Annotated[
+        bool, typer.Option("--human-eval", help="Also HumanEval's solutions, given what they solve.")
+    ] = False,
+    k: options.TargetsOption = "64,128",
+    sequences: Annotated[int, typer.Option(help="Sequences of each domain.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    compensations: options.CompensationsOption = "sdc+vmc",
+    top_k: options.TopKOption = False,
+    cap_k: Annotated[int | None, typer.Option(help="Survivors to keep at most, the last ones.")] = None,
+    phase: options.PhaseOption = "both",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence that are its prompt; default: 0 for both, else half.")
+    ] = None,
+    limit: options.LimitOption = None,
+    shots: options.ShotsOption = 0,
+    seed: options.SeedOption = 0,
+    thresholds: options.ThresholdsOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "float32",
+    json: options.JsonOption = None,
+    plots: options.PlotsOption = None,
+) -> None:
+    """Perplexity, KL and top-1 agreement with dense attention on texts, with paired standard errors."""
+    from vllm_toptheta.evaluation import evaluate_perplexity, expand_variants, perplexity_tables
+
+    draw = _drawing("draw_trade_offs", plots)
+    subject = _subject(model, thresholds, device, dtype)
+    variants = expand_variants(
+        subject.stores, targets=words(k), compensations=words(compensations), top_k=top_k, cap_k=cap_k
+    )
+    if prompt_tokens is None:
+        prompt_tokens = 0 if phase == "both" else length // 2
+    domains = _text_domains(
+        subject, [*(text or []), *context.args], sequences=sequences, length=length, prompt=prompt_tokens, seed=seed
+    )
+    if human_eval:
+        from vllm_toptheta.evaluation.tasks import solutions_domain
+
+        domains.append(solutions_domain(subject.tokenizer, limit=limit, shots=shots))
+    report = evaluate_perplexity(subject, domains, variants, phase=phase, seed=seed)
+    for table in perplexity_tables(report):
+        print_table(table)
+    write_json(json, report)
+    draw(report)
+
+
+@eval_app.command("tasks", context_settings=_TEXT_FILES)
+def evaluate_tasks(
+    context: typer.Context,
+    model: options.ModelArgument,
+    text: options.TextOption = None,
+    tasks: options.TasksOption = "needle,key-value",
+    k: options.TargetsOption = "128",
+    lengths: options.LengthsOption = "1024,2048",
+    depths: options.DepthsOption = "0,25,50,75,100",
+    samples: options.SamplesOption = 4,
+    limit: options.LimitOption = None,
+    shots: options.ShotsOption = 0,
+    allow_code_execution: options.AllowOption = False,
+    compensations: options.CompensationsOption = "sdc+vmc",
+    top_k: options.TopKOption = False,
+    phase: options.PhaseOption = "decode",
+    seed: options.SeedOption = 0,
+    thresholds: options.ThresholdsOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "float32",
+    json: options.JsonOption = None,
+    plots: options.PlotsOption = None,
+) -> None:
+    """Needle in a haystack, key-value recall and HumanEval, decoded token by token, dense and sparse."""
+    from vllm_toptheta.evaluation import expand_variants
+    from vllm_toptheta.evaluation.tasks import LocalAnswers, TasksReport, compare_answers, make_tasks, task_tables
+
+    draw = _drawing("draw_recall", plots)
+    subject = _subject(model, thresholds, device, dtype)
+    variants = expand_variants(subject.stores, targets=words(k), compensations=words(compensations), top_k=top_k)
+    answer = LocalAnswers(subject, variants, phase=phase)
+    asked = make_tasks(
+        words(tasks),
+        answer.token_counter,
+        texts=_files([*(text or []), *context.args]),
+        lengths=integers("--lengths", lengths),
+        depths=[depth / 100 for depth in integers("--depths", depths)],
+        samples=samples,
+        limit=limit,
+        shots=shots,
+        allow_code_execution=allow_code_execution,
+        seed=seed,
+    )
+    report = TasksReport(
+        setup=subject.setup(),
+        phase=phase,
+        seed=seed,
+        tasks=tuple(compare_answers(asked, [variant.name for variant in variants], answer)),
+    )
+    for table in task_tables(report):
+        print_table(table)
+    write_json(json, report)
+    draw(report)
+
+
+@eval_app.command("endpoint", context_settings=_TEXT_FILES)
+def evaluate_endpoints(
+    context: typer.Context,
+    dense: options.DenseUrlOption,
+    sparse: options.SparseUrlOption,
+    text: options.TextOption = None,
+    tasks: options.TasksOption = "needle,key-value",
+    lengths: options.LengthsOption = "1024,2048",
+    depths: options.DepthsOption = "0,25,50,75,100",
+    samples: options.SamplesOption = 4,
+    limit: options.LimitOption = None,
+    shots: options.ShotsOption = 0,
+    allow_code_execution: options.AllowOption = False,
+    dense_model: options.DenseModelOption = None,
+    sparse_model: options.SparseModelOption = None,
+    api_key_env: options.KeyOption = "OPENAI_API_KEY",
+    concurrency: options.ConcurrencyOption = 4,
+    seed: options.SeedOption = 0,
+    json: options.JsonOption = None,
+    plots: options.PlotsOption = None,
+) -> None:
+    """The same tasks, asked of two running OpenAI servers side by side."""
+    from vllm_toptheta.evaluation.endpoint import EndpointPair
+    from vllm_toptheta.evaluation.tasks import TasksReport, compare_answers, make_tasks, task_tables
+
+    draw = _drawing("draw_recall", plots)
+    if "perplexity" in words(tasks):
+        raise EvaluationError(
+            "servers compute log probabilities of prompts in prefill, densely: they would not measure decoding",
+            field="--tasks",
+            remedy="Use toptheta eval perplexity",
+        )
+    pair = EndpointPair(_endpoint(dense, dense_model, api_key_env), _endpoint(sparse, sparse_model, api_key_env))
+    asked = make_tasks(
+        words(tasks),
+        pair.token_counter,
+        texts=_files([*(text or []), *context.args]),
+        lengths=integers("--lengths", lengths),
+        depths=[depth / 100 for depth in integers("--depths", depths)],
+        samples=samples,
+        limit=limit,
+        shots=shots,
+        allow_code_execution=allow_code_execution,
+        seed=seed,
+    )
+    found = compare_answers(asked, [sparse], pair, concurrency=concurrency)
+    report = TasksReport(setup=pair.endpoints(), phase="decode", seed=seed, tasks=tuple(found))
+    for table in task_tables(report):
+        print_table(table)
+    write_json(json, report)
+    draw(report)
+
+
+@eval_app.command("lm-eval")
+def evaluate_harness(
+    task: Annotated[str, typer.Option(help="A task of the lm-evaluation-harness that generates text.")],
+    dense: options.DenseUrlOption,
+    sparse: options.SparseUrlOption,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further tasks' YAML files.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Solved questions before each; default: the task's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
+    dense_model: options.DenseModelOption = None,
+    sparse_model: options.SparseModelOption = None,
+    api_key_env: options.KeyOption = "OPENAI_API_KEY",
+    concurrency: options.ConcurrencyOption = 4,
+    json: options.JsonOption = None,
+) -> None:
+    """A task of the lm-evaluation-harness, which has to be installed, on two running OpenAI servers."""
+    import os
+
+    from vllm_toptheta.evaluation.harness import compare_harness_task, harness_table
+
+    report = compare_harness_task(
+        task,
+        _endpoint(dense, dense_model, api_key_env),
+        _endpoint(sparse, sparse_model, api_key_env),
+        api_key=os.environ.get(api_key_env),
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        concurrency=concurrency,
+    )
+    print_table(harness_table(report))
+    write_json(json, report)
+
+
+def _endpoint(url: str, model: str | None, api_key_env: str) -> Endpoint:
+    import os
+
+    from vllm_toptheta.evaluation.endpoint import Endpoint
+
+    return Endpoint(url, model=model, api_key=os.environ.get(api_key_env))
+
+
+def _drawing(function: Literal["draw_trade_offs", "draw_recall"], folder: Path | None) -> Callable[[Any], None]:
+    """Return what draws a report, before anything is measured: matplotlib is an extra of its own."""
+    if folder is None:
+        return lambda report: None
+    import importlib
+
+    try:
+        plots = importlib.import_module("vllm_toptheta.evaluation.plots")
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{error.name} is not installed", field="--plots", remedy='pip install "vllm-toptheta[report]"'
+        ) from None
+
+    def draw(report: Any) -> None:
+        for file in getattr(plots, function)(report, folder):
+            typer.echo(f"wrote {file}", err=True)
+
+    return draw
+
+
+def _files(values: list[str]) -> list[Path]:
+    from vllm_toptheta.evaluation import named_paths
+
+    return [file for files in named_paths(values, field="--text", default="text").values() for file in files]
+
+
+def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str) -> Subject:
+    """Load the stores and check that they fit the model."""
+    from vllm_toptheta import store
+    from vllm_toptheta.evaluation import Subject, named_paths
+
+    stores = {}
+    for name, paths in named_paths(thresholds or [], field="--thresholds", default="").items():
+        if len(paths) > 1:
+            raise EvaluationError(
+                f"{len(paths)} stores with one name", field="--thresholds", remedy="Write NAME=PATH, with other NAMEs"
+            )
+        stores[name] = store.load(store.resolve(str(model), thresholds=paths[0]))
+    return Subject(model, stores or {"": store.load(store.resolve(str(model)))}, device=device, dtype=dtype)
+
+
+def _text_domains(
+    subject: Subject, values: list[str], *, sequences: int, length: int, prompt: int, seed: int
+) -> list[Domain]:
+    from vllm_toptheta.evaluation import named_paths, text_domain
+
+    return [
+        text_domain(
+            name,
+            files,
+            subject.tokenizer,
+            num_sequences=sequences,
+            length=length,
+            num_prompt_tokens=prompt,
+            seed=seed,
+        )
+        for name, files in named_paths(values, field="--text", default="text").items()
+    ]

@@ -1,0 +1,63 @@
+"""The options that the commands `toptheta eval ...` share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")]
+ThresholdsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]PATH",
+        help="A store or a directory of stores; several, each with a NAME, are compared in one run. "
+        "Default: TOPTHETA_THRESHOLDS, else the shipped ones.",
+    ),
+]
+TargetsOption = Annotated[
+    str, typer.Option("--k", "--targets", help="Keys per query head, or other targets of the store, by commas.")
+]
+CompensationsOption = Annotated[
+    str,
+    typer.Option(
+        help="By commas, or all: none, sdc, offline, exp_threshold, scaled_exp_threshold, each but none also +vmc."
+    ),
+]
+TopKOption = Annotated[bool, typer.Option(help="Also exact top-k with the same k and compensations.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto is a GPU where there is one.")]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(help="Of weights and activations; attention is float32 whatever it is."),
+]
+JsonOption = Annotated[Path | None, typer.Option(help="Also write the report to this file.")]
+PlotsOption = Annotated[Path | None, typer.Option(help="Also draw figures, as PNG files into this folder.")]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]FILE...",
+        help="UTF-8 text files not calibrated on. NAME is a domain, reported by itself; "
+        "FILE may be a quoted pattern: --text 'code=src/**/*.py' --text prose=book.txt.",
+    ),
+]
+PhaseOption = Annotated[
+    Literal["prefill", "decode", "both"],
+    typer.Option(help="Rows to threshold: those of the prompt (prefill), behind it (decode), or both."),
+]
+SeedOption = Annotated[int, typer.Option(help="Chooses the texts.")]
+TasksOption = Annotated[str, typer.Option(help="Tasks by commas: needle, key-value, human-eval.")]
+LengthsOption = Annotated[str, typer.Option(help="Tokens of the prompts of needle and key-value.")]
+DepthsOption = Annotated[str, typer.Option(help="Where in the prompt the answer lies, percent.")]
+SamplesOption = Annotated[int, typer.Option(help="Questions for each length and depth.")]
+LimitOption = Annotated[int | None, typer.Option(help="Only the first problems of HumanEval.")]
+ShotsOption = Annotated[int, typer.Option(help="Solved problems before each of HumanEval's, for a longer context.")]
+AllowOption = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Let human-eval run what the model wrote on this machine.")
+]
+DenseUrlOption = Annotated[str, typer.Option("--dense", metavar="URL", help="A server with dense attention.")]
+SparseUrlOption = Annotated[str, typer.Option("--sparse", metavar="URL", help="A server with sparse attention.")]
+DenseModelOption = Annotated[str | None, typer.Option(help="Its name of the model; default: the first it lists.")]
+SparseModelOption = Annotated[str | None, typer.Option(help="Likewise.")]
+KeyOption = Annotated[str, typer.Option(help="Environment variable with the servers' key, if they ask for one.")]
+ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Questions to ask at a time.")]

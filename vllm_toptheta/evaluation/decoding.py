@@ -1,0 +1,187 @@
+"""Greedy decoding as a server does it: the prompt in one pass into a KV cache, then one token at a time.
+
+Prompt rows follow the phase of the sparse attention (dense where it is `decode`); every step after them is one row,
+thresholded by its own length. What a step computes is what `route.SparseRoute` computes for that row.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+from vllm_toptheta.calibration.model import routed
+from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.reference import dense_attention
+
+__all__ = ["Lane", "Prompt", "decode_greedily", "read_prompt"]
+
+_ATTENTION_NAME = "toptheta_decode"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the model has read.
+
+    Attributes:
+        num_tokens: its length.
+        cache: keys and values of all layers.
+        logits: `[vocab_size]`, of the token after the prompt.
+    """
+
+    num_tokens: int
+    cache: Any
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One of several continuations of a prompt.
+
+    Attributes:
+        prompt: what the model has read; it can be continued any number of times.
+        attention: applied to every step; None for dense attention.
+    """
+
+    prompt: Prompt
+    attention: SparseAttention | None = None
+
+
+_active_lanes: ContextVar[Sequence[Lane]] = ContextVar("active_lanes")
+
+
+def read_prompt(model: Any, token_ids: Tensor, attention: SparseAttention | None = None) -> Prompt:
+    """Runs the model over a prompt.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: `[num_tokens]` int64, at least 1.
+        attention: thresholds prompt rows if its phase says so; None for dense attention.
+
+    Raises:
+        CalibrationError: the model is not supported.
+    """
+    route = DenseRoute()
+    if attention is not None and attention.phase != "decode":
+        counts = ReadCounts(len(token_ids))
+        route = SparseRoute(attention, num_prompt_tokens=len(token_ids), counts=counts)
+    cache = DynamicCache(config=model.config)
+    with routed(model, route):
+        logits = _next_logits(model, token_ids[None], cache)
+    return Prompt(len(token_ids), cache, logits[0])
+
+
+def decode_greedily(
+    model: Any,
+    lanes: Sequence[Lane],
+    *,
+    max_new_tokens: int,
+    is_complete: Callable[[list[int]], bool] = lambda tokens: False,
+) -> list[list[int]]:
+    """Returns the most likely continuation of every lane, token by token.
+
+    The lanes advance together, because a step's time is that of reading the weights, however many lanes there are.
+
+    Args:
+        model: the model that has read the prompts.
+        lanes: at least one; their prompts have one length.
+        max_new_tokens: tokens to generate at most, at least 1.
+        is_complete: told the tokens of a lane so far; whether they are enough.
+
+    Returns:
+        The tokens of each lane, at most `max_new_tokens`.
+
+    Raises:
+        EvaluationError: the model is not supported, or the row is longer than an attention is made for.
+    """
+    cache = _joined_cache([lane.prompt.cache for lane in lanes])
+    tokens = [[int(lane.prompt.logits.argmax())] for lane in lanes]
+    with _decoding(model, lanes):
+        for _ in range(max_new_tokens - 1):
+            open_lanes = [lane for lane, found in enumerate(tokens) if not is_complete(found)]
+            if not open_lanes:
+                break
+            # lanes that are complete go along with their last token, and what follows is not kept
+            logits = _next_logits(model, torch.tensor([[found[-1]] for found in tokens]), cache)
+            for lane in open_lanes:
+                tokens[lane].append(int(logits[lane].argmax()))
+    return tokens
+
+
+def _joined_cache(caches: Sequence[Any]) -> Any:
+    """A cache whose batch is that of all others; they stay as they are, because updates make new tensors."""
+    joined = copy.copy(caches[0])
+    joined.layers = [copy.copy(layer) for layer in joined.layers]
+    for index, layer in enumerate(joined.layers):
+        layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
+        layer.values = torch.cat([cache.layers[index].values for cache in caches])
+    return joined
+
+
+def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
+    """Token ids `[num_lanes, num_tokens]` to the logits after each lane's last, `[num_lanes, vocab_size]`."""
+    with torch.inference_mode():
+        output = model(input_ids=token_ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+@contextmanager
+def _decoding(model: Any, lanes: Sequence[Lane]) -> Iterator[None]:
+    original = model.config._attn_implementation
+    token = _active_lanes.set(lanes)
+    try:
+        model.set_attn_implementation(_ATTENTION_NAME)
+        yield
+    finally:
+        model.set_attn_implementation(original)
+        _active_lanes.reset(token)
+
+
+def _attend_step(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as transformers calls it: query is `[num_lanes, num_heads, 1, head_size]`."""
+    if options.get("s_aux") is not None or attention_mask is not None or query.shape[2] != 1:
+        raise EvaluationError("decoding takes one token at a time, without mask or attention sinks")
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = slice(None) if sliding_window is None else slice(-sliding_window, None)
+    layer_idx = int(module.layer_idx)
+    outputs = []
+    for lane, *tensors in zip(_active_lanes.get(), query, key[:, :, window], value[:, :, window], strict=True):
+        step_query, step_key, step_value = (tensor.transpose(0, 1) for tensor in tensors)
+        if sliding_window is not None or lane.attention is None or layer_idx in lane.attention.dense_layers:
+            result = dense_attention(
+                step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap
+            )
+        else:
+            result = lane.attention.attend(
+                layer_idx,
+                step_query,
+                step_key,
+                step_value,
+                softmax_scale=softmax_scale,
+                soft_cap=softcap,
+                num_prompt_tokens=lane.prompt.num_tokens,
+            )
+        outputs.append(result.output)
+    return torch.stack(outputs).to(query.dtype), None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attend_step)

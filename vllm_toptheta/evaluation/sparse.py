@@ -1,0 +1,110 @@
+"""A variant made ready to attend: its thresholds and compensation terms, by layer, head and length of the row."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.reference import AttentionResult, Compensation, Phase, top_k_attention, top_theta_attention
+from vllm_toptheta.store import ThresholdStore
+
+__all__ = ["SparseAttention"]
+
+
+class SparseAttention:
+    """One variant, for rows of up to a length.
+
+    Args:
+        variant: what to apply.
+        store: the thresholds that the variant names.
+        max_length: keys of the longest row.
+        phase: which rows are thresholded.
+
+    Raises:
+        ExpectationsMissing: the store lacks what the variant's compensation needs.
+        SettingsError: the variant's target is not one.
+        TargetOutOfRange: the store was not calibrated for it.
+    """
+
+    def __init__(self, variant: Variant, store: ThresholdStore, *, max_length: int, phase: Phase = "both") -> None:
+        self.variant = variant
+        self.phase: Phase = phase
+        self.max_length = max_length
+        self.dense_layers = frozenset(store.manifest.dense_layers)
+        self._placement = store.manifest.placement
+        lengths = np.arange(max_length + 1)
+        curve = store.curve_of(variant.target)
+        self.dense_length = curve.dense_length
+        # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
+        self._thresholds = torch.from_numpy(curve.threshold(lengths))
+        self._offline_sum = self._exp_threshold_scale = None
+        match variant.calibrated_term:
+            case "offline_sum":
+                self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths))
+            case "exp_threshold_scale":
+                self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths))
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        softmax_scale: float,
+        soft_cap: float | None,
+        num_prompt_tokens: int,
+    ) -> AttentionResult:
+        """Returns the attention of some rows of a layer, which must not be a dense one.
+
+        Args:
+            layer_idx: which layer of the model asks.
+            query: `[num_queries, num_heads, head_size]` float, the last positions.
+            key: `[seq_len, num_kv_heads, head_size]` float, at most `max_length` tokens.
+            value: `[seq_len, num_kv_heads, head_size]` float.
+            softmax_scale: factor on the products of query and key.
+            soft_cap: cap on the scores, scaled logits; None for a model without one.
+            num_prompt_tokens: tokens of the sequence that are its prompt.
+
+        Raises:
+            EvaluationError: a row is longer than `max_length`.
+        """
+        if len(key) > self.max_length:
+            raise EvaluationError(f"a row of {len(key)} keys, made for {self.max_length}")
+
+        def of_rows(table: Tensor) -> Tensor:
+            return table[len(key) - len(query) + 1 : len(key) + 1, layer_idx].to(query.device)
+
+        compensation = Compensation(
+            self.variant.denominator,
+            self.variant.value_mean,
+            offline_sum=None if self._offline_sum is None else of_rows(self._offline_sum),
+            exp_threshold_scale=1.0 if self._exp_threshold_scale is None else of_rows(self._exp_threshold_scale),
+        )
+        if self.variant.method == "top_k":
+            return top_k_attention(
+                query,
+                key,
+                value,
+                target_k=self.dense_length,
+                softmax_scale=softmax_scale,
+                compensation=compensation,
+                logits_soft_cap=soft_cap,
+                phase=self.phase,
+                num_prompt_tokens=num_prompt_tokens,
+            )
+        return top_theta_attention(
+            query,
+            key,
+            value,
+            threshold=of_rows(self._thresholds),
+            target_k=self.dense_length,
+            softmax_scale=softmax_scale,
+            placement=self._placement,
+            compensation=compensation,
+            cap_k=self.variant.cap_k,
+            logits_soft_cap=soft_cap,
+            phase=self.phase,
+            num_prompt_tokens=num_prompt_tokens,
+        )

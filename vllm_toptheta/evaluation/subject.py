@@ -1,0 +1,104 @@
+"""The model under evaluation with the thresholds to try on it."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_toptheta.calibration.model import load_model, load_tokenizer, usable_device
+from vllm_toptheta.calibration.run import package_versions
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.reference import Placement
+from vllm_toptheta.store import ThresholdStore, read_architecture
+
+__all__ = ["Setup", "StoreSummary", "Subject"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class StoreSummary(BaseModel):
+    """The thresholds behind a label."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    model_id: str = Field(description="Model that the thresholds were calibrated for.")
+    content_sha256: str = Field(description="Of the manifest.")
+    placement: Placement
+    dense_layers: tuple[int, ...]
+
+
+class Setup(BaseModel):
+    """What was evaluated, and in what."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Name of the model's directory.")
+    stores: tuple[StoreSummary, ...] = Field(min_length=1)
+    dtype: str = Field(description="Of weights and activations; attention is float32 whatever it is.")
+    device: str
+    versions: dict[str, str]
+
+
+class Subject:
+    """A model directory and threshold stores that fit it; the model is loaded when it is first needed.
+
+    Args:
+        model_dir: a Hugging Face model directory, with its tokenizer.
+        stores: threshold stores by their labels, at least one.
+        device: torch's name of the device to run on; `auto` is a GPU where there is one.
+        dtype: of the weights and activations.
+
+    Raises:
+        CalibrationError: there is no such device.
+        EvaluationError: there is no such dtype.
+        FingerprintMismatch: thresholds are those of another architecture.
+        ModelConfigError: the model directory has no usable config.json.
+    """
+
+    def __init__(
+        self, model_dir: Path, stores: Mapping[str, ThresholdStore], *, device: str = "auto", dtype: str = "float32"
+    ) -> None:
+        architecture = read_architecture(model_dir)
+        for store in stores.values():
+            store.manifest.architecture.check(architecture, file=store.folder)
+        if dtype not in _DTYPES:
+            raise EvaluationError(f"unknown dtype {dtype!r}", field="dtype", remedy=f"Choose {', '.join(_DTYPES)}")
+        self.model_dir = model_dir
+        self.stores = dict(stores)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = usable_device(device)
+        self.dtype = dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.model_dir)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, on its device and in evaluation mode."""
+        return load_model(self.model_dir, dtype=getattr(torch, self.dtype), device=self.device)
+
+    def setup(self) -> Setup:
+        """Returns what a report says of the subject."""
+        return Setup(
+            model=self.model_dir.absolute().name,
+            stores=tuple(
+                StoreSummary(
+                    label=label,
+                    model_id=store.manifest.model.id,
+                    content_sha256=store.manifest.content_sha256,
+                    placement=store.manifest.placement,
+                    dense_layers=store.manifest.dense_layers,
+                )
+                for label, store in self.stores.items()
+            ),
+            dtype=self.dtype,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            versions=package_versions(),
+        )

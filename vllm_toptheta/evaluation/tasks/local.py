@@ -1,0 +1,94 @@
+"""Answers by the model at hand: decoded token by token through transformers, dense and with every variant."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vllm_toptheta.calibration.data import prompt_prefix, tokenise
+from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.subject import Subject
+from vllm_toptheta.evaluation.tasks.task import Answers, Question, cut_at_stop
+from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.reference import Phase
+
+__all__ = ["LocalAnswers"]
+
+_ANCHOR_TOKENS = 4
+
+
+class LocalAnswers:
+    """Answers questions greedily.
+
+    Where prompts are dense, a prompt is read once for all variants.
+
+    Args:
+        subject: the model, and the stores that the variants name.
+        variants: what to compare with dense attention.
+        phase: which rows are thresholded.
+
+    Raises:
+        StoreError: a store lacks what a variant needs.
+    """
+
+    def __init__(self, subject: Subject, variants: Sequence[Variant], *, phase: Phase = "decode") -> None:
+        self._subject = subject
+        self._variants = variants
+        self._phase = phase
+        self._max_length = 1
+        self._attentions = self._make_attentions()
+
+    def __call__(self, question: Question) -> Answers:
+        """Returns the answers to a question, one of each variant."""
+        tokenizer = self._subject.tokenizer
+        token_ids = torch.tensor([*prompt_prefix(tokenizer), *tokenise(tokenizer, question.prompt)])
+        if len(token_ids) + question.max_new_tokens > self._max_length:
+            # with some room, so that a slightly longer question needs nothing new
+            self._max_length = 2 * (len(token_ids) + question.max_new_tokens)
+            self._attentions = self._make_attentions()
+        model = self._subject.model
+        dense_prompt = read_prompt(model, token_ids)
+        lanes = [Lane(dense_prompt)]
+        for attention in self._attentions:
+            prompt = dense_prompt if self._phase == "decode" else read_prompt(model, token_ids, attention)
+            lanes.append(Lane(prompt, attention))
+        decoded = decode_greedily(
+            model,
+            lanes,
+            max_new_tokens=question.max_new_tokens,
+            is_complete=lambda tokens: (
+                tokens[-1] in self._end_ids
+                or (text := self._text(token_ids, tokens)) != cut_at_stop(text, question.stop)
+            ),
+        )
+        dense, *sparse = (cut_at_stop(self._text(token_ids, tokens), question.stop) for tokens in decoded)
+        return Answers(len(token_ids), dense, tuple(sparse))
+
+    def token_counter(self, sample: str) -> Callable[[str], float]:
+        """Returns what counts the tokens of a text."""
+        return lambda text: len(tokenise(self._subject.tokenizer, text))
+
+    def _make_attentions(self) -> list[SparseAttention]:
+        return [
+            SparseAttention(
+                variant, self._subject.stores[variant.thresholds], max_length=self._max_length, phase=self._phase
+            )
+            for variant in self._variants
+        ]
+
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        configured = getattr(self._subject.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return {token for token in (*ids, self._subject.tokenizer.eos_token_id) if token is not None}
+
+    def _text(self, prompt_ids: Tensor, tokens: list[int]) -> str:
+        # some tokenizers drop the space that a text starts with, and indentation with it
+        anchor = prompt_ids[-_ANCHOR_TOKENS:].tolist()
+        return self._decode(anchor + tokens)[len(self._decode(anchor)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._subject.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text

@@ -1,0 +1,55 @@
+"""What the commands share: how options are read and tables are printed. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_toptheta.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.table import Table
+
+__all__ = ["integers", "print_table", "words", "write_json"]
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Return the whole numbers of an option such as 32,64,128.
+
+    Raises:
+        SettingsError: They are none.
+    """
+    try:
+        return [int(part) for part in words(text)]
+    except ValueError:
+        raise SettingsError(f"not whole numbers: {text!r}", field=option, remedy="Write them as 32,64,128") from None
+
+
+def words(text: str) -> list[str]:
+    """Return the parts of an option that are separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout."""
+    from rich.console import Console
+
+    # a pipe or a file has no width, and rich would squeeze the columns into 80 characters
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def write_json(file: Path | None, report: BaseModel) -> None:
+    """Write a report to a file, if there is one to write to; its folder is made if need be.
+
+    Raises:
+        SettingsError: It cannot be written.
+    """
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot be written: {error.strerror}", file=file, field="--json") from None
