@@ -43,7 +43,7 @@ class LaunchConfig:
     scan_stages: int = 3
     dense_tile: int = 64
     dense_stages: int = 2
-    gather_stages: int = 2
+    gather_stages: int = 1
     min_work: int = 4
     programs_per_sm: int = 3
     merge_warps: int = 0
