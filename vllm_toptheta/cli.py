@@ -158,6 +158,36 @@ def bench_kernels(
         json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
+@bench_app.command("quality", context_settings=_TEXT_FILES)
+def bench_quality(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
+    k: Annotated[str, typer.Option(help="Target ks to compare, separated by commas.")] = "64,128",
+    sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
+    thresholds: ThresholdsOption = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Perplexity of a real model on the decode kernel, beside the reference's and dense; needs an NVIDIA GPU."""
+    from vllm_toptheta import store
+    from vllm_toptheta.benchmarks.quality import kernel_quality_table, measure
+
+    report = measure(
+        model,
+        [*text, *map(Path, context.args)],
+        store.load(store.resolve(str(model), thresholds=thresholds)),
+        target_ks=_integers("--k", k),
+        length=length,
+        num_sequences=sequences,
+        seed=seed,
+    )
+    _print_table(kernel_quality_table(report))
+    if json is not None:
+        json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
 @bench_app.command("serving")
 def bench_serving(
     model: Annotated[str, typer.Argument(help="A model that vLLM can load.")],

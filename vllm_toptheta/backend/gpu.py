@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.compat import NAME, without_decodes
+from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.errors import UnsupportedError
@@ -34,6 +35,8 @@ from vllm_toptheta.kernels import decode as kernels
 from vllm_toptheta.kernels.pages import value_sum_view
 from vllm_toptheta.kernels.tuning import launch_config, num_multiprocessors
 from vllm_toptheta.kernels.value_sums import close_pages
+
+FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ class GpuTopThetaBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
+        return kv_cache_dtype in (None, *CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) and super().supports_kv_cache_dtype(
+            kv_cache_dtype
+        )
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -204,7 +209,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                     device=device,
                 )
         if self.layer_plan is not None:
-            self._workspace(max_num_seqs, element_bytes=2, device=device)
+            self._workspace(max_num_seqs, 1 if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else 2, device)
 
     def forward(
         self,
@@ -228,11 +233,13 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             )
         split: StepSplit = attn_metadata.toptheta
         decodes = split.num_decodes
+        # FlashAttention and vLLM's own kernels get the bytes, as always
+        pages = kv_cache.view(FLOAT8) if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else kv_cache
         if split.prefill is not None:
             if self.layer_plan.value_mean_compensation:
                 prefill = split.prefill
                 close_pages(
-                    kv_cache, value_sum_view(kv_cache), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
+                    pages, value_sum_view(pages), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
                 )
             super().forward(
                 layer,
@@ -246,17 +253,23 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                 output_block_scale,
             )
         if decodes:
-            self._decode(query[:decodes], kv_cache, attn_metadata, output[:decodes])
+            self._decode(layer, query[:decodes], pages, attn_metadata, output[:decodes])
         return output
 
     def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
     ) -> None:
         plan, layer_plan = self.plan, self.layer_plan
         if plan is None or plan.curve is None or layer_plan is None:
             raise UnsupportedError("a dense layer reached the sparse decode")
         num_seqs = len(query)
         counters = layer_plan.counters
+        is_quantized = kv_cache.dtype == FLOAT8
         kernels.decode(
             query,
             kv_cache,
@@ -270,6 +283,9 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             min_sparse_context=plan.settings.min_sparse_context,
             softmax_scale=self.scale,
             logits_soft_cap=self.logits_soft_cap or None,
+            q_scale=layer._q_scale if is_quantized else None,
+            k_scale=layer._k_scale if is_quantized else None,
+            v_scale=layer._v_scale if is_quantized else None,
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
             counters=kernels.DecodeCounters(counters.rows_read, counters.lost_mass, counters.totals),
