@@ -158,6 +158,24 @@ def bench_kernels(
         json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
+@bench_app.command("tune")
+def bench_tune(
+    head_size: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    kv_dtype: Annotated[str, typer.Option(help="bfloat16 or float8_e4m3fn.")] = "bfloat16",
+    specs: Annotated[str, typer.Option(help="Batches to be fast on, as for `bench kernels`.")] = "16q1s16k,1q1s32k",
+    write: Annotated[bool, typer.Option(help="Write the best into the table that serving uses.")] = False,
+) -> None:
+    """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
+    from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
+    from vllm_toptheta.kernels.tuning import save_table
+
+    workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype)
+    best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))
+    typer.echo(best)
+    if write:
+        save_table({(head_size, 1 if kv_dtype.startswith("float8") else 2): best})
+
+
 @bench_app.command("quality", context_settings=_TEXT_FILES)
 def bench_quality(
     context: typer.Context,

@@ -18,6 +18,7 @@ from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.kernels.decode import DecodeWorkspace
 from vllm_toptheta.reference import paged_top_theta_attention
 from vllm_toptheta.settings import Settings
@@ -61,13 +62,12 @@ class Engine:
         self.impl.plan = plan
         self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
         self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
-        self.builder.layer_plans, self.builder.has_captured = [self.impl.layer_plan], False
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
         self.block_table = order.view(len(max_lens), width).to(DEVICE)
         dtype = FLOAT8 if float8 else torch.float16
-        pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype).to(DEVICE)
+        pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype, DEVICE)
         self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
 
     def step(self, rows: list[int], seq_lens: list[int], query_lens: list[int]) -> torch.Tensor:
@@ -186,10 +186,25 @@ def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
     engine = Engine(monkeypatch, [60])
     engine.step([0], [40], [40])
-    engine.step([0], [41], [1])
-    engine.builder.has_captured = True  # as after build_for_cudagraph_capture
+
+    def warm_up(worker: Any) -> str:
+        engine.step([0], [41], [1])
+        return "seconds"
+
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
+    forget_warm_up()
+    forget_warm_up()  # once for each group of layers
+    layer = SimpleNamespace(impl=engine.impl, backend=SimpleNamespace(name="TOPTHETA"))
+    forward_context = {"model.layers.1.self_attn.attn": layer, "model.layers.0": SimpleNamespace()}
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=forward_context))
+    )
+    assert Worker.compile_or_warm_up_model(worker) == "seconds"
+    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0]
     engine.step([0], [42], [1])
     engine.step([0], [43], [1])
     assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43]

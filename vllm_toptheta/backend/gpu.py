@@ -30,6 +30,7 @@ from vllm_toptheta.backend.compat import NAME, without_decodes
 from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
 from vllm_toptheta.kernels.pages import value_sum_view
@@ -67,28 +68,16 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log()
-        self.layer_plans: list[LayerPlan] = []
-        self.has_captured = False
+        forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, GpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs)
-                self.layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
-        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        self.has_captured = True
-        return metadata
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
         common = common_attn_metadata
-        if self.has_captured:
-            # the first step after a capture: what warm-up and capture counted was nobody's request
-            self.has_captured = False
-            for layer_plan in self.layer_plans:
-                layer_plan.counters.zero_()
         metadata = super().build(0, common, fast_build)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
         prefill = None

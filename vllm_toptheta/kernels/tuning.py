@@ -61,9 +61,13 @@ def launch_config(head_size: int, element_bytes: int) -> LaunchConfig:
 
 def save_table(table: dict[tuple[int, int], LaunchConfig], path: Path = TABLE) -> None:
     """Write launch parameters, by head size and bytes of a cached element, over those of the file."""
-    entries = {key: asdict(config) for key, config in _table().items()}
-    entries |= {_key(*shape): asdict(config) for shape, config in table.items()}
-    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    configs = _table() | {_key(*shape): config for shape, config in table.items()}
+    default = asdict(LaunchConfig())
+    entries = {
+        key: {name: value for name, value in asdict(config).items() if value != default[name]}
+        for key, config in sorted(configs.items())
+    }
+    path.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def num_multiprocessors(device: torch.device) -> int:
