@@ -167,13 +167,13 @@ def bench_tune(
 ) -> None:
     """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
     from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
-    from vllm_toptheta.kernels.tuning import save_table
+    from vllm_toptheta.kernels.tuning import save_entry
 
     workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype)
-    best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))
+    card, best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))
     typer.echo(best)
     if write:
-        save_table({(head_size, 1 if kv_dtype.startswith("float8") else 2): best})
+        save_entry(head_size, 1 if kv_dtype.startswith("float8") else 2, card, best)
 
 
 @bench_app.command("quality", context_settings=_TEXT_FILES)
@@ -229,27 +229,30 @@ def bench_serving(
     """Time per output token of whole engines, one backend against the other in one run."""
     import os
     import tempfile
+    from contextlib import ExitStack
 
     from vllm_toptheta.benchmarks.dummy import TARGET_K, write_model
     from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
 
-    if random_rows is not None:
-        folder, thresholds = write_model(Path(tempfile.mkdtemp()), name=model)
-        model, k = str(folder), TARGET_K
-        # the thresholds are set on the running engine, by functions sent to its workers
-        os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-    workload = ServingWorkload(
-        random_rows=random_rows,
-        model=model,
-        context=context,
-        output_tokens=output_tokens,
-        batch_size=batch_size,
-        repeats=repeats,
-        dtype=dtype,
-        enforce_eager=not compile,
-        options={} if k is None else {"target_k": k},
-    )
-    report = compare(workload, backends.split(","), rounds)
+    with ExitStack() as stack:
+        if random_rows is not None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            folder, thresholds = write_model(Path(scratch), name=model)
+            model, k = str(folder), TARGET_K
+            # the thresholds are set on the running engine, by functions sent to its workers
+            os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        workload = ServingWorkload(
+            random_rows=random_rows,
+            model=model,
+            context=context,
+            output_tokens=output_tokens,
+            batch_size=batch_size,
+            repeats=repeats,
+            dtype=dtype,
+            enforce_eager=not compile,
+            options={} if k is None else {"target_k": k},
+        )
+        report = compare(workload, backends.split(","), rounds)
     _print_table(serving_table(report))
     if json is not None:
         json.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ Runs where `tests/kernels/test_interpreter.py` starts it, or on a GPU.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,6 +192,7 @@ def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     engine = Engine(monkeypatch, [60])
     engine.step([0], [40], [40])
 
+    @functools.wraps(Worker.compile_or_warm_up_model)  # as vLLM's own is wrapped, for tracing
     def warm_up(worker: Any) -> str:
         engine.step([0], [41], [1])
         return "seconds"

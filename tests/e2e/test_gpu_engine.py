@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,25 @@ def test_synchronous_scheduling(model: Path, text_ids: list[int], eager: dict[st
 
 
 def test_float8_pages(model: Path, low_thresholds: Path, text_ids: list[int]) -> None:
-    config = {
-        "model": str(model),
-        "prompts": cut(text_ids, [300, 1500, 40, 2500]),
-        "max_tokens": 16,
-        "engine": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},  # FlashAttention has no other output for float8
-    }
-    stock = generate(**config)
-    ours = generate(**config, backend="toptheta", options={"thresholds": str(low_thresholds), "target_k": 16})
+    config = {"model": str(model), "prompts": cut(text_ids, [300, 1500, 40, 2500]), "max_tokens": 24}
+    # FlashAttention has no other output for float8 than bfloat16
+    float8 = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
+    exact = generate(**config, engine={"dtype": "bfloat16"})
+    stock = generate(**config, engine=float8)
+    ours = generate(
+        **config, engine=float8, backend="toptheta", options={"thresholds": str(low_thresholds), "target_k": 16}
+    )
     assert all(head["rows_read"] == head["rows_cached"] > 0 for head in ours["stats"][0]["layers"])
-    # FlashAttention also rounds the weights to float8
-    assert_same_text(ours, stock, rounding=0.5)
+    # FlashAttention rounds the weights to float8 too, so it is no measure; but who rounds less must not err more
+    assert deviation(ours, exact) < 1.2 * deviation(stock, exact) + 0.02
+
+
+def deviation(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Mean difference of the best token's log-probability, nats, as long as the texts are equal."""
+    differences = []
+    for ours, theirs in zip(one["outputs"], other["outputs"], strict=True):
+        for index, (a, b) in enumerate(zip(ours["token_ids"], theirs["token_ids"], strict=True)):
+            differences.append(abs(ours["top2"][index][0] - theirs["top2"][index][0]))
+            if a != b:
+                break
+    return statistics.mean(differences)

@@ -287,7 +287,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             self.num_heads,
             self.num_kv_heads,
             self.head_size,
-            launch_config(self.head_size, element_bytes),
+            launch_config(self.head_size, element_bytes, device),
             num_multiprocessors(device),
         )
         return kernels.DecodeWorkspace(*current_workspace_manager().get_simultaneous(*spec))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm_toptheta.backend.compat import NAME
@@ -24,10 +23,9 @@ def forget_warm_up() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     warm_up = Worker.compile_or_warm_up_model
-    if hasattr(warm_up, "__wrapped__"):
+    if warm_up.__module__ == __name__:
         return
 
-    @functools.wraps(warm_up)
     def warm_up_and_forget(worker: Any) -> Any:
         result = warm_up(worker)
         for impl in _impls(worker):

@@ -179,8 +179,10 @@ def time_in_graph(calls: Sequence[Callable[[], Any]]) -> float:
     return float(statistics.median(times))
 
 
-def tune(workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None) -> LaunchConfig:
-    """The candidate with the least product of times over the batches, thresholds on and off.
+def tune(
+    workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None
+) -> tuple[str, LaunchConfig]:
+    """The card's name, and the candidate with the least product of times over the batches, thresholds on and off.
 
     Raises:
         BenchmarkError: There is no GPU.
@@ -189,6 +191,7 @@ def tune(workload: KernelWorkload, *, report_progress: Callable[[str], None] = l
     from triton.runtime.errors import OutOfResources
 
     from vllm_toptheta.benchmarks.registry import toptheta
+    from vllm_toptheta.kernels.tuning import card_name
 
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
@@ -207,7 +210,7 @@ def tune(workload: KernelWorkload, *, report_progress: Callable[[str], None] = l
             report_progress(f"{spec}: {times[0]:.1f} us, {times[1]:.1f} us with every key kept; {config}")
         del copies
         torch.cuda.empty_cache()
-    return min(scores, key=lambda config: scores[config])
+    return card_name(torch.device("cuda")), min(scores, key=lambda config: scores[config])
 
 
 def candidates() -> list[LaunchConfig]:

@@ -93,7 +93,7 @@ class DecodeWorkspace:
         config: LaunchConfig | None = None,
     ) -> DecodeWorkspace:
         """A workspace for batches of at most `max_num_seqs` sequences."""
-        config = config or launch_config(head_size, kv_dtype.itemsize)
+        config = config or launch_config(head_size, kv_dtype.itemsize, device)
         num_sms = num_multiprocessors(torch.device(device))
         spec = cls.spec(max_num_seqs, num_heads, num_kv_heads, head_size, config, num_sms)
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in spec))
@@ -159,7 +159,7 @@ def decode(
     _check(query, kv_cache, block_table, seq_lens, output, coefficients, value_sum)
     if num_seqs == 0:
         return
-    config = config or launch_config(head_size, kv_cache.element_size())
+    config = config or launch_config(head_size, kv_cache.element_size(), query.device)
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(query.device))
     if len(workspace.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"workspace: made for fewer than {num_seqs} sequences, or for other launch parameters")
