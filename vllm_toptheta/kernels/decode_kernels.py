@@ -7,9 +7,10 @@ For a query head with scores s_j = softmax_scale * q . k_j over the n cached key
 
 `split_kernel` computes a piece of a sequence for one kv head, in two steps that alternate. The scan streams keys,
 keeps a running maximum and two sums of exponentials (survivors and others) for every row of its tile separately, so
-that the loop has no reduction, and appends survivors to a list: their positions, and the scores of the group's heads
-(`DISCARDED` where a head does not keep the key). The gather walks that list in dense tiles and weighs the values.
-Sequences of at most `min_sparse_context` tokens take an ordinary dense loop instead.
+that the loop has no reduction, and appends survivors to a list of that row: their positions, and the scores of the
+group's heads (`DISCARDED` where a head does not keep the key). The gather puts the lists in order, one behind the
+other, walks them in dense tiles and weighs the values. Sequences of at most `min_sparse_context` tokens take an
+ordinary dense loop instead.
 
 `merge_kernel` joins the pieces and adds the value mean from the page tails; in passing it writes the tail of a page
 that has just become full (`value_sums.py` says what that is), so that decoding needs no launch for it.
