@@ -7,10 +7,10 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test test-gpu lint format clean
+.PHONY: help install serve test test-gpu test-gpu-engine lint format clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.installed: pyproject.toml deploy/cpu/install.sh deploy/cpu/vllm/pyproject.toml
 	deploy/cpu/install.sh $(VENV)
@@ -29,7 +29,10 @@ test: install ## Run the tests
 	python -m pytest
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py
+	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/benchmarks
+
+test-gpu-engine: ## Run engines on an NVIDIA GPU, two for tensor parallelism, in the environment at hand
+	$(PYTHON) -m pytest tests/e2e/test_engine.py tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py
 
 lint: install ## Check format, style and types
 	ruff format --check .

@@ -34,7 +34,6 @@ def test_the_plain_configuration_is_accepted(make_config: MakeConfig) -> None:
             {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
             "KV connectors",
         ),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
         ({"runner": "pooling"}, "only generation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -42,6 +41,25 @@ def test_the_plain_configuration_is_accepted(make_config: MakeConfig) -> None:
 def test_engine_features(make_config: MakeConfig, engine: dict[str, Any], reason: str) -> None:
     with pytest.raises(errors.UnsupportedError, match=reason):
         make_config(**engine)
+
+
+def test_speculation_without_a_draft_model_is_accepted(make_config: MakeConfig) -> None:
+    config = make_config(speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+    assert config.speculative_config is not None
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_float8_pages_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig, dtype: str) -> None:
+    config = make_config()
+    config.cache_config.cache_dtype = dtype
+    with pytest.raises(errors.UnsupportedError, match=r"only auto, float16, bfloat16\."):
+        gates.check_engine(config)
+    monkeypatch.setattr(type(gates.current_platform), "is_cuda", lambda self: True)
+    if dtype == "fp8_e5m2":
+        with pytest.raises(errors.UnsupportedError, match="fp8_e5m2 is not supported, only .*, fp8, fp8_e4m3"):
+            gates.check_engine(config)
+    else:
+        gates.check_engine(config)
 
 
 def test_every_reason_is_named_at_once() -> None:
@@ -57,11 +75,11 @@ def test_every_reason_is_named_at_once() -> None:
         cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
         kv_transfer_config=None,
-        speculative_config=None,
+        speculative_config=SimpleNamespace(method="eagle3"),
     )
     with pytest.raises(errors.UnsupportedError) as caught:
         gates.check_engine(config)
-    for reason in ("MLA", "hybrid", "encoder-decoder", "sleep-mode", "context parallelism"):
+    for reason in ("MLA", "hybrid", "encoder-decoder", "sleep-mode", "context parallelism", "speculative"):
         assert reason in str(caught.value)
 
 

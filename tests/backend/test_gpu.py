@@ -5,6 +5,7 @@ Runs where `tests/kernels/test_interpreter.py` starts it, or on a GPU.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,9 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.kernels.paged import empty_cache
-from vllm_toptheta.backend.gpu import GpuMetadataBuilder, GpuTopThetaImpl
+from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.kernels.decode import DecodeWorkspace
 from vllm_toptheta.reference import paged_top_theta_attention
 from vllm_toptheta.settings import Settings
@@ -26,13 +28,18 @@ from vllm_toptheta.store import Architecture, ThresholdCurve
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
+SCALES = {"_q_scale": 0.9, "_k_scale": 1.1, "_v_scale": 0.7}  # of a layer with a float8 cache
 SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
 
 
 class Engine:
     """One sparse layer and what vLLM does around it, step by step."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], *, float8: bool = False) -> None:
+        self.float8 = float8
+        ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
+        scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
+        self.layer = SimpleNamespace(**scales) if float8 else ones
         self.generator = torch.Generator().manual_seed(7)
         self.dense_rows: list[int] = []
         monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", self.flash_attention_build)
@@ -52,15 +59,17 @@ class Engine:
         self.impl = GpuTopThetaImpl.__new__(GpuTopThetaImpl)
         self.impl.num_heads, self.impl.num_kv_heads, self.impl.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
         self.impl.scale, self.impl.logits_soft_cap = SCALE, 0
+        self.impl.kv_cache_dtype = "fp8" if float8 else "auto"
         self.impl.plan = plan
         self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
         self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
-        self.builder.layer_plans, self.builder.has_captured = [self.impl.layer_plan], False
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
         self.block_table = order.view(len(max_lens), width).to(DEVICE)
-        self.kv_cache = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, torch.float16).to(DEVICE)
+        dtype = FLOAT8 if float8 else torch.float16
+        pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype, DEVICE)
+        self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
 
     def step(self, rows: list[int], seq_lens: list[int], query_lens: list[int]) -> torch.Tensor:
         """Run one step over the sequences in `rows`; largest error against the reference's rows."""
@@ -73,7 +82,7 @@ class Engine:
             blocks = block_table[row, positions // BLOCK_SIZE].long()
             self.kv_cache[blocks, :, positions % BLOCK_SIZE] = torch.cat(
                 [self.random(new, NUM_KV_HEADS), self.random(new, NUM_KV_HEADS)], dim=-1
-            )
+            ).view(self.kv_cache.dtype)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(DEVICE),
             query_start_loc_cpu=starts,
@@ -86,20 +95,26 @@ class Engine:
             slot_mapping=torch.zeros(len(query), dtype=torch.int64, device=DEVICE),
         )
         self.dense_rows = []
-        output = torch.full_like(query, torch.nan)
-        self.impl.forward(None, query, query, query, self.kv_cache, self.builder.build(0, common), output)
+        output = torch.full_like(query, torch.nan, dtype=torch.float16)
+        self.impl.forward(self.layer, query, query, query, self.kv_cache, self.builder.build(0, common), output)
         is_decode = torch.repeat_interleave(news == 1, news)
         threshold = torch.where(is_decode, THETA, -torch.inf)[:, None].expand(-1, NUM_HEADS)
         expected = self.reference(query, block_table, lens, starts, threshold)
         return (output.float() - expected).abs().amax(dim=(1, 2))
 
     def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
-        return torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator).half().to(DEVICE)
+        values = torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator)
+        return values.to(FLOAT8 if self.float8 else torch.float16).to(DEVICE)
 
     def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
+        kv_cache = self.kv_cache
+        if self.float8:
+            query = query.float() * SCALES["_q_scale"]
+            scale = torch.tensor([SCALES["_k_scale"], SCALES["_v_scale"]], device=DEVICE)
+            kv_cache = kv_cache.view(FLOAT8).float() * scale.repeat_interleave(HEAD_SIZE)
         return paged_top_theta_attention(
             query,
-            self.kv_cache,
+            kv_cache,
             block_table,
             lens,
             starts,
@@ -150,11 +165,48 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert float(layer_plan.counters.lost_mass.min()) > 0
 
 
+def test_float8_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60, 90], float8=True)
+    assert engine.step([0, 1], [40, 70], [40, 70]).max() < 2e-3
+    for step in range(1, 12):  # across the ends of pages: 48 and 80
+        assert engine.step([0, 1], [40 + step, 70 + step], [1, 1]).max() < 2e-3
+        assert engine.dense_rows == []
+    assert 0 < int(engine.impl.layer_plan.counters.rows_read.max()) < int(engine.impl.layer_plan.counters.totals[2])
+
+
+def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [90, 60])
+    engine.step([0, 1], [44, 30], [44, 30])
+    # four drafts are attended to densely, over the end of a page at 48; then all of them are rejected
+    assert engine.step([0, 1], [49, 35], [5, 5]).max() < 2e-3
+    assert engine.dense_rows == [10]
+    assert engine.step([1, 0], [32, 50], [1, 5]).max() < 2e-3  # one sequence without a draft in front
+    assert engine.dense_rows == [5]
+    for length in range(46, 60):  # 48 is filled once more, with another token
+        assert engine.step([0], [length], [1]).max() < 2e-3
+
+
 def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
     engine = Engine(monkeypatch, [60])
     engine.step([0], [40], [40])
-    engine.step([0], [41], [1])
-    engine.builder.has_captured = True  # as after build_for_cudagraph_capture
+
+    @functools.wraps(Worker.compile_or_warm_up_model)  # as vLLM's own is wrapped, for tracing
+    def warm_up(worker: Any) -> str:
+        engine.step([0], [41], [1])
+        return "seconds"
+
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
+    forget_warm_up()
+    forget_warm_up()  # once for each group of layers
+    layer = SimpleNamespace(impl=engine.impl, backend=SimpleNamespace(name="TOPTHETA"))
+    forward_context = {"model.layers.1.self_attn.attn": layer, "model.layers.0": SimpleNamespace()}
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=forward_context))
+    )
+    assert Worker.compile_or_warm_up_model(worker) == "seconds"
+    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0]
     engine.step([0], [42], [1])
     engine.step([0], [43], [1])
     assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43]

@@ -109,6 +109,16 @@ def test_the_gpu_classes_import_and_fit(vllm_files: Path) -> None:
     assert run(vllm_files, code) == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
+def test_workers_forget_what_warm_up_counted(vllm_files: Path) -> None:
+    code = (
+        "from vllm_toptheta.backend.worker import forget_warm_up\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "forget_warm_up()\n"
+        "print(Worker.compile_or_warm_up_model.__module__)\n"
+    )
+    assert run(vllm_files, code) == "vllm_toptheta.backend.worker"
+
+
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])
 def test_supported_versions(version: str) -> None:
     compat.check_version(version)

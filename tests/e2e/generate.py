@@ -24,6 +24,16 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
 }
 
+ON_CPU = {"dtype": "float32", "enforce_eager": True}
+# full graphs without compiling the model, which takes a minute; float16 rounds eight times finer than bfloat16; a fixed
+# cache, because an engine that measures free memory cannot bear another process on the card
+ON_GPU = {
+    "dtype": "float16",
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2 << 30,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
+}
+
 
 def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
     """Run `config` in a new process.
@@ -35,7 +45,12 @@ def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[s
 
     Returns:
         `outputs`: per prompt `token_ids` and `top2` (the two best log-probabilities of each step);
-        `stats`: what the workers report, None on another backend; `preemptions`: how often a sequence was preempted.
+        `stats`: what the workers report, None on another backend;
+        `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
+        `accepted`, `drafted`: speculated tokens;
+        `graph_mode`: vLLM's CUDA graph mode as the engine resolved it, and `python_decodes`: calls of the GPU
+        backend's decode step from Python instead of a graph. Both are known only where the engine runs in the same
+        process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
@@ -54,6 +69,7 @@ def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[s
 
 
 def main() -> None:
+    import torch
     from vllm import LLM, SamplingParams
 
     from vllm_toptheta.telemetry.endpoint import STATS_RPC
@@ -65,14 +81,14 @@ def main() -> None:
         attention_backend=config.get("backend"),
         **({"additional_config": {"toptheta": options}} if options else {}),
         **{
-            "dtype": "float32",
             "max_model_len": 4096,
             "max_num_seqs": 8,
-            "enforce_eager": True,
             "disable_log_stats": False,
+            **(ON_GPU if torch.cuda.is_available() else ON_CPU),
             **config.get("engine", {}),
         },
     )
+    python_decodes = _count_python_decodes() if torch.cuda.is_available() else []
     sampling = SamplingParams(temperature=0.0, max_tokens=config["max_tokens"], logprobs=2, ignore_eos=True)
     outputs = []
     for batch in config.get("calls") or [config["prompts"]]:
@@ -87,8 +103,27 @@ def main() -> None:
         "stats": llm.collective_rpc(STATS_RPC),
         "preemptions": counters["vllm:num_preemptions"],
         "prefix_hits": counters["vllm:prefix_cache_hits"],
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
+        "graph_mode": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
+        "python_decodes": len(python_decodes),
     }
     Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+def _count_python_decodes() -> list[int]:
+    """A list that grows with every call of the GPU backend's decode step; replays of a graph do not call it."""
+    from vllm_toptheta.backend.gpu import GpuTopThetaImpl
+
+    calls: list[int] = []
+    decode = GpuTopThetaImpl._decode
+
+    def counted(*args: Any) -> None:
+        calls.append(len(args[2]))
+        decode(*args)
+
+    GpuTopThetaImpl._decode = counted
+    return calls
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Shape:
     block_size: int = 16
     dtype: torch.dtype = torch.float16
     kv_dtype: torch.dtype | None = None
+    query_dtype: torch.dtype | None = None
     layout: str = "NHD"
     soft_cap: float | None = None
     exact: bool = True
@@ -57,7 +58,8 @@ class Case:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     coefficients: torch.Tensor
-    scales: tuple[torch.Tensor, torch.Tensor] | None
+    scales: tuple[torch.Tensor, torch.Tensor] | None  # of keys and values
+    q_scale: torch.Tensor | None
 
     @property
     def softmax_scale(self) -> float:
@@ -85,7 +87,7 @@ class Case:
             for buffer in vars(workspace).values():
                 buffer.view(torch.int32).fill_(0x7FFF_FFFF)  # NaN
         counters = DecodeCounters.allocate(*heads, DEVICE)
-        output = torch.full_like(self.query, torch.nan)
+        output = torch.full_like(self.query, torch.nan, dtype=shape.dtype)
         k_scale, v_scale = self.scales or (None, None)
         arguments: dict[str, Any] = {
             "output": output,
@@ -96,6 +98,7 @@ class Case:
             "min_sparse_context": shape.min_sparse_context,
             "softmax_scale": self.softmax_scale,
             "logits_soft_cap": shape.soft_cap,
+            "q_scale": self.q_scale,
             "k_scale": k_scale,
             "v_scale": v_scale,
             "denominator_compensation": shape.exact,
@@ -105,6 +108,11 @@ class Case:
         }
         decode(self.query, self.kv_cache, self.block_table, self.seq_lens, **(arguments | options))
         return output, counters
+
+    def new_query(self, row: int) -> torch.Tensor:
+        """Query of a sequence, [1, num_heads, head_size] float32, scale applied."""
+        query = self.query[row : row + 1].float()
+        return query if self.q_scale is None else query * self.q_scale
 
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence, float32, scales applied."""
@@ -159,13 +167,14 @@ def make_case(shape: Shape, threshold: float | None = None) -> Case:
         scales = torch.tensor([0.7], device=DEVICE), torch.tensor([1.3], device=DEVICE)
     case = Case(
         shape,
-        query.to(shape.dtype),
+        query.to(shape.query_dtype or shape.dtype),
         kv_cache,
         value_sum,
         block_table,
         torch.tensor(shape.lens, dtype=torch.int32, device=DEVICE),
         torch.empty(shape.num_heads, shape.degree + 1, device=DEVICE),
         scales,
+        None if shape.query_dtype is None else torch.tensor(0.6, device=DEVICE),
     )
     if threshold is None:
         _place_thresholds(case, generator)
@@ -178,7 +187,7 @@ def reference(case: Case, row: int, **changes: Any) -> Any:
     """The reference's result for a sequence, float32."""
     shape = replace(case.shape, **changes)
     key, value = case.sequence(row)
-    query = case.query[row : row + 1].float()
+    query = case.new_query(row)
     options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
     if shape.lens[row] <= shape.min_sparse_context:
         return dense_attention(query, key, value, **options)
@@ -264,7 +273,7 @@ def _place_thresholds(case: Case, generator: torch.Generator) -> None:
         if length > shape.min_sparse_context:
             key, _ = case.sequence(row)
             scores = causal_scores(
-                case.query[row : row + 1].float(),
+                case.new_query(row),
                 key,
                 softmax_scale=case.softmax_scale,
                 logits_soft_cap=shape.soft_cap,
@@ -289,9 +298,9 @@ def _error_of_dtype(case: Case, row: int, result: Any) -> float:
     """What PyTorch itself errs by when it multiplies weights and values in the query's dtype."""
     shape = case.shape
     key, value = case.sequence(row)
-    scores = causal_scores(
-        case.query[row : row + 1].float(), key, softmax_scale=case.softmax_scale, logits_soft_cap=shape.soft_cap
-    )[0]
+    scores = causal_scores(case.new_query(row), key, softmax_scale=case.softmax_scale, logits_soft_cap=shape.soft_cap)[
+        0
+    ]
     weights = scores.exp().div(scores.exp().sum(-1, keepdim=True)) * result.survivors[0]
     if not shape.exact:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

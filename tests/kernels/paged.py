@@ -11,12 +11,12 @@ from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 
 
 def empty_cache(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype
+    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype, device: str = "cpu"
 ) -> torch.Tensor:
     """[num_blocks, num_kv_heads, block_size, 2 * head_size], NaN throughout, with room for a tail behind each page."""
     content = num_kv_heads * block_size * 2 * head_size
     stride = padded_page_bytes(content * dtype.itemsize, num_kv_heads, head_size) // dtype.itemsize
-    memory = torch.full((num_blocks * stride,), torch.nan, dtype=dtype)
+    memory = torch.full((num_blocks * stride,), torch.nan, device=device).to(dtype)  # float8 cannot be filled
     return memory.as_strided(
         (num_blocks, num_kv_heads, block_size, 2 * head_size), (stride, block_size * 2 * head_size, 2 * head_size, 1)
     )

@@ -35,6 +35,7 @@ SHAPES = {
     "no value mean": Shape(LENS, value_mean=False),
     "neither": Shape(LENS, exact=False, value_mean=False),
     "float8_e4m3fn": Shape(LENS, kv_dtype=torch.float8_e4m3fn),
+    "float8_e4m3fn queries too": Shape(LENS, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn),
     "float8_e5m2": Shape(LENS, kv_dtype=torch.float8_e5m2, min_sparse_context=100),
 }
 # few programs, so that sequences are split in the middle and programs cross from one to the next

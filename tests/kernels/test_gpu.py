@@ -26,10 +26,10 @@ COLUMNS: dict[str, list[Any]] = {
     "group": [1, 4, 8, 16, 2, 7],
     "block_size": [16, 32, 64, 128],
     "dtypes": [
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.bfloat16, torch.float8_e4m3fn),
-        (torch.bfloat16, torch.float8_e5m2),
+        (torch.bfloat16, None, None),
+        (torch.float16, None, None),
+        (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.bfloat16, torch.float8_e5m2, None),
     ],
     "layout": ["NHD", "HND"],
     "soft_cap": [None, None, 20.0],
@@ -53,7 +53,7 @@ def random_shape(kind: int, case: int) -> Shape:
         lens.append(length if sum(lens) + length <= MAX_TOKENS else drawn.randrange(200))
     if case == 0:
         lens = [MAX_LENGTH, 1]
-    group, (dtype, kv_dtype) = columns.pop("group"), columns.pop("dtypes")
+    group, (dtype, kv_dtype, query_dtype) = columns.pop("group"), columns.pop("dtypes")
     num_kv_heads = drawn.choice([1, 2]) if kind % 2 else 2
     return Shape(
         (*lens, 0),
@@ -61,6 +61,7 @@ def random_shape(kind: int, case: int) -> Shape:
         num_kv_heads=num_kv_heads,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        query_dtype=query_dtype,
         min_sparse_context=drawn.choice([0, 0, 300, 5000]),
         target_k=drawn.choice([16, 128, 1000]),
         seed=1000 * kind + case,

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-FILES = [str(TESTS / name) for name in ("kernels/test_decode.py", "kernels/test_value_sums.py", "backend/test_gpu.py")]
+NAMES = "kernels/test_decode.py", "kernels/test_value_sums.py", "backend/test_gpu.py", "benchmarks/test_quality.py"
+FILES = [str(TESTS / name) for name in NAMES]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import vllm
+from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.compat import check_version
 from vllm_toptheta.errors import UnsupportedError
 
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
+FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # on GPUs; whether a card can is for FlashAttention to say
+MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 _REMEDY = "Remove --attention-backend toptheta, or what is named here"
 
 
@@ -27,17 +31,22 @@ def check_engine(vllm_config: Any) -> None:
     """
     check_version(vllm.__version__)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    dtypes = (*CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) if current_platform.is_cuda() else CACHE_DTYPES
     reasons = {
         "multi-head latent attention (MLA) has no per-head values to skip": model.use_mla,
         "hybrid state-space models have pages of their own": model.is_hybrid or model.is_attention_free,
         "encoder-decoder models are not supported": model.is_encoder_decoder,
         "only generation is supported, not pooling": model.runner_type != "generate",
-        f"--kv-cache-dtype {cache.cache_dtype} is not supported, only auto, float16 and bfloat16": (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16")
+        f"--kv-cache-dtype {cache.cache_dtype} is not supported, only {', '.join(dtypes)}": (
+            cache.cache_dtype not in dtypes
         ),
         "KV connectors and offloading move pages without their tails": vllm_config.kv_transfer_config is not None,
         "--enable-sleep-mode frees the thresholds together with the KV cache": model.enable_sleep_mode,
-        "speculative decoding is not supported": vllm_config.speculative_config is not None,
+        f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers of "
+        "their own, for which there are no thresholds": (
+            speculative is not None and speculative.method not in MODELLESS_DRAFTS
+        ),
         "context parallelism splits a sequence's scores over ranks": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

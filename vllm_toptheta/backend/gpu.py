@@ -27,13 +27,17 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.compat import NAME, without_decodes
+from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
 from vllm_toptheta.kernels.pages import value_sum_view
 from vllm_toptheta.kernels.tuning import launch_config, num_multiprocessors
 from vllm_toptheta.kernels.value_sums import close_pages
+
+FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,16 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log()
-        self.layer_plans: list[LayerPlan] = []
-        self.has_captured = False
+        forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, GpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs)
-                self.layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
-        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        self.has_captured = True
-        return metadata
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
         common = common_attn_metadata
-        if self.has_captured:
-            # the first step after a capture: what warm-up and capture counted was nobody's request
-            self.has_captured = False
-            for layer_plan in self.layer_plans:
-                layer_plan.counters.zero_()
         metadata = super().build(0, common, fast_build)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
         prefill = None
@@ -126,7 +118,9 @@ class GpuTopThetaBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
+        return kv_cache_dtype in (None, *CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) and super().supports_kv_cache_dtype(
+            kv_cache_dtype
+        )
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -204,7 +198,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                     device=device,
                 )
         if self.layer_plan is not None:
-            self._workspace(max_num_seqs, element_bytes=2, device=device)
+            self._workspace(max_num_seqs, 1 if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else 2, device)
 
     def forward(
         self,
@@ -228,11 +222,13 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             )
         split: StepSplit = attn_metadata.toptheta
         decodes = split.num_decodes
+        # FlashAttention and vLLM's own kernels get the bytes, as always
+        pages = kv_cache.view(FLOAT8) if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else kv_cache
         if split.prefill is not None:
             if self.layer_plan.value_mean_compensation:
                 prefill = split.prefill
                 close_pages(
-                    kv_cache, value_sum_view(kv_cache), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
+                    pages, value_sum_view(pages), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
                 )
             super().forward(
                 layer,
@@ -246,17 +242,23 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                 output_block_scale,
             )
         if decodes:
-            self._decode(query[:decodes], kv_cache, attn_metadata, output[:decodes])
+            self._decode(layer, query[:decodes], pages, attn_metadata, output[:decodes])
         return output
 
     def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: FlashAttentionMetadata, output: torch.Tensor
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
     ) -> None:
         plan, layer_plan = self.plan, self.layer_plan
         if plan is None or plan.curve is None or layer_plan is None:
             raise UnsupportedError("a dense layer reached the sparse decode")
         num_seqs = len(query)
         counters = layer_plan.counters
+        is_quantized = kv_cache.dtype == FLOAT8
         kernels.decode(
             query,
             kv_cache,
@@ -270,6 +272,9 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             min_sparse_context=plan.min_sparse_context,
             softmax_scale=self.scale,
             logits_soft_cap=self.logits_soft_cap or None,
+            q_scale=layer._q_scale if is_quantized else None,
+            k_scale=layer._k_scale if is_quantized else None,
+            v_scale=layer._v_scale if is_quantized else None,
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
             counters=kernels.DecodeCounters(counters.rows_read, counters.lost_mass, counters.totals),
@@ -282,7 +287,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             self.num_heads,
             self.num_kv_heads,
             self.head_size,
-            launch_config(self.head_size, element_bytes),
+            launch_config(self.head_size, element_bytes, device),
             num_multiprocessors(device),
         )
         return kernels.DecodeWorkspace(*current_workspace_manager().get_simultaneous(*spec))

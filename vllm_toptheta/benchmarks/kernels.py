@@ -179,46 +179,57 @@ def time_in_graph(calls: Sequence[Callable[[], Any]]) -> float:
     return float(statistics.median(times))
 
 
-def tune(workload: KernelWorkload) -> LaunchConfig:
-    """The candidate with the least product of times over the batches, thresholds on and off.
+def tune(
+    workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None
+) -> tuple[str, LaunchConfig]:
+    """The card's name, and the candidate with the least product of times over the batches, thresholds on and off.
 
     Raises:
         BenchmarkError: There is no GPU.
     """
     import torch
+    from triton.runtime.errors import OutOfResources
 
     from vllm_toptheta.benchmarks.registry import toptheta
+    from vllm_toptheta.kernels.tuning import card_name
 
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
-    scores = dict.fromkeys(_candidates(), 0.0)
+    scores = dict.fromkeys(candidates(), 0.0)
     for spec in workload.specs:
         copies = _inputs(workload, parse_spec(spec))
         for config in scores:
+            times = []
             for keep in (False, True):
                 calls = [toptheta(inputs, keep_everything=keep, config=config)[0] for inputs in copies]
-                scores[config] += math.log(time_in_graph(calls))
+                try:
+                    times.append(time_in_graph(calls))
+                except OutOfResources:
+                    times.append(math.inf)  # more shared memory than the card has
+            scores[config] += sum(math.log(time) for time in times)
+            report_progress(f"{spec}: {times[0]:.1f} us, {times[1]:.1f} us with every key kept; {config}")
         del copies
         torch.cuda.empty_cache()
-    return min(scores, key=lambda config: scores[config])
+    return card_name(torch.device("cuda")), min(scores, key=lambda config: scores[config])
 
 
-def _candidates() -> list[LaunchConfig]:
+def candidates() -> list[LaunchConfig]:
     """Launch parameters worth trying; the first is the default."""
     from vllm_toptheta.kernels.tuning import LaunchConfig
 
-    two = {"programs_per_sm": 2, "max_registers": None}
+    two: dict[str, Any] = {"programs_per_sm": 2, "max_registers": None}
     return [
         LaunchConfig(**options)
         for options in (
             {},
             {"scan_stages": 4},
             {"min_group": 16},
-            {**two},
+            {"tile": 128},
+            {"tile": 128, "scan_stages": 4},
+            two,
             {**two, "scan_stages": 4},
-            {**two, "min_group": 16},
-            {**two, "dense_tile": 32, "dense_stages": 3},
-            {"programs_per_sm": 4, "max_registers": 128, "scan_stages": 2},
+            {**two, "dense_tile": 32},
+            {**two, "tile": 128},
         )
     ]
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from vllm_toptheta.kernels.decode_kernels import CHUNK_TILES, LIST_DEPTH, ROW_ALIGNMENT, merge_kernel, split_kernel
 from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
+MIN_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class DecodeWorkspace:
     """
 
     survivors: torch.Tensor
+    order: torch.Tensor
     partial_output: torch.Tensor
     partial_stats: torch.Tensor
 
@@ -71,6 +75,7 @@ class DecodeWorkspace:
         num_lists, num_pieces = num_programs * num_kv_heads, (num_programs + max_num_seqs) * num_kv_heads
         return (
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
+            ((num_lists, 2, LIST_DEPTH * config.tile), torch.int32),
             ((num_pieces, group, head_size), torch.float32),
             ((num_pieces, 3, group), torch.float32),
         )
@@ -88,7 +93,7 @@ class DecodeWorkspace:
         config: LaunchConfig | None = None,
     ) -> DecodeWorkspace:
         """A workspace for batches of at most `max_num_seqs` sequences."""
-        config = config or launch_config(head_size, kv_dtype.itemsize)
+        config = config or launch_config(head_size, kv_dtype.itemsize, device)
         num_sms = num_multiprocessors(torch.device(device))
         spec = cls.spec(max_num_seqs, num_heads, num_kv_heads, head_size, config, num_sms)
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in spec))
@@ -108,6 +113,7 @@ def decode(
     min_sparse_context: int,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     denominator_compensation: bool = True,
@@ -122,21 +128,22 @@ def decode(
     rows are zero. Bits of the output do not depend on what `workspace` held.
 
     Args:
-        query: [num_seqs, num_heads, head_size] bfloat16 or float16, last axis dense.
+        query: [num_seqs, num_heads, head_size] of the output's dtype or float8, last axis dense.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis, which
-            is dense; strides of blocks and tokens are multiples of 16 elements. Of the query's dtype, or
+            is dense; strides of blocks and tokens are multiples of 16 elements. Of the output's dtype, or
             float8_e4m3fn or float8_e5m2.
         block_table: [num_seqs, max_blocks] int32, physical block of each logical block, last axis dense; entries
             behind a sequence's end are not read.
         seq_lens: [num_seqs] int32, cached tokens of each sequence including the new one.
-        output: [num_seqs, num_heads, head_size] of the query's dtype, last axis dense, written.
+        output: [num_seqs, num_heads, head_size] bfloat16 or float16, the dtype of the products, last axis dense,
+            written.
         workspace: For at least as many sequences, and for the same `config`.
         coefficients: [num_heads, degree + 1] float32, ascending powers of ln n: theta(n) in scaled logits.
         min_length, max_length: Lengths to which n is clamped in theta(n), tokens.
         min_sparse_context: Sequences of at most that many tokens keep every key.
         softmax_scale: Factor on q . k.
         logits_soft_cap: Cap c of c * tanh(s / c), or None.
-        k_scale, v_scale: [1] float32, factors on stored keys and values, or None for 1.
+        q_scale, k_scale, v_scale: One float32 each, factors on the query and on stored keys and values; None for 1.
         denominator_compensation: Sum the softmax denominator over all keys instead of the survivors.
         value_sum: [num_blocks, num_kv_heads, head_size] float32, last axis dense: running sums of the stored values of
             full pages (`kernels.pages`), for the value-mean compensation; None switches it off. The page that the
@@ -152,12 +159,13 @@ def decode(
     _check(query, kv_cache, block_table, seq_lens, output, coefficients, value_sum)
     if num_seqs == 0:
         return
-    config = config or launch_config(head_size, kv_cache.element_size())
+    config = config or launch_config(head_size, kv_cache.element_size(), query.device)
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(query.device))
     if len(workspace.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"workspace: made for fewer than {num_seqs} sequences, or for other launch parameters")
-    on_gpu = query.is_cuda
     early_merge = config.early_merge and has_dependent_launch(query.device)
+    # pieces begin at page boundaries where pages fill a tile, because then block numbers are loaded page by page
+    unit = block_size if config.tile % block_size == 0 else MIN_BLOCK_SIZE
     piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
     shared = {
         "block_table_ptr": block_table,
@@ -175,8 +183,8 @@ def decode(
         "HEAD_SIZE": head_size,
         "GROUP": num_heads // num_kv_heads,
         "D_PAD": triton.next_power_of_2(head_size),
-        "TILE": config.tile,
-        "MIN_WORK": config.min_work,
+        "UNIT": unit,
+        "MIN_WORK": config.min_work * config.tile // unit,
         "SEQ_BLOCK": _sequence_block(num_seqs),
         "VALUE_MEAN": value_sum is not None,
         "COUNT": counters is not None,
@@ -185,8 +193,10 @@ def decode(
     split_kernel[(num_kv_heads, num_programs)](
         query_ptr=query,
         coefficients_ptr=coefficients,
+        q_scale_ptr=q_scale,
         k_scale_ptr=k_scale,
         list_ptr=workspace.survivors,
+        order_ptr=workspace.order,
         rows_read_ptr=None if counters is None else counters.rows_read,
         stride_query_seq=query.stride(0),
         stride_query_head=query.stride(1),
@@ -196,6 +206,7 @@ def decode(
         soft_cap=logits_soft_cap or 0.0,
         NUM_COEFFICIENTS=coefficients.shape[1],
         G_PAD=max(config.min_group, triton.next_power_of_2(num_heads // num_kv_heads + 1)),
+        TILE=config.tile,
         DENSE_TILE=config.dense_tile,
         CHUNK_TILES=CHUNK_TILES,
         LIST_DEPTH=LIST_DEPTH,
@@ -203,8 +214,10 @@ def decode(
         DENSE_STAGES=config.dense_stages,
         GATHER_STAGES=config.gather_stages,
         SOFT_CAP=logits_soft_cap is not None,
+        COMPUTE=_TRITON_DTYPES[output.dtype],
+        HAS_Q_SCALE=q_scale is not None,
         HAS_K_SCALE=k_scale is not None,
-        IN_PLACE=on_gpu,
+        IN_PLACE=query.is_cuda,
         num_warps=config.num_warps,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **shared,
@@ -252,21 +265,24 @@ def _check(
 ) -> None:
     num_seqs, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, _, content = kv_cache.shape
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"query: dtype is {query.dtype}, expected bfloat16 or float16")
+    dtype = output.dtype
+    if dtype not in _TRITON_DTYPES:
+        raise ValueError(f"output: dtype is {dtype}, expected bfloat16 or float16")
+    if query.dtype not in (dtype, *FLOAT8_DTYPES):
+        raise ValueError(f"query: dtype is {query.dtype}, expected {dtype} or float8")
     if head_size not in HEAD_SIZES:
         raise ValueError(f"query: head_size is {head_size}, expected one of {', '.join(map(str, HEAD_SIZES))}")
     if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_QUERIES_PER_KV:
         raise ValueError(
             f"query: {num_heads} heads over {num_kv_heads} kv heads, expected groups of 1 to {MAX_QUERIES_PER_KV}"
         )
-    if kv_cache.dtype not in (query.dtype, *FLOAT8_DTYPES):
-        raise ValueError(f"kv_cache: dtype is {kv_cache.dtype}, expected {query.dtype} or float8")
+    if kv_cache.dtype not in (dtype, *FLOAT8_DTYPES):
+        raise ValueError(f"kv_cache: dtype is {kv_cache.dtype}, expected {dtype} or float8")
     if content != 2 * head_size:
         raise ValueError(f"kv_cache: last axis is {content}, expected {2 * head_size}")
     _expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
     _expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    _expect("output", output, (num_seqs, num_heads, head_size), query.dtype)
+    _expect("output", output, (num_seqs, num_heads, head_size), dtype)
     _expect("coefficients", coefficients, (num_heads, coefficients.shape[1]), torch.float32)
     if not coefficients.is_contiguous():
         raise ValueError("coefficients: not contiguous")

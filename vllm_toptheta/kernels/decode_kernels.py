@@ -7,9 +7,10 @@ For a query head with scores s_j = softmax_scale * q . k_j over the n cached key
 
 `split_kernel` computes a piece of a sequence for one kv head, in two steps that alternate. The scan streams keys,
 keeps a running maximum and two sums of exponentials (survivors and others) for every row of its tile separately, so
-that the loop has no reduction, and appends survivors to a list: their positions, and the scores of the group's heads
-(`DISCARDED` where a head does not keep the key). The gather walks that list in dense tiles and weighs the values.
-Sequences of at most `min_sparse_context` tokens take an ordinary dense loop instead.
+that the loop has no reduction, and appends survivors to a list of that row: their positions, and the scores of the
+group's heads (`DISCARDED` where a head does not keep the key). The gather puts the lists in order, one behind the
+other, walks them in dense tiles and weighs the values. Sequences of at most `min_sparse_context` tokens take an
+ordinary dense loop instead.
 
 `merge_kernel` joins the pieces and adds the value mean from the page tails; in passing it writes the tail of a page
 that has just become full (`value_sums.py` says what that is), so that decoding needs no launch for it.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.schedule import tiles_of_piece, work_of_step
+from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
 
 ROW_ALIGNMENT = tl.constexpr(16)  # elements
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -30,7 +31,8 @@ DISCARDED = tl.constexpr(-2.0e30)  # score of a key that a head does not see or 
 HIGHEST = tl.constexpr(1.0e30)  # magnitude of a threshold
 
 CHUNK_TILES = 16  # tiles scanned between two looks at how long the lists are
-LIST_DEPTH = 48  # survivors that a lane of the tile has room for
+LIST_DEPTH = CHUNK_TILES + 6  # survivors that a lane of the tile has room for; less of it full is not worth a gather
+ORDERED_AT_ONCE = tl.constexpr(16)  # layers of the lists that are ordered at a time
 
 
 @triton.jit
@@ -187,12 +189,42 @@ def _store_where(pointer, value, mask, IN_PLACE: tl.constexpr):
 
 
 @triton.jit
+def _order_survivors(
+    block_row,
+    list_ptr,
+    order_ptr,  # [2, LIST_DEPTH * TILE] int32: entries of the list, and the slots of their tokens
+    list_length,  # [TILE]
+    depth,
+    BLOCK_SIZE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    TILE: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+):
+    """Number the survivors of all lanes one after the other, and look up their slots (block * block_size + offset).
+
+    For all of them at once: tile by tile, the gather would wait for each of these loads behind other programs' keys.
+    """
+    lane = tl.arange(0, TILE)
+    first_index = tl.cumsum(list_length, axis=0) - list_length
+    for first_depth in range(0, depth, ORDERED_AT_ONCE):
+        depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
+        entry = depths[:, None] * TILE + lane[None, :]
+        listed = depths[:, None] < list_length[None, :]
+        position = tl.load(list_ptr + entry * ENTRY + (ENTRY - 1), mask=listed, other=0)
+        block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
+        index = first_index[None, :] + depths[:, None]
+        tl.store(order_ptr + index, entry, mask=listed)
+        tl.store(order_ptr + LIST_DEPTH * TILE + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
+
+
+@triton.jit
 def _attend_survivors(
     query,  # [D_PAD, G_PAD]
     threshold,  # [G_PAD]
     key_base,
     block_row,
     list_ptr,  # [LIST_DEPTH, TILE, GROUP + 1] int32: a score's bits for each head, the position
+    order_ptr,  # [2, LIST_DEPTH * TILE] int32
     start,
     end,
     open_start,
@@ -262,26 +294,23 @@ def _attend_survivors(
             output *= rescale[None, :]
             lane_kept *= rescale[None, :]
             maximum = new_maximum
-            ends = tl.cumsum(list_length, axis=0)
+            _order_survivors(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH)
+            # so was their order
+            tl.debug_barrier()
             num_listed = tl.sum(list_length, axis=0)
-            for first_entry in tl.range(0, num_listed, TILE, num_stages=GATHER_STAGES):
-                entry = first_entry + tl.arange(0, TILE)
-                listed = entry < num_listed
-                # which lane's list an entry lies in, and how far down
-                passed = ends[None, :] <= entry[:, None]
-                in_lane = tl.sum(passed.to(tl.int32), axis=1)
-                depth_in_lane = entry - tl.max(tl.where(passed, ends[None, :], 0), axis=1)
-                address = (depth_in_lane * TILE + in_lane) * ENTRY
-                position = tl.load(list_ptr + address + GROUP, mask=listed, other=0)
+            for first in tl.range(0, num_listed, TILE, num_stages=GATHER_STAGES):
+                index = first + lane
+                listed = index < num_listed
+                entry = tl.load(order_ptr + index, mask=listed, other=0)
+                slot = tl.load(order_ptr + LIST_DEPTH * TILE + index, mask=listed, other=0)
                 bits = tl.load(
-                    list_ptr + address[:, None] + offs_g[None, :],
+                    list_ptr + (entry * ENTRY)[:, None] + offs_g[None, :],
                     mask=listed[:, None] & (offs_g < GROUP)[None, :],
                     other=0,
                 )
-                scores = tl.where(listed[:, None], bits.to(tl.float32, bitcast=True), DISCARDED)
-                listed_block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0).to(tl.int64)
-                row = listed_block * stride_kv_block + (position % BLOCK_SIZE) * stride_kv_token
+                row = (slot // BLOCK_SIZE).to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
                 value = _values(value_base, row, listed, query.dtype, HEAD_SIZE, D_PAD)
+                scores = tl.where(listed[:, None], bits.to(tl.float32, bitcast=True), DISCARDED)
                 weights = tl.exp2((scores - maximum[None, :]) * LOG2_E)
                 lane_kept += weights
                 output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output)
@@ -302,8 +331,10 @@ def split_kernel(
     block_table_ptr,  # [num_seqs, max_blocks] int32
     seq_lens_ptr,  # [num_seqs] int32
     coefficients_ptr,  # [num_heads, degree + 1] float32
+    q_scale_ptr,  # [1] float32
     k_scale_ptr,  # [1] float32
     list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE, GROUP + 1] int32
+    order_ptr,  # [num_programs * num_kv_heads, 2, LIST_DEPTH * TILE] int32
     partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
     partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept sum, lost sum
     rows_read_ptr,  # [num_kv_heads] int64
@@ -325,6 +356,7 @@ def split_kernel(
     GROUP: tl.constexpr,
     D_PAD: tl.constexpr,
     G_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
@@ -335,6 +367,8 @@ def split_kernel(
     DENSE_STAGES: tl.constexpr,
     GATHER_STAGES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     VALUE_MEAN: tl.constexpr,
     COUNT: tl.constexpr,
@@ -347,7 +381,7 @@ def split_kernel(
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
     work, share = work_of_step(
-        seq_lens_ptr, num_seqs, min_sparse_context, tl.num_programs(1), TILE, MIN_WORK, SEQ_BLOCK
+        seq_lens_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK
     )
     ends = tl.cumsum(work, axis=0)
     end_of_share = tl.minimum((program + 1) * share, tl.sum(work, axis=0))
@@ -361,26 +395,29 @@ def split_kernel(
     mask_d = offs_d < HEAD_SIZE
     head = kv_head * GROUP + offs_g
     scale = softmax_scale
+    if HAS_Q_SCALE:
+        scale = scale * tl.load(q_scale_ptr)
     if HAS_K_SCALE:
         scale = scale * tl.load(k_scale_ptr)
     key_base = kv_cache_ptr + kv_head * stride_kv_head
     list_index = program.to(tl.int64) * num_kv_heads + kv_head
     program_list = list_ptr + list_index * LIST_DEPTH * TILE * (GROUP + 1)
+    program_order = order_ptr + list_index * 2 * LIST_DEPTH * TILE
     all_rows_read = tl.zeros((), dtype=tl.int64)
 
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
         is_dense = seq_len <= min_sparse_context
-        first_tile, last_tile = tiles_of_piece(program, share, work_before, seq_len, is_dense, TILE)
-        if first_tile < last_tile:
-            start = first_tile * TILE
-            end = tl.minimum(last_tile * TILE, seq_len)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
+        if first_unit < last_unit:
+            start = first_unit * UNIT
+            end = tl.minimum(last_unit * UNIT, seq_len)
             row = seq.to(tl.int64)
             query = tl.load(
                 query_ptr + row * stride_query_seq + head[None, :] * stride_query_head + offs_d[:, None],
                 mask=mask_g[None, :] & mask_d[:, None],
                 other=0.0,
-            )
+            ).to(COMPUTE)
             block_row = block_table_ptr + row * stride_table_seq
             if is_dense:
                 output, maximum, kept_sum, lost_sum, rows_read = _attend_all(
@@ -411,6 +448,7 @@ def split_kernel(
                     key_base,
                     block_row,
                     program_list,
+                    program_order,
                     start,
                     end,
                     open_start,
@@ -442,7 +480,7 @@ def split_kernel(
                 output,
                 mask=mask_g[None, :] & mask_d[:, None],
             )
-        work_before += tl.cdiv(seq_len, TILE) * tl.where(is_dense, 2, 1)
+        work_before += tl.cdiv(seq_len, UNIT) * tl.where(is_dense, 2, 1)
         seq += 1
     if COUNT:
         tl.atomic_add(rows_read_ptr + kv_head, all_rows_read, sem="relaxed")
@@ -489,7 +527,7 @@ def merge_kernel(
     GROUP: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
-    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
     PIECE_BLOCK: tl.constexpr,
@@ -537,7 +575,7 @@ def merge_kernel(
         )
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
-    work, share = work_of_step(seq_lens_ptr, num_seqs, min_sparse_context, num_programs, TILE, MIN_WORK, SEQ_BLOCK)
+    work, share = work_of_step(seq_lens_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK)
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1
@@ -551,8 +589,8 @@ def merge_kernel(
     last_program = last_work // share
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
-        first_tile, last_tile = tiles_of_piece(program, share, work_before, seq_len, is_dense, TILE)
-        mask_p = (program <= last_program) & (first_tile < last_tile)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
+        mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
         stats = partial_stats_ptr + piece * 3 * GROUP + group_index
         maxima = tl.load(stats, mask=mask_p, other=DISCARDED)

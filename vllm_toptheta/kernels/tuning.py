@@ -1,7 +1,7 @@
-"""Launch parameters of the decode kernel, by head size and width of a cached element: a small committed table.
+"""Launch parameters of the decode kernel, by card, head size and width of a cached element: a small committed table.
 
-`launch_table.json` lists where they differ from the defaults; `benchmarks.kernels.tune` searches for such an entry on a
-GPU and `save_table` writes it. Nothing is tuned while serving.
+`launch_table.json` lists where they differ from the defaults; `toptheta bench tune` searches for such an entry on a GPU
+and writes it. A card that has none takes that of `TUNED_CARD`. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("launch_table.json")
+TUNED_CARD = "sm90"
 _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
 
 
@@ -43,7 +44,7 @@ class LaunchConfig:
     scan_stages: int = 3
     dense_tile: int = 64
     dense_stages: int = 2
-    gather_stages: int = 2
+    gather_stages: int = 1
     min_work: int = 4
     programs_per_sm: int = 3
     merge_warps: int = 0
@@ -54,16 +55,26 @@ class LaunchConfig:
         return max(1, self.programs_per_sm * num_sms // num_kv_heads)
 
 
-def launch_config(head_size: int, element_bytes: int) -> LaunchConfig:
-    """The table's entry for a head size and the bytes of a cached element, or the defaults."""
-    return _table().get(_key(head_size, element_bytes), LaunchConfig())
+def launch_config(head_size: int, element_bytes: int, device: torch.device | str) -> LaunchConfig:
+    """The table's entry for a card, a head size and the bytes of a cached element, or the defaults."""
+    keys = [_key(card, head_size, element_bytes) for card in (card_name(torch.device(device)), TUNED_CARD)]
+    return next((_table()[key] for key in keys if key in _table()), LaunchConfig())
 
 
-def save_table(table: dict[tuple[int, int], LaunchConfig], path: Path = TABLE) -> None:
-    """Write launch parameters, by head size and bytes of a cached element, over those of the file."""
-    entries = {key: asdict(config) for key, config in _table().items()}
-    entries |= {_key(*shape): asdict(config) for shape, config in table.items()}
-    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+def save_entry(head_size: int, element_bytes: int, card: str, config: LaunchConfig, path: Path = TABLE) -> None:
+    """Write an entry of the table over the one that it has, if any."""
+    configs = _read(path) | {_key(card, head_size, element_bytes): config}
+    default = asdict(LaunchConfig())
+    entries = {
+        key: {name: value for name, value in asdict(config).items() if value != default[name]}
+        for key, config in sorted(configs.items())
+    }
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def card_name(device: torch.device) -> str:
+    """The card's compute capability, as in sm90; where Triton interprets on the CPU, that of the tuned card."""
+    return "sm{}{}".format(*_capability(device.index or 0)) if device.type == "cuda" else TUNED_CARD
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -88,10 +99,12 @@ def _num_multiprocessors(index: int) -> int:
 
 @functools.cache
 def _table() -> dict[str, LaunchConfig]:
-    if not TABLE.exists():
-        return {}
-    return {key: LaunchConfig(**entry) for key, entry in json.loads(TABLE.read_text()).items()}
+    return _read(TABLE)
 
 
-def _key(head_size: int, element_bytes: int) -> str:
-    return f"head_size {head_size}, {8 * element_bytes} bit"
+def _read(path: Path) -> dict[str, LaunchConfig]:
+    return {key: LaunchConfig(**entry) for key, entry in json.loads(path.read_text()).items()}
+
+
+def _key(card: str, head_size: int, element_bytes: int) -> str:
+    return f"{card}, head size {head_size}, {8 * element_bytes} bit"

@@ -1,22 +1,15 @@
-"""The command `toptheta`.
-
-Every command imports what it needs when it runs, so that `--help` answers at once and needs neither torch nor a GPU.
-"""
+"""The commands `toptheta thresholds ...`: look at stores, check them, import and export them."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_toptheta.calibrate_cli import calibrate_command
+from vllm_toptheta.cli.interchange import export_command, import_command
+from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
-from vllm_toptheta.eval_cli import eval_app
-from vllm_toptheta.interchange_cli import export_command, import_command
-from vllm_toptheta.report_cli import report_command
-from vllm_toptheta.terminal import print_table, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,120 +18,11 @@ if TYPE_CHECKING:
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
-app = typer.Typer(
-    name="toptheta",
-    help="Top-Theta attention for vLLM: read only the cached values that matter.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 thresholds_app = typer.Typer(
     help="Look at calibrated thresholds, check them, import and export them.", no_args_is_help=True
 )
-app.add_typer(thresholds_app, name="thresholds")
-app.add_typer(eval_app, name="eval")
-bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
-
-ThresholdsOption = Annotated[
-    Path | None,
-    typer.Option(help="A store or a directory of stores; default: TOPTHETA_THRESHOLDS, else the shipped ones."),
-]
-
-
-def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit code 2."""
-    try:
-        app()
-    except TopThetaError as error:
-        _print_error(error)
-        sys.exit(2)
-
-
-# `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
-_TEXT_FILES = {"allow_extra_args": True}
-
-app.command("calibrate", context_settings=_TEXT_FILES)(calibrate_command)
-app.command("report", context_settings=_TEXT_FILES)(report_command)
-thresholds_app.command("import", context_settings=_TEXT_FILES)(import_command)
-thresholds_app.command("export", context_settings=_TEXT_FILES)(export_command)
-
-
-@app.command("demo-model")
-def make_demo_model(
-    out: Annotated[Path | None, typer.Option(help="Where to; default: a cache folder.")] = None,
-) -> None:
-    """Make the demo model SmolLM2-135M-Instruct unless it is there, and print its directory."""
-    from vllm_toptheta.demo_model import demo_model
-
-    typer.echo(demo_model(out))
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    specs: Annotated[
-        str | None, typer.Option(help="Batches in vLLM's grammar, separated by commas: 32q1s32k is 32 requests of 32K.")
-    ] = None,
-    k: Annotated[int, typer.Option(help="Survivors of a head, on average.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
-) -> None:
-    """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
-    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table
-
-    batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
-    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k)
-    report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
-    print_table(kernel_table(report))
-    write_json(json, report)
-
-
-@bench_app.command("serving")
-def bench_serving(
-    model: Annotated[str, typer.Argument(help="A model that vLLM can load.")],
-    context: Annotated[int, typer.Option(help="Prompt tokens of a request.")] = 3900,
-    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Measured batches per engine.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Engines per backend, alternating.")] = 2,
-    backends: Annotated[str, typer.Option(help="Backends; the others are measured against the first.")] = (
-        "CPU_ATTN,TOPTHETA"
-    ),
-    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
-    compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
-    k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
-    random_rows: Annotated[
-        int | None,
-        typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
-) -> None:
-    """Time per output token of whole engines, one backend against the other in one run."""
-    import os
-    import tempfile
-
-    from vllm_toptheta.benchmarks.dummy import TARGET_K, write_model
-    from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
-
-    if random_rows is not None:
-        folder, thresholds = write_model(Path(tempfile.mkdtemp()), name=model)
-        model, k = str(folder), TARGET_K
-        # the thresholds are set on the running engine, by functions sent to its workers
-        os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-    workload = ServingWorkload(
-        random_rows=random_rows,
-        model=model,
-        context=context,
-        output_tokens=output_tokens,
-        batch_size=batch_size,
-        repeats=repeats,
-        dtype=dtype,
-        enforce_eager=not compile,
-        options={} if k is None else {"target_k": k},
-    )
-    report = compare(workload, backends.split(","), rounds)
-    print_table(serving_table(report))
-    write_json(json, report)
+thresholds_app.command("import", context_settings=TEXT_FILES)(import_command)
+thresholds_app.command("export", context_settings=TEXT_FILES)(export_command)
 
 
 @thresholds_app.command("list")
@@ -156,7 +40,7 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
             manifest = store.load(folder).manifest
         except TopThetaError as error:
             failed = True
-            _print_error(error)
+            print_error(error)
             continue
         table.add_row(
             escape(folder.name),
@@ -206,7 +90,7 @@ def validate_thresholds(
                 manifest.architecture.check(architecture, file=folder / "manifest.yaml")
         except TopThetaError as error:
             failed = True
-            _print_error(error)
+            print_error(error)
         else:
             typer.echo(f"valid: {folder}")
     if failed:
@@ -284,7 +168,3 @@ def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -
     for head, thetas in enumerate(curve.threshold(lengths)[:, layer].T):
         table.add_row(str(head), *(f"{theta:.3f}" for theta in thetas))
     return table
-
-
-def _print_error(error: TopThetaError) -> None:
-    typer.echo(f"error: {error}", err=True)

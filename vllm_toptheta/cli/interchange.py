@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_toptheta.terminal import integers
+from vllm_toptheta.cli.terminal import integers
 
 __all__ = ["export_command", "import_command"]
 

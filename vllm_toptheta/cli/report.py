@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_toptheta.cli.terminal import words
 from vllm_toptheta.errors import ReportError, SettingsError
-from vllm_toptheta.terminal import words
 
 __all__ = ["report_command"]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vllm_toptheta import eval_options as options
+from vllm_toptheta.cli import eval_options as options
+from vllm_toptheta.cli.terminal import TEXT_FILES, integers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.terminal import integers, print_table, words, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +22,8 @@ eval_app = typer.Typer(
     no_args_is_help=True,
 )
 
-# `--text *.txt` hands over many files, of which click takes one as the option's value and the rest as extra arguments
-_TEXT_FILES = {"allow_extra_args": True}
 
-
-@eval_app.command("perplexity", context_settings=_TEXT_FILES)
+@eval_app.command("perplexity", context_settings=TEXT_FILES)
 def evaluate_perplexities(
     context: typer.Context,
     model: options.ModelArgument,
@@ -77,7 +74,7 @@ def evaluate_perplexities(
     draw(report)
 
 
-@eval_app.command("tasks", context_settings=_TEXT_FILES)
+@eval_app.command("tasks", context_settings=TEXT_FILES)
 def evaluate_tasks(
     context: typer.Context,
     model: options.ModelArgument,
@@ -132,7 +129,7 @@ def evaluate_tasks(
     draw(report)
 
 
-@eval_app.command("endpoint", context_settings=_TEXT_FILES)
+@eval_app.command("endpoint", context_settings=TEXT_FILES)
 def evaluate_endpoints(
     context: typer.Context,
     dense: options.DenseUrlOption,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_main import imported
 from tests.evaluation.fake_server import FakeServer
-from tests.test_cli import imported
 from vllm_toptheta import cli
 
 Run = Callable[..., tuple[int, str, str]]

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from vllm_toptheta.cli.terminal import integers, words, write_json
 from vllm_toptheta.errors import SettingsError
-from vllm_toptheta.terminal import integers, words, write_json
 
 
 class Report(BaseModel):

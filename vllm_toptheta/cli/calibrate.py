@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_toptheta.cli.terminal import words
 from vllm_toptheta.errors import SettingsError
-from vllm_toptheta.terminal import words
 
 __all__ = ["calibrate_command"]
 

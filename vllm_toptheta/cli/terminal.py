@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from vllm_toptheta.errors import SettingsError
+import typer
+
+from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["integers", "print_table", "words", "write_json"]
+__all__ = ["TEXT_FILES", "ThresholdsOption", "integers", "print_error", "print_table", "words", "write_json"]
+
+# `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
+TEXT_FILES = {"allow_extra_args": True}
+
+ThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(help="A store or a directory of stores; default: TOPTHETA_THRESHOLDS, else the shipped ones."),
+]
 
 
 def integers(option: str, text: str) -> list[int]:
@@ -53,3 +63,8 @@ def write_json(file: Path | None, report: BaseModel) -> None:
         file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"cannot be written: {error.strerror}", file=file, field="--json") from None
+
+
+def print_error(error: TopThetaError) -> None:
+    """Print an error on stderr."""
+    typer.echo(f"error: {error}", err=True)

@@ -1,0 +1,276 @@
+"""What the GPU's decode kernel changes in a real model's predictions, beside what the reference changes.
+
+A text runs through transformers once for each kind of attention. The kernel sees every row of the text as a sequence
+of its own that decodes its last token, all of them on the same pages: as many sequences as the text has tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, Field
+
+from vllm_toptheta.calibration.data import load_sequences, read_text
+from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
+from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.errors import BenchmarkError
+from vllm_toptheta.evaluation.losses import compare_predictions
+from vllm_toptheta.evaluation.paired import compare_perplexities
+from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.value_sums import close_pages
+from vllm_toptheta.store import ThresholdCurve, ThresholdStore, read_architecture
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BLOCK_SIZE = 16
+
+
+class KernelQuality(BaseModel):
+    """One target; changes are of the perplexity against dense attention on the same text, percent."""
+
+    target: str
+    reference_change: float
+    reference_error: float | None = Field(description="Standard error of the change; none for a single sequence.")
+    kernel_change: float
+    kernel_error: float | None
+    reference_rows_share: float = Field(description="Value rows read over cached, of the rows that are thresholded.")
+    kernel_rows_share: float = Field(description="The same, counted by the kernel; open pages count as read.")
+    kl_divergence: float = Field(description="KL(reference || kernel) of the next token, nats.")
+    top1_agreement: float = Field(description="Share of tokens for which reference and kernel predict the same.")
+
+
+class KernelQualityReport(BaseModel):
+    """A comparison on one GPU."""
+
+    model: str
+    thresholds: str
+    text: list[str]
+    num_sequences: int
+    length: int
+    dtype: str
+    device: str
+    dense_perplexity: float
+    qualities: list[KernelQuality]
+
+
+class KernelRoute(DenseRoute):
+    """The decode kernel in the sparse layers, dense attention in the others.
+
+    Args:
+        curve: The thresholds.
+        dense_layers: Layers that are dense.
+    """
+
+    def __init__(self, curve: ThresholdCurve, dense_layers: Sequence[int]) -> None:
+        self.curve = curve
+        self.dense_layers = frozenset(dense_layers)
+        self.rows_read = 0
+        self.rows_cached = 0
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        softmax_scale: float,
+        soft_cap: float | None,
+    ) -> torch.Tensor:
+        """See `AttentionRoute.attend`."""
+        if layer_idx in self.dense_layers:
+            return super().attend(layer_idx, query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
+        seq_len, num_heads, head_size = query.shape
+        num_kv_heads = key.shape[1]
+        kv_cache = _paged(key, value)
+        pages = torch.arange(len(kv_cache), dtype=torch.int32, device=query.device)[None]
+        close_pages(
+            kv_cache,
+            value_sum_view(kv_cache),
+            pages,
+            torch.tensor([seq_len], dtype=torch.int32, device=query.device),
+            torch.tensor([0, seq_len], dtype=torch.int32, device=query.device),
+        )
+        counters = DecodeCounters.allocate(num_heads, num_kv_heads, query.device)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        decode(
+            query.contiguous(),
+            kv_cache,
+            pages.expand(seq_len, -1),
+            torch.arange(1, seq_len + 1, dtype=torch.int32, device=query.device),
+            output=output,
+            workspace=DecodeWorkspace.allocate(
+                seq_len, num_heads, num_kv_heads, head_size, kv_dtype=key.dtype, device=query.device
+            ),
+            coefficients=torch.tensor(self.curve.coefficients[layer_idx], device=query.device),
+            min_length=self.curve.min_length,
+            max_length=self.curve.max_length,
+            min_sparse_context=self.curve.dense_length,
+            softmax_scale=softmax_scale,
+            logits_soft_cap=soft_cap,
+            value_sum=value_sum_view(kv_cache),
+            counters=counters,
+        )
+        dense_rows = num_kv_heads * sum(range(min(self.curve.dense_length, seq_len) + 1))
+        self.rows_read += int(counters.rows_read.sum()) - dense_rows
+        self.rows_cached += num_kv_heads * int(counters.totals[2]) - dense_rows
+        return output
+
+    @property
+    def rows_share(self) -> float:
+        """Value rows read over cached, of the rows that are thresholded."""
+        return self.rows_read / max(self.rows_cached, 1)
+
+
+def measure(
+    model_dir: Path,
+    texts: Sequence[Path],
+    thresholds: ThresholdStore,
+    *,
+    targets: Sequence[str],
+    length: int = 2048,
+    num_sequences: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> KernelQualityReport:
+    """Compare dense attention, the reference and the kernel on the same sequences.
+
+    Args:
+        model_dir: A Hugging Face model directory, with its tokenizer.
+        texts: UTF-8 text files that the thresholds were not calibrated on.
+        thresholds: A store calibrated for the model.
+        targets: What to compare, by label; a bare number is a k.
+        length: Tokens of a sequence.
+        num_sequences: Sequences to compare on.
+        seed: Chooses the sequences out of the texts.
+        dtype: Of weights, activations and cache; the reference's attention is float32 whatever it is.
+
+    Raises:
+        BenchmarkError: There is no GPU.
+        CalibrationError: A text cannot be used, or the model is not supported.
+        FingerprintMismatch: The thresholds are those of another architecture.
+        TargetOutOfRange: A target was not calibrated.
+    """
+    if not torch.cuda.is_available():
+        raise BenchmarkError("the decode kernel runs on NVIDIA GPUs only, and there is none")
+    manifest = thresholds.manifest
+    manifest.architecture.check(read_architecture(model_dir), file=thresholds.folder)
+    curves = [thresholds.curve_of(target) for target in targets]
+    read = [read_text(file) for file in texts]
+    sequences = load_sequences(
+        read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed
+    )
+    model = load_model(model_dir, dtype=dtype, device="cuda")
+    references = [
+        SparseRoute(
+            SparseAttention(Variant(target=curve.label), thresholds, max_length=length), counts=ReadCounts(length)
+        )
+        for curve in curves
+    ]
+    kernels = [KernelRoute(curve, manifest.dense_layers) for curve in curves]
+    against_dense, against_reference = [], []
+    for sequence in sequences:
+        states = []
+        for route in (DenseRoute(), *references, *kernels):
+            with routed(model, route):
+                states.append(hidden_states(model, sequence))
+        against_dense.append(compare_predictions(model, sequence, states[0], states[1:]))
+        against_reference.append(
+            [
+                compare_predictions(model, sequence, states[1 + index], [states[1 + len(curves) + index]])[0]
+                for index in range(len(curves))
+            ]
+        )
+    dense = [losses[0].dense for losses in against_dense]
+    num_tokens = [losses[0].num_tokens for losses in against_dense]
+    qualities = []
+    for index, curve in enumerate(curves):
+        reference = compare_perplexities(dense, [losses[index].sparse for losses in against_dense], num_tokens)
+        kernel = compare_perplexities(
+            dense, [losses[len(curves) + index].sparse for losses in against_dense], num_tokens
+        )
+        between = [losses[index] for losses in against_reference]
+        qualities.append(
+            KernelQuality(
+                target=curve.label,
+                reference_change=reference[0],
+                reference_error=reference[1],
+                kernel_change=kernel[0],
+                kernel_error=kernel[1],
+                reference_rows_share=references[index].counts.value_rows_share,
+                kernel_rows_share=kernels[index].rows_share,
+                kl_divergence=statistics.mean(losses.kl_divergence for losses in between),
+                top1_agreement=statistics.mean(losses.top1_agreement for losses in between),
+            )
+        )
+    return KernelQualityReport(
+        model=model_dir.absolute().name,
+        thresholds=manifest.model.id,
+        text=[text.source.name for text in read],
+        num_sequences=num_sequences,
+        length=length,
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(),
+        dense_perplexity=math.exp(statistics.mean(dense)),
+        qualities=qualities,
+    )
+
+
+def kernel_quality_table(report: KernelQualityReport) -> Table:
+    """The report as a table."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report.model}, {report.num_sequences} sequences of {report.length}, {report.dtype}, "
+        f"dense perplexity {report.dense_perplexity:.3f}",
+        caption=f"{report.device}; thresholds of {report.thresholds}; text {', '.join(report.text)}",
+    )
+    for heading in (
+        "target",
+        "reference %",
+        "+-",
+        "kernel %",
+        "+-",
+        "rows read %, reference",
+        "rows read %, kernel",
+        "KL between",
+        "top-1 equal %",
+    ):
+        table.add_column(heading, justify="right")
+    for quality in report.qualities:
+        table.add_row(
+            quality.target,
+            f"{quality.reference_change:+.2f}",
+            "" if quality.reference_error is None else f"{quality.reference_error:.2f}",
+            f"{quality.kernel_change:+.2f}",
+            "" if quality.kernel_error is None else f"{quality.kernel_error:.2f}",
+            f"{100 * quality.reference_rows_share:.1f}",
+            f"{100 * quality.kernel_rows_share:.1f}",
+            f"{quality.kl_divergence:.5f}",
+            f"{100 * quality.top1_agreement:.2f}",
+        )
+    return table
+
+
+def _paged(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Keys and values, [seq_len, num_kv_heads, head_size] each, in consecutive pages with room for tails."""
+    seq_len, num_kv_heads, head_size = key.shape
+    num_pages, width = -(-seq_len // BLOCK_SIZE), 2 * head_size
+    content = BLOCK_SIZE * num_kv_heads * width
+    stride = padded_page_bytes(content * key.element_size(), num_kv_heads, head_size) // key.element_size()
+    memory = torch.zeros(num_pages, stride, dtype=key.dtype, device=key.device)
+    rows = memory[:, :content].view(num_pages, BLOCK_SIZE, num_kv_heads, width)
+    tokens = torch.zeros(num_pages * BLOCK_SIZE, num_kv_heads, width, dtype=key.dtype, device=key.device)
+    tokens[:seq_len] = torch.cat([key, value], dim=-1)
+    rows.copy_(tokens.view(rows.shape))
+    return rows.transpose(1, 2)

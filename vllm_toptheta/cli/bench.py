@@ -1,0 +1,131 @@
+"""The commands `toptheta bench ...`: speed against other backends, and what belongs to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_table, words, write_json
+
+bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    specs: Annotated[
+        str | None, typer.Option(help="Batches in vLLM's grammar, separated by commas: 32q1s32k is 32 requests of 32K.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Survivors of a head, on average.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
+    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table
+
+    batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
+    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k)
+    report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
+    print_table(kernel_table(report))
+    write_json(json, report)
+
+
+@bench_app.command("tune")
+def bench_tune(
+    head_size: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
+    kv_dtype: Annotated[str, typer.Option(help="bfloat16 or float8_e4m3fn.")] = "bfloat16",
+    specs: Annotated[str, typer.Option(help="Batches to be fast on, as for `bench kernels`.")] = "16q1s16k,1q1s32k",
+    write: Annotated[bool, typer.Option(help="Write the best into the table that serving uses.")] = False,
+) -> None:
+    """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
+    from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
+    from vllm_toptheta.kernels.tuning import save_entry
+
+    workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype)
+    card, best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))
+    typer.echo(best)
+    if write:
+        save_entry(head_size, 1 if kv_dtype.startswith("float8") else 2, card, best)
+
+
+@bench_app.command("quality", context_settings=TEXT_FILES)
+def bench_quality(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
+    k: Annotated[str, typer.Option("--k", "--targets", help="Keys per query head, or other targets, by commas.")] = (
+        "64,128"
+    ),
+    sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
+    thresholds: ThresholdsOption = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Perplexity of a real model on the decode kernel, beside the reference's and dense; needs an NVIDIA GPU."""
+    from vllm_toptheta import store
+    from vllm_toptheta.benchmarks.quality import kernel_quality_table, measure
+
+    report = measure(
+        model,
+        [*text, *map(Path, context.args)],
+        store.load(store.resolve(str(model), thresholds=thresholds)),
+        targets=words(k),
+        length=length,
+        num_sequences=sequences,
+        seed=seed,
+    )
+    print_table(kernel_quality_table(report))
+    write_json(json, report)
+
+
+@bench_app.command("serving")
+def bench_serving(
+    model: Annotated[str, typer.Argument(help="A model that vLLM can load.")],
+    context: Annotated[int, typer.Option(help="Prompt tokens of a request.")] = 3900,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated per request.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Measured batches per engine.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Engines per backend, alternating.")] = 2,
+    backends: Annotated[str, typer.Option(help="Backends; the others are measured against the first.")] = (
+        "CPU_ATTN,TOPTHETA"
+    ),
+    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
+    k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
+    random_rows: Annotated[
+        int | None,
+        typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Time per output token of whole engines, one backend against the other in one run."""
+    import os
+    import tempfile
+    from contextlib import ExitStack
+
+    from vllm_toptheta.benchmarks.dummy import TARGET_K, write_model
+    from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
+
+    with ExitStack() as stack:
+        if random_rows is not None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            folder, thresholds = write_model(Path(scratch), name=model)
+            model, k = str(folder), TARGET_K
+            # the thresholds are set on the running engine, by functions sent to its workers
+            os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        workload = ServingWorkload(
+            random_rows=random_rows,
+            model=model,
+            context=context,
+            output_tokens=output_tokens,
+            batch_size=batch_size,
+            repeats=repeats,
+            dtype=dtype,
+            enforce_eager=not compile,
+            options={} if k is None else {"target_k": k},
+        )
+        report = compare(workload, backends.split(","), rounds)
+    print_table(serving_table(report))
+    write_json(json, report)
