@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     min_context: int = Field(
         0, ge=0, description="A sequence of at most this many tokens stays dense, as does one too short for the target."
     )
+    prefill: Literal["dense", "threshold"] = Field(
+        "dense", description="How tokens of a prompt attend; by thresholds only on CPUs."
+    )
     on_missing: Literal["error", "dense"] = Field(
         "error", description="What to do when there are no thresholds for the model."
     )

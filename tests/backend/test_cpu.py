@@ -173,6 +173,31 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     assert not harness.layers[1].impl.layer_plan.counters.totals.any()
 
 
+@pytest.mark.parametrize("chunks", [[512], [300, 212]])
+def test_prompts_by_thresholds(make_config: Callable[..., VllmConfig], chunks: list[int]) -> None:
+    harness = Harness(make_config(block_size=16, options={"prefill": "threshold"}), 16, [512])
+    length = 0
+    for chunk in chunks:
+        length += chunk
+        query, outputs = harness.run(Step([length], [chunk], [True]))
+        lengths = torch.arange(length - chunk + 1, length + 1).float()
+        threshold = (0.4 + 0.1 * lengths.clamp(min=129).log())[:, None].expand(-1, NUM_HEADS)
+        for layer, is_dense in enumerate((True, False, False)):
+            expected = paged_top_theta_attention(
+                query,
+                torch.cat(split_cache(harness.caches[layer]), dim=-1),
+                harness.block_table,
+                torch.tensor([length]),
+                torch.tensor([0, chunk]),
+                threshold=torch.full_like(threshold, -torch.inf) if is_dense else threshold,
+                target_k=TARGET_K,
+                softmax_scale=SCALE,
+            )
+            assert is_dense or expected.lost_mass.max() > 0
+            torch.testing.assert_close(outputs[layer], expected.output, rtol=1e-4, atol=2e-5)
+    assert not harness.layers[1].impl.layer_plan.counters.totals.any()  # they count what is decoded
+
+
 def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:
     harness = Harness(make_config(block_size=16, options={"target_k": 8}), 16, [100])
     harness.run(Step([60], [60], [True]))

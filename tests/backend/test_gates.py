@@ -13,6 +13,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm_toptheta import errors
 from vllm_toptheta.backend import gates, plugin
 from vllm_toptheta.backend.cpu import CpuTopThetaImpl
+from vllm_toptheta.settings import Settings
 
 MakeConfig = Callable[..., VllmConfig]
 
@@ -60,6 +61,14 @@ def test_float8_pages_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config:
             gates.check_engine(config)
     else:
         gates.check_engine(config)
+
+
+def test_prompts_by_thresholds_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    make_config({"prefill": "threshold"})
+    monkeypatch.setattr(type(gates.current_platform), "is_cpu", lambda self: False)
+    gates.check_settings(Settings.load({}))
+    with pytest.raises(errors.UnsupportedError, match="prefill: prompts attend by thresholds on CPUs only"):
+        gates.check_settings(Settings.load({"prefill": "threshold"}))
 
 
 def test_every_reason_is_named_at_once() -> None:

@@ -1,8 +1,8 @@
 """The backend on vLLM's CPU platform.
 
-It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, every generated token
-goes through the thresholds. It owns its cache layout (K and V of a token side by side, head by head), so it shares
-nothing with vLLM's own CPU kernels, which repack their pages.
+It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, unless the option
+`prefill` says otherwise, and every generated token goes through the thresholds. It owns its cache layout (K and V of a
+token side by side, head by head), so it shares nothing with vLLM's own CPU kernels, which repack their pages.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
+from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
 from vllm_toptheta.kernels.pages import value_sum_view
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens of one sequence that attend densely: part of a prompt, or tokens computed again after a preemption."""
+    """Tokens of one sequence that are not decoded: part of a prompt, or computed again after a preemption."""
 
     tokens: slice  # in the step's flat token axis
     block_table: torch.Tensor  # [max_blocks] int32
@@ -252,16 +253,40 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
             decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes, value_sum)
             output[step.decode_tokens] = decoded.to(output.dtype)
         for chunk in step.prefills:
-            output[chunk.tokens] = kernels.prefill(
-                query[chunk.tokens],
-                kv_cache,
-                chunk.block_table,
-                seq_len=chunk.seq_len,
-                softmax_scale=self.scale,
-                logits_soft_cap=self.logits_soft_cap,
-                sliding_window=self.sliding_window,
-            )
+            output[chunk.tokens] = self._prefill(query[chunk.tokens], kv_cache, chunk).to(output.dtype)
         return output
+
+    def _prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+        """[num_tokens, num_heads, head_size] for tokens of a prompt."""
+        attend = partial(
+            prefill,
+            query,
+            kv_cache,
+            chunk.block_table,
+            seq_len=chunk.seq_len,
+            softmax_scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+        )
+        plan, layer_plan = self.plan, self.layer_plan
+        if plan is None or layer_plan is None or plan.settings.prefill == "dense":
+            return attend(sliding_window=self.sliding_window)
+        lengths = torch.arange(chunk.seq_len - len(query) + 1, chunk.seq_len + 1)
+        powers = plan.length_powers(lengths)
+        if powers is None:
+            return attend()
+        threshold = powers @ layer_plan.coefficients.T
+        threshold[lengths <= plan.min_sparse_context] = -torch.inf
+        return sparse_prefill(
+            query,
+            kv_cache,
+            chunk.block_table,
+            seq_len=chunk.seq_len,
+            threshold=threshold,
+            softmax_scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            denominator_compensation=layer_plan.denominator_compensation,
+            value_mean_compensation=layer_plan.value_mean_compensation,
+        )
 
     def _decode(
         self,

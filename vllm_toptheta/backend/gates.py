@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.compat import check_version
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.settings import Settings
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # on GPUs; whether a card can is for FlashAttention to say
@@ -52,6 +53,20 @@ def check_engine(vllm_config: Any) -> None:
         ),
     }
     _refuse([reason for reason, applies in reasons.items() if applies])
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse options that the platform's backend does not have.
+
+    Raises:
+        UnsupportedError: Names the option.
+    """
+    if settings.prefill != "dense" and not current_platform.is_cpu():
+        raise UnsupportedError(
+            "prompts attend by thresholds on CPUs only; FlashAttention computes them on GPUs",
+            field="prefill",
+            remedy="Leave the option prefill out, or set it to dense",
+        )
 
 
 def check_layer(attn_selector_config: Any) -> None:

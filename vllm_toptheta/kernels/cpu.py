@@ -1,7 +1,7 @@
 """Top-Theta attention over the paged KV cache in vectorised torch operations, for CPUs.
 
 Three steps, in the order in which a layer runs them: `write_kv` puts new tokens into the cache, `close_pages` writes
-running value sums of pages that became full, then `decode` and `prefill` compute the output.
+running value sums of pages that became full, then `decode`, and `cpu_prefill` for prompts, compute the output.
 
     kv_cache      [num_blocks, num_kv_heads, block_size, 2 * head_size] of memory, filled as `split_cache` says
     block_table   [num_seqs, max_blocks] integer, physical block of each logical block
@@ -11,7 +11,6 @@ running value sums of pages that became full, then `decode` and `prefill` comput
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -294,62 +293,3 @@ def _value_rows(value_cache: torch.Tensor, blocks: torch.Tensor, positions: torc
     head = torch.arange(num_kv_heads)[:, None]
     index = block * rows_per_page + head * rows_per_head + positions % block_size
     return F.embedding(index, rows).float()
-
-
-def prefill(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    *,
-    seq_len: int,
-    softmax_scale: float,
-    logits_soft_cap: float | None = None,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """Dense causal attention of a chunk of one sequence's tokens, the last ones cached.
-
-    Args:
-        query: [num_tokens, num_heads, head_size].
-        kv_cache: See the module's head.
-        block_table: [max_blocks] integer, the sequence's blocks.
-        seq_len: Cached tokens, the chunk included.
-        softmax_scale: Factor on q . k.
-        logits_soft_cap: Cap c of c * tanh(s / c), or None.
-        sliding_window: Number of most recent keys that are seen, or None for all.
-
-    Returns:
-        [num_tokens, num_heads, head_size] in the query's dtype.
-    """
-    num_tokens, num_heads, head_size = query.shape
-    num_kv_heads, block_size = kv_cache.shape[1:3]
-    blocks = block_table[: -(-seq_len // block_size)].long()
-    key, value = (
-        cache.index_select(0, blocks).transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :seq_len].to(query.dtype)
-        for cache in split_cache(kv_cache)
-    )
-    queries = query.transpose(0, 1)
-    if num_tokens == seq_len and sliding_window is None and logits_soft_cap is None:
-        return _scaled_dot_product(queries, key, value, softmax_scale, is_causal=True)
-    row = torch.arange(seq_len - num_tokens, seq_len)[:, None]
-    column = torch.arange(seq_len)
-    visible = column <= row
-    if sliding_window is not None:
-        visible &= column > row - sliding_window
-    if logits_soft_cap is None:
-        return _scaled_dot_product(queries, key, value, softmax_scale, attn_mask=visible)
-    grouped = queries.reshape(num_kv_heads, -1, head_size)
-    scores = torch.matmul(grouped.float(), key.float().transpose(1, 2)).view(num_heads, num_tokens, seq_len)
-    scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
-    weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=2)
-    output = torch.matmul(weights.view(num_kv_heads, -1, seq_len), value.float()).view(queries.shape)
-    return output.transpose(0, 1).to(query.dtype)
-
-
-def _scaled_dot_product(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float, **mask: Any
-) -> torch.Tensor:
-    """torch's attention of [num_heads, num_tokens, head_size] queries, as [num_tokens, num_heads, head_size]."""
-    output = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], scale=softmax_scale, enable_gqa=len(query) != len(key), **mask
-    )
-    return output[0].transpose(0, 1)

@@ -1,0 +1,80 @@
+"""Prompts on the CPU against the fp32 reference, dense and by thresholds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.test_cpu import TOLERANCE, sequences
+from vllm_toptheta.kernels import cpu_prefill
+from vllm_toptheta.reference import Compensation, dense_attention, gather_sequence, top_theta_attention
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("context", "length"), [(0, 1), (0, 50), (33, 50), (49, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill(dtype: torch.dtype, context: int, length: int, window: int | None, soft_cap: float | None) -> None:
+    paged, _ = sequences([length], "gqa 3", 16, dtype)
+    query = torch.randn(length - context, 9, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    output = cpu_prefill.prefill(
+        query,
+        paged.kv_cache,
+        paged.block_table[0],
+        seq_len=length,
+        softmax_scale=0.125,
+        logits_soft_cap=soft_cap,
+        sliding_window=window,
+    )
+    assert output.dtype == dtype
+    key, value = gather_sequence(paged.interleaved, paged.block_table[0], length)
+    for index in range(len(query)):
+        end = context + index + 1
+        start = 0 if window is None else max(0, end - window)
+        expected = dense_attention(
+            query[index : index + 1],
+            key[start:end],
+            value[start:end],
+            softmax_scale=0.125,
+            logits_soft_cap=soft_cap,
+        )
+        tolerance = TOLERANCE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        torch.testing.assert_close(output[index : index + 1].float(), expected.output, **tolerance)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize(("exact", "mean"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("context", "length"), [(0, 1), (0, 50), (33, 50)])
+def test_sparse_prefill(
+    monkeypatch: pytest.MonkeyPatch, context: int, length: int, exact: bool, mean: bool, soft_cap: float | None
+) -> None:
+    monkeypatch.setattr(cpu_prefill, "BLOCK_BYTES", 4 * 9 * 50 * 7)  # seven rows at a time
+    paged, _ = sequences([length], "gqa 3", 16, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(length - context, 9, 64, generator=generator)
+    threshold = torch.randn(length - context, 9, generator=generator)
+    threshold[0], threshold[-1, :3] = -torch.inf, 100.0  # everything, and nothing
+    output = cpu_prefill.sparse_prefill(
+        query,
+        paged.kv_cache,
+        paged.block_table[0],
+        seq_len=length,
+        threshold=threshold,
+        softmax_scale=0.125,
+        logits_soft_cap=soft_cap,
+        denominator_compensation=exact,
+        value_mean_compensation=mean,
+    )
+    key, value = gather_sequence(paged.interleaved, paged.block_table[0], length)
+    expected = top_theta_attention(
+        query,
+        key,
+        value,
+        threshold=threshold,
+        target_k=0,
+        softmax_scale=0.125,
+        logits_soft_cap=soft_cap,
+        compensation=Compensation("exact" if exact else "none", mean),
+    )
+    assert length == 1 or int((~expected.survivors).sum()) > 0
+    torch.testing.assert_close(output, expected.output, **TOLERANCE)
