@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_toptheta import serve_cli
 from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.
 app.add_typer(thresholds_app, name="thresholds")
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(serve_cli.config_app, name="config")
+app.command("serve", context_settings=serve_cli.SERVE_SETTINGS)(serve_cli.serve)
 
 ThresholdsOption = Annotated[
     Path | None,
