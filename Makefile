@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test test-gpu test-gpu-engine lint format clean
+.PHONY: help install serve test test-gpu test-gpu-engine lint lint-deploy audit format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,10 +20,9 @@ install: $(VENV)/.installed ## Set up .venv with vLLM for CPUs, this package and
 
 serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS="..."]
 	@model=$$(toptheta demo-model) && \
-	set -- VLLM_PLUGINS=toptheta VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
-	    vllm serve "$$model" --attention-backend toptheta \
-	    --served-model-name smollm2-135m-instruct --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS) && \
-	echo "$$*" && exec env "$$@"
+	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
+	    exec toptheta serve "$$model" --served-model-name smollm2-135m-instruct \
+	    --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS)
 
 test: install ## Run the tests
 	python -m pytest
@@ -34,10 +33,20 @@ test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
 test-gpu-engine: ## Run engines on an NVIDIA GPU, two for tensor parallelism, in the environment at hand
 	$(PYTHON) -m pytest tests/e2e/test_engine.py tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py
 
-lint: install ## Check format, style and types
+lint: install lint-deploy ## Check format, style and types, and deploy/
 	ruff format --check .
 	ruff check .
 	mypy
+
+lint-deploy: install ## Check deploy/: shell, Dockerfiles, YAML, the schemas of compose files and Kubernetes
+	shellcheck .ci/run deploy/cpu/install.sh
+	hadolint deploy/docker/Dockerfile.*
+	yamllint --strict -c deploy/.yamllint.yaml deploy
+	check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+	kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
+
+audit: install ## Look for known vulnerabilities; AUDIT=--allow-offline where the database is out of reach
+	python .ci/audit.py $(AUDIT)
 
 format: install ## Rewrite the sources in the project's format
 	ruff format .

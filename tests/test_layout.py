@@ -28,6 +28,8 @@ FORBIDDEN = {
     "backend": {"transformers", "vllm_toptheta.reference", "vllm_toptheta.calibration", "vllm_toptheta.evaluation"},
     "benchmarks": {"vllm_toptheta.backend"},
     "cli": {"vllm", "triton"},
+    "server": {"torch", "transformers", "vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.telemetry"},
+    "selection": {"torch", "transformers", "vllm", "triton"},
     "demo_model": {"vllm", "triton"},
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,22 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vllm_toptheta.errors import SettingsError
 
+OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
 ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.compat` reads it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where options come from.
+
+    Attributes:
+        file: The file that holds them, if any.
+        name: What an option is called there.
+    """
+
+    file: Path | None = None
+    name: Callable[[str], str] = f"additional_config.{OPTIONS_KEY}.{{}}".format
 
 
 class Settings(BaseSettings):
@@ -47,6 +62,7 @@ class Settings(BaseSettings):
     on_missing: Literal["error", "dense"] = Field(
         "error", description="What to do when there are no thresholds for the model."
     )
+    page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 
     @field_validator("dense_layers", mode="before")
     @classmethod
@@ -61,16 +77,21 @@ class Settings(BaseSettings):
         return value
 
     @classmethod
-    def load(cls, options: Mapping[str, Any]) -> Settings:
-        """The settings made of vLLM's `additional_config["toptheta"]` and the environment.
+    def load(cls, options: Mapping[str, Any], *, source: Source | None = None) -> Settings:
+        """The settings made of options and the environment.
+
+        Args:
+            options: What vLLM's `additional_config["toptheta"]` says, or another source.
+            source: Where the options come from, for error messages.
 
         Raises:
             SettingsError: An unknown option or variable, or a value that does not fit; names it and the known ones.
         """
+        source = source or Source()
         if not isinstance(options, Mapping):
             raise SettingsError(
                 f"expected a mapping, got {type(options).__name__}",
-                field="additional_config.toptheta",
+                field=f"additional_config.{OPTIONS_KEY}",
                 remedy="""write --additional-config '{"toptheta": {"target_k": 128}}'""",
             )
         known = ", ".join(cls.model_fields)
@@ -84,9 +105,11 @@ class Settings(BaseSettings):
             return cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
+            option, *rest = map(str, first["loc"])
+            given = option in options
             raise SettingsError(
                 "unknown option" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r}",
-                field=f"additional_config.toptheta.{field}" if field in options else f"{ENV_PREFIX}{field.upper()}",
+                file=source.file if given else None,
+                field=".".join([source.name(option) if given else ENV_PREFIX + option.upper(), *rest]),
                 remedy=f"known options are {known}",
             ) from error

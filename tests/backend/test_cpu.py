@@ -156,9 +156,11 @@ def test_layers_equal_the_paged_reference(
         assert error <= 2 * rounding + 1e-5, f"layer {layer}"
     assert harness.layers[0].impl.layer_plan is None
     counters = harness.layers[1].impl.layer_plan.counters
+    counters.settle()
     decodes = [n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1]
     num_short = sum(n <= TARGET_K for n in decodes)
-    assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes)]
+    assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes), len(decodes) > 0]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [len(decodes) - num_short] * NUM_HEADS
     if len(decodes) > num_short:
         assert counters.rows_read.max() < sum(decodes)
         assert counters.lost_mass.min() > 0
@@ -170,7 +172,9 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     step = Step([512], [1], [True])
     query, outputs = harness.run(step)
     torch.testing.assert_close(outputs[1], harness.expected(step, query, 1), rtol=1e-4, atol=1e-5)
-    assert not harness.layers[1].impl.layer_plan.counters.totals.any()
+    counters = harness.layers[1].impl.layer_plan.counters
+    counters.settle()
+    assert not counters.totals.any()
 
 
 @pytest.mark.parametrize("chunks", [[512], [300, 212]])
@@ -223,6 +227,7 @@ def test_min_context_keeps_a_sequence_dense(make_config: Callable[..., VllmConfi
     harness.run(Step([599, 600], [599, 600], [True, True]))
     harness.run(Step([600, 601], [1, 1], [False, False]))
     counters = harness.layers[1].impl.layer_plan.counters
+    counters.settle()
     assert counters.totals.tolist()[:2] == [2, 1]
 
 

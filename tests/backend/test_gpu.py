@@ -159,8 +159,9 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
         assert engine.dense_rows == []
     layer_plan = engine.impl.layer_plan
     assert layer_plan is not None
-    decoded, dense, cached = layer_plan.counters.totals.tolist()
-    assert (decoded, dense) == (2 + 3 * 12, 0)
+    decoded, dense, cached, steps = layer_plan.counters.totals.tolist()
+    assert (decoded, dense, steps) == (2 + 3 * 12, 0, 1 + 12)
+    assert layer_plan.counters.lost_mass_histogram.sum(dim=1).tolist() == [decoded] * NUM_HEADS
     assert 0 < int(layer_plan.counters.rows_read.max()) < cached
     assert float(layer_plan.counters.lost_mass.min()) > 0
 
@@ -206,10 +207,10 @@ def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=forward_context))
     )
     assert Worker.compile_or_warm_up_model(worker) == "seconds"
-    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0]
+    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0, 0]
     engine.step([0], [42], [1])
     engine.step([0], [43], [1])
-    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43]
+    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43, 2]
 
 
 def test_a_dense_layer_is_flash_attentions(monkeypatch: pytest.MonkeyPatch) -> None:

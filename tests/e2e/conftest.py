@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from tests import store_factory
+from tests.e2e.server import Server, serving
 from vllm_toptheta.demo_model import demo_model
 from vllm_toptheta.store import Architecture
 
@@ -19,6 +21,13 @@ from vllm_toptheta.store import Architecture
 def model() -> Path:
     """The demo model, with the thresholds that the package ships."""
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for every test that needs nothing special; it runs until the last test has ended."""
+    with serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def main() -> None:
     import torch
     from vllm import LLM, SamplingParams
 
-    from vllm_toptheta.telemetry.endpoint import STATS_RPC
+    from vllm_toptheta.telemetry.reader import STATS_RPC
 
     config = json.load(sys.stdin)
     options = config.get("options")

@@ -2,81 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_toptheta.backend import worker
+from tests.e2e.server import ROOT, Server, free_port, serve_command, serving
+from vllm_toptheta.telemetry.reader import MAX_AGE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
-
-ROOT = Path(worker.__file__).parents[2]
-START_SECONDS = 400
-
-
-def serve_command(port: int, arguments: str = "") -> list[str]:
-    return ["make", "serve", f"VENV={sys.prefix}", f"PORT={port}", f"ARGS={arguments}"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class Server(NamedTuple):
-    url: str
-    log: Path
-
-    def post(self, route: str, **body: Any) -> dict[str, Any]:
-        answer = httpx.post(self.url + route, json={"model": "smollm2-135m-instruct", **body}, timeout=300)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def stats(self) -> dict[str, Any]:
-        answer = httpx.get(self.url + "/toptheta/stats", timeout=30)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            serve_command(port), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
-        yield Server(f"http://127.0.0.1:{port}", log)
-        assert process.poll() is None, log.read_text()[-4000:]
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended:\n{log.read_text()[-6000:]}"
-        try:
-            if httpx.get(url + "/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    raise AssertionError(f"no answer after {START_SECONDS} s:\n{log.read_text()[-6000:]}")
 
 
 def test_it_answers(server: Server) -> None:
@@ -89,18 +26,18 @@ def test_it_answers(server: Server) -> None:
 
 def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> None:
     log = server.log.read_text()
-    (command,) = [line for line in log.splitlines() if line.startswith("VLLM_PLUGINS=toptheta ")]
-    assert " vllm serve " in command
+    (command,) = [line for line in log.splitlines() if line.startswith("VLLM_PLUGINS=")]
+    assert ",toptheta vllm serve " in command
     assert " --attention-backend toptheta " in command
     assert log.count("toptheta: thresholds of HuggingFaceTB/SmolLM2-135M-Instruct") == 1
-    assert "target_k=128" in log
+    assert "target=k:128" in log
 
 
 def test_a_long_context_reads_few_value_rows(server: Server, text_ids: list[int]) -> None:
     before = server.stats()
     server.post("/v1/completions", prompt=text_ids[:3000], max_tokens=64, temperature=0, ignore_eos=True)
     after = server.stats()
-    assert (after["mode"], after["target_k"], after["dense_layers"]) == ("values", 128, [0, 1])
+    assert (after["mode"], after["target"], after["dense_layers"]) == ("values", "k:128", [0, 1])
     assert len(after["layers"]) == 28 * 3
     for old, new in zip(before["layers"], after["layers"], strict=True):
         assert new["decode_tokens"] - old["decode_tokens"] == 63  # the first token comes from the prompt's last row
@@ -124,18 +61,80 @@ def test_streaming_and_many_requests_at_once(server: Server, text_ids: list[int]
     assert lines[-1] == "data: [DONE]"
 
 
+def metrics(text: str) -> dict[tuple[str, str], float]:
+    """Our samples: value by name and the label's value."""
+    families = text_string_to_metric_families(text)
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("toptheta")
+    }
+
+
+def test_prometheus_scrapes_what_the_statistics_say(server: Server, text_ids: list[int]) -> None:
+    server.post("/v1/completions", prompt=text_ids[:600], max_tokens=16, temperature=0, ignore_eos=True)
+    server.post("/v1/completions", prompt=text_ids[:20], max_tokens=8, temperature=0, ignore_eos=True)
+    stats, answer = server.stats(), server.get("/metrics")
+    assert "vllm:generation_tokens_total" in answer.text
+    found = metrics(answer.text)
+    assert found["toptheta_decode_tokens_total", ""] == stats["decode_tokens"] > 0
+    assert found["toptheta_dense_tokens_total", "short_context"] == stats["dense_tokens"]["short_context"] >= 7
+    assert found["toptheta_value_bytes_not_read_total", ""] == stats["bytes_not_read"] > 0
+    assert stats["value_row_bytes"] == 64 * 2
+    assert stats["bytes_not_read"] == 128 * sum(head["rows_cached"] - head["rows_read"] for head in stats["layers"])
+    for layer in stats["lost_mass"]:
+        assert found["toptheta_lost_mass_count", str(layer["layer"])] == sum(layer["counts"])
+    sparse_tokens = stats["decode_tokens"] - stats["dense_tokens"]["short_context"]
+    assert found["toptheta_lost_mass_count", "2"] == 9 * sparse_tokens  # query heads
+
+
+def test_two_api_servers_with_a_key_report_the_same_totals(tmp_path: Path, text_ids: list[int]) -> None:
+    body = {"model": "smollm2-135m-instruct", "prompt": text_ids[:300], "max_tokens": 8, "ignore_eos": True}
+    key = {"Authorization": "Bearer secret"}
+    with serving(tmp_path, "--api-server-count 2 --api-key secret") as server:
+        assert "secret" not in server.log.read_text()
+        for _ in range(6):
+            answer = httpx.post(server.url + "/v1/completions", json=body, headers=key, timeout=300)
+            assert answer.status_code == 200, answer.text
+        time.sleep(MAX_AGE)
+        # every connection may reach another of the two
+        found = [metrics(server.get("/metrics").text) for _ in range(12)]
+        assert {one["toptheta_decode_tokens_total", ""] for one in found} == {6 * 7}
+        assert {server.get("/toptheta/stats").status_code for _ in range(4)} == {401}
+        answers = [server.get("/toptheta/stats", **key) for _ in range(12)]
+        assert {answer.json()["decode_tokens"] for answer in answers} == {6 * 7}
+        # both have answered: what they tell was collected at two different times
+        assert len({answer.json()["collected_at"] for answer in answers}) >= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("""--additional-config '{"toptheta": {"target": 64}}'""", "unknown option"),
+        ("""--additional-config '{"toptheta": {"target": 64}}'""", "toptheta.target: unknown option"),
         ("""--additional-config '{"toptheta": {"thresholds": "nowhere"}}'""", "nowhere"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8"),
+        ("--target-k 1000", "calibrated are 32, 64, 128, 256"),
     ],
 )
-def test_a_mistake_ends_the_start_with_one_reason(arguments: str, words: str) -> None:
+def test_a_mistake_ends_the_start_in_seconds_with_one_reason(arguments: str, words: str) -> None:
     process = subprocess.run(
-        serve_command(free_port(), arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        serve_command(free_port(), arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode != 0
+    (line,) = [line for line in process.stderr.splitlines() if not line.startswith("make")]
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_what_only_vllm_knows_is_refused_by_the_backend() -> None:
+    process = subprocess.run(
+        serve_command(free_port(), "--kv-cache-dtype fp8"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert process.returncode != 0
     last = [line for line in process.stderr.splitlines() if "vllm_toptheta.errors." in line][-1]
-    assert words in last
+    assert "--kv-cache-dtype fp8" in last

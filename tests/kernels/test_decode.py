@@ -6,9 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape, check, make_case, reference
+from tests.kernels.decode_case import (
+    DEVICE,
+    INNER_EDGES,
+    INTERPRETED,
+    RUNS_HERE,
+    WHY_NOT,
+    Shape,
+    check,
+    make_case,
+    reference,
+)
 from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace
+from vllm_toptheta.kernels.decode_kernels import _bucket
 from vllm_toptheta.kernels.tuning import LaunchConfig
 
 pytestmark = [
@@ -132,9 +145,30 @@ def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     again, _ = case.run(workspace=workspace, counters=counters)
     assert torch.equal(first, again)
     assert counters.rows_read.tolist() == (2 * once).tolist()
-    assert counters.totals.tolist() == [8, 0, 2 * sum(LENS)]
+    assert counters.totals.tolist() == [8, 0, 2 * sum(LENS), 2]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [8] * 4
     counters.zero_()
-    assert not counters.totals.any()
+    assert not any(buffer.any() for buffer in vars(counters).values())
+
+
+@triton.jit
+def _store_bucket(lost_mass_ptr, bucket_ptr, NUM_BUCKETS: tl.constexpr):
+    tl.store(bucket_ptr, _bucket(tl.load(lost_mass_ptr), NUM_BUCKETS))
+
+
+@pytest.mark.parametrize(
+    ("lost_mass", "bucket"),
+    [
+        *((0.0, 0), (2.0**-30, 0), (2.0**-9, 0), (2.0**-9 * 1.0001, 1), (2.0**-8, 1), (0.0123, 3)),
+        *((0.5, 8), (0.50001, 9), (1.0, 9), (1.0001, 9)),
+    ],
+)
+def test_buckets_include_their_upper_edge(lost_mass: float, bucket: int) -> None:
+    found = torch.empty(1, dtype=torch.int32, device=DEVICE)
+    _store_bucket[(1,)](torch.tensor([lost_mass], device=DEVICE), found, NUM_BUCKETS=10)
+    assert found.item() == bucket
+    edges = torch.tensor(INNER_EDGES)
+    assert torch.bucketize(torch.tensor(lost_mass), edges).item() == bucket
 
 
 def test_counting_is_optional() -> None:

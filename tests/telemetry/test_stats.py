@@ -1,60 +1,97 @@
-"""Counters, their sum over ranks, and the route that serves them."""
+"""Counters and their sum over ranks."""
 
 from __future__ import annotations
 
-import asyncio
-from argparse import Namespace
-from typing import Any
-
 import pytest
 import torch
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
-from vllm_toptheta.telemetry.counters import LayerCounters
-from vllm_toptheta.telemetry.endpoint import STATS_RPC, StatsEndpoint
-from vllm_toptheta.telemetry.stats import merge
-
-
-def rank(*counters: LayerCounters) -> dict[str, Any]:
-    return {
-        "mode": "values",
-        "target_k": 128,
-        "thresholds": "acme/tiny",
-        "dense_layers": [0],
-        "layers": [record for counter in counters for record in counter.snapshot()],
-    }
-
-
-def counted(layer: int, kv_heads: list[int], rows_read: list[list[int]], lost_mass: float) -> LayerCounters:
-    counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2)
-    counters.add(
-        torch.tensor([len(rows_read), 1, 100 * len(rows_read)]),
-        rows_read=torch.tensor(rows_read),
-        lost_mass=torch.full((len(rows_read), 2 * len(kv_heads)), lost_mass),
-    )
-    return counters
+from tests.telemetry.ranks import counted, rank
+from vllm_toptheta.telemetry.counters import MAX_PENDING, LayerCounters
+from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
 
 
 def test_counters_add_up_over_steps() -> None:
     counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25)
     counters.add(
-        torch.tensor([1, 0, 50]),
+        torch.tensor([1, 0, 50, 1]),
+        is_sparse=torch.tensor([[1]]),
         rows_read=torch.tensor([[1, 2]]),
         lost_mass=torch.tensor([[0.0, 0.5, 1.0, 1.0]]),
     )
-    first, second = counters.snapshot()
+    first, second = counters.heads()
     assert (first["layer"], first["kv_head"], second["kv_head"]) == (3, 4, 5)
-    assert (first["decode_tokens"], first["dense_tokens"], first["rows_cached"]) == (3, 1, 250)
+    assert (first["decode_tokens"], first["dense_tokens"], first["rows_cached"]) == (3, 0, 250)
     assert (first["rows_read"], second["rows_read"]) == (41, 62)
     assert first["lost_mass_mean"] == pytest.approx((4 * 0.25 + 0.5) / 6)
     assert second["lost_mass_mean"] == pytest.approx((4 * 0.25 + 2.0) / 6)
+    assert counters.totals.tolist() == [3, 0, 250, 2]
+    counters.add(
+        torch.tensor([1, 0, 50, 1]),
+        is_sparse=torch.tensor([[1]]),
+        rows_read=torch.tensor([[1, 2]]),
+        lost_mass=torch.zeros(1, 4),
+    )
+    counters.zero_()
+    assert not any(counters.histogram()["counts"])
+    assert counters.heads()[0]["rows_read"] == 0
+
+
+def test_steps_are_counted_many_at_once() -> None:
+    together = LayerCounters(1, [0], num_queries_per_kv=2)
+    masses = torch.rand(3 * MAX_PENDING + 5, 1, 2, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for step, lost_mass in enumerate(masses):
+        together.add(
+            torch.tensor([1, step % 2, 10, 1]),
+            is_sparse=torch.tensor([[1 - step % 2]]),
+            rows_read=torch.tensor([[step]]),
+            lost_mass=lost_mass,
+        )
+        counts.append(int(together.totals[0]))
+    # while they are pending, the buffers stand still
+    assert sorted(set(counts)) == [0, MAX_PENDING, 2 * MAX_PENDING, 3 * MAX_PENDING]
+    histogram = together.histogram()
+    sparse = masses[::2].flatten()
+    assert together.totals.tolist() == [len(masses), len(masses) // 2, 10 * len(masses), len(masses)]
+    assert together.rows_read.tolist() == [sum(range(len(masses)))]
+    assert histogram["counts"] == [
+        int(((sparse <= edge) & (sparse > below)).sum())
+        for below, edge in zip((-1.0, *LOST_MASS_EDGES), LOST_MASS_EDGES, strict=False)
+    ]
+    assert histogram["sum"] == pytest.approx(float(masses.double().sum()))
+
+
+def test_short_sequences_count_neither_in_the_mean_nor_in_the_histogram() -> None:
+    counters = counted(1, [0], [[100], [10], [10]], 0.3, num_short=1)
+    (head,) = counters.heads()
+    assert (head["decode_tokens"], head["dense_tokens"]) == (3, 1)
+    assert head["lost_mass_mean"] == pytest.approx(0.3)
+    assert sum(counters.histogram()["counts"]) == 2 * 2
+    assert counters.histogram()["sum"] == pytest.approx(4 * 0.3)
+
+
+def test_buckets_are_powers_of_two_that_include_their_upper_edge() -> None:
+    counters = LayerCounters(1, [0], num_queries_per_kv=4)
+    masses = torch.tensor([[0.0, 2.0**-9, 2.0**-8, 1.0], [0.3, 0.5, 0.51, 1.0]])
+    counters.add(
+        torch.tensor([2, 0, 9, 1]),
+        is_sparse=torch.ones(2, 1, dtype=torch.int64),
+        rows_read=torch.tensor([[1], [1]]),
+        lost_mass=masses,
+    )
+    assert LOST_MASS_EDGES[0] == 2.0**-9
+    assert LOST_MASS_EDGES[-1] == 1.0
+    assert counters.histogram()["counts"] == [2, 1, 0, 0, 0, 0, 0, 0, 2, 3]
+    for mass, edge in ((0.0, 0), (0.3, 8), (0.5, 8), (0.51, 9)):
+        assert mass <= LOST_MASS_EDGES[edge]
+        assert edge == 0 or mass > LOST_MASS_EDGES[edge - 1]
 
 
 def test_an_idle_layer_has_lost_nothing() -> None:
-    (record,) = LayerCounters(1, [0], 3).snapshot()
+    (record,) = LayerCounters(1, [0], 3).heads()
     assert record["lost_mass_mean"] == 0
-    assert merge([rank(LayerCounters(1, [0], 3))]).rows_read_share is None
+    stats = merge([rank(LayerCounters(1, [0], 3))])
+    assert (stats.rows_read_share, stats.bytes_not_read, stats.decode_tokens) == (None, 0, 0)
 
 
 def test_ranks_hold_different_heads_and_stages_different_layers() -> None:
@@ -66,59 +103,26 @@ def test_ranks_hold_different_heads_and_stages_different_layers() -> None:
     )
     assert [(head.layer, head.kv_head, head.rows_read) for head in stats.layers] == [(1, 0, 9), (2, 0, 5), (2, 1, 7)]
     assert stats.rows_read_share == pytest.approx(21 / 300)
+    assert stats.bytes_not_read == (300 - 21) * 128
+    assert [(one.layer, sum(one.counts)) for one in stats.lost_mass] == [(1, 2), (2, 4)]
+    assert stats.lost_mass[1].sum == pytest.approx(2 * 0.5 + 2 * 0.1)
+    # both ranks decoded the same token
+    assert (stats.decode_tokens, stats.decode_steps, stats.dense_tokens) == (1, 1, {"short_context": 0})
 
 
 def test_a_kv_head_on_two_ranks_is_summed() -> None:
-    (head,) = merge([rank(counted(2, [0], [[7], [7]], 0.5)), rank(counted(2, [0], [[5]], 0.2))]).layers
+    one, other = counted(2, [0], [[7], [7]], 0.5), counted(2, [0], [[5]], 0.2)
+    (head,) = merge([rank(one), rank(other)]).layers
     assert (head.decode_tokens, head.rows_cached, head.rows_read) == (3, 300, 19)
     assert head.lost_mass_mean == pytest.approx((2 * 0.5 + 0.2) / 3)
 
 
-class Engine:
-    """What the route needs of vLLM's engine client."""
-
-    def __init__(self, answers: list[dict[str, Any] | None]) -> None:
-        self.answers = answers
-
-    async def collective_rpc(self, method: str) -> list[dict[str, Any] | None]:
-        assert method == STATS_RPC
-        return self.answers
-
-
-def client(engine: Engine | None) -> TestClient:
-    app, endpoint = FastAPI(), StatsEndpoint()
-    endpoint.attach_router(app)
-    asyncio.run(endpoint.init_state(engine, app.state, Namespace()))
-    return TestClient(app)
-
-
-def test_route() -> None:
-    answer = client(Engine([rank(counted(2, [0], [[5]], 0.1))])).get("/toptheta/stats")
-    assert answer.status_code == 200
-    body = answer.json()
-    assert (body["mode"], body["target_k"]) == ("values", 128)
-    assert body["layers"][0] == {
-        "layer": 2,
-        "kv_head": 0,
-        "decode_tokens": 1,
-        "dense_tokens": 1,
-        "rows_cached": 100,
-        "rows_read": 5,
-        "lost_mass_mean": pytest.approx(0.1),
-    }
-
-
-def test_route_on_another_backend_says_which_flag_is_missing() -> None:
-    answer = client(Engine([None, None])).get("/toptheta/stats")
-    assert answer.status_code == 409
-    assert "--attention-backend toptheta" in answer.json()["detail"]
-
-
-def test_route_without_an_engine() -> None:
-    assert client(None).get("/toptheta/stats").status_code == 503
-
-
-def test_the_plugin_is_what_vllm_expects() -> None:
-    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
-
-    assert isinstance(StatsEndpoint(), EndpointPlugin)
+def test_replicas_decode_different_tokens() -> None:
+    reports = [
+        rank(counted(2, [0], [[7], [7]], 0.5, num_short=1), replica=0),
+        rank(replica=0),  # a pipeline stage whose layers are all dense
+        rank(counted(2, [0], [[5], [5], [5]], 0.2), replica=1),
+    ]
+    stats = merge(reports)
+    assert (stats.decode_tokens, stats.decode_steps, stats.dense_tokens) == (5, 2, {"short_context": 1})
+    assert stats.layers[0].rows_read == 29

@@ -54,7 +54,8 @@ class StepMetadata(AttentionMetadata):
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
         length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
         is_short: [num_decodes, 1] bool, sequences too short for thresholds.
-        totals: [3] int64, what the step adds to `LayerCounters.totals`.
+        is_sparse: [num_decodes, 1] int64, 1 where `is_short` is False.
+        totals: [4] int64, what the step adds to `LayerCounters.totals`.
         prefills: Everything that is not decoding.
         closed_pages: Pages that become full, or None.
     """
@@ -63,6 +64,7 @@ class StepMetadata(AttentionMetadata):
     decode_tokens: torch.Tensor | slice
     length_powers: torch.Tensor | None
     is_short: torch.Tensor
+    is_sparse: torch.Tensor
     totals: torch.Tensor
     prefills: list[PrefillChunk]
     closed_pages: kernels.ClosedPages | None
@@ -109,7 +111,8 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
             length_powers=None if bool(is_short.all()) else self.plan.length_powers(lengths),
             is_short=is_short[:, None],
-            totals=torch.stack([torch.tensor(len(lengths)), is_short.sum(), lengths.sum()]),
+            is_sparse=(~is_short).long()[:, None],
+            totals=torch.tensor([len(lengths), int(is_short.sum()), int(lengths.sum()), len(lengths) > 0]),
             prefills=prefills,
             closed_pages=kernels.ClosedPages.of_step(block_table, seq_lens - query_lens, seq_lens, block_size),
         )
@@ -317,5 +320,7 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum,
         )
-        layer_plan.counters.add(step.totals, rows_read=result.value_rows_read, lost_mass=result.lost_mass)
+        layer_plan.counters.add(
+            step.totals, is_sparse=step.is_sparse, rows_read=result.value_rows_read, lost_mass=result.lost_mass
+        )
         return result.output

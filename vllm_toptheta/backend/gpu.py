@@ -277,7 +277,9 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             v_scale=layer._v_scale if is_quantized else None,
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
-            counters=kernels.DecodeCounters(counters.rows_read, counters.lost_mass, counters.totals),
+            counters=kernels.DecodeCounters(
+                counters.rows_read, counters.lost_mass, counters.lost_mass_histogram, counters.totals
+            ),
         )
 
     def _workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> kernels.DecodeWorkspace:

@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_toptheta import store
-from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
-from vllm_toptheta.settings import Settings
+from vllm_toptheta.selection import select
+from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
 from vllm_toptheta.telemetry.counters import LayerCounters
 
 # below vLLM's own logger, so that its format and level apply
 logger = init_logger("vllm.toptheta")
-
-OPTIONS_KEY = "toptheta"  # in --additional-config
 
 
 @dataclass(frozen=True)
@@ -70,32 +67,8 @@ class Plan:
         settings = Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
-        layers = range(architecture.num_layers)
-        try:
-            folder = store.resolve(model_config.model, thresholds=settings.thresholds)
-        except StoreNotFound as error:
-            mistyped = settings.thresholds is not None and not settings.thresholds.exists()
-            if settings.on_missing == "error" or mistyped:
-                raise
-            return cls(settings, None, None, str(error), frozenset(layers), architecture)
-        thresholds = store.load(folder)
-        manifest = thresholds.manifest
-        manifest.architecture.check(architecture, file=folder)
-        if manifest.placement != "pre_softmax":
-            raise UnsupportedError(
-                f"these thresholds are {manifest.placement}; serving compares scores before the softmax",
-                file=folder,
-                remedy="Calibrate thresholds that apply before the softmax, as `toptheta calibrate` does",
-            )
-        dense_layers = manifest.dense_layers if settings.dense_layers is None else settings.dense_layers
-        if unknown := sorted(set(dense_layers) - set(layers)):
-            raise SettingsError(
-                f"the model has no layer {unknown[0]}",
-                field="dense_layers",
-                remedy=f"name layers from 0 to {layers[-1]}",
-            )
-        curve = thresholds.curve_of(settings.target) if settings.target else thresholds.curve(settings.target_k)
-        return cls(settings, curve, manifest.model.id, str(folder), frozenset(dense_layers), architecture)
+        selection = select(settings, model_config.model, architecture)
+        return cls(settings=settings, architecture=architecture, **vars(selection))
 
     @property
     def min_sparse_context(self) -> int:
@@ -108,7 +81,7 @@ class Plan:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
         chosen = {"target": self.curve.label}
-        chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k"})
+        chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k", "page"})
         options = ", ".join(f"{name}={value}" for name, value in chosen.items())
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
         logger.info_once(

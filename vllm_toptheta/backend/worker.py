@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from vllm_toptheta.backend.compat import NAME
-from vllm_toptheta.telemetry.endpoint import STATS_RPC
+from vllm_toptheta.backend.gates import FLOAT8_CACHE_DTYPES
+from vllm_toptheta.telemetry.reader import STATS_RPC
 
 
 def install() -> None:
@@ -39,17 +42,40 @@ def forget_warm_up() -> None:
 def _stats(worker: Any) -> dict[str, Any] | None:
     """This rank's report in the fields of `telemetry.stats.RankStats`, or None without a TOPTHETA layer."""
     impls = _impls(worker)
-    plans = [impl.plan for impl in impls if impl.plan is not None]
-    if not plans:
+    plan = next((impl.plan for impl in impls if impl.plan is not None), None)
+    if plan is None:
         return None
-    plan = plans[0]
+    counters = [impl.layer_plan.counters for impl in impls if impl.layer_plan]
+    layers = [record for layer in counters for record in layer.heads()]
+    # every layer decodes every token
+    decode_tokens, dense_tokens, _, decode_steps = counters[0].totals.tolist() if counters else (0, 0, 0, 0)
+    config = worker.vllm_config
     return {
         "mode": plan.settings.mode,
-        "target_k": plan.settings.target_k,
+        "target": plan.curve and plan.curve.label,
+        "compensation": plan.settings.compensation,
+        "min_context": plan.min_sparse_context,
         "thresholds": plan.model_id,
+        "calibrated_lengths": plan.curve and (plan.curve.min_length, plan.curve.max_length),
+        "num_layers": plan.architecture.num_layers,
+        "num_kv_heads": plan.architecture.num_kv_heads,
         "dense_layers": sorted(plan.dense_layers),
-        "layers": [record for impl in impls if impl.layer_plan for record in impl.layer_plan.counters.snapshot()],
+        "value_row_bytes": plan.architecture.head_size * _element_bytes(config),
+        "replica": config.parallel_config.data_parallel_rank,
+        "decode_steps": decode_steps,
+        "decode_tokens": decode_tokens,
+        "dense_tokens": dense_tokens,
+        "layers": layers,
+        "lost_mass": [layer.histogram() for layer in counters],
     }
+
+
+def _element_bytes(config: Any) -> int:
+    """Bytes of a cached element."""
+    name = config.cache_config.cache_dtype
+    if name in FLOAT8_CACHE_DTYPES:
+        return 1
+    return config.model_config.dtype.itemsize if name == "auto" else getattr(torch, name).itemsize
 
 
 def _impls(worker: Any) -> list[Any]:

@@ -133,7 +133,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     """Start an engine in this process and time it."""
     from vllm import LLM, SamplingParams
 
-    from vllm_toptheta.telemetry.endpoint import STATS_RPC
+    from vllm_toptheta.telemetry.reader import STATS_RPC
     from vllm_toptheta.telemetry.stats import merge
 
     is_dummy = workload.random_rows is not None

@@ -15,6 +15,7 @@ from vllm_toptheta.cli.bench import bench_app
 from vllm_toptheta.cli.calibrate import calibrate_command
 from vllm_toptheta.cli.evaluate import eval_app
 from vllm_toptheta.cli.report import report_command
+from vllm_toptheta.cli.serve import SERVE_SETTINGS, config_app, serve
 from vllm_toptheta.cli.terminal import TEXT_FILES, print_error
 from vllm_toptheta.cli.thresholds import thresholds_app
 from vllm_toptheta.errors import TopThetaError
@@ -26,11 +27,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("serve", context_settings=SERVE_SETTINGS)(serve)
 app.command("calibrate", context_settings=TEXT_FILES)(calibrate_command)
 app.command("report", context_settings=TEXT_FILES)(report_command)
 app.add_typer(eval_app, name="eval")
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
 MIN_BLOCK_SIZE = 16
+NUM_BUCKETS = 10  # of the lost mass, where `DecodeCounters` are allocated here
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class DecodeCounters:
     Attributes:
         rows_read: [num_kv_heads] int64, value rows fetched; a sequence's open page counts as read.
         lost_mass: [num_heads] float64, sum over tokens of the softmax mass of the keys that did not survive.
-        totals: [3] int64: tokens decoded, those among them kept dense, cached rows summed over tokens.
+        lost_mass_histogram: [num_heads, num_buckets] int64, tokens not kept dense by their lost mass: bucket
+            num_buckets - 1 - i holds what lies in (2^-(i + 1), 2^-i], and bucket 0 also everything below.
+        totals: [4] int64: tokens decoded, those among them kept dense, cached rows summed over tokens, steps that
+            decoded.
     """
 
     rows_read: torch.Tensor
     lost_mass: torch.Tensor
+    lost_mass_histogram: torch.Tensor
     totals: torch.Tensor
 
     @classmethod
@@ -43,12 +48,13 @@ class DecodeCounters:
         return cls(
             rows_read=torch.zeros(num_kv_heads, dtype=torch.int64, device=device),
             lost_mass=torch.zeros(num_heads, dtype=torch.float64, device=device),
-            totals=torch.zeros(3, dtype=torch.int64, device=device),
+            lost_mass_histogram=torch.zeros(num_heads, NUM_BUCKETS, dtype=torch.int64, device=device),
+            totals=torch.zeros(4, dtype=torch.int64, device=device),
         )
 
     def zero_(self) -> None:
         """Start counting anew."""
-        for buffer in (self.rows_read, self.lost_mass, self.totals):
+        for buffer in (self.rows_read, self.lost_mass, self.lost_mass_histogram, self.totals):
             buffer.zero_()
 
 
@@ -227,6 +233,7 @@ def decode(
         value_sum_ptr=value_sum,
         v_scale_ptr=v_scale,
         lost_mass_ptr=None if counters is None else counters.lost_mass,
+        histogram_ptr=None if counters is None else counters.lost_mass_histogram,
         totals_ptr=None if counters is None else counters.totals,
         stride_output_seq=output.stride(0),
         stride_output_head=output.stride(1),
@@ -236,6 +243,7 @@ def decode(
         num_programs=num_programs,
         BLOCK_PAD=triton.next_power_of_2(block_size),
         PIECE_BLOCK=piece_block,
+        NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         HAS_V_SCALE=v_scale is not None,
         EXACT_DENOMINATOR=denominator_compensation,
         num_warps=config.merge_warps or merge_warps,

@@ -496,6 +496,15 @@ def _count_tokens(totals_ptr, seq_lens_ptr, num_seqs, min_sparse_context, SEQ_BL
     tl.store(totals_ptr, tl.load(totals_ptr) + tl.sum(decoded.to(tl.int64), axis=0))
     tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + tl.sum(dense.to(tl.int64), axis=0))
     tl.store(totals_ptr + 2, tl.load(totals_ptr + 2) + tl.sum(seq_lens.to(tl.int64), axis=0))
+    tl.store(totals_ptr + 3, tl.load(totals_ptr + 3) + tl.max(decoded.to(tl.int64), axis=0))
+
+
+@triton.jit
+def _bucket(lost_mass, NUM_BUCKETS: tl.constexpr):
+    """Bucket of a lost mass, see `DecodeCounters`: the exponent of the smallest power of two that is not below it."""
+    # a float32's exponent stands above 23 bits, which carry into it unless all of them are 0
+    exponent = ((lost_mass.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
+    return tl.minimum(tl.maximum(exponent + NUM_BUCKETS - 1, 0), NUM_BUCKETS - 1)
 
 
 @triton.jit(do_not_specialize=("stride_table_seq", "num_seqs", "num_kv_heads", "num_programs", "min_sparse_context"))
@@ -509,7 +518,8 @@ def merge_kernel(
     partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
     partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32
     lost_mass_ptr,  # [num_heads] float64
-    totals_ptr,  # [3] int64: decoded tokens, those kept dense, cached rows
+    histogram_ptr,  # [num_heads, NUM_BUCKETS] int64
+    totals_ptr,  # [4] int64: decoded tokens, those kept dense, cached rows, steps
     stride_output_seq,
     stride_output_head,
     stride_kv_block,
@@ -531,6 +541,7 @@ def merge_kernel(
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
     PIECE_BLOCK: tl.constexpr,
+    NUM_BUCKETS: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     EXACT_DENOMINATOR: tl.constexpr,
     VALUE_MEAN: tl.constexpr,
@@ -628,3 +639,5 @@ def merge_kernel(
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
     if COUNT:
         tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), sem="relaxed")
+        bucket = histogram_ptr + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
+        tl.atomic_add(bucket, 1, mask=seq_len > min_sparse_context, sem="relaxed")

@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 
+from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
+
+# what `bucketize` compares with: the last bucket has no upper edge of its own, since no mass exceeds 1
+_INNER_EDGES = torch.tensor(LOST_MASS_EDGES[:-1])
+MAX_PENDING = 64  # steps on the CPU that are counted at once
+
 
 @dataclass
 class LayerCounters:
@@ -17,10 +23,12 @@ class LayerCounters:
         kv_heads: Global indices of this rank's kv heads.
         num_queries_per_kv: Query heads that share one kv head.
         device: Where the buffers live; kernels add to them there.
-        totals: [3] int64: tokens decoded, those whose context was too short for thresholds, and value rows cached,
-            summed over tokens.
+        totals: [4] int64: tokens decoded, those whose context was too short for thresholds, value rows cached, summed
+            over tokens, and steps that decoded.
         rows_read: [num_kv_heads] int64, value rows fetched, summed over tokens.
         lost_mass: [num_heads] float64, lost softmax mass summed over tokens.
+        lost_mass_histogram: [num_heads, num_buckets] int64, tokens to which thresholds applied, by their lost mass;
+            bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
     """
 
     layer: int
@@ -30,34 +38,56 @@ class LayerCounters:
     totals: torch.Tensor = field(init=False)
     rows_read: torch.Tensor = field(init=False)
     lost_mass: torch.Tensor = field(init=False)
+    lost_mass_histogram: torch.Tensor = field(init=False)
+    _pending: list[tuple[torch.Tensor, ...]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         num_heads = len(self.kv_heads) * self.num_queries_per_kv
-        self.totals = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self.totals = torch.zeros(4, dtype=torch.int64, device=self.device)
         self.rows_read = torch.zeros(len(self.kv_heads), dtype=torch.int64, device=self.device)
         self.lost_mass = torch.zeros(num_heads, dtype=torch.float64, device=self.device)
+        self.lost_mass_histogram = torch.zeros(num_heads, len(LOST_MASS_EDGES), dtype=torch.int64, device=self.device)
 
-    def add(self, totals: torch.Tensor, *, rows_read: torch.Tensor, lost_mass: torch.Tensor) -> None:
-        """Count one step.
+    def add(
+        self, totals: torch.Tensor, *, is_sparse: torch.Tensor, rows_read: torch.Tensor, lost_mass: torch.Tensor
+    ) -> None:
+        """Remember one step on the CPU, to be counted by `settle`; on GPUs the kernels count.
 
         Args:
-            totals: [3] int64, the step's contribution to `totals`.
+            totals: [4] int64, the step's contribution to `totals`.
+            is_sparse: [tokens, 1] int64, 1 for a token to which thresholds applied, else 0.
             rows_read: [tokens, num_kv_heads] int64.
             lost_mass: [tokens, num_heads] float32.
         """
-        self.totals += totals
-        self.rows_read += rows_read.sum(dim=0)
-        self.lost_mass += lost_mass.sum(dim=0)
+        self._pending.append((totals, is_sparse, rows_read, lost_mass))
+        if len(self._pending) == MAX_PENDING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the steps that `add` remembered: many at once cost hardly more than one."""
+        if not self._pending:
+            return
+        totals, is_sparse, rows_read, lost_mass = zip(*self._pending, strict=True)
+        self._pending.clear()
+        self.totals += torch.stack(totals).sum(dim=0)
+        self.rows_read += torch.cat(rows_read).sum(dim=0)
+        masses = torch.cat(lost_mass)
+        self.lost_mass += masses.sum(dim=0, dtype=torch.float64)
+        buckets = torch.bucketize(masses, _INNER_EDGES)
+        self.lost_mass_histogram.scatter_add_(1, buckets.T, torch.cat(is_sparse).expand_as(buckets).T)
 
     def zero_(self) -> None:
         """Start counting anew."""
-        for buffer in (self.totals, self.rows_read, self.lost_mass):
+        self._pending.clear()
+        for buffer in (self.totals, self.rows_read, self.lost_mass, self.lost_mass_histogram):
             buffer.zero_()
 
-    def snapshot(self) -> list[dict[str, Any]]:
+    def heads(self) -> list[dict[str, Any]]:
         """One plain record per kv head, in the fields of `stats.HeadStats`."""
-        decode_tokens, dense_tokens, rows_cached = self.totals.tolist()
-        lost_mass = self.lost_mass.view(-1, self.num_queries_per_kv).mean(dim=1) / max(1, decode_tokens)
+        self.settle()
+        decode_tokens, dense_tokens, rows_cached, _ = self.totals.tolist()
+        sums = self.lost_mass.view(-1, self.num_queries_per_kv).mean(dim=1)
+        lost_mass = (sums / max(1, decode_tokens - dense_tokens)).tolist()
         return [
             {
                 "layer": self.layer,
@@ -69,6 +99,15 @@ class LayerCounters:
                 "lost_mass_mean": lost_mass_mean,
             }
             for kv_head, rows_read, lost_mass_mean in zip(
-                self.kv_heads, self.rows_read.tolist(), lost_mass.tolist(), strict=True
+                self.kv_heads, self.rows_read.tolist(), lost_mass, strict=True
             )
         ]
+
+    def histogram(self) -> dict[str, Any]:
+        """A plain record of the layer's lost mass, in the fields of `stats.LostMass`."""
+        self.settle()
+        return {
+            "layer": self.layer,
+            "counts": self.lost_mass_histogram.sum(dim=0).tolist(),
+            "sum": float(self.lost_mass.sum()),
+        }

@@ -1,11 +1,14 @@
-"""The statistics as they are served: one record per layer and kv head, summed over ranks."""
+"""The statistics as they are served: records per layer and kv head, summed over ranks."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, Field
+
+LOST_MASS_EDGES = tuple(2.0**exponent for exponent in range(-9, 1))  # upper edges, included
 
 
 class HeadStats(BaseModel):
@@ -13,57 +16,119 @@ class HeadStats(BaseModel):
 
     layer: int
     kv_head: int
-    decode_tokens: int = Field(description="Tokens decoded.")
+    decode_tokens: int = Field(description="Tokens decoded; on every rank that holds the head.")
     dense_tokens: int = Field(description="Those among them whose context was too short for thresholds.")
     rows_cached: int = Field(description="Value rows in the cache, summed over decode tokens.")
     rows_read: int = Field(description="Value rows fetched from the cache, summed over decode tokens.")
-    lost_mass_mean: float = Field(description="Softmax mass of the rows not read, mean over tokens and query heads.")
+    lost_mass_mean: float = Field(
+        description="Softmax mass of the rows not read, mean over query heads and tokens to which thresholds applied."
+    )
 
 
-class RankStats(BaseModel):
-    """What one worker reports."""
+class LostMass(BaseModel):
+    """Lost softmax mass in one layer, over query heads and tokens to which thresholds applied."""
+
+    layer: int
+    counts: list[int] = Field(description="Pairs of token and query head in each bucket of lost_mass_edges.")
+    sum: float = Field(description="Lost mass summed over the pairs.")
+
+
+class InForce(BaseModel):
+    """What the server was started with."""
 
     mode: str
-    target_k: int
+    target: str | None = Field(description="What the thresholds aim at, as k:128; null if none are used.")
+    compensation: str
+    min_context: int = Field(description="Sequences of at most this many tokens are dense.")
     thresholds: str | None = Field(
         description="The model that the thresholds were calibrated on; null if none are used."
     )
+    calibrated_lengths: tuple[int, int] | None = Field(description="Tokens between which thresholds follow the length.")
+    num_layers: int
+    num_kv_heads: int
     dense_layers: list[int] = Field(description="Layers that read everything; they are not listed under layers.")
+    value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")
+
+
+class RankStats(InForce):
+    """What one worker reports."""
+
+    replica: int = Field(description="Data-parallel rank; replicas decode different tokens.")
+    decode_steps: int
+    decode_tokens: int
+    dense_tokens: int
     layers: list[HeadStats]
+    lost_mass: list[LostMass]
 
 
-class Stats(RankStats):
+class Stats(InForce):
     """What `GET /toptheta/stats` answers."""
 
+    collected_at: float = Field(description="When the workers were asked, in seconds since 1970.")
+    decode_steps: int = Field(description="Engine steps that decoded at least one token.")
+    decode_tokens: int = Field(description="Tokens decoded.")
+    dense_tokens: dict[str, int] = Field(description="Those that were decoded densely, by reason.")
     rows_read_share: float | None = Field(description="rows_read / rows_cached over all layers; null before decoding.")
+    bytes_not_read: int = Field(description="Bytes of cached values that thresholds made unnecessary to read.")
+    lost_mass_edges: list[float] = Field(description="Upper edges of the buckets in lost_mass, included.")
+    layers: list[HeadStats]
+    lost_mass: list[LostMass]
 
 
 def merge(ranks: Iterable[dict[str, Any]]) -> Stats:
-    """Add up the ranks' reports: tensor-parallel ranks hold different heads, pipeline ranks different layers."""
+    """Add up the ranks' reports.
+
+    Tensor-parallel ranks hold different heads and pipeline ranks different layers, yet all of a replica's ranks decode
+    the same tokens.
+    """
     reports = [RankStats.model_validate(rank) for rank in ranks]
     heads: dict[tuple[int, int], HeadStats] = {}
     for head in (head for report in reports for head in report.layers):
         key = head.layer, head.kv_head
-        heads[key] = _add(heads[key], head) if key in heads else head
+        heads[key] = _add_heads(heads[key], head) if key in heads else head
+    lost_mass: dict[int, LostMass] = {}
+    for one in (one for report in reports for one in report.lost_mass):
+        lost_mass[one.layer] = _add_lost_mass(lost_mass[one.layer], one) if one.layer in lost_mass else one
     layers = [heads[key] for key in sorted(heads)]
-    cached = sum(head.rows_cached for head in layers)
+    cached, read = (sum(getattr(head, name) for head in layers) for name in ("rows_cached", "rows_read"))
+    in_force = reports[0].model_dump(include=set(InForce.model_fields) - {"dense_layers"})
     return Stats(
-        **reports[0].model_dump(exclude={"layers", "dense_layers"}),
+        **in_force,
         dense_layers=sorted({layer for report in reports for layer in report.dense_layers}),
+        collected_at=time.time(),
+        decode_steps=_over_replicas(reports, "decode_steps"),
+        decode_tokens=_over_replicas(reports, "decode_tokens"),
+        dense_tokens={"short_context": _over_replicas(reports, "dense_tokens")},
+        rows_read_share=read / cached if cached else None,
+        bytes_not_read=(cached - read) * reports[0].value_row_bytes,
+        lost_mass_edges=list(LOST_MASS_EDGES),
         layers=layers,
-        rows_read_share=sum(head.rows_read for head in layers) / cached if cached else None,
+        lost_mass=[lost_mass[layer] for layer in sorted(lost_mass)],
     )
 
 
-def _add(one: HeadStats, other: HeadStats) -> HeadStats:
-    tokens = one.decode_tokens + other.decode_tokens
-    lost = one.lost_mass_mean * one.decode_tokens + other.lost_mass_mean * other.decode_tokens
+def _over_replicas(reports: list[RankStats], field: str) -> int:
+    """Sum of a count over replicas, in each of which it is that of the rank furthest ahead."""
+    largest: dict[int, int] = {}
+    for report in reports:
+        largest[report.replica] = max(largest.get(report.replica, 0), getattr(report, field))
+    return sum(largest.values())
+
+
+def _add_heads(one: HeadStats, other: HeadStats) -> HeadStats:
+    sparse = [head.decode_tokens - head.dense_tokens for head in (one, other)]
+    lost = one.lost_mass_mean * sparse[0] + other.lost_mass_mean * sparse[1]
     return HeadStats(
         layer=one.layer,
         kv_head=one.kv_head,
-        decode_tokens=tokens,
+        decode_tokens=one.decode_tokens + other.decode_tokens,
         dense_tokens=one.dense_tokens + other.dense_tokens,
         rows_cached=one.rows_cached + other.rows_cached,
         rows_read=one.rows_read + other.rows_read,
-        lost_mass_mean=lost / max(1, tokens),
+        lost_mass_mean=lost / max(1, sum(sparse)),
     )
+
+
+def _add_lost_mass(one: LostMass, other: LostMass) -> LostMass:
+    counts = [a + b for a, b in zip(one.counts, other.counts, strict=True)]
+    return LostMass(layer=one.layer, counts=counts, sum=one.sum + other.sum)

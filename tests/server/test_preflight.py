@@ -1,0 +1,79 @@
+"""Thresholds against config.json: what is compared, and what is said where nothing can be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import CONFIG
+from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError, SettingsError, StoreNotFound, TargetOutOfRange
+from vllm_toptheta.server.preflight import preflight
+from vllm_toptheta.settings import Settings
+
+
+def check(model: str | Path, *, revision: str | None = None, config_path: str | None = None, **options: object) -> str:
+    settings = Settings.load({"target_k": 16, **options})
+    return preflight(settings, str(model), revision=revision, config_path=config_path)
+
+
+def test_a_directory(model: Path, thresholds: Path) -> None:
+    assert check(model, thresholds=thresholds) == (
+        f"thresholds of acme/tiny in {thresholds / 'acme--tiny'}: k 16, calibrated from 33 to 1024 tokens, "
+        f"dense layers 0; they fit {model}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "words"),
+    [
+        ({"head_dim": 32}, {}, FingerprintMismatch, "head_size: calibrated on a model with 16, but this model has 32"),
+        ({"num_attention_heads": None}, {}, ModelConfigError, "num_heads"),
+        ({}, {"target_k": 64}, TargetOutOfRange, "calibrated are 8, 32"),
+        ({}, {"dense_layers": [3]}, SettingsError, "dense_layers: the model has no layer 3"),
+        ({}, {"thresholds": "nowhere", "on_missing": "dense"}, StoreNotFound, "nowhere"),
+    ],
+)
+def test_what_does_not_fit(
+    model: Path, thresholds: Path, change: dict[str, object], options: dict[str, object], error: type, words: str
+) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(error, match=words):
+        check(model, **({"thresholds": thresholds} | options))
+
+
+def test_missing_thresholds_may_mean_dense(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFound, match="toptheta calibrate"):
+        check(model, thresholds=tmp_path / "models")
+    assert check(model, thresholds=tmp_path / "models", on_missing="dense").startswith("every layer will run dense: ")
+
+
+def test_config_json_from_elsewhere(model: Path, thresholds: Path) -> None:
+    assert "they fit acme/tiny" in check("acme/tiny", config_path=str(model), thresholds=thresholds)
+
+
+def test_a_hub_id_in_the_cache(model: Path, thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    revision = "0" * 40
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((model / "config.json").read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "they fit acme/tiny" in check("acme/tiny", revision=revision, thresholds=thresholds)
+    assert "not compared with the model" in check("acme/tiny", revision="1" * 40, thresholds=thresholds)
+
+
+@pytest.mark.parametrize("name", ["acme/tiny", "s3://bucket/acme--tiny"])
+def test_a_model_that_is_not_here_yet(
+    name: str, thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    message = check(name, thresholds=thresholds / "acme--tiny")
+    assert "thresholds of acme/tiny" in message
+    assert "not compared with the model" in message
+
+
+@pytest.mark.parametrize("name", ["./models/nowhere", "/nowhere/tiny", "~/tiny", "a/b/c"])
+def test_a_directory_that_does_not_exist(name: str, thresholds: Path) -> None:
+    with pytest.raises(ModelConfigError, match="neither a directory nor a hub id"):
+        check(name, thresholds=thresholds)

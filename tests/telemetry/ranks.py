@@ -1,0 +1,72 @@
+"""What workers report, made up, and an engine that passes it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_toptheta.telemetry.counters import LayerCounters
+from vllm_toptheta.telemetry.reader import STATS_RPC
+
+
+def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
+    """The report of a worker with these layers."""
+    for layer in counters:
+        layer.settle()
+    decode_tokens, dense_tokens, _, decode_steps = counters[0].totals.tolist() if counters else (0, 0, 0, 0)
+    return {
+        "mode": "values",
+        "target": "k:128",
+        "compensation": "sdc+vmc",
+        "min_context": 128,
+        "thresholds": "acme/tiny",
+        "calibrated_lengths": (129, 4096),
+        "num_layers": 4,
+        "num_kv_heads": 2,
+        "dense_layers": [0],
+        "value_row_bytes": 128,
+        "replica": 0,
+        "decode_steps": decode_steps,
+        "decode_tokens": decode_tokens,
+        "dense_tokens": dense_tokens,
+        "layers": [record for layer in counters for record in layer.heads()],
+        "lost_mass": [layer.histogram() for layer in counters],
+        **changes,
+    }
+
+
+def counted(
+    layer: int, kv_heads: list[int], rows_read: list[list[int]], lost_mass: float, *, num_short: int = 0
+) -> LayerCounters:
+    """Counters after one step of sequences with 100 cached rows each, the first `num_short` of which were dense."""
+    counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2)
+    tokens = len(rows_read)
+    is_sparse = (torch.arange(tokens) >= num_short).long()[:, None]
+    counters.add(
+        torch.tensor([tokens, num_short, 100 * tokens, 1]),
+        is_sparse=is_sparse,
+        rows_read=torch.tensor(rows_read),
+        lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
+    )
+    return counters
+
+
+class Engine:
+    """What the routes need of vLLM's engine client.
+
+    Attributes:
+        answers: What the workers report; an exception is raised.
+        questions: How often they were asked.
+    """
+
+    def __init__(self, answers: list[dict[str, Any] | None] | Exception) -> None:
+        self.answers = answers
+        self.questions = 0
+
+    async def collective_rpc(self, method: str) -> list[dict[str, Any] | None]:
+        assert method == STATS_RPC
+        self.questions += 1
+        if isinstance(self.answers, Exception):
+            raise self.answers
+        return self.answers

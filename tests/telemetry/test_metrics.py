@@ -1,0 +1,93 @@
+"""What Prometheus scrapes: the totals of the engine, beside vLLM's own metrics, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY, Counter
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.telemetry.ranks import counted, rank
+from vllm_toptheta.telemetry.metrics import exposition
+from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, Stats, merge
+
+DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+@pytest.fixture
+def stats() -> Stats:
+    return merge(
+        [
+            rank(counted(1, [0], [[40], [5]], 0.2, num_short=1), counted(2, [0], [[30], [3]], 0.02, num_short=1)),
+            rank(counted(1, [1], [[60], [7]], 0.4, num_short=1), counted(2, [1], [[20], [2]], 0.02, num_short=1)),
+        ]
+    )
+
+
+def samples(stats: Stats | None) -> dict[tuple[str, str], float]:
+    """Value by name and the one label's value."""
+    families = text_string_to_metric_families(exposition(stats).decode())
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_counters(stats: Stats) -> None:
+    found = samples(stats)
+    assert found["toptheta_decode_tokens_total", ""] == 2
+    assert found["toptheta_decode_steps_total", ""] == 1
+    assert found["toptheta_dense_tokens_total", "short_context"] == 1
+    assert found["toptheta_value_rows_cached_total", "1"] == 2 * 200
+    assert found["toptheta_value_rows_read_total", "1"] == 40 + 5 + 60 + 7
+    assert found["toptheta_value_rows_read_total", "2"] == 30 + 3 + 20 + 2
+    assert found["toptheta_value_bytes_not_read_total", ""] == 128 * (800 - 112 - 55)
+
+
+def test_the_histogram_is_cumulative_per_layer(stats: Stats) -> None:
+    found = samples(stats)
+    counts = [found["toptheta_lost_mass_bucket", f"1,{edge!r}"] for edge in LOST_MASS_EDGES]
+    assert counts == [0, 0, 0, 0, 0, 0, 0, 2, 4, 4]  # twice 0.2, twice 0.4
+    assert found["toptheta_lost_mass_bucket", "1,+Inf"] == found["toptheta_lost_mass_count", "1"] == 4
+    assert found["toptheta_lost_mass_sum", "1"] == pytest.approx(2 * 0.2 + 2 * 0.4)
+
+
+def test_the_thresholds_are_described(stats: Stats) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(exposition(stats).decode())}
+    (sample,) = families["toptheta_thresholds_info"].samples
+    assert sample.labels == {
+        "model": "acme/tiny",
+        "mode": "values",
+        "target": "k:128",
+        "compensation": "sdc+vmc",
+        "min_context": "128",
+        "dense_layers": "0",
+    }
+
+
+def test_vllms_metrics_are_there_with_and_without_ours(stats: Stats) -> None:
+    counter = Counter("vllm:of_a_test", "A metric of vLLM.")
+    try:
+        counter.inc(3)
+        assert samples(stats)["vllm:of_a_test_total", ""] == samples(None)["vllm:of_a_test_total", ""] == 3
+    finally:
+        REGISTRY.unregister(counter)
+    assert not any(name.startswith("toptheta") for name, _ in samples(None))
+
+
+def test_several_api_servers_do_not_add_up_ours(stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # this makes vLLM take the registry that sums over the files of all processes
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    for _ in range(2):  # another server's scrape leaves nothing behind
+        assert samples(stats)["toptheta_decode_tokens_total", ""] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_metric_is_documented(stats: Stats) -> None:
+    text = DOCS.read_text()
+    families = [family.name for family in text_string_to_metric_families(exposition(stats).decode())]
+    for name in families:
+        if name.startswith("toptheta"):
+            assert f"`{name}" in text

@@ -1,0 +1,64 @@
+"""The command `toptheta serve`, and the reference of its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# vLLM's flags are none of our business: whatever we do not know is passed on
+SERVE_SETTINGS = {"ignore_unknown_options": True}
+
+config_app = typer.Typer(help="Describe the configuration.", no_args_is_help=True)
+
+
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL VLLM_FLAGS", help="A hub id or a directory, and flags of `vllm serve`."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with what follows and vLLM's flags.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check everything, and exit with 0 or 2.")] = False,
+    thresholds: Annotated[Path | None, typer.Option(help="A threshold store, or a directory of stores.")] = None,
+    target_k: Annotated[int | None, typer.Option(help="Keys per query head that thresholds should keep.")] = None,
+    target: Annotated[str | None, typer.Option(help="What thresholds aim at instead, as mass:0.98.")] = None,
+    compensation: Annotated[str | None, typer.Option(help="sdc+vmc, sdc or none.")] = None,
+    dense_layers: Annotated[str | None, typer.Option(help="Layers that read everything, as 0,1.")] = None,
+    min_context: Annotated[int | None, typer.Option(help="Tokens up to which a sequence stays dense.")] = None,
+    prefill: Annotated[str | None, typer.Option(help="How prompts attend: dense, or threshold on CPUs.")] = None,
+    on_missing: Annotated[str | None, typer.Option(help="Without thresholds: error, or dense.")] = None,
+    page: Annotated[bool | None, typer.Option("--page/--no-page", help="Show the page /toptheta.")] = None,
+) -> None:
+    """Check the thresholds against the model, print the plain `vllm serve` command, and become it."""
+    from vllm_toptheta.server.command import ServeCommand
+    from vllm_toptheta.server.config import ServerConfig
+
+    options = {
+        "thresholds": None if thresholds is None else str(thresholds),
+        "target_k": target_k,
+        "target": target,
+        "compensation": compensation,
+        "dense_layers": dense_layers,
+        "min_context": min_context,
+        "prefill": prefill,
+        "on_missing": on_missing,
+        "page": page,
+    }
+    command = ServeCommand.build(
+        arguments or [],
+        {name: value for name, value in options.items() if value is not None},
+        ServerConfig() if config is None else ServerConfig.load(config),
+    )
+    typer.echo(f"checked: {command.check()}", err=not check)
+    if not check:
+        typer.echo(command.text())
+        command.become()
+
+
+@config_app.command("docs")
+def print_reference() -> None:
+    """Print docs/configuration.md, made from the models that check the configuration."""
+    from vllm_toptheta.server.reference import reference
+
+    typer.echo(reference(), nl=False)

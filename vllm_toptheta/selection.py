@@ -1,0 +1,69 @@
+"""Which thresholds a served model gets, and which layers use them; asked before vLLM starts, and in its workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_toptheta import store
+from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture, ThresholdCurve
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` found.
+
+    Attributes:
+        curve: theta(n) of every layer and head at the target; None if the model runs dense.
+        model_id: The model that the thresholds were calibrated on; None if there are none.
+        origin: Where the thresholds lie, or why there are none.
+        dense_layers: Layers that read everything.
+    """
+
+    curve: ThresholdCurve | None
+    model_id: str | None
+    origin: str
+    dense_layers: frozenset[int]
+
+
+def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
+    """Find the thresholds of a model and check that they were made for its architecture. No network.
+
+    Args:
+        settings: The options in force.
+        model: A hub id or a local directory.
+        architecture: The model's; None where it is not known yet, and then it is not compared.
+
+    Raises:
+        SettingsError: An option does not fit the model.
+        StoreError: Thresholds are missing, damaged, made for another architecture or lack the target.
+        UnsupportedError: The thresholds apply after the softmax.
+    """
+    try:
+        folder = store.resolve(model, thresholds=settings.thresholds)
+    except StoreNotFound as error:
+        mistyped = settings.thresholds is not None and not settings.thresholds.exists()
+        if settings.on_missing == "error" or mistyped:
+            raise
+        return Selection(None, None, str(error), frozenset(range(architecture.num_layers if architecture else 0)))
+    thresholds = store.load(folder)
+    manifest = thresholds.manifest
+    if architecture is not None:
+        manifest.architecture.check(architecture, file=folder)
+    if manifest.placement != "pre_softmax":
+        raise UnsupportedError(
+            f"these thresholds are {manifest.placement}; serving compares scores before the softmax",
+            file=folder,
+            remedy="Calibrate thresholds that apply before the softmax, as `toptheta calibrate` does",
+        )
+    layers = range(manifest.architecture.num_layers)
+    dense_layers = manifest.dense_layers if settings.dense_layers is None else settings.dense_layers
+    if unknown := sorted(set(dense_layers) - set(layers)):
+        raise SettingsError(
+            f"the model has no layer {unknown[0]}",
+            field="dense_layers",
+            remedy=f"name layers from 0 to {layers[-1]}",
+        )
+    curve = thresholds.curve_of(settings.target) if settings.target else thresholds.curve(settings.target_k)
+    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers))

@@ -1,0 +1,106 @@
+"""vLLM's flags: passed on word for word, and read only where this package has something to add or to check."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_toptheta.errors import SettingsError
+
+_VALUE = re.compile(r"^(?!-)|^-\.?\d|^-$")  # a word that is no flag: negative numbers are values
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag and the words that belong to it.
+
+    Attributes:
+        name: The flag as vLLM compares it: dashes for underscores, nothing behind `=`.
+        words: As they were given.
+    """
+
+    name: str
+    words: tuple[str, ...]
+
+    @classmethod
+    def of_words(cls, words: Iterable[str]) -> Flag:
+        """A flag and its values."""
+        first, *values = words
+        return cls(first.split("=", 1)[0].replace("_", "-"), (first, *values))
+
+    @property
+    def value(self) -> str | None:
+        """Its value; None for a bare flag or for several."""
+        name, separator, inside = self.words[0].partition("=")
+        if separator:
+            return inside
+        return self.words[1] if len(self.words) == 2 else None
+
+
+def split(words: Iterable[str]) -> tuple[list[str], list[Flag]]:
+    """What stands before the first flag, and the flags."""
+    positional: list[str] = []
+    groups: list[list[str]] = []
+    for word in words:
+        if not _VALUE.match(word):
+            groups.append([word])
+        else:
+            (groups[-1] if groups else positional).append(word)
+    return positional, [Flag.of_words(group) for group in groups]
+
+
+def from_mapping(flags: Mapping[str, Any]) -> list[Flag]:
+    """The flags that a configuration file names."""
+    return [Flag.of_words(_words(name, value)) for name, value in flags.items()]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{flag}", *(item if isinstance(item, str) else json.dumps(item) for item in values)]
+
+
+def overlay(lower: list[Flag], upper: list[Flag]) -> list[Flag]:
+    """Both lists, without those of `lower` that `upper` sets, in either of a switch's two forms."""
+    named = {_switch(flag.name) for flag in upper}
+    return [flag for flag in lower if _switch(flag.name) not in named] + upper
+
+
+def _switch(name: str) -> str:
+    return name.replace("--no-", "--", 1)
+
+
+def find(flags: list[Flag], name: str) -> Flag | None:
+    """The flag of this name, the last one where there are several, as vLLM has it."""
+    return next((flag for flag in reversed(flags) if flag.name == name), None)
+
+
+def take_json(flags: list[Flag], name: str) -> tuple[dict[str, Any], list[Flag]]:
+    """The JSON object that a flag holds, {} without the flag, and the other flags.
+
+    Raises:
+        SettingsError: The flag holds no JSON object, or sets a part of it by a dotted name.
+    """
+    if dotted := next((flag for flag in flags if flag.name.startswith(f"{name}.")), None):
+        raise SettingsError(
+            "not supported by `toptheta serve`",
+            field=dotted.name,
+            remedy=f"Give {name} as JSON, or use the options of `toptheta serve --help`",
+        )
+    flag = find(flags, name)
+    if flag is None:
+        return {}, flags
+    try:
+        content = json.loads(flag.value or "")
+    except ValueError as error:
+        raise SettingsError(f"not JSON: {error}", field=name) from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"expected a JSON object, got {flag.value}", field=name)
+    return content, [other for other in flags if other.name != name]

@@ -1,0 +1,82 @@
+"""Thresholds against a model's config.json, before anything of vLLM is imported: a mistake costs seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_toptheta import store
+from vllm_toptheta.errors import ModelConfigError
+from vllm_toptheta.selection import select
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
+
+
+class LocalModel(NamedTuple):
+    """What is known of a model without a network.
+
+    Attributes:
+        architecture: Read off its config.json; None if that is not here.
+        unknown: Why it is not here; empty otherwise.
+    """
+
+    architecture: Architecture | None
+    unknown: str
+
+
+def preflight(settings: Settings, model: str, *, revision: str | None, config_path: str | None) -> str:
+    """Check that the model can be served with these settings.
+
+    Args:
+        settings: The options in force.
+        model: A hub id or a directory.
+        revision: Of the hub's repository; None for its main branch.
+        config_path: vLLM's --hf-config-path: where config.json lies instead.
+
+    Returns:
+        What will be served, in a sentence.
+
+    Raises:
+        ModelConfigError: config.json is unusable, or the model is neither a directory nor a hub id.
+        TopThetaError: What `select` raises.
+    """
+    local = find_model(config_path or model, revision)
+    selection = select(settings, model, local.architecture)
+    if selection.curve is None:
+        return f"every layer will run dense: {selection.origin}"
+    dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
+    curve = selection.curve
+    return (
+        f"thresholds of {selection.model_id} in {selection.origin}: {curve.label}, calibrated from "
+        f"{curve.min_length} to {curve.max_length} tokens, dense layers {dense_layers}; "
+        + (f"not compared with the model, because {local.unknown}" if local.unknown else f"they fit {model}")
+    )
+
+
+def find_model(model: str, revision: str | None) -> LocalModel:
+    """Look for a model's config.json in a directory or in the hub's local cache.
+
+    Raises:
+        ModelConfigError: It is unusable, or the name is neither a directory nor a hub id.
+    """
+    if os.path.isdir(model):
+        return LocalModel(store.read_architecture(model), "")
+    if "://" in model:
+        return LocalModel(None, f"{model} is not a local directory")
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        cached, model_exists = None, False
+    else:
+        model_exists = not model.startswith((".", "~"))
+    if not model_exists:
+        raise ModelConfigError(
+            "neither a directory nor a hub id", file=model, remedy="Name a Hugging Face model directory, or org/name"
+        )
+    if isinstance(cached, str):
+        return LocalModel(store.read_architecture(Path(cached).parent), "")
+    return LocalModel(None, f"its config.json is not in the local cache; vLLM compares when it has downloaded {model}")

@@ -1,0 +1,115 @@
+"""docs/configuration.md, made from the pydantic models that check the configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_toptheta.server.config import ServerConfig
+from vllm_toptheta.settings import ENV_PREFIX, Settings
+
+_HEAD = """# Configuration
+
+<!-- Written by `toptheta config docs` from vllm_toptheta/settings.py and vllm_toptheta/server; do not edit. -->
+
+One option can be set in four places. The first that sets it wins:
+
+1. the command line: `toptheta serve MODEL --target-k 64`, or `--additional-config '{"toptheta": {"target_k": 64}}'`,
+   which is how plain `vllm serve` takes it;
+2. the file given as `toptheta serve --config FILE`;
+3. the environment: `TOPTHETA_TARGET_K=64`;
+4. the default.
+
+An option or variable that does not exist is an error that names those that do. `toptheta serve --check` reports every
+mistake, also one in the thresholds, with exit code 2, before anything of vLLM is loaded.
+
+## Options of the backend
+"""
+
+_FILE = """
+## The configuration file
+
+A YAML file: the options above at its root, and beside them
+
+"""
+
+_EXAMPLE = """
+Relative paths of `model` and `thresholds` start at the file's folder. Tags, anchors and repeated keys are refused.
+Flags of the command line win over those in `vllm`. For example:
+
+```yaml
+model: HuggingFaceTB/SmolLM2-135M-Instruct
+target_k: 64
+min_context: 1024
+vllm:
+  port: 8000
+  max-num-seqs: 64
+  enable-prefix-caching: false
+  served-model-name: [smollm2, default]
+  override-generation-config: {temperature: 0.2}
+```
+
+    toptheta serve --config serve.yaml --port 8123
+
+The file is checked, the thresholds are compared with the model's config.json, the plain `vllm serve` command is printed
+(keys as `***`), and the process becomes that command. `VLLM_PLUGINS` gets `toptheta` added to what it names, or to all
+plugins that vLLM finds installed where it is not set. A hub id is looked up in the local cache of Hugging Face; if its
+config.json is not there, vLLM compares once it has downloaded it.
+
+## Other variables
+
+| variable | meaning |
+| --- | --- |
+| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | start on a vLLM version that this release was not compared with |
+| `VLLM_API_KEY` | as `--api-key`: a key that `/v1` and `/toptheta/stats` ask for |
+"""
+
+_NAMES = {"object": "mapping", "boolean": "true or false", "integer": "integer", "number": "number", "string": "string"}
+
+
+def reference() -> str:
+    """The Markdown text."""
+    options = _table(
+        ("option", "variable", "type", "default", "meaning"),
+        (
+            (f"`{name}`", f"`{ENV_PREFIX}{name.upper()}`", kind, default, meaning)
+            for name, kind, default, meaning in _fields(Settings)
+        ),
+    )
+    file = _table(
+        ("field", "type", "default", "meaning"),
+        ((f"`{name}`", *rest) for name, *rest in _fields(ServerConfig)),
+    )
+    return f"{_HEAD}\n{options}{_FILE}{file}{_EXAMPLE}"
+
+
+def _fields(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each field."""
+    for name, schema in model.model_json_schema()["properties"].items():
+        default = "" if schema.get("default") is None else f"`{json.dumps(schema['default'])}`".replace('"', "")
+        yield name, _type(schema), default, schema["description"]
+
+
+def _type(schema: dict[str, Any]) -> str:
+    choices = [choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null"]
+    return " or ".join(map(_name, choices))
+
+
+def _name(schema: dict[str, Any]) -> str:
+    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    if values:
+        return " or ".join(f"`{value}`" for value in values)
+    if schema.get("format") == "path":
+        return "path"
+    if schema["type"] == "array":
+        return f"list of {_name(schema['items'])}s"
+    minimum = f", at least {schema['minimum']}" if "minimum" in schema else ""
+    return _NAMES[schema["type"]] + minimum
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

@@ -1,0 +1,107 @@
+"""The statistics as Prometheus metrics, added to what vLLM exposes.
+
+They are made from the engine's totals at each scrape, not counted in the API server: several API servers of one engine
+then expose the same totals, and nothing is added up twice by `PROMETHEUS_MULTIPROC_DIR`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from vllm_toptheta.telemetry.stats import Stats
+
+
+class StatsCollector(Collector):
+    """Metric families of one set of statistics.
+
+    Args:
+        stats: What the workers have counted.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families; see docs/operations.md."""
+        stats = self._stats
+        yield _info(stats)
+        yield _counter("toptheta_decode_steps", "Engine steps that decoded at least one token.", stats.decode_steps)
+        yield _counter("toptheta_decode_tokens", "Tokens decoded.", stats.decode_tokens)
+        dense = CounterMetricFamily("toptheta_dense_tokens", "Tokens decoded densely, by reason.", labels=["reason"])
+        for reason, tokens in stats.dense_tokens.items():
+            dense.add_metric([reason], tokens)
+        yield dense
+        yield _counter(
+            "toptheta_value_bytes_not_read", "Bytes of cached values that need not be read.", stats.bytes_not_read
+        )
+        yield _per_layer(
+            "toptheta_value_rows_cached",
+            "Value rows in the cache, summed over decoded tokens and kv heads.",
+            ((head.layer, head.rows_cached) for head in stats.layers),
+        )
+        yield _per_layer(
+            "toptheta_value_rows_read",
+            "Value rows read from the cache, summed over decoded tokens and kv heads.",
+            ((head.layer, head.rows_read) for head in stats.layers),
+        )
+        lost_mass = HistogramMetricFamily(
+            "toptheta_lost_mass",
+            "Softmax mass of the keys whose values were not read, per decoded token and query head.",
+            labels=["layer"],
+        )
+        for layer in stats.lost_mass:
+            cumulative = list(accumulate(layer.counts))
+            buckets = [(repr(edge), count) for edge, count in zip(stats.lost_mass_edges, cumulative, strict=True)]
+            lost_mass.add_metric([str(layer.layer)], [*buckets, ("+Inf", cumulative[-1])], layer.sum)
+        yield lost_mass
+
+
+def exposition(stats: Stats | None) -> bytes:
+    """The answer to a scrape, in Prometheus' text format as vLLM gives it.
+
+    Args:
+        stats: The statistics; None if there are none, and then only vLLM's metrics are exposed.
+    """
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    registry = CollectorRegistry()
+    registry.register(get_prometheus_registry())
+    if stats is not None:
+        registry.register(StatsCollector(stats))
+    return generate_latest(registry)
+
+
+def _info(stats: Stats) -> InfoMetricFamily:
+    return InfoMetricFamily(
+        "toptheta_thresholds",
+        "The thresholds in use.",
+        value={
+            "model": stats.thresholds or "",
+            "mode": stats.mode,
+            "target": stats.target or "",
+            "compensation": stats.compensation,
+            "min_context": str(stats.min_context),
+            "dense_layers": ",".join(map(str, stats.dense_layers)),
+        },
+    )
+
+
+def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, documentation, value=value)
+
+
+def _per_layer(name: str, documentation: str, values: Iterable[tuple[int, int]]) -> CounterMetricFamily:
+    totals: defaultdict[int, int] = defaultdict(int)
+    for layer, value in values:
+        totals[layer] += value
+    family = CounterMetricFamily(name, documentation, labels=["layer"])
+    for layer, total in totals.items():
+        family.add_metric([str(layer)], total)
+    return family
