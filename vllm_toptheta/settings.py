@@ -62,6 +62,16 @@ class Settings(BaseSettings):
     on_missing: Literal["error", "dense"] = Field(
         "error", description="What to do when there are no thresholds for the model."
     )
+    guard: Literal["off", "warn", "relax"] = Field(
+        "relax",
+        description="What to do in layers that lose more than the calibration text did: lower thresholds, or say so.",
+    )
+    guard_share: float = Field(
+        0.25,
+        gt=0.0,
+        lt=1.0,
+        description="Share of a layer's tokens that may lose more than 95 % of those calibrated on.",
+    )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 
     @field_validator("dense_layers", mode="before")

@@ -17,6 +17,7 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
     decode_tokens, dense_tokens, _, decode_steps = counters[0].totals.tolist() if counters else (0, 0, 0, 0)
     return {
         "mode": "values",
+        "guard": "relax",
         "target": "k:128",
         "compensation": "sdc+vmc",
         "min_context": 128,
@@ -32,6 +33,7 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
         "dense_tokens": dense_tokens,
         "layers": [record for layer in counters for record in layer.heads()],
         "lost_mass": [layer.histogram() for layer in counters],
+        "guarded": [],
         **changes,
     }
 

@@ -107,7 +107,7 @@ def test_what_it_shows(page: Page) -> None:
         assert page.text("#lost-mean") == "15 %"
         assert page.text("#dense-share") == "50 %"
         assert page.text("#bytes-note") == "44.8 kB since the start"  # 350 rows of 128 bytes each
-        assert page.text("#in-force").startswith("thresholds ofacme/tinytarget k128 keys per query head")
+        assert page.text("#in-force").startswith("thresholds ofacme/tinytargetk:128")
         shares = page.evaluate("[...document.querySelectorAll('#spread .share')].map((share) => share.textContent)")
         assert shares == [""] * 5 + ["50 %", "", "50 %", "", ""]
         assert "hidden" in page.evaluate("document.querySelector('#notice').outerHTML")

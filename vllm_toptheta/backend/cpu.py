@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
 from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
@@ -80,13 +81,17 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log()
+        layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, CpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name))
+                layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
+        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
+        self.watch.step()
         common = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()

@@ -30,6 +30,7 @@ from vllm_toptheta.backend.compat import NAME, without_decodes
 from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
@@ -70,13 +71,17 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
             self.plan.log()
         forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, GpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs)
+                layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
+        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
+        self.watch.step()
         common = common_attn_metadata
         metadata = super().build(0, common, fast_build)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
@@ -22,16 +23,24 @@ class LayerPlan:
     """What one sparse layer needs to know on one rank.
 
     Attributes:
-        coefficients: [num_heads, degree + 1] float32, of theta in ascending powers of ln n.
+        coefficients: [num_heads, degree + 1] float32, of theta in ascending powers of ln n; the guard moves their
+            constant terms.
+        constant_terms: [num_heads] float32, those of the calibrated thresholds.
         denominator_compensation: Whether the softmax denominator is exact.
         value_mean_compensation: Whether the lost mass is given to the mean value.
         counters: What decoding does there.
+        expected_lost_mass: [num_heads] float32 on the host, what 95 % of calibration rows stay below; None if the
+            thresholds came without a measurement.
+        guard: Decides about the thresholds; None if it is off, or nothing is expected.
     """
 
     coefficients: torch.Tensor
+    constant_terms: torch.Tensor
     denominator_compensation: bool
     value_mean_compensation: bool
     counters: LayerCounters
+    expected_lost_mass: torch.Tensor | None
+    guard: LayerGuard | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,12 @@ class Plan:
         """The longest context, in tokens, that still stays dense."""
         return max(self.settings.min_context, self.curve.dense_length if self.curve else 0)
 
+    @property
+    def guard_state(self) -> str:
+        """What the guard does: an option, or `unmeasured` if there is nothing to compare with."""
+        is_measured = self.curve is not None and self.curve.expectations is not None
+        return self.settings.guard if is_measured or self.settings.guard == "off" else "unmeasured"
+
     def log(self) -> None:
         """Say once what is in force."""
         if self.curve is None:
@@ -84,6 +99,8 @@ class Plan:
         chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k", "page"})
         options = ", ".join(f"{name}={value}" for name, value in chosen.items())
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
+        if self.guard_state == "unmeasured":
+            logger.warning_once("toptheta: the guard is off, because these thresholds came without a measurement")
         logger.info_once(
             "toptheta: thresholds of %s in %s; dense_layers=%s, %s", self.model_id, self.origin, dense_layers, options
         )
@@ -109,11 +126,21 @@ class Plan:
         group = num_heads // num_kv_heads
         whole_group = self.architecture.num_heads // self.architecture.num_kv_heads
         kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
+        heads = slice(first, first + num_heads)
+        coefficients = torch.from_numpy(self.curve.coefficients[layer, heads].copy()).to(device)
+        expected = None
+        if self.curve.expectations is not None:
+            # the most at any length: buckets in which nothing was measured hold zeros
+            expected = torch.from_numpy(self.curve.expectations.lost_mass_p95[layer, heads].max(axis=-1))
+        is_guarded = expected is not None and self.settings.guard != "off"
         return LayerPlan(
-            coefficients=torch.from_numpy(self.curve.coefficients[layer, first : first + num_heads].copy()).to(device),
+            coefficients=coefficients,
+            constant_terms=coefficients[:, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
             counters=LayerCounters(layer, kv_heads, group, device),
+            expected_lost_mass=expected,
+            guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
         )
 
     def length_powers(self, seq_lens: torch.Tensor) -> torch.Tensor | None:

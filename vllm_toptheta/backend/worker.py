@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from vllm_toptheta.backend.compat import NAME
 from vllm_toptheta.backend.gates import FLOAT8_CACHE_DTYPES
+from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.telemetry.reader import STATS_RPC
 
 
@@ -52,6 +54,7 @@ def _stats(worker: Any) -> dict[str, Any] | None:
     config = worker.vllm_config
     return {
         "mode": plan.settings.mode,
+        "guard": plan.guard_state,
         "target": plan.curve and plan.curve.label,
         "compensation": plan.settings.compensation,
         "min_context": plan.min_sparse_context,
@@ -67,6 +70,19 @@ def _stats(worker: Any) -> dict[str, Any] | None:
         "dense_tokens": dense_tokens,
         "layers": layers,
         "lost_mass": [layer.histogram() for layer in counters],
+        "guarded": [
+            _guard_state(impl.layer_plan.counters.layer, impl.layer_plan.guard)
+            for impl in impls
+            if impl.layer_plan and impl.layer_plan.guard
+        ],
+    }
+
+
+def _guard_state(layer: int, guard: LayerGuard) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "share_above": guard.share_above,
+        "lowered_by": None if math.isinf(guard.relaxation) else guard.relaxation,
     }
 
 

@@ -6,12 +6,18 @@ then expose the same totals, and nothing is added up twice by `PROMETHEUS_MULTIP
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -61,6 +67,14 @@ class StatsCollector(Collector):
             buckets = [(repr(edge), count) for edge, count in zip(stats.lost_mass_edges, cumulative, strict=True)]
             lost_mass.add_metric([str(layer.layer)], [*buckets, ("+Inf", cumulative[-1])], layer.sum)
         yield lost_mass
+        lowered = GaugeMetricFamily(
+            "toptheta_guard_lowered_by",
+            "By how much the guard has lowered thresholds, scaled logits; +Inf where every key is kept.",
+            labels=["layer"],
+        )
+        for state in stats.guarded:
+            lowered.add_metric([str(state.layer)], math.inf if state.lowered_by is None else state.lowered_by)
+        yield lowered
 
 
 def exposition(stats: Stats | None) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -33,10 +34,21 @@ class LostMass(BaseModel):
     sum: float = Field(description="Lost mass summed over the pairs.")
 
 
+class GuardState(BaseModel):
+    """What the guard makes of one layer."""
+
+    layer: int
+    share_above: float = Field(
+        description="Share of the last window's tokens that lost more than 95 % of those calibrated on."
+    )
+    lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
+
+
 class InForce(BaseModel):
     """What the server was started with."""
 
     mode: str
+    guard: str = Field(description="off, warn or relax; unmeasured if the thresholds came without a measurement.")
     target: str | None = Field(description="What the thresholds aim at, as k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")
@@ -59,6 +71,7 @@ class RankStats(InForce):
     dense_tokens: int
     layers: list[HeadStats]
     lost_mass: list[LostMass]
+    guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
 
 
 class Stats(InForce):
@@ -73,6 +86,7 @@ class Stats(InForce):
     lost_mass_edges: list[float] = Field(description="Upper edges of the buckets in lost_mass, included.")
     layers: list[HeadStats]
     lost_mass: list[LostMass]
+    guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
 
 
 def merge(ranks: Iterable[dict[str, Any]]) -> Stats:
@@ -104,7 +118,22 @@ def merge(ranks: Iterable[dict[str, Any]]) -> Stats:
         lost_mass_edges=list(LOST_MASS_EDGES),
         layers=layers,
         lost_mass=[lost_mass[layer] for layer in sorted(lost_mass)],
+        guarded=_worst(state for report in reports for state in report.guarded),
     )
+
+
+def _worst(states: Iterable[GuardState]) -> list[GuardState]:
+    """One state for each layer, of ranks that guard heads of their own."""
+    worst: dict[int, GuardState] = {}
+    for state in states:
+        other = worst.get(state.layer)
+        if other is None or _severity(state) > _severity(other):
+            worst[state.layer] = state
+    return [worst[layer] for layer in sorted(worst)]
+
+
+def _severity(state: GuardState) -> tuple[float, float]:
+    return math.inf if state.lowered_by is None else state.lowered_by, state.share_above
 
 
 def _over_replicas(reports: list[RankStats], field: str) -> int:

@@ -107,6 +107,14 @@ function drawTrend() {
   $("trend").setAttribute("aria-label", `Tokens per second over two minutes, at most ${significant.format(highest)}`);
 }
 
+function describeGuard(stats) {
+  const lowered = stats.guarded.filter((state) => state.lowered_by !== 0);
+  if (stats.guard === "off" || stats.guard === "unmeasured") return stats.guard;
+  if (!lowered.length) return `${stats.guard}: every layer as expected`;
+  const text = (state) => `${state.layer} (${state.lowered_by === null ? "dense" : "-" + state.lowered_by})`;
+  return `${stats.guard}: thresholds lowered in layers ${lowered.map(text).join(", ")}`;
+}
+
 function drawInForce(stats) {
   const rows = {
     "thresholds of": stats.thresholds ?? "none: every layer is dense",
@@ -115,6 +123,7 @@ function drawInForce(stats) {
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
     "dense up to": `${grouped.format(stats.min_context)} tokens of context`,
     "dense layers": stats.dense_layers.join(", ") || "none",
+    "guard": describeGuard(stats),
     "mode": stats.mode,
   };
   $("in-force").replaceChildren();

@@ -1,0 +1,145 @@
+"""Text unlike the calibration text, on real attention: the guard brings the lost mass back, and lets go again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import store_factory
+from vllm_toptheta.backend import watch
+from vllm_toptheta.backend.guard import RELAXATION, LayerGuard
+from vllm_toptheta.backend.plan import LayerPlan
+from vllm_toptheta.reference import top_theta_attention
+from vllm_toptheta.telemetry.counters import LayerCounters
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SEQ_LEN = 4, 2, 64, 300
+EXPECTED = 0.2  # lost mass that 95 % of calibration rows stay below
+
+
+class Layer:
+    """A sparse layer that decodes tokens of its own: the sharper the queries, the less is lost."""
+
+    def __init__(self, *, relaxes: bool, threshold: float = 1.5) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        coefficients = torch.full((NUM_HEADS, 1), threshold)
+        self.plan = LayerPlan(
+            coefficients=coefficients,
+            constant_terms=coefficients[:, 0].clone(),
+            denominator_compensation=True,
+            value_mean_compensation=True,
+            counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS),
+            expected_lost_mass=torch.full((NUM_HEADS,), EXPECTED),
+            guard=LayerGuard(0.25),
+        )
+        self.watch = watch.Watch([self.plan], relaxes=relaxes)
+
+    @property
+    def guard(self) -> LayerGuard:
+        assert self.plan.guard is not None
+        return self.plan.guard
+
+    def decode(self, sharpness: float, num_steps: int) -> list[float]:
+        """Mean lost mass of every step of one token."""
+        means = []
+        for _ in range(num_steps):
+            self.watch.step()
+            query = sharpness * torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=self.generator)
+            key, value = torch.randn(2, SEQ_LEN, NUM_KV_HEADS, HEAD_SIZE, generator=self.generator)
+            result = top_theta_attention(
+                query, key, value, threshold=self.plan.coefficients.T, target_k=1, softmax_scale=HEAD_SIZE**-0.5
+            )
+            self.plan.counters.add(
+                torch.tensor([1, 0, SEQ_LEN, 1]),
+                is_sparse=torch.ones(1, 1, dtype=torch.int64),
+                rows_read=result.value_rows_read,
+                lost_mass=result.lost_mass,
+            )
+            means.append(float(result.lost_mass.mean()))
+        return means
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "WINDOW_STEPS", 16)
+    monkeypatch.setattr(watch, "MIN_TOKENS", 16)
+
+
+def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
+    layer = Layer(relaxes=True)
+    assert np.mean(layer.decode(4.0, 100)) < EXPECTED
+    assert layer.guard.level == 0
+    lost = layer.decode(1.0, 400)
+    assert np.mean(lost[:16]) > 2 * EXPECTED
+    assert np.mean(lost[-100:]) < EXPECTED
+    assert 0 < layer.guard.level < len(RELAXATION) - 1
+    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms - layer.guard.relaxation)
+    layer.decode(4.0, 16 * 150)
+    assert layer.guard.level == 0
+    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms)
+
+
+def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
+    layer = Layer(relaxes=True, threshold=9.0)
+    layer.decode(1.0, 17 * len(RELAXATION))
+    assert math.isinf(layer.guard.relaxation)
+    assert layer.decode(1.0, 4) == [0.0] * 4
+
+
+def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch.logger, "warning", lambda text, *values: said.append(text % values))
+    layer = Layer(relaxes=False)
+    layer.decode(1.0, 200)
+    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms)
+    assert said[0].startswith("toptheta: in layer 3, ")
+    assert said[0].endswith("with guard=relax, thresholds are lowered by 0.5")
+
+
+def test_few_tokens_are_no_window() -> None:
+    layer = Layer(relaxes=True)
+    layer.decode(1.0, 15)
+    for _ in range(500):  # steps of prompts
+        layer.watch.step()
+    assert layer.guard.level == 0
+
+
+def test_counters_zeroed_after_warm_up_do_not_confuse_it() -> None:
+    layer = Layer(relaxes=True)
+    layer.decode(4.0, 100)
+    layer.plan.counters.zero_()
+    layer.decode(4.0, 100)
+    assert layer.guard.level == 0
+    assert layer.guard.share_above < 0.25
+
+
+@pytest.mark.parametrize(
+    ("measured", "guard", "state", "guarded"),
+    [
+        (True, "relax", "relax", True),
+        (True, "warn", "warn", True),
+        (True, "off", "off", False),
+        (False, "relax", "unmeasured", False),
+    ],
+)
+def test_what_is_guarded(
+    make_config: Any, tmp_path: Path, measured: bool, guard: str, state: str, guarded: bool
+) -> None:
+    from vllm_toptheta.backend.plan import Plan
+
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    stored = store_factory.make_store(tmp_path / "store", max_length=4096, measured=measured, **shape)
+    plan = Plan.resolve(make_config({"thresholds": str(tmp_path / "store"), "guard": guard}))
+    layer_plan = plan.for_layer(2, num_heads=3, num_kv_heads=1, rank=1)
+    assert layer_plan is not None
+    assert plan.guard_state == state
+    assert (layer_plan.guard is not None) == guarded
+    if measured:
+        expected = stored.curve(128).expectations
+        assert expected is not None
+        assert layer_plan.expected_lost_mass is not None
+        assert layer_plan.expected_lost_mass.tolist() == expected.lost_mass_p95[2, 3:6].max(axis=-1).tolist()

@@ -1,0 +1,113 @@
+"""Where the guard meets the device: it reads what decoding lost, window by window, and moves thresholds in place.
+
+The kernels count lost masses in histograms on the device, and read thresholds from tensors that captured graphs refer
+to. So the guard needs nothing from a step: it copies the histograms to the host now and then, without waiting for the
+copy, and writes into those tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.plan import LayerPlan
+from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
+
+logger = init_logger("vllm.toptheta")
+
+WINDOW_STEPS = 64  # engine steps between two looks
+MIN_TOKENS = 64  # decoded tokens that make a window
+
+
+@dataclass
+class _Watched:
+    """A layer, and what the guard remembers of it."""
+
+    plan: LayerPlan
+    guard: LayerGuard
+    is_above: torch.Tensor  # [num_heads, num_buckets] bool, on the host: buckets above what was expected of a head
+    seen: torch.Tensor  # [num_heads, num_buckets] int64, on the host: the histogram at the end of the last window
+
+
+class Watch:
+    """Watches the sparse layers of one group on one rank.
+
+    Args:
+        layer_plans: The layers; those without a guard are left alone.
+        relaxes: Whether thresholds are lowered; otherwise it is only said that they should be.
+    """
+
+    def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool) -> None:
+        self.relaxes = relaxes
+        self._layers = [
+            _watched(plan, plan.guard, plan.expected_lost_mass)
+            for plan in layer_plans
+            if plan.guard is not None and plan.expected_lost_mass is not None
+        ]
+        self._steps = 0
+        self._copy: torch.Tensor | None = None  # [num_layers, num_heads, num_buckets] int64, on its way to the host
+        self._copied: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """Called before every step; does nothing in most of them."""
+        if not self._layers:
+            return
+        self._steps += 1
+        if self._copy is None:
+            if self._steps >= WINDOW_STEPS:
+                self._start_copy()
+        elif self._copied is None or self._copied.query():
+            histograms, self._copy, self._steps = self._copy, None, 0
+            for layer, histogram in zip(self._layers, histograms, strict=True):
+                self._observe(layer, histogram)
+
+    def _start_copy(self) -> None:
+        for layer in self._layers:
+            layer.plan.counters.settle()
+        histograms = torch.stack([layer.plan.counters.lost_mass_histogram for layer in self._layers])
+        if not histograms.is_cuda:
+            self._copy = histograms
+        elif not torch.cuda.is_current_stream_capturing():
+            self._copy = torch.empty(histograms.shape, dtype=histograms.dtype, pin_memory=True)
+            self._copy.copy_(histograms, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def _observe(self, layer: _Watched, histogram: torch.Tensor) -> None:
+        window = histogram - layer.seen
+        if bool((window < 0).any()):  # the counters were zeroed
+            window = histogram
+        if int(window.sum()) < MIN_TOKENS * len(window):
+            return
+        layer.seen = histogram.clone()
+        share = float(window[layer.is_above].sum() / window.sum())
+        if not layer.guard.observe(share):
+            return
+        if self.relaxes:
+            layer.plan.coefficients[:, 0] = layer.plan.constant_terms - layer.guard.relaxation
+        logger.warning(
+            "toptheta: in layer %d, %.0f %% of the tokens lost more than 95 %% of the calibration text did: %s%s",
+            layer.plan.counters.layer,
+            100 * share,
+            "" if self.relaxes else "with guard=relax, ",
+            _consequence(layer.guard),
+        )
+
+
+def _watched(plan: LayerPlan, guard: LayerGuard, expected_lost_mass: torch.Tensor) -> _Watched:
+    edges = torch.tensor(LOST_MASS_EDGES)
+    # a bucket is above if all of it is: the expected mass is rounded up to an edge
+    lower_edges = torch.cat([torch.zeros(1), edges[:-1]])
+    is_above = lower_edges >= expected_lost_mass[:, None]
+    return _Watched(plan=plan, guard=guard, is_above=is_above, seen=torch.zeros(is_above.shape, dtype=torch.int64))
+
+
+def _consequence(guard: LayerGuard) -> str:
+    if math.isinf(guard.relaxation):
+        return "the layer keeps every key"
+    return f"thresholds are lowered by {guard.relaxation:g}" if guard.level else "thresholds are as calibrated"
