@@ -28,7 +28,7 @@ test: install ## Run the tests
 	python -m pytest
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/benchmarks
+	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_watch.py tests/benchmarks
 
 test-gpu-engine: ## Run engines on an NVIDIA GPU, two for tensor parallelism, in the environment at hand
 	$(PYTHON) -m pytest tests/e2e/test_engine.py tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py

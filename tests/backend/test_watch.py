@@ -24,15 +24,15 @@ EXPECTED = 0.2  # lost mass that 95 % of calibration rows stay below
 class Layer:
     """A sparse layer that decodes tokens of its own: the sharper the queries, the less is lost."""
 
-    def __init__(self, *, relaxes: bool, threshold: float = 1.5) -> None:
+    def __init__(self, *, relaxes: bool, threshold: float = 1.5, device: str = "cpu") -> None:
         self.generator = torch.Generator().manual_seed(0)
-        coefficients = torch.full((NUM_HEADS, 1), threshold)
+        coefficients = torch.full((NUM_HEADS, 1), threshold, device=device)
         self.plan = LayerPlan(
             coefficients=coefficients,
             constant_terms=coefficients[:, 0].clone(),
             denominator_compensation=True,
             value_mean_compensation=True,
-            counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS),
+            counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS, device),
             expected_lost_mass=torch.full((NUM_HEADS,), EXPECTED),
             guard=LayerGuard(0.25),
         )
@@ -115,6 +115,24 @@ def test_counters_zeroed_after_warm_up_do_not_confuse_it() -> None:
     layer.decode(4.0, 100)
     assert layer.guard.level == 0
     assert layer.guard.share_above < 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_sees_the_thresholds_move() -> None:
+    layer = Layer(relaxes=True, device="cuda")
+    read = torch.zeros(NUM_HEADS, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        read.copy_(layer.plan.coefficients[:, 0])
+    for _ in range(17 * 3):
+        layer.watch.step()
+        layer.plan.counters.lost_mass_histogram[:, -1] += 1  # as the kernel counts a token that lost nearly all
+        torch.cuda.synchronize()  # no copy is on its way for longer than a step
+    graph.replay()
+    assert layer.guard.level > 0
+    assert read.tolist() == [1.5 - layer.guard.relaxation] * NUM_HEADS
 
 
 @pytest.mark.parametrize(
