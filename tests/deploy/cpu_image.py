@@ -9,17 +9,20 @@ import json
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.deploy.image import ROOT, Builder, Container, log, new_folder
 
 START_SECONDS = 400
+LAST_TOKENS = 500
 MODEL = "/models/SmolLM2-135M-Instruct"
 ASK = """
-import json, urllib.request
-body = {"model": "smollm2-135m-instruct", "temperature": 0, "max_tokens": 40, "messages": [
-    {"role": "user", "content": "What is the capital of France? Answer in one sentence."}]}
+import json, sys, urllib.request
+body = {"model": "smollm2-135m-instruct", "temperature": 0, "max_tokens": int(sys.argv[1]), "messages": [
+    {"role": "user", "content": "What is the capital of France? Answer in one sentence."}],
+    "ignore_eos": "to-the-end" in sys.argv}
 url = "http://127.0.0.1:8000/v1/chat/completions"
 request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
 print(urllib.request.urlopen(request, timeout=120).read().decode())
@@ -51,7 +54,7 @@ def check(scratch: Path) -> dict[str, Any]:
     container.wait_until_healthy(server, output, START_SECONDS)
     healthy = time.monotonic()
     log(f"built in {built - started:.0f} s, healthy {healthy - built:.0f} s later")
-    answer = container.beside(server, ["python", "-c", ASK])
+    answer = container.beside(server, ["python", "-c", ASK, "40"])
     owner = Path(f"/proc/{server.pid}").stat()
     report: dict[str, Any] = {
         "user": f"{owner.st_uid}:{owner.st_gid}",
@@ -62,8 +65,12 @@ def check(scratch: Path) -> dict[str, Any]:
         "writes_root": container.beside(server, ["python", "-c", "open('/opt/toptheta/new', 'w')"]).stderr,
         "packages": json.loads(container.beside(server, ["pip", "list", "--format", "json"]).stdout),
     }
-    server.send_signal(signal.SIGTERM)
-    return report | {"exit_code": server.wait(120), "log": output.read_text()}
+    with ThreadPoolExecutor() as pool:
+        last = pool.submit(container.beside, server, ["python", "-c", ASK, str(LAST_TOKENS), "to-the-end"])
+        time.sleep(4)  # it has been accepted, and takes longer than that
+        server.send_signal(signal.SIGTERM)
+        exit_code = server.wait(120)
+    return report | {"last": last.result().stdout, "exit_code": exit_code, "log": output.read_text()}
 
 
 if __name__ == "__main__":

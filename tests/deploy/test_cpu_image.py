@@ -51,8 +51,9 @@ def test_it_needs_no_network(report: dict[str, Any]) -> None:
     assert "Network is unreachable" in report["leaves_network"]
 
 
-def test_it_ends_cleanly_when_asked_to(report: dict[str, Any]) -> None:
+def test_asked_to_stop_it_finishes_what_it_has_accepted(report: dict[str, Any]) -> None:
     assert report["exit_code"] == 0, report["log"][-4000:]
+    assert json.loads(report["last"])["usage"]["completion_tokens"] == cpu_image.LAST_TOKENS
 
 
 def test_its_routes_and_metrics_are_there(report: dict[str, Any]) -> None:
@@ -73,9 +74,8 @@ def test_every_package_is_the_pinned_one(report: dict[str, Any]) -> None:
     installed = {package["name"].lower().replace("_", "-"): package["version"] for package in report["packages"]}
     lines = Path(ROOT / "deploy/docker/constraints-cpu.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    unpinned = set(installed) - set(pins)
     # ours, the name shim for vLLM, and what a virtual environment brings
-    assert unpinned == {"vllm-toptheta", "vllm", "pip", "setuptools"} & set(installed)
+    assert set(installed) - set(pins) <= {"vllm-toptheta", "vllm", "pip", "setuptools"}
     assert {name: version.partition("+")[0] for name, version in installed.items() if name in pins} == {
         name: pins[name] for name in installed if name in pins
     }

@@ -70,6 +70,12 @@ def test_the_cpu_image_pins_what_the_package_needs() -> None:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
+def test_the_script_installs_what_the_extra_demo_names() -> None:
+    script = (ROOT / "deploy/cpu/install.sh").read_text()
+    for requirement in PROJECT["optional-dependencies"]["demo"]:
+        assert requirement in script
+
+
 def test_the_build_context_is_the_package_and_nothing_else(tmp_path: Path) -> None:
     ignore_file = ROOT / ".dockerignore"
     package = {PurePosixPath(file.relative_to(ROOT)) for file in Path(vllm_toptheta.__file__).parent.rglob("*.py")}

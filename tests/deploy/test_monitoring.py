@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from tests.deploy.image import ROOT
+from tests.telemetry.ranks import counted, rank
+from vllm_toptheta.telemetry.metrics import StatsCollector
+from vllm_toptheta.telemetry.stats import merge
 
 GRAFANA = ROOT / "deploy/grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards/toptheta.json").read_text())
@@ -43,30 +46,8 @@ def selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:
 
 def exposed_by_us() -> dict[str, set[str]]:
     """The names of our samples and their labels, as /metrics spells them."""
-    from vllm_toptheta.telemetry.metrics import StatsCollector
-    from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
-
-    head = {"layer": 1, "kv_head": 0, "decode_tokens": 9, "dense_tokens": 1, "rows_cached": 90, "rows_read": 30}
-    rank = {
-        "mode": "values",
-        "target_k": 8,
-        "compensation": "sdc+vmc",
-        "min_context": 8,
-        "thresholds": "acme/tiny",
-        "calibrated_lengths": (9, 99),
-        "num_layers": 2,
-        "num_kv_heads": 1,
-        "dense_layers": [0],
-        "value_row_bytes": 128,
-        "replica": 0,
-        "decode_steps": 9,
-        "decode_tokens": 9,
-        "dense_tokens": 1,
-        "layers": [{**head, "lost_mass_mean": 0.1}],
-        "lost_mass": [{"layer": 1, "counts": [8] + [0] * (len(LOST_MASS_EDGES) - 1), "sum": 0.8}],
-    }
     names: dict[str, set[str]] = {}
-    for family in StatsCollector(merge([rank])).collect():
+    for family in StatsCollector(merge([[rank(counted(1, [0], [[30]], 0.1))]])).collect():
         for sample in family.samples:
             names.setdefault(sample.name, set()).update(sample.labels)
     return names

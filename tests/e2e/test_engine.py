@@ -69,7 +69,6 @@ def test_thresholds_below_every_score_give_the_stock_backends_text(
 
 def test_thresholds_are_at_work(undisturbed: dict[str, Any]) -> None:
     (stats,) = undisturbed["stats"]
-    assert stats["dense_layers"] == [0, 1]
     assert [head["layer"] for head in stats["layers"][::3]] == list(range(2, 30))
     cached = sum(head["rows_cached"] for head in stats["layers"])
     assert sum(head["rows_read"] for head in stats["layers"]) < 0.5 * cached

@@ -10,7 +10,7 @@ import torch
 from vllm_toptheta.telemetry.counters import LayerCounters
 from vllm_toptheta.telemetry.stats import Stats
 
-OPERATORS_STRINGS = {"mode", "compensation", "thresholds"}
+OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard"}
 
 
 def leaves(schema: dict[str, Any], name: str, definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ def check(model: str | Path, *, revision: str | None = None, config_path: str | 
 
 def test_a_directory(model: Path, thresholds: Path) -> None:
     assert check(model, thresholds=thresholds) == (
-        f"thresholds of acme/tiny in {thresholds / 'acme--tiny'}: k 16, calibrated from 33 to 1024 tokens, "
+        f"thresholds of acme/tiny in {thresholds / 'acme--tiny'}: k:16, calibrated from 33 to 1024 tokens, "
         f"dense layers 0; they fit {model}"
     )
 

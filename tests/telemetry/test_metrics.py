@@ -17,12 +17,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 @pytest.fixture
 def stats() -> Stats:
-    return merge(
-        [
-            rank(counted(1, [0], [[40], [5]], 0.2, num_short=1), counted(2, [0], [[30], [3]], 0.02, num_short=1)),
-            rank(counted(1, [1], [[60], [7]], 0.4, num_short=1), counted(2, [1], [[20], [2]], 0.02, num_short=1)),
-        ]
+    one, other = (
+        rank(counted(1, [0], [[40], [5]], 0.2, num_short=1), counted(2, [0], [[30], [3]], 0.02, num_short=1)),
+        rank(counted(1, [1], [[60], [7]], 0.4, num_short=1), counted(2, [1], [[20], [2]], 0.02, num_short=1)),
     )
+    return merge([[one, other]])
 
 
 def samples(stats: Stats | None) -> dict[tuple[str, str], float]:
@@ -63,7 +62,7 @@ def test_the_thresholds_are_described(stats: Stats) -> None:
         "target": "k:128",
         "compensation": "sdc+vmc",
         "min_context": "128",
-        "dense_layers": "0",
+        "dense_layers": "0,3",
     }
 
 

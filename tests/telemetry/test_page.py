@@ -42,7 +42,7 @@ def answers(steps: int = 1) -> list[dict[str, Any] | None]:
         layer.settle()
         for buffer in (layer.totals, layer.rows_read, layer.lost_mass, layer.lost_mass_histogram):
             buffer *= steps
-    return [rank(*layers, dense_layers=[0, 2])]
+    return [rank(*layers)]
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_all_replicas_are_asked_where_vllm_can() -> None:
     class Core:
         async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
             assert (method, args) == ("collective_rpc", (STATS_RPC, None, (), None))
-            return [[rank(counted(1, [0], [[5]], 0.1), replica=replica)] for replica in (0, 1)]
+            return [[rank(counted(1, [0], [[5]], 0.1)), rank(counted(1, [1], [[5]], 0.1))] for _ in range(2)]
 
     client = SimpleNamespace(engine_core=Core())
     assert asyncio.run(StatsReader(client).read()).decode_tokens == 2

@@ -90,18 +90,21 @@ def test_buckets_are_powers_of_two_that_include_their_upper_edge() -> None:
 def test_an_idle_layer_has_lost_nothing() -> None:
     (record,) = LayerCounters(1, [0], 3).heads()
     assert record["lost_mass_mean"] == 0
-    stats = merge([rank(LayerCounters(1, [0], 3))])
+    stats = merge([[rank(LayerCounters(1, [0], 3))]])
     assert (stats.rows_read_share, stats.bytes_not_read, stats.decode_tokens) == (None, 0, 0)
 
 
 def test_ranks_hold_different_heads_and_stages_different_layers() -> None:
     stats = merge(
         [
-            rank(counted(2, [1], [[7]], 0.5)),
-            rank(counted(2, [0], [[5]], 0.1), counted(1, [0], [[9]], 0.0)),
+            [
+                rank(counted(2, [1], [[7]], 0.5)),
+                rank(counted(2, [0], [[5]], 0.1), counted(1, [0], [[9]], 0.0)),
+            ]
         ]
     )
     assert [(head.layer, head.kv_head, head.rows_read) for head in stats.layers] == [(1, 0, 9), (2, 0, 5), (2, 1, 7)]
+    assert stats.dense_layers == [0, 3]
     assert stats.rows_read_share == pytest.approx(21 / 300)
     assert stats.bytes_not_read == (300 - 21) * 128
     assert [(one.layer, sum(one.counts)) for one in stats.lost_mass] == [(1, 2), (2, 4)]
@@ -112,17 +115,18 @@ def test_ranks_hold_different_heads_and_stages_different_layers() -> None:
 
 def test_a_kv_head_on_two_ranks_is_summed() -> None:
     one, other = counted(2, [0], [[7], [7]], 0.5), counted(2, [0], [[5]], 0.2)
-    (head,) = merge([rank(one), rank(other)]).layers
+    (head,) = merge([[rank(one), rank(other)]]).layers
     assert (head.decode_tokens, head.rows_cached, head.rows_read) == (3, 300, 19)
     assert head.lost_mass_mean == pytest.approx((2 * 0.5 + 0.2) / 3)
 
 
 def test_replicas_decode_different_tokens() -> None:
-    reports = [
-        rank(counted(2, [0], [[7], [7]], 0.5, num_short=1), replica=0),
-        rank(replica=0),  # a pipeline stage whose layers are all dense
-        rank(counted(2, [0], [[5], [5], [5]], 0.2), replica=1),
-    ]
-    stats = merge(reports)
+    pipeline_stage_of_dense_layers = rank()
+    stats = merge(
+        [
+            [rank(counted(2, [0], [[7], [7]], 0.5, num_short=1)), pipeline_stage_of_dense_layers],
+            [rank(counted(2, [0], [[5], [5], [5]], 0.2))],
+        ]
+    )
     assert (stats.decode_tokens, stats.decode_steps, stats.dense_tokens) == (5, 2, {"short_context": 1})
     assert stats.layers[0].rows_read == 29

@@ -51,7 +51,6 @@ def _stats(worker: Any) -> dict[str, Any] | None:
     layers = [record for layer in counters for record in layer.heads()]
     # every layer decodes every token
     decode_tokens, dense_tokens, _, decode_steps = counters[0].totals.tolist() if counters else (0, 0, 0, 0)
-    config = worker.vllm_config
     return {
         "mode": plan.settings.mode,
         "guard": plan.guard_state,
@@ -62,9 +61,7 @@ def _stats(worker: Any) -> dict[str, Any] | None:
         "calibrated_lengths": plan.curve and (plan.curve.min_length, plan.curve.max_length),
         "num_layers": plan.architecture.num_layers,
         "num_kv_heads": plan.architecture.num_kv_heads,
-        "dense_layers": sorted(plan.dense_layers),
-        "value_row_bytes": plan.architecture.head_size * _element_bytes(config),
-        "replica": config.parallel_config.data_parallel_rank,
+        "value_row_bytes": plan.architecture.head_size * _element_bytes(worker.vllm_config),
         "decode_steps": decode_steps,
         "decode_tokens": decode_tokens,
         "dense_tokens": dense_tokens,

@@ -172,7 +172,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
             times.append(1000 * statistics.mean(seconds) / (workload.output_tokens - 1))
     ranks = [rank for rank in engine.collective_rpc(STATS_RPC) if rank is not None]
     return BackendTimes(
-        backend=backend, ms_per_token=times, rows_read_share=merge(ranks).rows_read_share if ranks else None
+        backend=backend, ms_per_token=times, rows_read_share=merge([ranks]).rows_read_share if ranks else None
     )
 
 

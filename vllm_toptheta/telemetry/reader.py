@@ -67,17 +67,17 @@ class StatsReader:
         except Exception as error:  # vLLM reports a dead engine and a failed call by several kinds
             logger.debug("toptheta: no statistics: %r", error)
             raise StatsUnavailable("the engine does not answer") from error
-        ranks = [answer for answer in answers if answer is not None]
-        if not ranks:
+        replicas = [[rank for rank in ranks if rank is not None] for ranks in answers]
+        if not all(replicas):
             raise NotServing("no layer runs on TOPTHETA: start the server with --attention-backend toptheta")
-        self._stats, self._read_at = merge(ranks), time.monotonic()
+        self._stats, self._read_at = merge(replicas), time.monotonic()
         return self._stats
 
 
-async def _ask_workers(engine_client: Any) -> list[dict[str, Any] | None]:
-    """What every worker reports, of all data-parallel replicas where vLLM has a way to ask more than the first."""
+async def _ask_workers(engine_client: Any) -> list[list[dict[str, Any] | None]]:
+    """What the workers of each data-parallel replica report; where vLLM can ask only one, the first's."""
     ask_replicas = getattr(getattr(engine_client, "engine_core", None), "call_utility_all_async", None)
     if ask_replicas is None:
-        return list(await engine_client.collective_rpc(STATS_RPC))
-    replicas = await ask_replicas("collective_rpc", STATS_RPC, None, (), None)
-    return [worker for workers in replicas for worker in workers]
+        return [await engine_client.collective_rpc(STATS_RPC)]
+    replicas: list[list[dict[str, Any] | None]] = await ask_replicas("collective_rpc", STATS_RPC, None, (), None)
+    return replicas

@@ -58,14 +58,12 @@ class InForce(BaseModel):
     calibrated_lengths: tuple[int, int] | None = Field(description="Tokens between which thresholds follow the length.")
     num_layers: int
     num_kv_heads: int
-    dense_layers: list[int] = Field(description="Layers that read everything; they are not listed under layers.")
     value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")
 
 
 class RankStats(InForce):
     """What one worker reports."""
 
-    replica: int = Field(description="Data-parallel rank; replicas decode different tokens.")
     decode_steps: int
     decode_tokens: int
     dense_tokens: int
@@ -77,6 +75,7 @@ class RankStats(InForce):
 class Stats(InForce):
     """What `GET /toptheta/stats` answers."""
 
+    dense_layers: list[int] = Field(description="Layers that read everything: those not listed under layers.")
     collected_at: float = Field(description="When the workers were asked, in seconds since 1970.")
     decode_steps: int = Field(description="Engine steps that decoded at least one token.")
     decode_tokens: int = Field(description="Tokens decoded.")
@@ -89,13 +88,17 @@ class Stats(InForce):
     guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
 
 
-def merge(ranks: Iterable[dict[str, Any]]) -> Stats:
+def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
     """Add up the ranks' reports.
 
     Tensor-parallel ranks hold different heads and pipeline ranks different layers, yet all of a replica's ranks decode
     the same tokens.
+
+    Args:
+        replicas: The reports of each data-parallel replica's ranks, in the fields of `RankStats`.
     """
-    reports = [RankStats.model_validate(rank) for rank in ranks]
+    engines = [[RankStats.model_validate(rank) for rank in ranks] for ranks in replicas]
+    reports = [report for engine in engines for report in engine]
     heads: dict[tuple[int, int], HeadStats] = {}
     for head in (head for report in reports for head in report.layers):
         key = head.layer, head.kv_head
@@ -105,14 +108,13 @@ def merge(ranks: Iterable[dict[str, Any]]) -> Stats:
         lost_mass[one.layer] = _add_lost_mass(lost_mass[one.layer], one) if one.layer in lost_mass else one
     layers = [heads[key] for key in sorted(heads)]
     cached, read = (sum(getattr(head, name) for head in layers) for name in ("rows_cached", "rows_read"))
-    in_force = reports[0].model_dump(include=set(InForce.model_fields) - {"dense_layers"})
     return Stats(
-        **in_force,
-        dense_layers=sorted({layer for report in reports for layer in report.dense_layers}),
+        **reports[0].model_dump(include=set(InForce.model_fields)),
+        dense_layers=sorted(set(range(reports[0].num_layers)) - {head.layer for head in layers}),
         collected_at=time.time(),
-        decode_steps=_over_replicas(reports, "decode_steps"),
-        decode_tokens=_over_replicas(reports, "decode_tokens"),
-        dense_tokens={"short_context": _over_replicas(reports, "dense_tokens")},
+        decode_steps=_over_replicas(engines, "decode_steps"),
+        decode_tokens=_over_replicas(engines, "decode_tokens"),
+        dense_tokens={"short_context": _over_replicas(engines, "dense_tokens")},
         rows_read_share=read / cached if cached else None,
         bytes_not_read=(cached - read) * reports[0].value_row_bytes,
         lost_mass_edges=list(LOST_MASS_EDGES),
@@ -136,12 +138,9 @@ def _severity(state: GuardState) -> tuple[float, float]:
     return math.inf if state.lowered_by is None else state.lowered_by, state.share_above
 
 
-def _over_replicas(reports: list[RankStats], field: str) -> int:
+def _over_replicas(engines: list[list[RankStats]], field: str) -> int:
     """Sum of a count over replicas, in each of which it is that of the rank furthest ahead."""
-    largest: dict[int, int] = {}
-    for report in reports:
-        largest[report.replica] = max(largest.get(report.replica, 0), getattr(report, field))
-    return sum(largest.values())
+    return sum(max(getattr(report, field) for report in engine) for engine in engines)
 
 
 def _add_heads(one: HeadStats, other: HeadStats) -> HeadStats:
