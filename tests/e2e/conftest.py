@@ -23,9 +23,9 @@ def model() -> Path:
     return demo_model()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for every test that needs nothing special; it runs until the last test has ended."""
+    """One server for every test here that needs nothing special; it runs until the last of them has ended."""
     with serving(tmp_path_factory.mktemp("server")) as running:
         yield running
 
