@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from vllm_toptheta.errors import SettingsError
 
 OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
+# what Kubernetes tells every container about a service that is called toptheta
+_SERVICE_LINK = re.compile(ENV_PREFIX + r"(SERVICE_(HOST|PORT)|PORT)(_|$)")
 ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.compat` reads it
 
 
@@ -107,7 +110,7 @@ class Settings(BaseSettings):
         known = ", ".join(cls.model_fields)
         variables = {ENV_PREFIX + name.upper() for name in cls.model_fields} | {ALLOW_UNTESTED}
         for name in os.environ:
-            if name.startswith(ENV_PREFIX) and name not in variables:
+            if name.startswith(ENV_PREFIX) and name not in variables and not _SERVICE_LINK.match(name):
                 raise SettingsError(
                     "unknown environment variable", field=name, remedy=f"known ones are {', '.join(sorted(variables))}"
                 )

@@ -143,3 +143,14 @@ def test_unknown_variable(make_config: MakeConfig, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TOPTHETA_TARGETK", "8")
     with pytest.raises(errors.SettingsError, match="TOPTHETA_TARGETK: unknown environment variable.*TOPTHETA_TARGET_K"):
         make_config()
+
+
+def test_what_kubernetes_sets_for_a_service_of_that_name(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(f"TOPTHETA_{name}", "tcp://10.0.0.1:8000")
+    make_config()
+    monkeypatch.setenv("TOPTHETA_PORTS", "1")
+    with pytest.raises(errors.SettingsError, match="TOPTHETA_PORTS: unknown environment variable"):
+        make_config()

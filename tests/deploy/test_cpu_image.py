@@ -16,7 +16,7 @@ from tests.deploy import cpu_image
 from tests.deploy.image import ROOT
 
 pytestmark = [
-    pytest.mark.e2e,
+    pytest.mark.image,
     # the image installs vLLM anew, which takes minutes
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
