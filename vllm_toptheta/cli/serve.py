@@ -28,6 +28,8 @@ def serve(
     min_context: Annotated[int | None, typer.Option(help="Tokens up to which a sequence stays dense.")] = None,
     prefill: Annotated[str | None, typer.Option(help="How prompts attend: dense, or threshold on CPUs.")] = None,
     on_missing: Annotated[str | None, typer.Option(help="Without thresholds: error, or dense.")] = None,
+    guard: Annotated[str | None, typer.Option(help="Where too much is lost: relax, warn or off.")] = None,
+    guard_share: Annotated[float | None, typer.Option(help="Share of tokens that may lose too much.")] = None,
     page: Annotated[bool | None, typer.Option("--page/--no-page", help="Show the page /toptheta.")] = None,
 ) -> None:
     """Check the thresholds against the model, print the plain `vllm serve` command, and become it."""
@@ -43,6 +45,8 @@ def serve(
         "min_context": min_context,
         "prefill": prefill,
         "on_missing": on_missing,
+        "guard": guard,
+        "guard_share": guard_share,
         "page": page,
     }
     command = ServeCommand.build(
