@@ -111,7 +111,7 @@ def test_two_api_servers_with_a_key_report_the_same_totals(tmp_path: Path, text_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("""--additional-config '{"toptheta": {"target": 64}}'""", "toptheta.target: unknown option"),
+        ("""--additional-config '{"toptheta": {"tarket_k": 64}}'""", "toptheta.tarket_k: unknown option"),
         ("""--additional-config '{"toptheta": {"thresholds": "nowhere"}}'""", "nowhere"),
         ("--target-k 1000", "calibrated are 32, 64, 128, 256"),
     ],
