@@ -21,7 +21,7 @@ from tests.kernels.decode_case import (
     reference,
 )
 from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace
-from vllm_toptheta.kernels.decode_kernels import _bucket
+from vllm_toptheta.kernels.merge import _bucket
 from vllm_toptheta.kernels.tuning import LaunchConfig
 
 pytestmark = [

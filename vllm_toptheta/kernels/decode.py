@@ -1,7 +1,7 @@
 """Top-Theta attention of one new token per sequence over the paged KV cache, on the GPU.
 
-`decode` launches the kernels of `decode_kernels`; what they count goes into `DecodeCounters`, what they need as scratch
-memory comes from a `DecodeWorkspace`.
+`decode` launches `split_kernel` and `merge_kernel`; what they count goes into `DecodeCounters`, what they need as
+scratch memory comes from a `DecodeWorkspace`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.decode_kernels import CHUNK_TILES, LIST_DEPTH, ROW_ALIGNMENT, merge_kernel, split_kernel
+from vllm_toptheta.kernels.merge import merge_kernel
+from vllm_toptheta.kernels.split import CHUNK_TILES, LIST_DEPTH, split_kernel
+from vllm_toptheta.kernels.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)

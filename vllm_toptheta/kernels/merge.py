@@ -1,0 +1,170 @@
+"""The second of the two Triton kernels behind `decode.decode`: it joins what `split_kernel` left in pieces.
+
+It adds the value mean from the page tails, and in passing it writes the tail of a page that has just become full
+(`value_sums.py` says what that is), so that decoding needs no launch for it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
+from vllm_toptheta.kernels.tiles import DISCARDED, LOG2_E
+
+
+@triton.jit
+def _count_tokens(totals_ptr, seq_lens_ptr, num_seqs, min_sparse_context, SEQ_BLOCK: tl.constexpr):
+    """Add a step to `DecodeCounters.totals`; one program does."""
+    index = tl.arange(0, SEQ_BLOCK)
+    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+    decoded = seq_lens > 0
+    dense = decoded & (seq_lens <= min_sparse_context)
+    tl.store(totals_ptr, tl.load(totals_ptr) + tl.sum(decoded.to(tl.int64), axis=0))
+    tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + tl.sum(dense.to(tl.int64), axis=0))
+    tl.store(totals_ptr + 2, tl.load(totals_ptr + 2) + tl.sum(seq_lens.to(tl.int64), axis=0))
+    tl.store(totals_ptr + 3, tl.load(totals_ptr + 3) + tl.max(decoded.to(tl.int64), axis=0))
+
+
+@triton.jit
+def _bucket(lost_mass, NUM_BUCKETS: tl.constexpr):
+    """Bucket of a lost mass, see `DecodeCounters`: the exponent of the smallest power of two that is not below it."""
+    # a float32's exponent stands above 23 bits, which carry into it unless all of them are 0
+    exponent = ((lost_mass.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
+    return tl.minimum(tl.maximum(exponent + NUM_BUCKETS - 1, 0), NUM_BUCKETS - 1)
+
+
+@triton.jit(do_not_specialize=("stride_table_seq", "num_seqs", "num_kv_heads", "num_programs", "min_sparse_context"))
+def merge_kernel(
+    output_ptr,  # [num_seqs, num_heads, head_size]
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    v_scale_ptr,  # [1] float32
+    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
+    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32
+    lost_mass_ptr,  # [num_heads] float64
+    histogram_ptr,  # [num_heads, NUM_BUCKETS] int64
+    totals_ptr,  # [4] int64: decoded tokens, those kept dense, cached rows, steps
+    stride_output_seq,
+    stride_output_head,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_sum_block,
+    stride_sum_head,
+    stride_table_seq,
+    num_seqs,
+    num_kv_heads,
+    num_programs,
+    min_sparse_context,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    MIN_WORK: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,
+    PIECE_BLOCK: tl.constexpr,
+    NUM_BUCKETS: tl.constexpr,
+    HAS_V_SCALE: tl.constexpr,
+    EXACT_DENOMINATOR: tl.constexpr,
+    VALUE_MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    EARLY_MERGE: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(1)
+    row = seq.to(tl.int64)
+    kv_head = head // GROUP
+    group_index = head % GROUP
+    offs_d = tl.arange(0, D_PAD)
+    mask_d = offs_d < HEAD_SIZE
+    output_row = output_ptr + row * stride_output_seq + head * stride_output_head + offs_d
+    if COUNT and (head == 0) & (seq == 0):
+        _count_tokens(totals_ptr, seq_lens_ptr, num_seqs, min_sparse_context, SEQ_BLOCK)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if seq_len <= 0:
+        tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
+        return
+
+    is_dense = seq_len <= min_sparse_context
+    if VALUE_MEAN:
+        # issued first: nothing of this waits for the pieces
+        last_page = (seq_len - 1) // BLOCK_SIZE
+        num_open = seq_len - last_page * BLOCK_SIZE
+        closes = num_open == BLOCK_SIZE
+        num_rows = tl.where(is_dense & (num_open < BLOCK_SIZE), 0, num_open)
+        table = block_table_ptr + row * stride_table_seq + last_page
+        block = tl.load(table).to(tl.int64)
+        previous = tl.load(table - 1, mask=last_page > 0, other=0).to(tl.int64)
+        value_sum_row = value_sum_ptr + kv_head * stride_sum_head + offs_d
+        value_sum = tl.load(value_sum_row + previous * stride_sum_block, mask=mask_d, other=0.0)
+        # a sequence's first page has no predecessor, and that of a null block may hold anything
+        value_sum = tl.where(last_page > 0, value_sum, 0.0)
+        offs_b = tl.arange(0, BLOCK_PAD)
+        page = kv_cache_ptr + block * stride_kv_block + kv_head * stride_kv_head + HEAD_SIZE
+        values = tl.load(
+            page + offs_b[:, None] * stride_kv_token + offs_d[None, :],
+            mask=(offs_b < num_rows)[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        value_sum += tl.sum(values.to(tl.float32), axis=0)
+
+    work, share = work_of_step(seq_lens_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK)
+    index = tl.arange(0, SEQ_BLOCK)
+    work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
+    last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1
+    if EARLY_MERGE:
+        tl.extra.cuda.gdc_wait()
+
+    maximum = tl.full((), DISCARDED, dtype=tl.float32)
+    kept_sum = tl.zeros((), dtype=tl.float32)
+    lost_sum = tl.zeros((), dtype=tl.float32)
+    weighted = tl.zeros((D_PAD,), dtype=tl.float32)
+    last_program = last_work // share
+    for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
+        program = first_program + tl.arange(0, PIECE_BLOCK)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
+        mask_p = (program <= last_program) & (first_unit < last_unit)
+        piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
+        stats = partial_stats_ptr + piece * 3 * GROUP + group_index
+        maxima = tl.load(stats, mask=mask_p, other=DISCARDED)
+        kept = tl.load(stats + GROUP, mask=mask_p, other=0.0)
+        lost = tl.load(stats + 2 * GROUP, mask=mask_p, other=0.0)
+        partial = tl.load(
+            partial_output_ptr + (piece * GROUP + group_index)[:, None] * HEAD_SIZE + offs_d[None, :],
+            mask=mask_p[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
+        weights = tl.exp2((maxima - new_maximum) * LOG2_E)
+        rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+        kept_sum = kept_sum * rescale + tl.sum(weights * kept, axis=0)
+        lost_sum = lost_sum * rescale + tl.sum(weights * lost, axis=0)
+        weighted = weighted * rescale + tl.sum(weights[:, None] * partial, axis=0)
+        maximum = new_maximum
+
+    total = kept_sum + lost_sum
+    # scores far below the threshold leave no trace in either sum
+    lost_mass = tl.where(total > 0.0, lost_sum / tl.where(total > 0.0, total, 1.0), 1.0)
+    if EXACT_DENOMINATOR:
+        known_lost = lost_mass
+        result = weighted / tl.where(total > 0.0, total, 1.0)
+    else:
+        # nothing is known to be lost, unless no key survived at all
+        known_lost = tl.where(kept_sum > 0.0, 0.0, 1.0)
+        result = weighted / tl.where(kept_sum > 0.0, kept_sum, 1.0)
+    if VALUE_MEAN:
+        result += known_lost * (value_sum / seq_len)
+        if closes & (group_index == 0):
+            tl.store(value_sum_row + block * stride_sum_block, value_sum, mask=mask_d)
+    if HAS_V_SCALE:
+        result *= tl.load(v_scale_ptr)
+    tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
+    if COUNT:
+        tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), sem="relaxed")
+        bucket = histogram_ptr + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
+        tl.atomic_add(bucket, 1, mask=seq_len > min_sparse_context, sem="relaxed")
