@@ -15,6 +15,7 @@ from vllm_toptheta.backend import watch
 from vllm_toptheta.backend.guard import RELAXATION, LayerGuard
 from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.reference import top_theta_attention
+from vllm_toptheta.store import save
 from vllm_toptheta.telemetry.counters import LayerCounters
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SEQ_LEN = 4, 2, 64, 300
@@ -24,7 +25,9 @@ EXPECTED = 0.2  # lost mass that 95 % of calibration rows stay below
 class Layer:
     """A sparse layer that decodes tokens of its own: the sharper the queries, the less is lost."""
 
-    def __init__(self, *, relaxes: bool, threshold: float = 1.5, device: str = "cpu") -> None:
+    def __init__(
+        self, *, relaxes: bool, threshold: float = 1.5, device: str = "cpu", expected: float = EXPECTED
+    ) -> None:
         self.generator = torch.Generator().manual_seed(0)
         coefficients = torch.full((NUM_HEADS, 1), threshold, device=device)
         self.plan = LayerPlan(
@@ -33,7 +36,7 @@ class Layer:
             denominator_compensation=True,
             value_mean_compensation=True,
             counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS, device),
-            expected_lost_mass=torch.full((NUM_HEADS,), EXPECTED),
+            expected_lost_mass=torch.full((NUM_HEADS,), expected),
             guard=LayerGuard(0.25),
         )
         self.watch = watch.Watch([self.plan], relaxes=relaxes)
@@ -100,6 +103,12 @@ def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert said[0].endswith("with guard=relax, thresholds are lowered by 0.5")
 
 
+def test_heads_that_are_expected_to_lose_nothing_may_lose_next_to_nothing() -> None:
+    layer = Layer(relaxes=True, threshold=-50.0, expected=0.0)
+    layer.decode(1.0, 100)
+    assert (layer.guard.level, layer.guard.share_above) == (0, 0.0)
+
+
 def test_few_tokens_are_no_window() -> None:
     layer = Layer(relaxes=True)
     layer.decode(1.0, 15)
@@ -161,3 +170,17 @@ def test_what_is_guarded(
         assert expected is not None
         assert layer_plan.expected_lost_mass is not None
         assert layer_plan.expected_lost_mass.tolist() == expected.lost_mass_p95[2, 3:6].max(axis=-1).tolist()
+
+
+def test_a_layer_that_was_not_measured_is_not_guarded(make_config: Any, tmp_path: Path) -> None:
+    from vllm_toptheta.backend.plan import Plan
+
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    draft = store_factory.make_draft(max_length=4096, measured=True, **shape)
+    tensors = store_factory.make_tensors(draft)
+    tensors["lost_mass_p95"][0] = 0.0  # layer 0 is dense in this store
+    save(tmp_path / "store", draft, tensors)
+    plan = Plan.resolve(make_config({"thresholds": str(tmp_path / "store"), "dense_layers": []}))
+    guards = [plan.for_layer(layer, num_heads=9, num_kv_heads=3, rank=0).guard for layer in (0, 1)]
+    assert guards[0] is None
+    assert guards[1] is not None

@@ -132,7 +132,8 @@ class Plan:
         if self.curve.expectations is not None:
             # the most at any length: buckets in which nothing was measured hold zeros
             expected = torch.from_numpy(self.curve.expectations.lost_mass_p95[layer, heads].max(axis=-1))
-        is_guarded = expected is not None and self.settings.guard != "off"
+        # all zeros: the layer was not measured, because it was dense when the others were
+        is_guarded = expected is not None and bool(expected.any()) and self.settings.guard != "off"
         return LayerPlan(
             coefficients=coefficients,
             constant_terms=coefficients[:, 0].clone(),

@@ -103,7 +103,8 @@ def _watched(plan: LayerPlan, guard: LayerGuard, expected_lost_mass: torch.Tenso
     edges = torch.tensor(LOST_MASS_EDGES)
     # a bucket is above if all of it is: the expected mass is rounded up to an edge
     lower_edges = torch.cat([torch.zeros(1), edges[:-1]])
-    is_above = lower_edges >= expected_lost_mass[:, None]
+    # what lies in the lowest bucket is next to nothing, also where nothing is expected to be lost
+    is_above = lower_edges >= expected_lost_mass.clamp(min=float(edges[0]))[:, None]
     return _Watched(plan=plan, guard=guard, is_above=is_above, seen=torch.zeros(is_above.shape, dtype=torch.int64))
 
 
