@@ -1,10 +1,19 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.capture import largest_with_kth, observe_top_k
 from vllm_toptheta.calibration.route import row_blocks, windowed_attention
-from vllm_toptheta.reference import causal_scores, dense_attention, kth_largest_scores, top_k_attention
+from vllm_toptheta.reference import (
+    Placement,
+    causal_scores,
+    dense_attention,
+    kth_largest_scores,
+    top_k_attention,
+)
 
 
 def random_attention(seq_len: int = 150, num_heads: int = 6, num_kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +61,19 @@ def test_blocks_change_nothing() -> None:
     for output, kth_scores in others:
         torch.testing.assert_close(output, whole[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(kth_scores, whole[1])
+
+
+@pytest.mark.parametrize("placement", ["pre_softmax", "post_softmax"])
+@pytest.mark.parametrize("sparse_k", [None, 4])
+def test_rows_that_are_not_observed_change_nothing(sparse_k: int | None, placement: Placement) -> None:
+    query, key, value = random_attention()
+    lengths = np.array([1, 7, 8, 30, len(query)])
+    options: dict[str, Any] = {"target_ks": (4, 20), "sparse_k": sparse_k, "placement": placement}
+    options |= {"softmax_scale": 0.25, "block_bytes": 1 << 12}
+    output, kth_scores = observe_top_k(query, key, value, **options)
+    sampled_output, sampled = observe_top_k(query, key, value, lengths=lengths, **options)
+    torch.testing.assert_close(sampled_output, output)
+    torch.testing.assert_close(sampled, kth_scores[..., lengths - 1])
 
 
 @pytest.mark.parametrize("k", [1, 3, 31, 32, 200, 333])

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import BLOCK_BYTES, row_blocks
+from vllm_toptheta.calibration.route import block_bytes_on, row_blocks
 from vllm_toptheta.reference import causal_value_mean
 
-__all__ = ["BlockSums", "ScoreBlock", "attend_blocks", "block_bytes_on"]
-
-_GPU_BLOCK_BYTES = 1 << 28
+__all__ = ["BlockSums", "ScoreBlock", "attend_blocks"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,6 @@ class BlockSums:
     denominator: Tensor
     lost: Tensor
     num_discarded: Tensor
-
-
-def block_bytes_on(device: torch.device) -> int:
-    """Returns the bytes that a block of scores may take on a device.
-
-    Args:
-        device: where the scores are.
-    """
-    return BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
 
 
 def attend_blocks(

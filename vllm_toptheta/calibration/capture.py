@@ -7,7 +7,9 @@ attention, so that deeper layers are calibrated on the activations they will see
 import math
 from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
@@ -18,10 +20,11 @@ __all__ = ["TopKRoute", "largest_with_kth", "observe_top_k"]
 
 
 class TopKRoute(AttentionRoute):
-    """Reports the k-th largest score of every row, for every layer it is asked for.
+    """Reports the k-th largest scores of some rows, for every layer it is asked for.
 
     Args:
         target_ks: the k to observe.
+        lengths: `[num_rows]` ascending, the keys that the rows to observe see; None for every row.
         sparse_k: hand on exact top-k attention with this k, one of `target_ks`, with exact denominator and value mean
             compensation; None to hand on dense attention.
         dense_layers: layers that hand on dense attention whatever `sparse_k` is. They are observed all the same, so
@@ -34,12 +37,14 @@ class TopKRoute(AttentionRoute):
         self,
         *,
         target_ks: Sequence[int],
+        lengths: NDArray[np.int64] | None = None,
         sparse_k: int | None,
         dense_layers: Collection[int],
         report: Callable[[int, Tensor], None],
         placement: Placement = "pre_softmax",
     ) -> None:
         self.target_ks = target_ks
+        self.lengths = lengths
         self.sparse_k = sparse_k
         self.dense_layers = dense_layers
         self.report = report
@@ -61,6 +66,7 @@ class TopKRoute(AttentionRoute):
             key,
             value,
             target_ks=self.target_ks,
+            lengths=self.lengths,
             sparse_k=None if layer_idx in self.dense_layers else self.sparse_k,
             placement=self.placement,
             softmax_scale=softmax_scale,
@@ -76,6 +82,7 @@ def observe_top_k(
     value: Tensor,
     *,
     target_ks: Sequence[int],
+    lengths: NDArray[np.int64] | None = None,
     sparse_k: int | None,
     softmax_scale: float,
     soft_cap: float | None = None,
@@ -91,6 +98,8 @@ def observe_top_k(
         key: `[seq_len, num_kv_heads, head_size]` float.
         value: `[seq_len, num_kv_heads, head_size]` float.
         target_ks: the k to observe, each at least 1.
+        lengths: `[num_rows]` ascending, the keys that the rows to observe see; None for every row. Searching fewer
+            rows is what makes a calibration on a sample of them fast.
         sparse_k: the output keeps the scores that reach the k-th largest with this k, one of `target_ks`, with exact
             denominator and value mean compensation; None for dense attention.
         softmax_scale: factor on the products of query and key.
@@ -101,26 +110,35 @@ def observe_top_k(
 
     Returns:
         The output `[seq_len, num_heads, head_size]` float32, and the k-th largest scores
-        `[len(target_ks), num_heads, seq_len]` float32, in the unit of `placement`; minus infinity where a row sees
+        `[len(target_ks), num_heads, num_rows]` float32, in the unit of `placement`; minus infinity where a row sees
         fewer than k keys.
     """
     seq_len, num_heads, _ = query.shape
     groups = (key.shape[1], num_heads // key.shape[1])
-    sparse_index = 0 if sparse_k is None else target_ks.index(sparse_k)
-    kth_scores = query.new_full((len(target_ks), *groups, seq_len), -torch.inf, dtype=torch.float32)
+    observed = np.arange(1, seq_len + 1) if lengths is None else lengths
+    kth_scores = query.new_full((len(target_ks), *groups, len(observed)), -torch.inf, dtype=torch.float32)
 
     def select(block: ScoreBlock) -> Tensor | None:
-        place = kth_scores[..., block.rows]
-        candidates = block.scores
+        first, end = np.searchsorted(observed, [block.start + 1, block.stop + 1])
+        is_sampled = end - first < block.stop - block.start
+        scores = block.scores
+        if is_sampled:
+            rows = torch.from_numpy(observed[first:end] - 1 - block.start).to(scores.device)
+            scores = scores.index_select(2, rows)
+        place = kth_scores[..., first:end]
+        candidates = scores
         # the k largest hold the smaller k largest, so each search leaves less to the next
         for index in sorted(range(len(target_ks)), key=lambda index: -target_ks[index]):
-            k = target_ks[index]
-            if k <= block.stop:
-                candidates, place[index] = largest_with_kth(candidates, k)
-        is_sparse = sparse_k is not None and sparse_k < block.stop
-        threshold = place[sparse_index].clone() if is_sparse else None
+            if target_ks[index] <= block.stop:
+                candidates, place[index] = largest_with_kth(candidates, target_ks[index])
+        threshold = None
+        if sparse_k is not None and sparse_k < block.stop:
+            # rows that are not observed are sparse all the same
+            threshold = (
+                largest_with_kth(block.scores, sparse_k)[1] if is_sampled else place[target_ks.index(sparse_k)].clone()
+            )
         if placement == "post_softmax":
-            place -= block.scores.logsumexp(dim=-1)
+            place -= scores.logsumexp(dim=-1)
         return threshold
 
     output = attend_blocks(

@@ -189,12 +189,12 @@ class CalibrationJob:
         lengths = self._observed_lengths(index)
 
         def report(layer_idx: int, kth_scores: Tensor) -> None:
-            rows = kth_scores.cpu().numpy()[..., lengths - 1]
-            for column, scores in zip(columns, rows, strict=True):
+            for column, scores in zip(columns, kth_scores.cpu().numpy(), strict=True):
                 self._statistics.add(layer_idx, column, scores, lengths)
 
         route = TopKRoute(
             target_ks=[ks[column] for column in columns],
+            lengths=lengths,
             sparse_k=sparse_k,
             dense_layers=self.dense_layers,
             report=report,

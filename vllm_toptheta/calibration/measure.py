@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks, block_bytes_on
+from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
 from vllm_toptheta.calibration.capture import observe_top_k
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.route import AttentionRoute, block_bytes_on
 from vllm_toptheta.reference import Placement
 
 __all__ = ["ROW_MEASURES", "GridRoute", "ProbeRoute", "ServedRoute", "measure_grid", "measure_rows"]

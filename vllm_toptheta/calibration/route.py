@@ -13,10 +13,12 @@ from torch import Tensor
 
 from vllm_toptheta.reference import causal_scores, dense_attention
 
-__all__ = ["BLOCK_BYTES", "AttentionRoute", "DenseRoute", "row_blocks", "windowed_attention"]
+__all__ = ["AttentionRoute", "DenseRoute", "block_bytes_on", "row_blocks", "windowed_attention"]
 
-# what one block of scores may take; small enough to stay in a CPU's cache between the passes over it
-BLOCK_BYTES = 2 << 20
+# small enough to stay in a CPU's cache between the passes over a block
+_CPU_BLOCK_BYTES = 2 << 20
+# as large as fits without being felt: on a GPU every kernel launch has its price
+_GPU_BLOCK_BYTES = 1 << 28
 
 
 class AttentionRoute(ABC):
@@ -71,7 +73,7 @@ class DenseRoute(AttentionRoute):
                     softmax_scale=softmax_scale,
                     logits_soft_cap=soft_cap,
                 ).output
-                for start, stop in row_blocks(query.shape[1], query.shape[0])
+                for start, stop in row_blocks(query.shape[1], query.shape[0], block_bytes_on(query.device))
             ]
         )
 
@@ -101,7 +103,7 @@ def windowed_attention(
     seq_len, num_heads, _ = query.shape
     num_kv_heads = key.shape[1]
     blocks = []
-    for start, stop in row_blocks(num_heads, seq_len):
+    for start, stop in row_blocks(num_heads, seq_len, block_bytes_on(query.device)):
         first = max(0, start + 1 - sliding_window)
         scores = causal_scores(
             query[start:stop], key[first:stop], softmax_scale=softmax_scale, logits_soft_cap=soft_cap
@@ -114,7 +116,16 @@ def windowed_attention(
     return torch.cat(blocks)
 
 
-def row_blocks(num_heads: int, seq_len: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+def block_bytes_on(device: torch.device) -> int:
+    """Returns the bytes that a block of scores may take on a device.
+
+    Args:
+        device: where the scores are.
+    """
+    return _CPU_BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
+
+
+def row_blocks(num_heads: int, seq_len: int, block_bytes: int) -> Iterator[tuple[int, int]]:
     """Cuts the rows of causal attention into blocks whose float32 scores fit a bound.
 
     Args:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.blocks import block_bytes_on
-from vllm_toptheta.calibration.route import DenseRoute, row_blocks
+from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_blocks
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 

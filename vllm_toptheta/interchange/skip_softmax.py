@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute, row_blocks
+from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_blocks
 from vllm_toptheta.errors import InterchangeError
 from vllm_toptheta.reference import causal_scores, score_threshold
 from vllm_toptheta.store import ThresholdStore
@@ -164,7 +164,7 @@ class _ScoreRoute(DenseRoute):
     ) -> Tensor:
         """See `AttentionRoute.attend`."""
         if layer_idx not in self.dense_layers:
-            for start, stop in row_blocks(query.shape[1], query.shape[0]):
+            for start, stop in row_blocks(query.shape[1], query.shape[0], block_bytes_on(query.device)):
                 scores = causal_scores(
                     query[start:stop], key[:stop], softmax_scale=softmax_scale, logits_soft_cap=soft_cap
                 )

@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.blocks import block_bytes_on
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute, row_blocks
+from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_blocks
 from vllm_toptheta.calibration.sampling import length_buckets
 from vllm_toptheta.reference import AttentionResult, Placement, top_theta_attention
 from vllm_toptheta.store import Architecture, ThresholdCurve
