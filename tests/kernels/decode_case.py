@@ -237,6 +237,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
         sum(0 < length <= shape.min_sparse_context for length in shape.lens),
         sum(shape.lens),
         1,
+        0,
     ]
     assert worst <= allowed + 1e-3, f"error {worst}, allowed {allowed} + 1e-3"
     if shape.value_mean:

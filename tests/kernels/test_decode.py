@@ -68,6 +68,55 @@ def test_decode_bfloat16(name: str) -> None:
     check(case, *case.run())
 
 
+@pytest.mark.parametrize("config", [None, FEW], ids=["usual", "few programs"])
+def test_every_sequence_follows_its_own_rule(config: LaunchConfig | None) -> None:
+    common, dense, other = 0, 1, 2
+    lens, levels = (64, 64, 130, 0, 130, 333, 333, 333), (common, other, dense, other, other, common, dense, other)
+    shape = Shape(lens)
+    # the same tensors with other thresholds, in gaps between scores too
+    cases = {
+        common: make_case(shape),
+        dense: make_case(replace(shape, min_sparse_context=10**6)),
+        other: make_case(replace(shape, target_k=5, min_sparse_context=64)),
+    }
+    # a curve that has the right value at 200 tokens only, where its rule clamps every length
+    at_200 = torch.tensor(200.0, device=DEVICE).log()
+    coefficients = torch.zeros(3, 4, 2, device=DEVICE)
+    coefficients[common, :, 0] = cases[common].coefficients[:, 0]
+    coefficients[dense] = torch.nan
+    coefficients[other, :, 0] = cases[other].coefficients[:, 0] - 3.0 * at_200
+    coefficients[other, :, 1] = 3.0
+    rule = {common: [common, 0, 1, 999], dense: [dense, 2**31 - 1, 1, 1], other: [other, 64, 200, 200]}
+    garbage = [[7, 7, 7, 7]] * 3  # of rows behind the last
+    rules = torch.tensor([rule[level] for level in levels] + garbage, dtype=torch.int32, device=DEVICE)
+    output, counters = cases[common].run(config, coefficients=coefficients, rules=rules, min_sparse_context=-1)
+    rows_read, tokens = 0, 0
+    lost_mass = torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    for row, (length, level) in enumerate(zip(lens, levels, strict=True)):
+        if length == 0:
+            assert not output[row].any()
+            continue
+        result = reference(cases[level], row)
+        torch.testing.assert_close(output[row].float(), result.output[0], rtol=0, atol=2e-3)
+        survivors = result.survivors[0].view(2, 2, length).any(1)
+        if length > rule[level][1]:
+            survivors[:, length // 16 * 16 :] = True  # the open page
+        rows_read += survivors.sum(1)
+        if level == common:
+            tokens += 1
+            lost_mass += result.lost_mass[0]
+    assert counters.rows_read.tolist() == rows_read.tolist()
+    assert counters.totals.tolist() == [7, 0, sum(lens), 1, 5]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [tokens] * 4 == [2] * 4
+    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5)
+    # one rule for all is what the arguments say
+    uniform = torch.tensor([[common, 64, 32, 40_000]] * len(lens), dtype=torch.int32, device=DEVICE)
+    by_rule, ruled = cases[common].run(config, coefficients=coefficients, rules=uniform)
+    plain, counted = cases[common].run(config, coefficients=coefficients[common], min_sparse_context=64)
+    assert torch.equal(by_rule, plain)
+    assert all(torch.equal(one, two) for one, two in zip(vars(ruled).values(), vars(counted).values(), strict=True))
+
+
 def test_lists_longer_than_their_room_are_gathered_early() -> None:
     # every key of 33 tiles survives, three times as many as a lane has room for at once
     shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, min_sparse_context=0)
@@ -145,7 +194,7 @@ def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     again, _ = case.run(workspace=workspace, counters=counters)
     assert torch.equal(first, again)
     assert counters.rows_read.tolist() == (2 * once).tolist()
-    assert counters.totals.tolist() == [8, 0, 2 * sum(LENS), 2]
+    assert counters.totals.tolist() == [8, 0, 2 * sum(LENS), 2, 0]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [8] * 4
     counters.zero_()
     assert not any(buffer.any() for buffer in vars(counters).values())
@@ -199,6 +248,7 @@ def test_no_sequences_is_no_work() -> None:
         ("block_table", {"block_table": torch.zeros(1, 1, dtype=torch.int64)}),
         ("seq_lens", {"seq_lens": torch.zeros(2, dtype=torch.int32)}),
         ("coefficients", {"coefficients": torch.zeros(3, 1)}),
+        ("coefficients", {"coefficients": torch.zeros(2, 4, 1)}),  # levels without rules
         ("value_sum", {"value_sum": torch.zeros(2, 2, 64, dtype=torch.float16)}),
     ],
 )
@@ -206,6 +256,22 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
     case = replace(make_case(Shape((16,))), **{name: tensor.to(DEVICE) for name, tensor in change.items()})
     with pytest.raises(ValueError, match=f"^{field}: "):
         case.run(workspace=DecodeWorkspace.allocate(1, 4, 2, 64, kv_dtype=torch.float16, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        torch.zeros(2, 4, dtype=torch.int32),
+        torch.zeros(3, 3, dtype=torch.int32),
+        torch.zeros(3, 4, dtype=torch.int64),
+        torch.zeros(3, 8, dtype=torch.int32)[:, :4],
+    ],
+    ids=["fewer rows than sequences", "too few fields", "another dtype", "not contiguous"],
+)
+def test_wrong_rules_are_named(rules: torch.Tensor) -> None:
+    case = make_case(Shape((16, 16, 16)))
+    with pytest.raises(ValueError, match="^rules: "):
+        case.run(rules=rules.to(DEVICE), coefficients=case.coefficients[None])
 
 
 def test_a_workspace_for_fewer_sequences_is_refused() -> None:

@@ -112,7 +112,34 @@ def test_a_replayed_graph_equals_the_eager_call() -> None:
         assert not output[-2:].any()
 
 
-def case_run(case: Case, workspace: DecodeWorkspace, output: torch.Tensor) -> None:
+def test_a_replayed_graph_follows_rules_that_move() -> None:
+    case, workspace = graph_case()
+    output = torch.full_like(case.query, torch.nan)
+    common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
+    rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
+    others = case.coefficients + 0.3
+    coefficients = torch.stack([case.coefficients, torch.full_like(others, -torch.inf), others])
+    ruled: dict[str, Any] = {"workspace": workspace, "coefficients": coefficients, "rules": rules}
+    case.run(output=output, **ruled)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case_run(case, workspace, output, coefficients=coefficients, rules=rules)
+    for turn in range(4):
+        rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
+        rules[:8] = torch.tensor(rows, dtype=torch.int32)
+        output.fill_(torch.nan)
+        graph.replay()
+        expected, counters = case.run(**ruled)
+        assert torch.equal(output, expected)
+        assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
+        everything, _ = case.run(min_sparse_context=2**31 - 1)
+        for row, rule in enumerate(rows):
+            if rule is dense:
+                torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)
+
+
+def case_run(case: Case, workspace: DecodeWorkspace, output: torch.Tensor, **options: Any) -> None:
     decode(
         case.query,
         case.kv_cache,
@@ -120,7 +147,7 @@ def case_run(case: Case, workspace: DecodeWorkspace, output: torch.Tensor) -> No
         case.seq_lens,
         output=output,
         workspace=workspace,
-        coefficients=case.coefficients,
+        **{"coefficients": case.coefficients, **options},
         min_length=case.length_range[0],
         max_length=case.length_range[1],
         min_sparse_context=case.shape.min_sparse_context,

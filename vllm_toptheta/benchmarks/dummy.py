@@ -135,4 +135,4 @@ def _set_thresholds(worker: Any, thetas: list[list[float]]) -> None:
     for plan, per_kv_head in zip(_sparse_layers(worker), thetas, strict=True):
         group = plan.counters.num_queries_per_kv
         values = plan.coefficients.new_tensor(per_kv_head).repeat_interleave(group)
-        plan.coefficients[:, 0].copy_(values)
+        plan.coefficients[0, :, 0].copy_(values)

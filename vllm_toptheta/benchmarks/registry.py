@@ -15,6 +15,7 @@ from vllm_toptheta.kernels.tuning import LaunchConfig
 
 Call = Callable[[], Any]
 KEEPS_EVERYTHING = 2**31 - 1  # as min_sparse_context
+LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
 FILL_BLOCKS = 4096  # pages filled with random numbers at a time
 
@@ -107,9 +108,16 @@ class Inputs:
 
 
 def toptheta(
-    inputs: Inputs, *, keep_everything: bool = False, config: LaunchConfig | None = None
+    inputs: Inputs, *, keep_everything: bool = False, per_request: bool = True, config: LaunchConfig | None = None
 ) -> tuple[Call, DecodeCounters]:
-    """Our kernel, counters on; with `keep_everything` as for contexts too short for thresholds."""
+    """Our kernel as it is served, counters on.
+
+    Args:
+        inputs: The step.
+        keep_everything: As for contexts too short for thresholds.
+        per_request: Whether every sequence has a rule, although all rules say the same; else it has none.
+        config: Launch parameters instead of the table's.
+    """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
     counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
@@ -122,18 +130,22 @@ def toptheta(
         device="cuda",
         config=config,
     )
+    dense_length = KEEPS_EVERYTHING if keep_everything else 0
     arguments: dict[str, Any] = {
         "output": torch.empty_like(inputs.query),
         "workspace": workspace,
         "coefficients": inputs.coefficients,
         "min_length": 1,
-        "max_length": 2**20,
-        "min_sparse_context": KEEPS_EVERYTHING if keep_everything else 0,
+        "max_length": LONGEST,
+        "min_sparse_context": dense_length,
         "softmax_scale": inputs.softmax_scale,
         "value_sum": value_sum_view(inputs.kv_cache),
         "counters": counters,
         "config": config,
     }
+    if per_request:
+        rules = torch.tensor([[0, dense_length, 1, LONGEST]] * num_seqs, dtype=torch.int32, device="cuda")
+        arguments |= {"coefficients": inputs.coefficients[None], "rules": rules}
     return lambda: decode(inputs.query, inputs.kv_cache, inputs.block_table, inputs.seq_lens, **arguments), counters
 
 

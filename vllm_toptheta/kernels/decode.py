@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.merge import merge_kernel
+from vllm_toptheta.kernels.rules import RULE_FIELDS
 from vllm_toptheta.kernels.split import CHUNK_TILES, LIST_DEPTH, split_kernel
 from vllm_toptheta.kernels.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
@@ -32,11 +33,11 @@ class DecodeCounters:
 
     Attributes:
         rows_read: [num_kv_heads] int64, value rows fetched; a sequence's open page counts as read.
-        lost_mass: [num_heads] float64, sum over tokens of the softmax mass of the keys that did not survive.
-        lost_mass_histogram: [num_heads, num_buckets] int64, tokens not kept dense by their lost mass: bucket
+        lost_mass: [num_heads] float64, sum over tokens at level 0 of the softmax mass of the keys that did not survive.
+        lost_mass_histogram: [num_heads, num_buckets] int64, tokens at level 0 not kept dense by their lost mass: bucket
             num_buckets - 1 - i holds what lies in (2^-(i + 1), 2^-i], and bucket 0 also everything below.
-        totals: [4] int64: tokens decoded, those among them kept dense, cached rows summed over tokens, steps that
-            decoded.
+        totals: [5] int64: tokens decoded, those among them at level 0 and kept dense, cached rows summed over tokens,
+            steps that decoded, tokens at other levels.
     """
 
     rows_read: torch.Tensor
@@ -51,7 +52,7 @@ class DecodeCounters:
             rows_read=torch.zeros(num_kv_heads, dtype=torch.int64, device=device),
             lost_mass=torch.zeros(num_heads, dtype=torch.float64, device=device),
             lost_mass_histogram=torch.zeros(num_heads, NUM_BUCKETS, dtype=torch.int64, device=device),
-            totals=torch.zeros(4, dtype=torch.int64, device=device),
+            totals=torch.zeros(5, dtype=torch.int64, device=device),
         )
 
     def zero_(self) -> None:
@@ -120,6 +121,7 @@ def decode(
     max_length: int,
     min_sparse_context: int,
     softmax_scale: float,
+    rules: torch.Tensor | None = None,
     logits_soft_cap: float | None = None,
     q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
@@ -146,10 +148,13 @@ def decode(
         output: [num_seqs, num_heads, head_size] bfloat16 or float16, the dtype of the products, last axis dense,
             written.
         workspace: For at least as many sequences, and for the same `config`.
-        coefficients: [num_heads, degree + 1] float32, ascending powers of ln n: theta(n) in scaled logits.
-        min_length, max_length: Lengths to which n is clamped in theta(n), tokens.
-        min_sparse_context: Sequences of at most that many tokens keep every key.
+        coefficients: [num_heads, degree + 1] float32, ascending powers of ln n: theta(n) in scaled logits. With
+            `rules`, [num_levels, num_heads, degree + 1].
+        min_length, max_length: Lengths to which n is clamped in theta(n), tokens; of no effect with `rules`.
+        min_sparse_context: Sequences of at most that many tokens keep every key; of no effect with `rules`.
         softmax_scale: Factor on q . k.
+        rules: [at least num_seqs, RULE_FIELDS] int32, contiguous, what each sequence is decoded by (`kernels.rules`);
+            None if all are at level 0.
         logits_soft_cap: Cap c of c * tanh(s / c), or None.
         q_scale, k_scale, v_scale: One float32 each, factors on the query and on stored keys and values; None for 1.
         denominator_compensation: Sum the softmax denominator over all keys instead of the survivors.
@@ -164,7 +169,7 @@ def decode(
     """
     num_seqs, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    _check(query, kv_cache, block_table, seq_lens, output, coefficients, value_sum)
+    _check(query, kv_cache, block_table, seq_lens, output, coefficients, rules, value_sum)
     if num_seqs == 0:
         return
     config = config or launch_config(head_size, kv_cache.element_size(), query.device)
@@ -178,6 +183,7 @@ def decode(
     shared = {
         "block_table_ptr": block_table,
         "seq_lens_ptr": seq_lens,
+        "rules_ptr": rules,
         "partial_output_ptr": workspace.partial_output,
         "partial_stats_ptr": workspace.partial_stats,
         "kv_cache_ptr": kv_cache,
@@ -212,7 +218,7 @@ def decode(
         max_length=max_length,
         softmax_scale=softmax_scale,
         soft_cap=logits_soft_cap or 0.0,
-        NUM_COEFFICIENTS=coefficients.shape[1],
+        NUM_COEFFICIENTS=coefficients.shape[-1],
         G_PAD=max(config.min_group, triton.next_power_of_2(num_heads // num_kv_heads + 1)),
         TILE=config.tile,
         DENSE_TILE=config.dense_tile,
@@ -271,6 +277,7 @@ def _check(
     seq_lens: torch.Tensor,
     output: torch.Tensor,
     coefficients: torch.Tensor,
+    rules: torch.Tensor | None,
     value_sum: torch.Tensor | None,
 ) -> None:
     num_seqs, num_heads, head_size = query.shape
@@ -293,9 +300,13 @@ def _check(
     _expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
     _expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
     _expect("output", output, (num_seqs, num_heads, head_size), dtype)
-    _expect("coefficients", coefficients, (num_heads, coefficients.shape[1]), torch.float32)
-    if not coefficients.is_contiguous():
-        raise ValueError("coefficients: not contiguous")
+    levels = () if rules is None else coefficients.shape[:1]
+    _expect("coefficients", coefficients, (*levels, num_heads, coefficients.shape[-1]), torch.float32)
+    if rules is not None:
+        _expect("rules", rules, (max(num_seqs, len(rules)), RULE_FIELDS), torch.int32)
+    for name, tensor in (("coefficients", coefficients), ("rules", rules)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
     if value_sum is not None:
         _expect("value_sum", value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
     if kv_cache.stride(0) % ROW_ALIGNMENT.value or kv_cache.stride(2) % ROW_ALIGNMENT.value:

@@ -9,21 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.rules import dense_length_of, level_of
 from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
 from vllm_toptheta.kernels.tiles import DISCARDED, LOG2_E
 
 
 @triton.jit
-def _count_tokens(totals_ptr, seq_lens_ptr, num_seqs, min_sparse_context, SEQ_BLOCK: tl.constexpr):
+def _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK: tl.constexpr):
     """Add a step to `DecodeCounters.totals`; one program does."""
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
     decoded = seq_lens > 0
-    dense = decoded & (seq_lens <= min_sparse_context)
+    level = level_of(rules_ptr, index, num_seqs)
+    dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
+    dense = decoded & (level == 0) & (seq_lens <= dense_lengths)
+    asked = decoded & (level != 0)
     tl.store(totals_ptr, tl.load(totals_ptr) + tl.sum(decoded.to(tl.int64), axis=0))
     tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + tl.sum(dense.to(tl.int64), axis=0))
     tl.store(totals_ptr + 2, tl.load(totals_ptr + 2) + tl.sum(seq_lens.to(tl.int64), axis=0))
     tl.store(totals_ptr + 3, tl.load(totals_ptr + 3) + tl.max(decoded.to(tl.int64), axis=0))
+    tl.store(totals_ptr + 4, tl.load(totals_ptr + 4) + tl.sum(asked.to(tl.int64), axis=0))
 
 
 @triton.jit
@@ -41,12 +46,13 @@ def merge_kernel(
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
     block_table_ptr,  # [num_seqs, max_blocks] int32
     seq_lens_ptr,  # [num_seqs] int32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
     v_scale_ptr,  # [1] float32
     partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
     partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32
     lost_mass_ptr,  # [num_heads] float64
     histogram_ptr,  # [num_heads, NUM_BUCKETS] int64
-    totals_ptr,  # [4] int64: decoded tokens, those kept dense, cached rows, steps
+    totals_ptr,  # [5] int64: decoded tokens, those kept dense, cached rows, steps, tokens above level 0
     stride_output_seq,
     stride_output_head,
     stride_kv_block,
@@ -84,13 +90,14 @@ def merge_kernel(
     mask_d = offs_d < HEAD_SIZE
     output_row = output_ptr + row * stride_output_seq + head * stride_output_head + offs_d
     if COUNT and (head == 0) & (seq == 0):
-        _count_tokens(totals_ptr, seq_lens_ptr, num_seqs, min_sparse_context, SEQ_BLOCK)
+        _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK)
     seq_len = tl.load(seq_lens_ptr + seq)
     if seq_len <= 0:
         tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
 
-    is_dense = seq_len <= min_sparse_context
+    dense_length = dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
+    is_dense = seq_len <= dense_length
     if VALUE_MEAN:
         # issued first: nothing of this waits for the pieces
         last_page = (seq_len - 1) // BLOCK_SIZE
@@ -113,7 +120,9 @@ def merge_kernel(
         )
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
-    work, share = work_of_step(seq_lens_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK)
+    work, share = work_of_step(
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK
+    )
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1
@@ -165,6 +174,7 @@ def merge_kernel(
         result *= tl.load(v_scale_ptr)
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
     if COUNT:
-        tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), sem="relaxed")
+        is_common = level_of(rules_ptr, seq, num_seqs) == 0
+        tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
         bucket = histogram_ptr + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
-        tl.atomic_add(bucket, 1, mask=seq_len > min_sparse_context, sem="relaxed")
+        tl.atomic_add(bucket, 1, mask=is_common & (seq_len > dense_length), sem="relaxed")

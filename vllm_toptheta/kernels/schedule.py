@@ -12,10 +12,13 @@ because going through the work in order increases one of the two at every step.
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.rules import dense_length_of
+
 
 @triton.jit
 def work_of_step(
     seq_lens_ptr,  # [num_seqs] int32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
     num_seqs,
     min_sparse_context,
     num_programs,
@@ -26,7 +29,8 @@ def work_of_step(
     """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole."""
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
-    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= min_sparse_context, 2, 1)
+    dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
+    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, 2, 1)
     return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), MIN_WORK)
 
 

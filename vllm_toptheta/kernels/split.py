@@ -9,8 +9,8 @@ For a query head with scores s_j = softmax_scale * q . k_j over the n cached key
 keeps a running maximum and two sums of exponentials (survivors and others) for every row of its tile separately, so
 that the loop has no reduction, and appends survivors to a list of that row: their positions, and the scores of the
 group's heads (`DISCARDED` where a head does not keep the key). The gather puts the lists in order, one behind the
-other, walks them in dense tiles and weighs the values. Sequences of at most `min_sparse_context` tokens take an
-ordinary dense loop instead.
+other, walks them in dense tiles and weighs the values. Sequences that are too short for thresholds, or whose rule says
+so, take an ordinary dense loop instead.
 
 `merge_kernel` joins the pieces. Source: arXiv 2502.08363.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.rules import curve_of, dense_length_of
 from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
 from vllm_toptheta.kernels.tiles import (
     DISCARDED,
@@ -251,7 +252,8 @@ def split_kernel(
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [num_seqs, max_blocks] int32
     seq_lens_ptr,  # [num_seqs] int32
-    coefficients_ptr,  # [num_heads, degree + 1] float32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
+    coefficients_ptr,  # [num_levels, num_heads, degree + 1] float32
     q_scale_ptr,  # [1] float32
     k_scale_ptr,  # [1] float32
     list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE, GROUP + 1] int32
@@ -302,7 +304,7 @@ def split_kernel(
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
     work, share = work_of_step(
-        seq_lens_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK
     )
     ends = tl.cumsum(work, axis=0)
     end_of_share = tl.minimum((program + 1) * share, tl.sum(work, axis=0))
@@ -328,7 +330,7 @@ def split_kernel(
 
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
-        is_dense = seq_len <= min_sparse_context
+        is_dense = seq_len <= dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
         first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
         if first_unit < last_unit:
             start = first_unit * UNIT
@@ -363,9 +365,17 @@ def split_kernel(
                 open_start = seq_len
                 if VALUE_MEAN:
                     open_start = seq_len // BLOCK_SIZE * BLOCK_SIZE
+                curve_ptr, shortest, longest = curve_of(
+                    rules_ptr,
+                    seq,
+                    coefficients_ptr,
+                    num_kv_heads * GROUP * NUM_COEFFICIENTS,
+                    min_length,
+                    max_length,
+                )
                 output, maximum, kept_sum, lost_sum, rows_read = _attend_survivors(
                     query,
-                    thresholds_at(coefficients_ptr, head, mask_g, seq_len, min_length, max_length, NUM_COEFFICIENTS),
+                    thresholds_at(curve_ptr, head, mask_g, seq_len, shortest, longest, NUM_COEFFICIENTS),
                     key_base,
                     block_row,
                     program_list,
