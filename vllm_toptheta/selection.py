@@ -19,12 +19,14 @@ class Selection:
         model_id: The model that the thresholds were calibrated on; None if there are none.
         origin: Where the thresholds lie, or why there are none.
         dense_layers: Layers that read everything.
+        others: theta(n) at the store's other targets.
     """
 
     curve: ThresholdCurve | None
     model_id: str | None
     origin: str
     dense_layers: frozenset[int]
+    others: tuple[ThresholdCurve, ...] = ()
 
 
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -66,4 +68,5 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
             remedy=f"name layers from 0 to {layers[-1]}",
         )
     curve = thresholds.curve_of(settings.target) if settings.target else thresholds.curve(settings.target_k)
-    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers))
+    others = tuple(thresholds.curve_of(label) for label in manifest.labels if label != curve.label)
+    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers), others)

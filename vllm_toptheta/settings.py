@@ -75,6 +75,9 @@ class Settings(BaseSettings):
         lt=1.0,
         description="Share of a layer's tokens that may lose more than 95 % of those calibrated on.",
     )
+    per_request: bool = Field(
+        True, description="Let requests ask for dense decoding or another target, in vllm_xargs.toptheta."
+    )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 
     @field_validator("dense_layers", mode="before")

@@ -7,7 +7,8 @@ and both sides compute scores in float32 from the same rounded keys, so survivor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_layers_equal_the_paged_reference(
     counters.settle()
     decodes = [n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1]
     num_short = sum(n <= TARGET_K for n in decodes)
-    assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes), len(decodes) > 0]
+    assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes), len(decodes) > 0, 0]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [len(decodes) - num_short] * NUM_HEADS
     if len(decodes) > num_short:
         assert counters.rows_read.max() < sum(decodes)
@@ -200,6 +201,60 @@ def test_prompts_by_thresholds(make_config: Callable[..., VllmConfig], chunks: l
             assert is_dense or expected.lost_mass.max() > 0
             torch.testing.assert_close(outputs[layer], expected.output, rtol=1e-4, atol=2e-5)
     assert not harness.layers[1].impl.layer_plan.counters.totals.any()  # they count what is decoded
+
+
+def asking(harness: Harness, wishes: list[Any]) -> None:
+    """Let the rows of the next step ask for something."""
+    new = [
+        SimpleNamespace(
+            req_id=str(row), prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args={"toptheta": wish})
+        )
+        for row, wish in enumerate(wishes)
+    ]
+    ids = [request.req_id for request in new]
+    harness.builder.requests.step(new, set(ids), ids)
+
+
+def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16), 16, [96, 96, 512, 512, 300])
+    harness.run(Step([95, 95, 511, 511, 290], [95, 95, 511, 511, 290], [True] * 5))
+    asking(harness, [None, 8, "dense", "k:128", 8])
+    # full pages only: of an open one, all rows count as read
+    step = Step([96, 96, 512, 512, 300], [1, 1, 1, 1, 10], [False] * 4 + [True])
+    query, outputs = harness.run(step)
+    theta = 0.4 + 0.1 * torch.tensor([96.0, 512.0]).log()
+    # too short for k:128, as k:8 has it, dense, the server's own; then a prompt
+    thresholds = torch.tensor([-torch.inf, theta[0], -torch.inf, theta[1], *[-torch.inf] * 10])
+    expected = paged_top_theta_attention(
+        query,
+        torch.cat(split_cache(harness.caches[1]), dim=-1),
+        harness.block_table,
+        torch.tensor(step.seq_lens),
+        torch.tensor([0, *step.query_lens]).cumsum(0),
+        threshold=thresholds[:, None].expand(-1, NUM_HEADS),
+        target_k=8,
+        softmax_scale=SCALE,
+    )
+    torch.testing.assert_close(outputs[1], expected.output, rtol=1e-4, atol=1e-5)
+    counters = harness.layers[1].impl.layer_plan.counters
+    counters.settle()
+    assert counters.totals.tolist() == [4, 1, 96 + 96 + 512 + 512, 1, 2]
+    assert counters.rows_read.tolist() == expected.value_rows_read[:4].sum(dim=0).tolist()
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [1] * NUM_HEADS
+    torch.testing.assert_close(counters.lost_mass, expected.lost_mass[3].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_by_the_thresholds_of_their_request(make_config: Callable[..., VllmConfig]) -> None:
+    outputs = {}
+    for wishes in (["dense"], [8], [None]):
+        harness = Harness(make_config(block_size=16, options={"prefill": "threshold"}), 16, [100])
+        asking(harness, wishes)
+        outputs[wishes[0]] = harness.run(Step([100], [100], [True]))[1][1]
+    harness = Harness(make_config(block_size=16), 16, [100])
+    dense = harness.run(Step([100], [100], [True]))[1][1]
+    assert torch.equal(outputs["dense"], dense)
+    assert torch.allclose(outputs[None], dense, atol=1e-5)  # all of it is too short for k:128
+    assert not torch.allclose(outputs[8], dense, atol=1e-2)
 
 
 def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:

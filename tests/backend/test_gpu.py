@@ -18,7 +18,9 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
+from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import forget_warm_up
 from vllm_toptheta.kernels.decode import DecodeWorkspace
@@ -36,7 +38,9 @@ SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
 class Engine:
     """One sparse layer and what vLLM does around it, step by step."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], *, float8: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], *, float8: bool = False, refusal: str | None = None
+    ) -> None:
         self.float8 = float8
         ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
         scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
@@ -47,15 +51,18 @@ class Engine:
         monkeypatch.setattr(FlashAttentionImpl, "forward", self.flash_attention_forward)
         monkeypatch.setattr(GpuTopThetaImpl, "_workspace", self.workspace)
         coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
+        curve = ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096, label="k:8")
+        other = [ThresholdCurve(4, coefficients + 0.5, 5, 4096, label="k:4")]
         plan = Plan(
             settings=Settings.load({"target_k": TARGET_K}),
-            curve=ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096),
+            curve=curve,
             model_id="acme/tiny",
             origin="a test",
             dense_layers=frozenset({0}),
             architecture=Architecture(
                 num_layers=2, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, rope={}
             ),
+            levels=Levels(curve, tuple(other), refusal=refusal),
         )
         self.impl = GpuTopThetaImpl.__new__(GpuTopThetaImpl)
         self.impl.num_heads, self.impl.num_kv_heads, self.impl.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
@@ -63,6 +70,7 @@ class Engine:
         self.impl.kv_cache_dtype = "fp8" if float8 else "auto"
         self.impl.plan = plan
         self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
+        self.impl.requests = RequestLevels(plan.levels, len(max_lens), DEVICE)
         self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
         self.builder.watch = Watch([self.impl.layer_plan], relaxes=True)
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
@@ -73,7 +81,9 @@ class Engine:
         pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype, DEVICE)
         self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
 
-    def step(self, rows: list[int], seq_lens: list[int], query_lens: list[int]) -> torch.Tensor:
+    def step(
+        self, rows: list[int], seq_lens: list[int], query_lens: list[int], thetas: list[float] | None = None
+    ) -> torch.Tensor:
         """Run one step over the sequences in `rows`; largest error against the reference's rows."""
         lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int()
@@ -100,7 +110,8 @@ class Engine:
         output = torch.full_like(query, torch.nan, dtype=torch.float16)
         self.impl.forward(self.layer, query, query, query, self.kv_cache, self.builder.build(0, common), output)
         is_decode = torch.repeat_interleave(news == 1, news)
-        threshold = torch.where(is_decode, THETA, -torch.inf)[:, None].expand(-1, NUM_HEADS)
+        theta = torch.repeat_interleave(torch.tensor(thetas or [THETA] * len(rows)), news)
+        threshold = torch.where(is_decode, theta, -torch.inf)[:, None].expand(-1, NUM_HEADS)
         expected = self.reference(query, block_table, lens, starts, threshold)
         return (output.float() - expected).abs().amax(dim=(1, 2))
 
@@ -161,11 +172,43 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
         assert engine.dense_rows == []
     layer_plan = engine.impl.layer_plan
     assert layer_plan is not None
-    decoded, dense, cached, steps = layer_plan.counters.totals.tolist()
-    assert (decoded, dense, steps) == (2 + 3 * 12, 0, 1 + 12)
+    decoded, dense, cached, steps, asked = layer_plan.counters.totals.tolist()
+    assert (decoded, dense, steps, asked) == (2 + 3 * 12, 0, 1 + 12, 0)
     assert layer_plan.counters.lost_mass_histogram.sum(dim=1).tolist() == [decoded] * NUM_HEADS
     assert 0 < int(layer_plan.counters.rows_read.max()) < cached
     assert float(layer_plan.counters.lost_mass.min()) > 0
+
+
+def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60, 90, 90])
+    new = [
+        SimpleNamespace(
+            req_id=name, prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args=asked and {"toptheta": asked})
+        )
+        for name, asked in {"plain": None, "dense": "dense", "k": 4}.items()
+    ]
+    requests = engine.impl.requests
+    rules = requests.rules
+    requests.step(new, {"plain", "dense", "k"}, ["plain", "dense", "k"])
+    engine.step([0, 1, 2], [40, 70, 60], [40, 70, 60])
+    assert engine.step([0, 1, 2], [41, 71, 61], [1, 1, 1], [THETA, -torch.inf, THETA + 0.5]).max() < 2e-3
+    # another order, with one of them still in its prompt
+    requests.step([], {"plain", "dense", "k"}, ["k", "dense", "plain"])
+    assert engine.step([2, 1, 0], [62, 72, 50], [1, 1, 9], [THETA + 0.5, -torch.inf, THETA]).max() < 2e-3
+    requests.step([], {"plain"}, ["plain"])
+    assert engine.step([0], [51], [1], [THETA]).max() < 2e-3
+    counters = engine.impl.layer_plan.counters
+    assert requests.rules is rules  # where captured graphs find it
+    assert counters.totals.tolist() == [6, 0, 41 + 71 + 61 + 62 + 72 + 51, 3, 4]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [2] * NUM_HEADS
+
+
+def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60], refusal="switched off")
+    engine.impl.requests.rules.fill_(-1)
+    engine.step([0], [40], [40])
+    assert engine.step([0], [41], [1]).max() < 2e-3
+    assert engine.impl.layer_plan.counters.totals.tolist() == [1, 0, 41, 1, 0]
 
 
 def test_float8_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +252,10 @@ def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=forward_context))
     )
     assert Worker.compile_or_warm_up_model(worker) == "seconds"
-    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0, 0]
+    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0, 0, 0]
     engine.step([0], [42], [1])
     engine.step([0], [43], [1])
-    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43, 2]
+    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43, 2, 0]
 
 
 def test_a_dense_layer_is_flash_attentions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ class Layer:
         self, *, relaxes: bool, threshold: float = 1.5, device: str = "cpu", expected: float = EXPECTED
     ) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        coefficients = torch.full((NUM_HEADS, 1), threshold, device=device)
+        coefficients = torch.full((1, NUM_HEADS, 1), threshold, device=device)
         self.plan = LayerPlan(
             coefficients=coefficients,
-            constant_terms=coefficients[:, 0].clone(),
+            constant_terms=coefficients[0, :, 0].clone(),
             denominator_compensation=True,
             value_mean_compensation=True,
             counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS, device),
@@ -54,11 +54,11 @@ class Layer:
             query = sharpness * torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=self.generator)
             key, value = torch.randn(2, SEQ_LEN, NUM_KV_HEADS, HEAD_SIZE, generator=self.generator)
             result = top_theta_attention(
-                query, key, value, threshold=self.plan.coefficients.T, target_k=1, softmax_scale=HEAD_SIZE**-0.5
+                query, key, value, threshold=self.plan.coefficients[0].T, target_k=1, softmax_scale=HEAD_SIZE**-0.5
             )
             self.plan.counters.add(
-                torch.tensor([1, 0, SEQ_LEN, 1]),
-                is_sparse=torch.ones(1, 1, dtype=torch.int64),
+                torch.tensor([1, 0, SEQ_LEN, 1, 0]),
+                is_counted=torch.ones(1, 1, dtype=torch.int64),
                 rows_read=result.value_rows_read,
                 lost_mass=result.lost_mass,
             )
@@ -80,10 +80,10 @@ def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
     assert np.mean(lost[:16]) > 2 * EXPECTED
     assert np.mean(lost[-100:]) < EXPECTED
     assert 0 < layer.guard.level < len(RELAXATION) - 1
-    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms - layer.guard.relaxation)
+    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms - layer.guard.relaxation)
     layer.decode(4.0, 16 * 150)
     assert layer.guard.level == 0
-    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms)
+    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms)
 
 
 def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
@@ -98,7 +98,7 @@ def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(watch.logger, "warning", lambda text, *values: said.append(text % values))
     layer = Layer(relaxes=False)
     layer.decode(1.0, 200)
-    assert torch.equal(layer.plan.coefficients[:, 0], layer.plan.constant_terms)
+    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms)
     assert said[0].startswith("toptheta: in layer 3, ")
     assert said[0].endswith("with guard=relax, thresholds are lowered by 0.5")
 
@@ -134,7 +134,7 @@ def test_a_captured_graph_sees_the_thresholds_move() -> None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        read.copy_(layer.plan.coefficients[:, 0])
+        read.copy_(layer.plan.coefficients[0, :, 0])
     for _ in range(17 * 3):
         layer.watch.step()
         layer.plan.counters.lost_mass_histogram[:, -1] += 1  # as the kernel counts a token that lost nearly all

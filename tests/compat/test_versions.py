@@ -131,3 +131,75 @@ def test_other_versions_are_refused_unless_allowed(version: str, monkeypatch: py
         compat.check_version(version)
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     compat.check_version(version)
+
+
+@pytest.mark.parametrize("is_v2", [False, True], ids=["V1 runner", "V2 runner"])
+def test_runners_tell_who_stands_in_which_row(vllm_files: Path, is_v2: bool) -> None:
+    code = (
+        "import importlib, inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm_toptheta.backend.compat import follow_batches\n"
+        f"is_v2 = {is_v2}\n"
+        "module, method = (('vllm.v1.worker.gpu.model_runner', 'prepare_inputs') if is_v2\n"
+        "                  else ('vllm.v1.worker.gpu_model_runner', '_prepare_inputs'))\n"
+        "runner_class = importlib.import_module(module).GPUModelRunner\n"
+        "theirs = getattr(runner_class, method)\n"
+        "assert list(inspect.signature(theirs).parameters)[:2] == ['self', 'scheduler_output']\n"
+        "assert f'self.{method}(' in inspect.getsource(runner_class.execute_model)\n"
+        "setattr(runner_class, method, lambda self, scheduler_output, *_: S(req_ids=['b', 'a']) if is_v2 else ())\n"
+        "told = []\n"
+        "for _ in range(2):  # once for each group of layers\n"
+        "    follow_batches(S(use_v2_model_runner=is_v2), lambda *arguments: told.append(arguments[1:]))\n"
+        "runner = S(requests={'a': 1}, input_batch=S(req_ids=['b', 'a']), req_states=S(req_id_to_index={'a': 1}))\n"
+        "getattr(runner_class, method)(runner, S(scheduled_new_reqs=['new']), None)\n"
+        "print(told)\n"
+    )
+    assert run(vllm_files, code) == "[(['new'], {'a': 1}, ['b', 'a'])]"
+
+
+def test_runners_keep_what_is_looked_for(vllm_files: Path) -> None:
+    """Names in the sources, of attributes that only a runner with a device has."""
+    v1 = (vllm_files / "vllm/v1/worker/gpu_model_runner.py").read_text()
+    v2 = (vllm_files / "vllm/v1/worker/gpu/model_runner.py").read_text()
+    states = (vllm_files / "vllm/v1/worker/gpu/states.py").read_text()
+    output = (vllm_files / "vllm/v1/core/sched/output.py").read_text()
+    assert "self.requests: dict[str, CachedRequestState] = {}" in v1
+    assert "req_ids = self.input_batch.req_ids" in v1
+    assert "self.req_id_to_index: dict[str, int] = {}" in states
+    assert "req_ids=req_ids," in v2
+    for field in ("req_id: str", "prompt_token_ids: ", "sampling_params: ", "prefill_token_ids: "):
+        assert f"    {field}" in output
+
+
+def test_requests_are_checked_where_they_come_in(vllm_files: Path) -> None:
+    code = REGISTER + (
+        "from types import SimpleNamespace as S\n"
+        "from vllm import SamplingParams\n"
+        "from vllm.exceptions import VLLMValidationError\n"
+        "from vllm_toptheta.backend import admission\n"
+        "from vllm_toptheta.backend.levels import Levels\n"
+        "admission.install(lambda config: config == 'ours'); admission.install(None)\n"
+        "from vllm.v1.engine.async_llm import AsyncLLM\n"
+        "from vllm.v1.engine.input_processor import InputProcessor\n"
+        "from vllm.entrypoints.openai.completion.protocol import CompletionRequest\n"
+        "processor = S(vllm_config='ours', toptheta_levels=Levels(None))\n"
+        "bad = SamplingParams(extra_args={'toptheta': 'k:64'})\n"
+        "refused = []\n"
+        "def attempt(call):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except VLLMValidationError as error:\n"
+        "        refused.append('can ask for dense, not for' in str(error) or 'beam search' in str(error))\n"
+        "attempt(lambda: InputProcessor._validate_params(processor, bad, ()))\n"
+        "attempt(lambda: AsyncLLM.generate(S(input_processor=processor), 'prompt', bad, 'id'))\n"
+        "engine = S(input_processor=processor)\n"
+        "attempt(lambda: AsyncLLM.generate(engine, prompt='x', sampling_params=bad, request_id='id'))\n"
+        "asked = CompletionRequest(prompt='x', vllm_xargs={'toptheta': 'dense'}, use_beam_search=True)\n"
+        "attempt(lambda: asked.to_beam_search_params(4, {}))\n"
+        "CompletionRequest(prompt='x', use_beam_search=True).to_beam_search_params(4, {})\n"
+        "good = SamplingParams(extra_args={'toptheta': 'dense', 'other': 1})\n"
+        "AsyncLLM.generate(engine, 'prompt', good, 'id')\n"
+        "AsyncLLM.generate(S(input_processor=S(vllm_config='another')), 'prompt', bad, 'id')\n"
+        "print(refused)\n"
+    )
+    assert run(vllm_files, code) == "[True, True, True, True]"

@@ -41,7 +41,8 @@ def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[s
     Args:
         environment: Added to `ENVIRONMENT`.
         config: `model`, `prompts` (token ids), `max_tokens`, optionally `backend`, `options` (the backend's), `engine`
-            (further engine arguments) and `calls` (batches of prompts given one after the other).
+            (further engine arguments), `calls` (batches of prompts given one after the other) and `asked` (what each
+            prompt of a batch asks for in its extra arguments; None for nothing).
 
     Returns:
         `outputs`: per prompt `token_ids` and `top2` (the two best log-probabilities of each step);
@@ -89,9 +90,11 @@ def main() -> None:
         },
     )
     python_decodes = _count_python_decodes() if torch.cuda.is_available() else []
-    sampling = SamplingParams(temperature=0.0, max_tokens=config["max_tokens"], logprobs=2, ignore_eos=True)
+    greedy = {"temperature": 0.0, "max_tokens": config["max_tokens"], "logprobs": 2, "ignore_eos": True}
     outputs = []
     for batch in config.get("calls") or [config["prompts"]]:
+        asked = config.get("asked") or [None] * len(batch)
+        sampling = [SamplingParams(**greedy, extra_args={"toptheta": one} if one else None) for one in asked]
         for output in llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False):
             best = [
                 sorted((entry.logprob for entry in step.values()), reverse=True) for step in output.outputs[0].logprobs

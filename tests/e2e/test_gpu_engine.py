@@ -59,6 +59,30 @@ def test_decoding_runs_in_full_graphs(model: Path, text_ids: list[int], eager: d
     assert_same_text(replayed, eager)
 
 
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1 runner", "V2 runner"])
+def test_requests_choose_how_a_graph_decodes_them(
+    model: Path, text_ids: list[int], eager: dict[str, Any], runner: str
+) -> None:
+    config = {"model": str(model), "prompts": cut(text_ids, LENGTHS), "max_tokens": MAX_TOKENS}
+    dense = generate(**config)
+    k32 = generate(**config, backend="toptheta", options={"target_k": 32})
+    mixed = generate(
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
+        **config,
+        backend="toptheta",
+        asked=["dense", None, "k:32"],
+        engine=FULL_AND_PIECEWISE,
+    )
+    assert mixed["graph_mode"] == "FULL_AND_PIECEWISE"
+    assert mixed["python_decodes"] == 0
+    (stats,) = mixed["stats"]
+    assert stats["requests"] == {"dense": 1, "k:32": 1}
+    assert stats["asked_tokens"] == 2 * (MAX_TOKENS - 1)
+    assert {sum(layer["counts"]) for layer in stats["lost_mass"]} == {9 * (MAX_TOKENS - 1)}
+    runs = (dense, eager, k32)
+    assert_same_text(mixed, {"outputs": [run["outputs"][index] for index, run in enumerate(runs)]})
+
+
 def test_without_graphs_the_decode_step_is_called(model: Path, text_ids: list[int]) -> None:
     called = generate(
         IN_THIS_PROCESS,

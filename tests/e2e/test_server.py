@@ -85,7 +85,7 @@ def test_prometheus_scrapes_what_the_statistics_say(server: Server, text_ids: li
     assert stats["bytes_not_read"] == 128 * sum(head["rows_cached"] - head["rows_read"] for head in stats["layers"])
     for layer in stats["lost_mass"]:
         assert found["toptheta_lost_mass_count", str(layer["layer"])] == sum(layer["counts"])
-    sparse_tokens = stats["decode_tokens"] - stats["dense_tokens"]["short_context"]
+    sparse_tokens = stats["decode_tokens"] - stats["dense_tokens"]["short_context"] - stats["asked_tokens"]
     assert found["toptheta_lost_mass_count", "2"] == 9 * sparse_tokens  # query heads
 
 

@@ -2,12 +2,16 @@
 
 0.26         backends have no names of their own in the enum; pages are padded by wrapping Attention.get_kv_cache_spec
 0.27 - 0.33  AttentionBackendEnum.register and AttentionBackend.customize_spec exist
+
+All of them have two model runners, which keep their requests in different places.
 """
 
 from __future__ import annotations
 
 import copyreg
+import importlib
 import os
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +102,48 @@ def install_page_tails() -> None:
         return with_tail(spec) if spec is not None and self.attn_backend.get_name() == NAME else spec
 
     Attention.get_kv_cache_spec = get_padded_spec
+
+
+def follow_batches(vllm_config: Any, follow: Callable[[Any, Any, Any, Any], None]) -> None:
+    """Have the engine's model runner tell who stands in which row of the batch; called in a worker.
+
+    Args:
+        vllm_config: Says which of the runners it is.
+        follow: Called before the metadata of every step is built, with the runner, the requests that are new to it, a
+            collection of the ids of those that it knows, and the ids of the step's rows in order.
+
+    Raises:
+        UnsupportedError: The runner does not have the method that is looked for.
+    """
+    if vllm_config.use_v2_model_runner:
+        module, method, requests_and_rows = "vllm.v1.worker.gpu.model_runner", "prepare_inputs", _v2_requests_and_rows
+    else:
+        module, method, requests_and_rows = "vllm.v1.worker.gpu_model_runner", "_prepare_inputs", _v1_requests_and_rows
+    runner_class = importlib.import_module(module).GPUModelRunner  # also that of CPUs derives from it
+    prepare = getattr(runner_class, method, None)
+    if prepare is None:
+        raise UnsupportedError(
+            f"{module} does not tell which request stands in which row of a batch",
+            field="per_request",
+            remedy="Set it to false",
+        )
+    if prepare.__module__ == __name__:
+        return
+
+    def prepare_and_follow(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(runner, scheduler_output, *args, **kwargs)
+        follow(runner, scheduler_output.scheduled_new_reqs, *requests_and_rows(runner, inputs))
+        return inputs
+
+    setattr(runner_class, method, prepare_and_follow)
+
+
+def _v1_requests_and_rows(runner: Any, inputs: Any) -> tuple[Any, Any]:
+    return runner.requests, runner.input_batch.req_ids
+
+
+def _v2_requests_and_rows(runner: Any, inputs: Any) -> tuple[Any, Any]:
+    return runner.req_states.req_id_to_index, inputs.req_ids
 
 
 def without_decodes(common: CommonAttentionMetadata, num_decodes: int, num_decode_tokens: int) -> Any:

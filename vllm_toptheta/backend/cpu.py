@@ -28,9 +28,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_toptheta.backend.levels import COMMON, DENSE
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
+from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
 from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
@@ -44,6 +47,7 @@ class PrefillChunk:
     tokens: slice  # in the step's flat token axis
     block_table: torch.Tensor  # [max_blocks] int32
     seq_len: int
+    rule: torch.Tensor  # [4] int64, see `kernels.rules`
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class StepMetadata(AttentionMetadata):
         decodes: The sequences that decode, or None.
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
         length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
-        is_short: [num_decodes, 1] bool, sequences too short for thresholds.
-        is_sparse: [num_decodes, 1] int64, 1 where `is_short` is False.
-        totals: [4] int64, what the step adds to `LayerCounters.totals`.
+        levels: [num_decodes] int64, whose thresholds apply, or the one of all.
+        is_dense: [num_decodes, 1] bool, sequences that keep every key.
+        is_counted: [num_decodes, 1] int64, 1 where thresholds of level 0 apply.
+        totals: [5] int64, what the step adds to `LayerCounters.totals`.
         prefills: Everything that is not decoding.
         closed_pages: Pages that become full, or None.
     """
@@ -64,8 +69,9 @@ class StepMetadata(AttentionMetadata):
     decodes: kernels.DecodeBatch | None
     decode_tokens: torch.Tensor | slice
     length_powers: torch.Tensor | None
-    is_short: torch.Tensor
-    is_sparse: torch.Tensor
+    levels: torch.Tensor | int
+    is_dense: torch.Tensor
+    is_counted: torch.Tensor
     totals: torch.Tensor
     prefills: list[PrefillChunk]
     closed_pages: kernels.ClosedPages | None
@@ -81,10 +87,11 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log()
+        self.requests = request_levels(self.plan, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, CpuTopThetaImpl):
-                layer.impl.bind(self.plan, extract_layer_index(name))
+                layer.impl.bind(self.plan, extract_layer_index(name), self.requests)
                 layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
         self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
@@ -102,22 +109,35 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if common.is_prefilling is not None:
             # the last token of a prompt is dense too, also when it is the only one left to compute
             is_decode &= ~common.is_prefilling[: common.num_reqs]
+        rules = self.requests.rules.long()
         decode_rows = torch.nonzero(is_decode).flatten()
         prefills = [
-            PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
+            PrefillChunk(
+                slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]), rules[row]
+            )
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
         lengths = seq_lens[decode_rows]
-        is_short = lengths <= self.plan.min_sparse_context
+        levels, dense_lengths, _, _ = rules[decode_rows].unbind(dim=1)
+        is_dense, is_common = lengths <= dense_lengths, levels == COMMON
         return StepMetadata(
             decodes=(
                 kernels.DecodeBatch.of_step(block_table[decode_rows], lengths, block_size) if len(decode_rows) else None
             ),
             decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
-            length_powers=None if bool(is_short.all()) else self.plan.length_powers(lengths),
-            is_short=is_short[:, None],
-            is_sparse=(~is_short).long()[:, None],
-            totals=torch.tensor([len(lengths), int(is_short.sum()), int(lengths.sum()), len(lengths) > 0]),
+            length_powers=None if bool(is_dense.all()) else self.plan.length_powers(lengths, rules[decode_rows]),
+            levels=COMMON if bool(is_common.all()) else levels,
+            is_dense=is_dense[:, None],
+            is_counted=(~is_dense & is_common).long()[:, None],
+            totals=torch.tensor(
+                [
+                    len(lengths),
+                    int((is_dense & is_common).sum()),
+                    int(lengths.sum()),
+                    len(lengths) > 0,
+                    int((~is_common).sum()),
+                ]
+            ),
             prefills=prefills,
             closed_pages=kernels.ClosedPages.of_step(block_table, seq_lens - query_lens, seq_lens, block_size),
         )
@@ -201,11 +221,12 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         self.logits_soft_cap = logits_soft_cap or None
         self.plan: Plan | None = None
         self.layer_plan: LayerPlan | None = None  # None in a dense layer
+        self.requests: RequestLevels | None = None
 
-    def bind(self, plan: Plan, layer: int) -> None:
+    def bind(self, plan: Plan, layer: int, requests: RequestLevels) -> None:
         """Take this layer's share of the plan; vLLM may build its metadata builders more than once."""
         if self.plan is None:
-            self.plan = plan
+            self.plan, self.requests = plan, requests
             if self.sliding_window is None:
                 self.layer_plan = plan.for_layer(
                     layer,
@@ -279,11 +300,12 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         if plan is None or layer_plan is None or plan.settings.prefill == "dense":
             return attend(sliding_window=self.sliding_window)
         lengths = torch.arange(chunk.seq_len - len(query) + 1, chunk.seq_len + 1)
-        powers = plan.length_powers(lengths)
-        if powers is None:
+        level, dense_length, _, _ = chunk.rule.tolist()
+        powers = plan.length_powers(lengths, chunk.rule)
+        if powers is None or level == DENSE:
             return attend()
-        threshold = powers @ layer_plan.coefficients.T
-        threshold[lengths <= plan.min_sparse_context] = -torch.inf
+        threshold = layer_plan.thresholds(powers, level)
+        threshold[lengths <= dense_length] = -torch.inf
         return sparse_prefill(
             query,
             kv_cache,
@@ -319,13 +341,13 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
             return decode().output
         threshold = None
         if step.length_powers is not None:
-            threshold = (step.length_powers @ layer_plan.coefficients.T).masked_fill(step.is_short, -torch.inf)
+            threshold = layer_plan.thresholds(step.length_powers, step.levels).masked_fill(step.is_dense, -torch.inf)
         result = decode(
             threshold=threshold,
             denominator_compensation=layer_plan.denominator_compensation,
             value_sum=value_sum,
         )
         layer_plan.counters.add(
-            step.totals, is_sparse=step.is_sparse, rows_read=result.value_rows_read, lost_mass=result.lost_mass
+            step.totals, is_counted=step.is_counted, rows_read=result.value_rows_read, lost_mass=result.lost_mass
         )
         return result.output

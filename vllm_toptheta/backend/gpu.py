@@ -28,10 +28,12 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.compat import NAME, without_decodes
 from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
+from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.pages import with_tail
 from vllm_toptheta.backend.plan import LayerPlan, Plan
+from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
-from vllm_toptheta.backend.worker import forget_warm_up
+from vllm_toptheta.backend.worker import forget_warm_up, request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
 from vllm_toptheta.kernels.pages import value_sum_view
@@ -71,10 +73,13 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
             self.plan.log()
         forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        # a captured graph may have more rows than there can be sequences
+        max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        requests = request_levels(self.plan, vllm_config, max_num_rows, device)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, GpuTopThetaImpl):
-                layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs)
+                layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs, requests)
                 layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
         self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
@@ -182,8 +187,9 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             )
         self.plan: Plan | None = None
         self.layer_plan: LayerPlan | None = None  # None in a dense layer
+        self.requests: RequestLevels | None = None
 
-    def bind(self, plan: Plan, layer: int, device: torch.device, max_num_seqs: int) -> None:
+    def bind(self, plan: Plan, layer: int, device: torch.device, max_num_seqs: int, requests: RequestLevels) -> None:
         """Take this layer's share of the plan; vLLM may build its metadata builders more than once.
 
         Args:
@@ -191,9 +197,10 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             layer: This layer's index in the model.
             device: Where the thresholds go.
             max_num_seqs: Sequences of the largest batch, for which the workspace is reserved.
+            requests: What this rank's requests ask for.
         """
         if self.plan is None:
-            self.plan = plan
+            self.plan, self.requests = plan, requests
             if self.sliding_window == (-1, -1):
                 self.layer_plan = plan.for_layer(
                     layer,
@@ -258,9 +265,10 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         metadata: FlashAttentionMetadata,
         output: torch.Tensor,
     ) -> None:
-        plan, layer_plan = self.plan, self.layer_plan
-        if plan is None or plan.curve is None or layer_plan is None:
+        plan, layer_plan, requests = self.plan, self.layer_plan, self.requests
+        if plan is None or plan.curve is None or layer_plan is None or requests is None:
             raise UnsupportedError("a dense layer reached the sparse decode")
+        can_ask = plan.levels.refusal is None
         num_seqs = len(query)
         counters = layer_plan.counters
         is_quantized = kv_cache.dtype == FLOAT8
@@ -271,7 +279,8 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             metadata.seq_lens[:num_seqs],
             output=output,
             workspace=self._workspace(num_seqs, kv_cache.element_size(), query.device),
-            coefficients=layer_plan.coefficients,
+            coefficients=layer_plan.coefficients if can_ask else layer_plan.coefficients[COMMON],
+            rules=requests.rules if can_ask else None,
             min_length=plan.curve.min_length,
             max_length=plan.curve.max_length,
             min_sparse_context=plan.min_sparse_context,

@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.levels import COMMON, Levels
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
@@ -23,9 +24,9 @@ class LayerPlan:
     """What one sparse layer needs to know on one rank.
 
     Attributes:
-        coefficients: [num_heads, degree + 1] float32, of theta in ascending powers of ln n; the guard moves their
-            constant terms.
-        constant_terms: [num_heads] float32, those of the calibrated thresholds.
+        coefficients: [num_levels, num_heads, degree + 1] float32, of theta in ascending powers of ln n; the guard moves
+            the constant terms of level 0.
+        constant_terms: [num_heads] float32, those of the calibrated thresholds of level 0.
         denominator_compensation: Whether the softmax denominator is exact.
         value_mean_compensation: Whether the lost mass is given to the mean value.
         counters: What decoding does there.
@@ -42,6 +43,17 @@ class LayerPlan:
     expected_lost_mass: torch.Tensor | None
     guard: LayerGuard | None
 
+    def thresholds(self, powers: torch.Tensor, levels: torch.Tensor | int) -> torch.Tensor:
+        """theta(n) of every head, [num_tokens, num_heads] float32.
+
+        Args:
+            powers: [num_tokens, degree + 1] float32, from `Plan.length_powers`.
+            levels: [num_tokens] integer, or the one of all tokens.
+        """
+        if isinstance(levels, int):
+            return powers @ self.coefficients[levels].T
+        return torch.bmm(self.coefficients[levels], powers[:, :, None])[:, :, 0]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +66,7 @@ class Plan:
         origin: Where the thresholds lie, or why there are none; for the log only.
         dense_layers: Layers that read everything.
         architecture: The model's heads and layers over all ranks.
+        levels: What requests can ask for.
     """
 
     settings: Settings
@@ -62,6 +75,7 @@ class Plan:
     origin: str
     dense_layers: frozenset[int]
     architecture: Architecture
+    levels: Levels
 
     @classmethod
     def resolve(cls, vllm_config: Any) -> Plan:
@@ -77,7 +91,21 @@ class Plan:
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
         selection = select(settings, model_config.model, architecture)
-        return cls(settings=settings, architecture=architecture, **vars(selection))
+        refusal = _refusal(settings, vllm_config)
+        return cls(
+            settings=settings,
+            curve=selection.curve,
+            model_id=selection.model_id,
+            origin=selection.origin,
+            dense_layers=selection.dense_layers,
+            architecture=architecture,
+            levels=Levels(
+                selection.curve,
+                () if refusal else selection.others,
+                min_context=settings.min_context,
+                refusal=refusal,
+            ),
+        )
 
     @property
     def min_sparse_context(self) -> int:
@@ -127,7 +155,7 @@ class Plan:
         whole_group = self.architecture.num_heads // self.architecture.num_kv_heads
         kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
         heads = slice(first, first + num_heads)
-        coefficients = torch.from_numpy(self.curve.coefficients[layer, heads].copy()).to(device)
+        coefficients = self.levels.coefficients(layer, heads).to(device)
         expected = None
         if self.curve.expectations is not None:
             # the most at any length: buckets in which nothing was measured hold zeros
@@ -136,7 +164,7 @@ class Plan:
         is_guarded = expected is not None and bool(expected.any()) and self.settings.guard != "off"
         return LayerPlan(
             coefficients=coefficients,
-            constant_terms=coefficients[:, 0].clone(),
+            constant_terms=coefficients[COMMON, :, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
             counters=LayerCounters(layer, kv_heads, group, device),
@@ -144,12 +172,23 @@ class Plan:
             guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
         )
 
-    def length_powers(self, seq_lens: torch.Tensor) -> torch.Tensor | None:
-        """[num_seqs, degree + 1] float32: powers of ln n, n clamped to the calibrated lengths; None without thresholds.
+    def length_powers(self, seq_lens: torch.Tensor, rules: torch.Tensor) -> torch.Tensor | None:
+        """Powers of ln n for `LayerPlan.thresholds`, [num_seqs, degree + 1] float32; None without thresholds.
 
-        theta(n) of a layer's heads is `length_powers @ layer_plan.coefficients.T`, [num_seqs, num_heads].
+        Args:
+            seq_lens: [num_seqs] integer, tokens; clamped to the lengths that each sequence's rule names.
+            rules: [num_seqs, 4] integer, or a single rule (`kernels.rules`).
         """
         if self.curve is None:
             return None
-        log_length = seq_lens.clamp(self.curve.min_length, self.curve.max_length).float().log()
+        log_length = seq_lens.clamp(rules[..., 2], rules[..., 3]).float().log()
         return log_length[:, None] ** torch.arange(self.curve.coefficients.shape[-1])
+
+
+def _refusal(settings: Settings, vllm_config: Any) -> str | None:
+    """Why requests can ask for nothing; None if they can."""
+    if not settings.per_request:
+        return "this server was started with per_request false, so requests cannot choose how they are decoded"
+    if vllm_config.parallel_config.use_ubatching:
+        return "this server splits its batches in two (--enable-dbo), so requests cannot choose how they are decoded"
+    return None

@@ -6,9 +6,10 @@ they have had since vLLM 0.26, and leave every other backend alone.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from vllm_toptheta.backend import gates
+from vllm_toptheta.backend import admission, gates
 from vllm_toptheta.backend.compat import NAME
 from vllm_toptheta.backend.plan import Plan
 
@@ -26,6 +27,7 @@ def install(platform: type[Any]) -> None:
         if gates.is_selected(vllm_config, toptheta):
             gates.check_engine(vllm_config)
             gates.check_settings(Plan.resolve(vllm_config).settings)
+            admission.install(partial(gates.is_selected, toptheta=toptheta))
 
     platform.check_and_update_config = staticmethod(check)
     if platform.device_type == "cpu":

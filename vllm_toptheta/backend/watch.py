@@ -15,6 +15,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
 
@@ -89,7 +90,7 @@ class Watch:
         if not layer.guard.observe(share):
             return
         if self.relaxes:
-            layer.plan.coefficients[:, 0] = layer.plan.constant_terms - layer.guard.relaxation
+            layer.plan.coefficients[COMMON, :, 0] = layer.plan.constant_terms - layer.guard.relaxation
         logger.warning(
             "toptheta: in layer %d, %.0f %% of the tokens lost more than 95 %% of the calibration text did: %s%s",
             layer.plan.counters.layer,

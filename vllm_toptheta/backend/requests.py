@@ -1,0 +1,82 @@
+"""Which level each running request asked for, and the rules of the rows that they stand in, step by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_toptheta.backend.levels import ARGUMENT, COMMON, DENSE, Levels
+from vllm_toptheta.errors import SettingsError
+
+logger = init_logger("vllm.toptheta")
+
+
+class RequestLevels:
+    """The requests of one rank.
+
+    Captured graphs refer to `rules`, so it never moves, and while no request asks for anything nobody writes to it.
+
+    Args:
+        levels: What can be asked for.
+        max_num_rows: Rows of the largest batch, padding included.
+        device: Where the rules go.
+
+    Attributes:
+        rules: [max_num_rows, 4] int32 (`kernels.rules`), what each row of the next step is decoded by.
+        counts: Requests that asked for a level, by its label.
+    """
+
+    def __init__(self, levels: Levels, max_num_rows: int, device: torch.device | str = "cpu") -> None:
+        self.counts: Counter[str] = Counter()
+        self._levels = levels
+        self._rules = levels.rules()  # of the levels, on the host
+        self._asked: dict[str, int] = {}  # requests at level 0 are left out
+        self._rows = [COMMON] * max_num_rows
+        self.rules = self._rules[self._rows].to(device)
+
+    def step(self, new_requests: Iterable[Any], running: Collection[str], req_ids: Sequence[str]) -> None:
+        """Take in what changed, and put the rules of the next step's requests into their rows.
+
+        Args:
+            new_requests: vLLM's `NewRequestData` of requests that this rank sees for the first time, or again.
+            running: Ids of all requests that the rank knows of.
+            req_ids: Requests of the next step, in the order of the batch's rows.
+        """
+        for request in new_requests:
+            self._add(request)
+        for req_id in self._asked.keys() - running:
+            del self._asked[req_id]
+        if not self._asked and not any(self._rows):
+            return
+        rows = [self._asked.get(req_id, COMMON) for req_id in req_ids]
+        rows += [COMMON] * (len(self._rows) - len(rows))
+        if rows != self._rows:
+            self._rows = rows
+            # in stream order behind the last step's kernels, and the source is copied before this returns
+            self.rules.copy_(self._rules[rows], non_blocking=True)
+
+    def _add(self, request: Any) -> None:
+        self._asked.pop(request.req_id, None)  # an id may come back with other arguments
+        asked = (getattr(request.sampling_params, "extra_args", None) or {}).get(ARGUMENT)
+        if asked is None:
+            return
+        try:
+            level = self._levels.parse(asked)
+        except SettingsError as error:
+            # it came past the API server, which would have refused it
+            logger.warning("toptheta: request %s is decoded densely: %s", request.req_id, error)
+            level = DENSE
+        if level != COMMON:
+            self._asked[request.req_id] = level
+        if not _is_resumed(request):
+            self.counts[self._levels.label(level)] += 1
+
+
+def _is_resumed(request: Any) -> bool:
+    """Whether a new request has been here before: vLLM's V2 runner forgets those that are preempted."""
+    prefill, prompt = getattr(request, "prefill_token_ids", None), request.prompt_token_ids
+    return prefill is not None and prompt is not None and len(prefill) > len(prompt)
