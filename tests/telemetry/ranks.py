@@ -14,7 +14,8 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
     """The report of a worker with these layers."""
     for layer in counters:
         layer.settle()
-    decode_tokens, dense_tokens, _, decode_steps = counters[0].totals.tolist() if counters else (0, 0, 0, 0)
+    totals = counters[0].totals.tolist() if counters else [0] * 5
+    decode_tokens, dense_tokens, _, decode_steps, asked_tokens = totals
     return {
         "mode": "values",
         "guard": "relax",
@@ -23,12 +24,15 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
         "min_context": 128,
         "thresholds": "acme/tiny",
         "calibrated_lengths": (129, 4096),
+        "levels": ["dense", "k:128", "k:64"],
         "num_layers": 4,
         "num_kv_heads": 2,
         "value_row_bytes": 128,
         "decode_steps": decode_steps,
         "decode_tokens": decode_tokens,
         "dense_tokens": dense_tokens,
+        "asked_tokens": asked_tokens,
+        "requests": {},
         "layers": [record for layer in counters for record in layer.heads()],
         "lost_mass": [layer.histogram() for layer in counters],
         "guarded": [],
@@ -37,15 +41,25 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
 
 
 def counted(
-    layer: int, kv_heads: list[int], rows_read: list[list[int]], lost_mass: float, *, num_short: int = 0
+    layer: int,
+    kv_heads: list[int],
+    rows_read: list[list[int]],
+    lost_mass: float,
+    *,
+    num_short: int = 0,
+    num_asked: int = 0,
 ) -> LayerCounters:
-    """Counters after one step of sequences with 100 cached rows each, the first `num_short` of which were dense."""
+    """Counters after one step of sequences with 100 cached rows each.
+
+    The first `num_short` were dense, and the last `num_asked` were decoded as their requests asked for.
+    """
     counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2)
     tokens = len(rows_read)
-    is_sparse = (torch.arange(tokens) >= num_short).long()[:, None]
+    order = torch.arange(tokens)
+    is_sparse = (order >= num_short).long()[:, None]
     counters.add(
-        torch.tensor([tokens, num_short, 100 * tokens, 1]),
-        is_sparse=is_sparse,
+        torch.tensor([tokens, num_short, 100 * tokens, 1, num_asked]),
+        is_counted=is_sparse * (order < tokens - num_asked).long()[:, None],
         rows_read=torch.tensor(rows_read),
         lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
     )

@@ -45,6 +45,7 @@ def test_stats() -> None:
             "kv_head": 0,
             "decode_tokens": 1,
             "dense_tokens": 0,
+            "asked_tokens": 0,
             "rows_cached": 100,
             "rows_read": 5,
             "lost_mass_mean": 0.125,

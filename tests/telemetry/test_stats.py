@@ -13,8 +13,8 @@ from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
 def test_counters_add_up_over_steps() -> None:
     counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25)
     counters.add(
-        torch.tensor([1, 0, 50, 1]),
-        is_sparse=torch.tensor([[1]]),
+        torch.tensor([1, 0, 50, 1, 0]),
+        is_counted=torch.tensor([[1]]),
         rows_read=torch.tensor([[1, 2]]),
         lost_mass=torch.tensor([[0.0, 0.5, 1.0, 1.0]]),
     )
@@ -24,10 +24,10 @@ def test_counters_add_up_over_steps() -> None:
     assert (first["rows_read"], second["rows_read"]) == (41, 62)
     assert first["lost_mass_mean"] == pytest.approx((4 * 0.25 + 0.5) / 6)
     assert second["lost_mass_mean"] == pytest.approx((4 * 0.25 + 2.0) / 6)
-    assert counters.totals.tolist() == [3, 0, 250, 2]
+    assert counters.totals.tolist() == [3, 0, 250, 2, 0]
     counters.add(
-        torch.tensor([1, 0, 50, 1]),
-        is_sparse=torch.tensor([[1]]),
+        torch.tensor([1, 0, 50, 1, 0]),
+        is_counted=torch.tensor([[1]]),
         rows_read=torch.tensor([[1, 2]]),
         lost_mass=torch.zeros(1, 4),
     )
@@ -42,8 +42,8 @@ def test_steps_are_counted_many_at_once() -> None:
     counts = []
     for step, lost_mass in enumerate(masses):
         together.add(
-            torch.tensor([1, step % 2, 10, 1]),
-            is_sparse=torch.tensor([[1 - step % 2]]),
+            torch.tensor([1, step % 2, 10, 1, 0]),
+            is_counted=torch.tensor([[1 - step % 2]]),
             rows_read=torch.tensor([[step]]),
             lost_mass=lost_mass,
         )
@@ -52,13 +52,13 @@ def test_steps_are_counted_many_at_once() -> None:
     assert sorted(set(counts)) == [0, MAX_PENDING, 2 * MAX_PENDING, 3 * MAX_PENDING]
     histogram = together.histogram()
     sparse = masses[::2].flatten()
-    assert together.totals.tolist() == [len(masses), len(masses) // 2, 10 * len(masses), len(masses)]
+    assert together.totals.tolist() == [len(masses), len(masses) // 2, 10 * len(masses), len(masses), 0]
     assert together.rows_read.tolist() == [sum(range(len(masses)))]
     assert histogram["counts"] == [
         int(((sparse <= edge) & (sparse > below)).sum())
         for below, edge in zip((-1.0, *LOST_MASS_EDGES), LOST_MASS_EDGES, strict=False)
     ]
-    assert histogram["sum"] == pytest.approx(float(masses.double().sum()))
+    assert histogram["sum"] == pytest.approx(float(sparse.double().sum()))
 
 
 def test_short_sequences_count_neither_in_the_mean_nor_in_the_histogram() -> None:
@@ -70,12 +70,21 @@ def test_short_sequences_count_neither_in_the_mean_nor_in_the_histogram() -> Non
     assert counters.histogram()["sum"] == pytest.approx(4 * 0.3)
 
 
+def test_tokens_of_requests_with_a_level_of_their_own_count_neither() -> None:
+    counters = counted(1, [0], [[100], [10], [20]], 0.3, num_short=1, num_asked=1)
+    (head,) = counters.heads()
+    assert (head["decode_tokens"], head["dense_tokens"], head["asked_tokens"]) == (3, 1, 1)
+    assert head["lost_mass_mean"] == pytest.approx(0.3)
+    assert head["rows_read"] == 130  # they are read all the same
+    assert sum(counters.histogram()["counts"]) == 2
+
+
 def test_buckets_are_powers_of_two_that_include_their_upper_edge() -> None:
     counters = LayerCounters(1, [0], num_queries_per_kv=4)
     masses = torch.tensor([[0.0, 2.0**-9, 2.0**-8, 1.0], [0.3, 0.5, 0.51, 1.0]])
     counters.add(
-        torch.tensor([2, 0, 9, 1]),
-        is_sparse=torch.ones(2, 1, dtype=torch.int64),
+        torch.tensor([2, 0, 9, 1, 0]),
+        is_counted=torch.ones(2, 1, dtype=torch.int64),
         rows_read=torch.tensor([[1], [1]]),
         lost_mass=masses,
     )
@@ -118,6 +127,14 @@ def test_a_kv_head_on_two_ranks_is_summed() -> None:
     (head,) = merge([[rank(one), rank(other)]]).layers
     assert (head.decode_tokens, head.rows_cached, head.rows_read) == (3, 300, 19)
     assert head.lost_mass_mean == pytest.approx((2 * 0.5 + 0.2) / 3)
+
+
+def test_requests_are_counted_once_on_all_ranks_of_a_replica() -> None:
+    one, other = (counted(2, [head], [[7], [7]], 0.5, num_asked=1) for head in (0, 1))
+    replica = [rank(one, requests={"dense": 2}), rank(other, requests={"dense": 2, "k:64": 1})]
+    stats = merge([replica, [rank(counted(2, [0], [[5]], 0.2), requests={"dense": 1})]])
+    assert (stats.requests, stats.asked_tokens) == ({"dense": 3, "k:64": 1}, 1)
+    assert stats.layers[0].lost_mass_mean == pytest.approx((0.5 + 0.2) / 2)
 
 
 def test_replicas_decode_different_tokens() -> None:

@@ -23,12 +23,13 @@ class LayerCounters:
         kv_heads: Global indices of this rank's kv heads.
         num_queries_per_kv: Query heads that share one kv head.
         device: Where the buffers live; kernels add to them there.
-        totals: [4] int64: tokens decoded, those whose context was too short for thresholds, value rows cached, summed
-            over tokens, and steps that decoded.
+        totals: [5] int64: tokens decoded, those whose context was too short for thresholds, value rows cached, summed
+            over tokens, steps that decoded, and tokens decoded as their request asked for; the latter are not among
+            those with a short context.
         rows_read: [num_kv_heads] int64, value rows fetched, summed over tokens.
-        lost_mass: [num_heads] float64, lost softmax mass summed over tokens.
-        lost_mass_histogram: [num_heads, num_buckets] int64, tokens to which thresholds applied, by their lost mass;
-            bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
+        lost_mass: [num_heads] float64, lost softmax mass summed over tokens whose request asked for nothing.
+        lost_mass_histogram: [num_heads, num_buckets] int64, those of them to which thresholds applied, by their lost
+            mass; bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
     """
 
     layer: int
@@ -43,23 +44,23 @@ class LayerCounters:
 
     def __post_init__(self) -> None:
         num_heads = len(self.kv_heads) * self.num_queries_per_kv
-        self.totals = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self.totals = torch.zeros(5, dtype=torch.int64, device=self.device)
         self.rows_read = torch.zeros(len(self.kv_heads), dtype=torch.int64, device=self.device)
         self.lost_mass = torch.zeros(num_heads, dtype=torch.float64, device=self.device)
         self.lost_mass_histogram = torch.zeros(num_heads, len(LOST_MASS_EDGES), dtype=torch.int64, device=self.device)
 
     def add(
-        self, totals: torch.Tensor, *, is_sparse: torch.Tensor, rows_read: torch.Tensor, lost_mass: torch.Tensor
+        self, totals: torch.Tensor, *, is_counted: torch.Tensor, rows_read: torch.Tensor, lost_mass: torch.Tensor
     ) -> None:
         """Remember one step on the CPU, to be counted by `settle`; on GPUs the kernels count.
 
         Args:
-            totals: [4] int64, the step's contribution to `totals`.
-            is_sparse: [tokens, 1] int64, 1 for a token to which thresholds applied, else 0.
+            totals: [5] int64, the step's contribution to `totals`.
+            is_counted: [tokens, 1] int64, 1 for a token to which the server's own thresholds applied, else 0.
             rows_read: [tokens, num_kv_heads] int64.
             lost_mass: [tokens, num_heads] float32.
         """
-        self._pending.append((totals, is_sparse, rows_read, lost_mass))
+        self._pending.append((totals, is_counted, rows_read, lost_mass))
         if len(self._pending) == MAX_PENDING:
             self.settle()
 
@@ -67,14 +68,14 @@ class LayerCounters:
         """Count the steps that `add` remembered: many at once cost hardly more than one."""
         if not self._pending:
             return
-        totals, is_sparse, rows_read, lost_mass = zip(*self._pending, strict=True)
+        totals, counted, rows_read, lost_mass = zip(*self._pending, strict=True)
         self._pending.clear()
         self.totals += torch.stack(totals).sum(dim=0)
         self.rows_read += torch.cat(rows_read).sum(dim=0)
-        masses = torch.cat(lost_mass)
-        self.lost_mass += masses.sum(dim=0, dtype=torch.float64)
+        masses, is_counted = torch.cat(lost_mass), torch.cat(counted)
+        self.lost_mass += (masses * is_counted).sum(dim=0, dtype=torch.float64)
         buckets = torch.bucketize(masses, _INNER_EDGES)
-        self.lost_mass_histogram.scatter_add_(1, buckets.T, torch.cat(is_sparse).expand_as(buckets).T)
+        self.lost_mass_histogram.scatter_add_(1, buckets.T, is_counted.expand_as(buckets).T)
 
     def zero_(self) -> None:
         """Start counting anew."""
@@ -85,15 +86,16 @@ class LayerCounters:
     def heads(self) -> list[dict[str, Any]]:
         """One plain record per kv head, in the fields of `stats.HeadStats`."""
         self.settle()
-        decode_tokens, dense_tokens, rows_cached, _ = self.totals.tolist()
+        decode_tokens, dense_tokens, rows_cached, _, asked_tokens = self.totals.tolist()
         sums = self.lost_mass.view(-1, self.num_queries_per_kv).mean(dim=1)
-        lost_mass = (sums / max(1, decode_tokens - dense_tokens)).tolist()
+        lost_mass = (sums / max(1, decode_tokens - dense_tokens - asked_tokens)).tolist()
         return [
             {
                 "layer": self.layer,
                 "kv_head": kv_head,
                 "decode_tokens": decode_tokens,
                 "dense_tokens": dense_tokens,
+                "asked_tokens": asked_tokens,
                 "rows_cached": rows_cached,
                 "rows_read": rows_read,
                 "lost_mass_mean": lost_mass_mean,

@@ -44,6 +44,11 @@ class StatsCollector(Collector):
         for reason, tokens in stats.dense_tokens.items():
             dense.add_metric([reason], tokens)
         yield dense
+        yield _counter("toptheta_asked_tokens", "Tokens decoded as their request asked for.", stats.asked_tokens)
+        requests = CounterMetricFamily("toptheta_requests", "Requests that named a way to decode.", labels=["level"])
+        for level in stats.levels:
+            requests.add_metric([level], stats.requests.get(level, 0))
+        yield requests
         yield _counter(
             "toptheta_value_bytes_not_read", "Bytes of cached values that need not be read.", stats.bytes_not_read
         )

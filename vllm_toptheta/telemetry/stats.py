@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,15 +20,17 @@ class HeadStats(BaseModel):
     kv_head: int
     decode_tokens: int = Field(description="Tokens decoded; on every rank that holds the head.")
     dense_tokens: int = Field(description="Those among them whose context was too short for thresholds.")
+    asked_tokens: int = Field(description="Those among them that were decoded as their request asked for.")
     rows_cached: int = Field(description="Value rows in the cache, summed over decode tokens.")
     rows_read: int = Field(description="Value rows fetched from the cache, summed over decode tokens.")
     lost_mass_mean: float = Field(
-        description="Softmax mass of the rows not read, mean over query heads and tokens to which thresholds applied."
+        description="Softmax mass of the rows not read, mean over query heads and tokens to which the server's "
+        "thresholds applied."
     )
 
 
 class LostMass(BaseModel):
-    """Lost softmax mass in one layer, over query heads and tokens to which thresholds applied."""
+    """Lost softmax mass in one layer, over query heads and tokens to which the server's thresholds applied."""
 
     layer: int
     counts: list[int] = Field(description="Pairs of token and query head in each bucket of lost_mass_edges.")
@@ -56,6 +59,7 @@ class InForce(BaseModel):
         description="The model that the thresholds were calibrated on; null if none are used."
     )
     calibrated_lengths: tuple[int, int] | None = Field(description="Tokens between which thresholds follow the length.")
+    levels: list[str] = Field(description="What a request can ask for in vllm_xargs.toptheta.")
     num_layers: int
     num_kv_heads: int
     value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")
@@ -67,6 +71,8 @@ class RankStats(InForce):
     decode_steps: int
     decode_tokens: int
     dense_tokens: int
+    asked_tokens: int
+    requests: dict[str, int]
     layers: list[HeadStats]
     lost_mass: list[LostMass]
     guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
@@ -80,6 +86,8 @@ class Stats(InForce):
     decode_steps: int = Field(description="Engine steps that decoded at least one token.")
     decode_tokens: int = Field(description="Tokens decoded.")
     dense_tokens: dict[str, int] = Field(description="Those that were decoded densely, by reason.")
+    asked_tokens: int = Field(description="Tokens decoded as their request asked for.")
+    requests: dict[str, int] = Field(description="Requests that named a way to decode, by what they named.")
     rows_read_share: float | None = Field(description="rows_read / rows_cached over all layers; null before decoding.")
     bytes_not_read: int = Field(description="Bytes of cached values that thresholds made unnecessary to read.")
     lost_mass_edges: list[float] = Field(description="Upper edges of the buckets in lost_mass, included.")
@@ -115,6 +123,8 @@ def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
         decode_steps=_over_replicas(engines, "decode_steps"),
         decode_tokens=_over_replicas(engines, "decode_tokens"),
         dense_tokens={"short_context": _over_replicas(engines, "dense_tokens")},
+        asked_tokens=_over_replicas(engines, "asked_tokens"),
+        requests=_requests(engines),
         rows_read_share=read / cached if cached else None,
         bytes_not_read=(cached - read) * reports[0].value_row_bytes,
         lost_mass_edges=list(LOST_MASS_EDGES),
@@ -143,14 +153,24 @@ def _over_replicas(engines: list[list[RankStats]], field: str) -> int:
     return sum(max(getattr(report, field) for report in engine) for engine in engines)
 
 
+def _requests(engines: list[list[RankStats]]) -> dict[str, int]:
+    """Requests by what they asked for; all ranks of a replica see the same ones."""
+    total: Counter[str] = Counter()
+    for engine in engines:
+        furthest = max(engine, key=lambda report: sum(report.requests.values()))
+        total.update(furthest.requests)
+    return dict(sorted(total.items()))
+
+
 def _add_heads(one: HeadStats, other: HeadStats) -> HeadStats:
-    sparse = [head.decode_tokens - head.dense_tokens for head in (one, other)]
+    sparse = [head.decode_tokens - head.dense_tokens - head.asked_tokens for head in (one, other)]
     lost = one.lost_mass_mean * sparse[0] + other.lost_mass_mean * sparse[1]
     return HeadStats(
         layer=one.layer,
         kv_head=one.kv_head,
         decode_tokens=one.decode_tokens + other.decode_tokens,
         dense_tokens=one.dense_tokens + other.dense_tokens,
+        asked_tokens=one.asked_tokens + other.asked_tokens,
         rows_cached=one.rows_cached + other.rows_cached,
         rows_read=one.rows_read + other.rows_read,
         lost_mass_mean=lost / max(1, sum(sparse)),

@@ -43,8 +43,8 @@ function cells(newer, older) {
   const result = new Map();
   for (const head of newer.layers) {
     const key = `${head.layer},${head.kv_head}`;
-    const old = earlier.get(key) ?? { decode_tokens: 0, dense_tokens: 0, rows_cached: 0, rows_read: 0, lost_mass_mean: 0 };
-    const sparse = (one) => one.decode_tokens - one.dense_tokens;
+    const old = earlier.get(key) ?? { decode_tokens: 0, dense_tokens: 0, asked_tokens: 0, rows_cached: 0, rows_read: 0, lost_mass_mean: 0 };
+    const sparse = (one) => one.decode_tokens - one.dense_tokens - one.asked_tokens;
     const cached = head.rows_cached - old.rows_cached;
     const tokens = sparse(head) - sparse(old);
     result.set(key, {
