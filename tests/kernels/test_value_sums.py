@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Case, Shape, check_closed_pages, make_case
+from vllm_toptheta.kernels import value_sums
 from vllm_toptheta.kernels.value_sums import close_pages
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
@@ -34,6 +37,30 @@ def test_sums_do_not_depend_on_how_the_tokens_came(name: str, chunk: int) -> Non
     lens = list(case.shape.lens)
     for end in range(chunk, max(lens) + chunk, chunk):
         step(case, [min(length, end - chunk) for length in lens], [min(length, end) for length in lens])
+    check_closed_pages(case)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+@pytest.mark.parametrize("seqs_per_step", [2, 128])
+def test_a_prefix_that_others_fill_in_the_same_step(
+    order: tuple[int, ...], seqs_per_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(value_sums, "SEQS_PER_STEP", seqs_per_step)
+    # vLLM shares pages as soon as they are scheduled: 1 stands on what 0 fills, 2 on that and what 1 fills
+    before = torch.tensor([20, 144, 160, 0])
+    case = make_case(Shape((150, 170, 400, 64)))
+    case.value_sum[case.block_table[0, 1:9].long()] = torch.nan
+    for row, pages in ((1, 9), (2, 10)):
+        case.value_sum[case.block_table[row, :-1].long().clamp(max=len(case.value_sum) - 1)] = torch.nan
+        case.block_table[row, :pages] = case.block_table[row - 1, :pages]
+    rows = list(order)
+    case = replace(
+        case,
+        shape=replace(case.shape, lens=tuple(case.shape.lens[row] for row in rows)),
+        block_table=case.block_table[rows],
+        seq_lens=case.seq_lens[rows],
+    )
+    step(case, before[rows].tolist(), list(case.shape.lens))
     check_closed_pages(case)
 
 

@@ -238,9 +238,13 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         pages = kv_cache.view(FLOAT8) if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else kv_cache
         if split.prefill is not None:
             if self.layer_plan.value_mean_compensation:
-                prefill = split.prefill
+                # also the pages that decoded tokens fill: a prompt may stand on them in this very step
                 close_pages(
-                    pages, value_sum_view(pages), prefill.block_table, prefill.seq_lens, prefill.query_start_loc
+                    pages,
+                    value_sum_view(pages),
+                    attn_metadata.block_table,
+                    attn_metadata.seq_lens,
+                    attn_metadata.query_start_loc,
                 )
             super().forward(
                 layer,

@@ -160,8 +160,15 @@ def close_pages(kv_cache: torch.Tensor, value_sum: torch.Tensor, pages: ClosedPa
     _, value_cache = split_cache(kv_cache)
     sums = value_cache[pages.blocks].sum(dim=3, dtype=torch.float32)
     sums.masked_fill_(~pages.valid[:, :, None, None], 0.0)
-    before = value_sum[pages.previous].masked_fill(pages.is_first[:, None, None], 0.0)
-    value_sum[pages.blocks[pages.valid]] = (before[:, None] + sums.cumsum(dim=1))[pages.valid]
+    sums = sums.cumsum(dim=1)
+    # a sequence may begin behind a prefix that another one computes in this very step: first those that others stand on
+    pending = torch.ones(len(pages.blocks), dtype=torch.bool)
+    while bool(pending.any()):
+        unwritten = pages.blocks[pending][pages.valid[pending]]
+        ready = pending & (pages.is_first | ~torch.isin(pages.previous, unwritten))
+        before = value_sum[pages.previous[ready]].masked_fill(pages.is_first[ready, None, None], 0.0)
+        value_sum[pages.blocks[ready][pages.valid[ready]]] = (before[:, None] + sums[ready])[pages.valid[ready]]
+        pending &= ~ready
 
 
 def decode(

@@ -3,6 +3,9 @@
 A page's sum is its predecessor's sum plus its own rows, written by whichever step fills the page, never by adding one
 token at a time. So a step repeated, or a token rejected and replaced, leaves the same sums, up to rounding.
 `kernels.decode` does the same for the page that a decoded token fills.
+
+vLLM shares the pages of a prefix as soon as they are scheduled, so a sequence may stand on pages that another one fills
+in the same step. Their sums cannot be read while they are written: it adds up their rows itself.
 """
 
 from __future__ import annotations
@@ -12,16 +15,43 @@ import triton
 import triton.language as tl
 
 TOKENS_PER_STEP = 128
+SEQS_PER_STEP = 128
 HEAD_SLICE = 64  # channels of a program
 
 
-@triton.jit(do_not_specialize=("stride_table_seq",))
+@triton.jit
+def _first_unwritten_page(
+    table, first_page, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, num_seqs, stride_table_seq,
+    BLOCK_SIZE: tl.constexpr, SEQS: tl.constexpr,
+):  # fmt: skip
+    """The first page of a sequence that any sequence fills in this step.
+
+    Pages with equal blocks at one position have equal blocks in front of it, so the pages that others fill are those
+    from the least position at which one of them begins on a block of this sequence.
+    """
+    unwritten = first_page
+    for start in range(0, num_seqs, SEQS):
+        other = start + tl.arange(0, SEQS)
+        mask = other < num_seqs
+        seq_lens = tl.load(seq_lens_ptr + other, mask=mask, other=0)
+        starts = tl.load(query_start_loc_ptr + other, mask=mask, other=0)
+        query_lens = tl.load(query_start_loc_ptr + other + 1, mask=mask, other=0) - starts
+        page = tl.maximum(seq_lens - query_lens, 0) // BLOCK_SIZE
+        mask &= (page < seq_lens // BLOCK_SIZE) & (page < first_page)
+        theirs = tl.load(block_table_ptr + other.to(tl.int64) * stride_table_seq + page, mask=mask, other=-1)
+        ours = tl.load(table + page, mask=mask, other=-2)
+        unwritten = tl.minimum(unwritten, tl.min(tl.where(theirs == ours, page, first_page), axis=0))
+    return unwritten
+
+
+@triton.jit(do_not_specialize=("num_seqs", "stride_table_seq"))
 def _close_pages_kernel(
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
     block_table_ptr,  # [num_seqs, max_blocks] int32
     seq_lens_ptr,  # [num_seqs] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
+    num_seqs,
     stride_kv_block,
     stride_kv_head,
     stride_kv_token,
@@ -33,6 +63,7 @@ def _close_pages_kernel(
     BLOCK_PAD: tl.constexpr,
     SLICE: tl.constexpr,
     PAGES: tl.constexpr,
+    SEQS: tl.constexpr,
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -49,11 +80,15 @@ def _close_pages_kernel(
     table = block_table_ptr + seq * stride_table_seq
     values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
     sums = value_sum_ptr + kv_head * stride_sum_head + offs_d
-    previous = tl.load(table + tl.maximum(first_page - 1, 0)).to(tl.int64)
+    unwritten = _first_unwritten_page(
+        table, first_page, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, num_seqs, stride_table_seq,
+        BLOCK_SIZE, SEQS,
+    )  # fmt: skip
+    previous = tl.load(table + tl.maximum(unwritten - 1, 0)).to(tl.int64)
     running = tl.load(sums + previous * stride_sum_block, mask=mask_d, other=0.0)
     # a sequence's first page has no predecessor, and what was loaded for it may be anything
-    running = tl.where(first_page > 0, running, 0.0)
-    for start in range(first_page, end_page, PAGES):
+    running = tl.where(unwritten > 0, running, 0.0)
+    for start in range(unwritten, end_page, PAGES):
         page = start + tl.arange(0, PAGES)
         mask_p = page < end_page
         block = tl.load(table + page, mask=mask_p, other=0).to(tl.int64)
@@ -69,7 +104,7 @@ def _close_pages_kernel(
         tl.store(
             sums[None, :] + (block * stride_sum_block)[:, None],
             running[None, :] + tl.cumsum(page_sums, axis=0),
-            mask=mask_p[:, None] & mask_d[None, :],
+            mask=(mask_p & (page >= first_page))[:, None] & mask_d[None, :],
         )
         running += tl.sum(page_sums, axis=0)
 
@@ -120,6 +155,7 @@ def close_pages(
         block_table_ptr=block_table,
         seq_lens_ptr=seq_lens,
         query_start_loc_ptr=query_start_loc,
+        num_seqs=num_seqs,
         stride_kv_block=kv_cache.stride(0),
         stride_kv_head=kv_cache.stride(1),
         stride_kv_token=kv_cache.stride(2),
@@ -131,5 +167,6 @@ def close_pages(
         BLOCK_PAD=block_pad,
         SLICE=HEAD_SLICE,
         PAGES=max(1, TOKENS_PER_STEP // block_pad),
+        SEQS=SEQS_PER_STEP,
         num_warps=4,
     )
