@@ -45,6 +45,7 @@ class Shape:
     degree: int = 0
     min_sparse_context: int = 0
     target_k: int = 20
+    num_channels: int = 0  # of shadow keys
     seed: int = 0
 
 
@@ -135,7 +136,9 @@ def make_case(shape: Shape, threshold: float | None = None) -> Case:
     width = max(1, *(-(-length // shape.block_size) for length in shape.lens)) + 1
     num_blocks = 1 + sum(-(-length // shape.block_size) for length in shape.lens)
     content = group_shape[0] * group_shape[1] * group_shape[2]
-    stride = padded_page_bytes(content * kv_dtype.itemsize, shape.num_kv_heads, shape.head_size) // kv_dtype.itemsize
+    code_bytes = group_shape[0] * group_shape[1] * shape.num_channels // 2
+    page = padded_page_bytes(content * kv_dtype.itemsize, shape.num_kv_heads, shape.head_size, code_bytes=code_bytes)
+    stride = page // kv_dtype.itemsize
     memory = torch.full((num_blocks * stride,), torch.nan, dtype=torch.float32, device=DEVICE).to(kv_dtype)
     inner = {
         "NHD": (group_shape[2], group_shape[0] * group_shape[2]),
@@ -196,7 +199,7 @@ def reference(case: Case, row: int, **changes: Any) -> Any:
         query,
         key,
         value,
-        threshold=_thresholds(case)[row : row + 1],
+        threshold=thresholds(case)[row : row + 1],
         target_k=0,
         compensation=Compensation("exact" if shape.exact else "none", shape.value_mean),
         **options,
@@ -228,7 +231,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
             assert float((lost[:, None] / edges - 1).abs().min()) > 1e-4
             histogram.scatter_add_(1, torch.bucketize(lost, edges)[:, None], torch.ones_like(histogram[:, :1]))
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
-        allowed = max(allowed, 2 * _error_of_dtype(case, row, result))
+        allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert counters.rows_read.tolist() == rows_read.tolist()
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
     assert counters.lost_mass_histogram.tolist() == histogram.tolist()
@@ -267,7 +270,7 @@ def _length_powers(case: Case) -> torch.Tensor:
     return lens[:, None] ** torch.arange(case.shape.degree + 1, device=DEVICE)
 
 
-def _thresholds(case: Case) -> torch.Tensor:
+def thresholds(case: Case) -> torch.Tensor:
     """[num_seqs, num_heads] float32."""
     return (_length_powers(case) @ case.coefficients.double().T).float()
 
@@ -278,7 +281,7 @@ def _place_thresholds(case: Case, generator: torch.Generator) -> None:
     coefficients = torch.zeros(shape.num_heads, shape.degree + 1, dtype=torch.float64)
     coefficients[:, 1:] = 0.02 * torch.randn(shape.num_heads, shape.degree, generator=generator, device=DEVICE).cpu()
     case.coefficients = coefficients.float().to(DEVICE)
-    offsets = _thresholds(case)
+    offsets = thresholds(case)
     relative: list[torch.Tensor] = []
     for row, length in enumerate(shape.lens):
         if length > shape.min_sparse_context:
@@ -305,7 +308,7 @@ def _place_thresholds(case: Case, generator: torch.Generator) -> None:
     case.coefficients[:, 0] = constant
 
 
-def _error_of_dtype(case: Case, row: int, result: Any) -> float:
+def error_of_dtype(case: Case, row: int, result: Any) -> float:
     """What PyTorch itself errs by when it multiplies weights and values in the query's dtype."""
     shape = case.shape
     key, value = case.sequence(row)

@@ -17,6 +17,7 @@ from tests.kernels.decode_case import (
     WHY_NOT,
     Shape,
     check,
+    check_closed_pages,
     make_case,
     reference,
 )
@@ -150,6 +151,23 @@ def test_without_survivors_the_output_is_the_mean_value(threshold: float, exact:
         torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
     assert counters.lost_mass.tolist() == pytest.approx([3.0] * 4)
     assert counters.rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
+
+
+@pytest.mark.parametrize("lens", [(64, 65), (65, 64), (16, 17), (80, 32, 33, 16)])
+def test_a_page_that_another_sequence_fills_in_the_same_step(lens: tuple[int, ...]) -> None:
+    # a prompt of which one token is left may stand on a page as soon as the token that fills it is scheduled
+    case = make_case(Shape(lens), threshold=1e6)
+    filling = next(row for row, length in enumerate(lens) if length + 1 in lens)
+    standing = lens.index(lens[filling] + 1)
+    num_pages = lens[filling] // case.shape.block_size
+    case.block_table[standing, :num_pages] = case.block_table[filling, :num_pages]
+    case.value_sum[case.block_table[filling, num_pages - 1].long()] = torch.nan  # or of whoever had the page before
+    output, _ = case.run()
+    for row in range(len(lens)):
+        _, value = case.sequence(row)
+        mean = value.mean(dim=0).repeat_interleave(case.shape.num_heads // case.shape.num_kv_heads, dim=0)
+        torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
+    check_closed_pages(case)
 
 
 def test_without_survivors_and_value_mean_the_output_is_zero() -> None:

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import Case, Shape, check, make_case
+from tests.kernels.shadow_case import check as check_shadow
+from tests.kernels.shadow_case import kernel_projection, make_shadow_case
 from vllm_toptheta.kernels.decode import DecodeWorkspace, decode
-from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.shadow_codes import write_codes
+from vllm_toptheta.kernels.tuning import ShadowConfig
 from vllm_toptheta.kernels.value_sums import close_pages
 
 pytestmark = [
@@ -197,3 +202,79 @@ def test_offsets_beyond_32_bits() -> None:
     starts[1:] = case.seq_lens.cumsum(0)
     close_pages(cache, value_sum, table, case.seq_lens, starts)
     torch.testing.assert_close(value_sum[-num_blocks:], case.value_sum, rtol=1e-4, atol=1e-2, equal_nan=True)
+
+
+SHADOW_CONFIGS = [ShadowConfig(), ShadowConfig(chunk_tiles=4, list_depth=6), ShadowConfig(tile=128, all_values=True)]
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("kind", range(0, NUM_KINDS, 2))
+def test_random_shapes_with_shadow_keys(kind: int, case: int) -> None:
+    shape = random_shape(kind, case)
+    shape = replace(shape, num_channels=[32, 64][kind // 2 % 2] if shape.head_size < 256 else 128)
+    shadow = make_shadow_case(shape)
+    config = SHADOW_CONFIGS[case]
+    check_shadow(shadow, *shadow.run(config), all_values=config.all_values)
+
+
+def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call() -> None:
+    shape = replace(graph_case()[0].shape, num_channels=64)
+    shadow = make_shadow_case(shape)
+    case = shadow.case
+    starts = torch.zeros(9, dtype=torch.int32, device="cuda")
+    starts[1:] = case.seq_lens.cumsum(0)
+    # the shorter lengths below end in other pages
+    write_codes(
+        case.kv_cache,
+        shadow.codes,
+        case.block_table,
+        case.seq_lens,
+        starts,
+        projection=kernel_projection(shadow.projection),
+        max_query_len=40_000,
+    )
+    close_pages(case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts)
+    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, device="cuda")
+    output = torch.full_like(case.query, torch.nan)
+    lens = case.seq_lens.clone()
+    case.seq_lens.fill_(1)
+    counting: dict[str, Any] = {"counters": None, "keys_read": None}
+    arguments = shadow.arguments(workspace=workspace, output=output, **counting)
+    tensors = case.query, case.kv_cache, shadow.codes, case.block_table, case.seq_lens
+    decode_shadow(*tensors, **arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_shadow(*tensors, **arguments)
+    for divisor in (1, 2, 3, 7):
+        case.seq_lens.copy_(lens // divisor)
+        case.seq_lens[-2:] = 0  # padding
+        case.query.normal_()
+        output.fill_(torch.nan)
+        graph.replay()
+        expected, _, _ = shadow.run(workspace=workspace, **counting)
+        assert torch.equal(output, expected)
+        assert not output[-2:].any()
+
+
+def test_shadow_keys_beyond_32_bits() -> None:
+    shape = Shape((5000, 777), num_heads=8, head_size=128, dtype=torch.bfloat16, num_channels=64)
+    shadow = make_shadow_case(shape)
+    expected, _, keys_read = shadow.run()
+    case = shadow.case
+    num_blocks, num_kv_heads, block_size, content = case.kv_cache.shape
+    page = case.kv_cache.stride(0)
+    many = 2**31 // page + num_blocks
+    memory = torch.zeros(many * page, dtype=torch.bfloat16, device="cuda")
+    cache = memory.as_strided((many, *case.kv_cache.shape[1:]), (page, *case.kv_cache.stride()[1:]))
+    old = torch.as_strided(case.kv_cache, (num_blocks * page,), (1,))
+    memory[-num_blocks * page :] = old
+    table = torch.where(case.block_table < num_blocks, case.block_table + (many - num_blocks), case.block_table)
+    moved = replace(
+        shadow,
+        case=replace(case, kv_cache=cache, value_sum=value_sum_view(cache), block_table=table),
+        codes=codes_view(cache, 32),
+    )
+    output, _, moved_keys = moved.run()
+    assert torch.equal(output, expected)
+    assert moved_keys.tolist() == keys_read.tolist()

@@ -14,16 +14,25 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-NAMES = "kernels/test_decode.py", "kernels/test_value_sums.py", "backend/test_gpu.py", "benchmarks/test_quality.py"
-FILES = [str(TESTS / name) for name in NAMES]
+RUNS = {
+    "values": (
+        "kernels/test_decode.py",
+        "kernels/test_value_sums.py",
+        "backend/test_gpu.py",
+        "benchmarks/test_quality.py",
+    ),
+    "shadow": ("kernels/test_shadow.py",),
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
+    files = [str(TESTS / file) for file in RUNS[name]]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=TESTS.parent,
         capture_output=True,

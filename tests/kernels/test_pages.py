@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.paged import empty_cache
-from vllm_toptheta.kernels.pages import PAGE_ALIGNMENT, padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.pages import PAGE_ALIGNMENT, codes_view, padded_page_bytes, value_sum_view
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -44,3 +44,28 @@ def test_pages_are_aligned() -> None:
 def test_pages_without_a_tail_are_refused() -> None:
     with pytest.raises(ValueError, match="no tail"):
         value_sum_view(torch.zeros(4, 2, 16, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("num_kv_heads", "block_size", "head_size"), [(1, 16, 64), (3, 48, 80)])
+def test_shadow_keys_lie_behind_the_sums(
+    dtype: torch.dtype, num_kv_heads: int, block_size: int, head_size: int
+) -> None:
+    content = num_kv_heads * block_size * 2 * head_size
+    page_codes = num_kv_heads * block_size * 32
+    page_bytes = padded_page_bytes(content * dtype.itemsize, num_kv_heads, head_size, code_bytes=page_codes)
+    stride = page_bytes // dtype.itemsize
+    inner = (block_size * 2 * head_size, 2 * head_size, 1)
+    cache = torch.zeros(4 * stride, dtype=dtype).as_strided(
+        (4, num_kv_heads, block_size, 2 * head_size), (stride, *inner)
+    )
+    cache.fill_(1.0)
+    value_sum_view(cache).fill_(-7.0)
+    codes_view(cache, 32).fill_(99)
+    assert bool((cache == 1.0).all())
+    assert bool((value_sum_view(cache) == -7.0).all())
+    cache.fill_(2.0)
+    value_sum_view(cache).fill_(5.0)
+    assert bool((codes_view(cache, 32) == 99).all())
+    with pytest.raises(ValueError, match="no room"):
+        codes_view(cache, 64 + 32)

@@ -52,21 +52,32 @@ class Inputs:
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
         target_k: int,
+        code_bytes: int = 0,
+        key_scales: torch.Tensor | None = None,
     ) -> Inputs:
-        """Normally distributed queries, keys and values; thresholds at the `target_k`-th largest scores."""
+        """Normally distributed queries, keys and values; thresholds at the `target_k`-th largest scores.
+
+        `code_bytes` of shadow keys fit into the tails for every token and kv head; `key_scales` [head_size] are factors
+        on the channels of the keys.
+        """
         torch.manual_seed(0)
         pages = [-(-length // block_size) for length in lens]
         num_blocks = 1 + sum(pages)
         width = 2 * head_size
         content = num_kv_heads * block_size * width
-        stride = padded_page_bytes(content * kv_dtype.itemsize, num_kv_heads, head_size) // kv_dtype.itemsize
+        page_codes = num_kv_heads * block_size * code_bytes
+        page_bytes = padded_page_bytes(content * kv_dtype.itemsize, num_kv_heads, head_size, code_bytes=page_codes)
+        stride = page_bytes // kv_dtype.itemsize
         memory = torch.empty(num_blocks * stride, dtype=kv_dtype, device="cuda")
         kv_cache = memory.as_strided(
             (num_blocks, num_kv_heads, block_size, width), (stride, width, num_kv_heads * width, 1)
         )
         for start in range(0, num_blocks, FILL_BLOCKS):
             chunk = kv_cache[start : start + FILL_BLOCKS]
-            chunk.copy_(torch.randn(chunk.shape, device="cuda"))
+            tokens = torch.randn(chunk.shape, device="cuda")
+            if key_scales is not None:
+                tokens[..., :head_size] *= key_scales
+            chunk.copy_(tokens)
         # the value of the sums changes no timing
         value_sum_view(kv_cache).zero_()
         order = (torch.randperm(num_blocks - 1, device="cuda") + 1).int()
@@ -84,17 +95,23 @@ class Inputs:
         largest = [inputs._kth_score(row, target_k) for row in range(min(len(lens), CALIBRATION_SEQUENCES))]
         return replace(inputs, coefficients=torch.stack(largest).mean(0)[:, None].contiguous())
 
-    def _kth_score(self, row: int, target_k: int) -> torch.Tensor:
-        """[num_heads]: the k-th largest score of each head of a sequence."""
-        num_kv_heads, block_size, width = self.kv_cache.shape[1:]
+    def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a sequence, [seq_len, num_kv_heads, head_size] float32."""
+        block_size = self.kv_cache.shape[2]
         length = int(self.seq_lens[row])
         blocks = self.block_table[row, : -(-length // block_size)].long()
         cache = self.kv_cache.view(torch.uint8) if self.kv_cache.dtype.itemsize == 1 else self.kv_cache
-        pages = cache[blocks].view(self.kv_cache.dtype)[..., : width // 2].float()
-        keys = pages.transpose(1, 2).flatten(0, 1)[:length]
-        query = self.query[row].float().view(num_kv_heads, -1, width // 2)
+        pages = cache[blocks].view(self.kv_cache.dtype).float()
+        tokens = pages.transpose(1, 2).flatten(0, 1)[:length]
+        key, value = tokens.chunk(2, dim=-1)
+        return key, value
+
+    def _kth_score(self, row: int, target_k: int) -> torch.Tensor:
+        """[num_heads]: the k-th largest score of each head of a sequence."""
+        keys, _ = self.sequence(row)
+        query = self.query[row].float().unflatten(0, (keys.shape[1], -1))
         scores = torch.einsum("hgd,nhd->hgn", query, keys).flatten(0, 1) * self.softmax_scale
-        return scores.topk(min(target_k, length)).values[:, -1]
+        return scores.topk(min(target_k, len(keys))).values[:, -1]
 
     @property
     def softmax_scale(self) -> float:

@@ -49,6 +49,28 @@ def bench_tune(
         save_entry(head_size, 1 if kv_dtype.startswith("float8") else 2, card, best)
 
 
+@bench_app.command("shadow")
+def bench_shadow(
+    specs: Annotated[str | None, typer.Option(help="Batches, as for `bench kernels`.")] = None,
+    block_sizes: Annotated[str, typer.Option(help="Tokens of a page; several by commas.")] = "16,32",
+    variants: Annotated[str | None, typer.Option(help="Variants by semicolons; default: all.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes that compile and check; 0 does it in this one.")] = 12,
+    json: Annotated[Path | None, typer.Option(help="Append every row to this file, as a line of JSON.")] = None,
+) -> None:
+    """Check and time the variants of the decode kernel with shadow keys, on random data; needs an NVIDIA GPU."""
+    from vllm_toptheta.benchmarks.shadow import DEFAULT_SPECS, VARIANTS, compare, summary
+
+    rows = compare(
+        list(DEFAULT_SPECS) if specs is None else words(specs),
+        [int(size) for size in words(block_sizes)],
+        list(VARIANTS) if variants is None else [name.strip() for name in variants.split(";")],
+        processes=processes,
+        rows_file=json,
+        report_progress=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(summary(rows))
+
+
 @bench_app.command("quality", context_settings=TEXT_FILES)
 def bench_quality(
     context: typer.Context,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from vllm_toptheta.kernels.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
 MIN_BLOCK_SIZE = 16
@@ -169,7 +170,7 @@ def decode(
     """
     num_seqs, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    _check(query, kv_cache, block_table, seq_lens, output, coefficients, rules, value_sum)
+    check_step(query, kv_cache, block_table, seq_lens, output, coefficients, rules, value_sum)
     if num_seqs == 0:
         return
     config = config or launch_config(head_size, kv_cache.element_size(), query.device)
@@ -179,8 +180,7 @@ def decode(
     early_merge = config.early_merge and has_dependent_launch(query.device)
     # pieces begin at page boundaries where pages fill a tile, because then block numbers are loaded page by page
     unit = block_size if config.tile % block_size == 0 else MIN_BLOCK_SIZE
-    piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
-    shared = {
+    shared: dict[str, Any] = {
         "block_table_ptr": block_table,
         "seq_lens_ptr": seq_lens,
         "rules_ptr": rules,
@@ -199,7 +199,8 @@ def decode(
         "D_PAD": triton.next_power_of_2(head_size),
         "UNIT": unit,
         "MIN_WORK": config.min_work * config.tile // unit,
-        "SEQ_BLOCK": _sequence_block(num_seqs),
+        "SEQ_BLOCK": sequence_block(num_seqs),
+        "DENSE_WORK": 2,
         "VALUE_MEAN": value_sum is not None,
         "COUNT": counters is not None,
         "EARLY_MERGE": early_merge,
@@ -228,7 +229,7 @@ def decode(
         DENSE_STAGES=config.dense_stages,
         GATHER_STAGES=config.gather_stages,
         SOFT_CAP=logits_soft_cap is not None,
-        COMPUTE=_TRITON_DTYPES[output.dtype],
+        COMPUTE=TRITON_DTYPES[output.dtype],
         HAS_Q_SCALE=q_scale is not None,
         HAS_K_SCALE=k_scale is not None,
         IN_PLACE=query.is_cuda,
@@ -236,6 +237,32 @@ def decode(
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **shared,
     )
+    launch_merge(
+        shared,
+        output=output,
+        value_sum=value_sum,
+        v_scale=v_scale,
+        counters=counters,
+        denominator_compensation=denominator_compensation,
+        num_programs=num_programs,
+        num_warps=config.merge_warps,
+    )
+
+
+def launch_merge(
+    shared: dict[str, Any],
+    *,
+    output: torch.Tensor,
+    value_sum: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    counters: DecodeCounters | None,
+    denominator_compensation: bool,
+    num_programs: int,
+    num_warps: int,
+) -> None:
+    """Join the pieces that a kernel with the arguments `shared` has left."""
+    num_seqs, num_heads, _ = output.shape
+    piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
     merge_kernel[(num_heads, num_seqs)](
         output_ptr=output,
         value_sum_ptr=value_sum,
@@ -247,15 +274,15 @@ def decode(
         stride_output_head=output.stride(1),
         stride_sum_block=0 if value_sum is None else value_sum.stride(0),
         stride_sum_head=0 if value_sum is None else value_sum.stride(1),
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=num_heads // shared["GROUP"],
         num_programs=num_programs,
-        BLOCK_PAD=triton.next_power_of_2(block_size),
+        BLOCK_PAD=triton.next_power_of_2(shared["BLOCK_SIZE"]),
         PIECE_BLOCK=piece_block,
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         HAS_V_SCALE=v_scale is not None,
         EXACT_DENOMINATOR=denominator_compensation,
-        num_warps=config.merge_warps or merge_warps,
-        **({"launch_pdl": True} if early_merge else {}),
+        num_warps=num_warps or merge_warps,
+        **({"launch_pdl": True} if shared["EARLY_MERGE"] else {}),
         **shared,
     )
 
@@ -265,12 +292,12 @@ def _merge_shape(programs_per_seq: float) -> tuple[int, int]:
     return next(((size, warps) for size, warps in ((4, 1), (16, 2)) if programs_per_seq + 2 <= size), (64, 4))
 
 
-def _sequence_block(num_seqs: int) -> int:
-    """Few sizes, because each is compiled."""
+def sequence_block(num_seqs: int) -> int:
+    """Sequences that the schedule has room for; few sizes, because each is compiled."""
     return next((size for size in (32, 128, 512) if num_seqs <= size), triton.next_power_of_2(num_seqs))
 
 
-def _check(
+def check_step(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -280,10 +307,11 @@ def _check(
     rules: torch.Tensor | None,
     value_sum: torch.Tensor | None,
 ) -> None:
+    """Raise a ValueError unless the tensors are as `decode` describes them."""
     num_seqs, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, _, content = kv_cache.shape
     dtype = output.dtype
-    if dtype not in _TRITON_DTYPES:
+    if dtype not in TRITON_DTYPES:
         raise ValueError(f"output: dtype is {dtype}, expected bfloat16 or float16")
     if query.dtype not in (dtype, *FLOAT8_DTYPES):
         raise ValueError(f"query: dtype is {query.dtype}, expected {dtype} or float8")
@@ -297,18 +325,18 @@ def _check(
         raise ValueError(f"kv_cache: dtype is {kv_cache.dtype}, expected {dtype} or float8")
     if content != 2 * head_size:
         raise ValueError(f"kv_cache: last axis is {content}, expected {2 * head_size}")
-    _expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
-    _expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    _expect("output", output, (num_seqs, num_heads, head_size), dtype)
+    expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
+    expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
+    expect("output", output, (num_seqs, num_heads, head_size), dtype)
     levels = () if rules is None else coefficients.shape[:1]
-    _expect("coefficients", coefficients, (*levels, num_heads, coefficients.shape[-1]), torch.float32)
+    expect("coefficients", coefficients, (*levels, num_heads, coefficients.shape[-1]), torch.float32)
     if rules is not None:
-        _expect("rules", rules, (max(num_seqs, len(rules)), RULE_FIELDS), torch.int32)
+        expect("rules", rules, (max(num_seqs, len(rules)), RULE_FIELDS), torch.int32)
     for name, tensor in (("coefficients", coefficients), ("rules", rules)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: not contiguous")
     if value_sum is not None:
-        _expect("value_sum", value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
+        expect("value_sum", value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
     if kv_cache.stride(0) % ROW_ALIGNMENT.value or kv_cache.stride(2) % ROW_ALIGNMENT.value:
         raise ValueError(
             f"kv_cache: strides of blocks and tokens are {kv_cache.stride(0)} and {kv_cache.stride(2)} elements, "
@@ -319,7 +347,8 @@ def _check(
             raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def expect(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise a ValueError that starts with `name` unless a tensor has a shape and dtype, and its last axis is dense."""
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
     if tensor.stride(-1) != 1:

@@ -1,4 +1,4 @@
-"""The second of the two Triton kernels behind `decode.decode`: it joins what `split_kernel` left in pieces.
+"""The last of the Triton kernels behind `decode.decode` and `shadow.decode_shadow`: it joins what was left in pieces.
 
 It adds the value mean from the page tails, and in passing it writes the tail of a page that has just become full
 (`value_sums.py` says what that is), so that decoding needs no launch for it.
@@ -39,6 +39,22 @@ def _bucket(lost_mass, NUM_BUCKETS: tl.constexpr):
     return tl.minimum(tl.maximum(exponent + NUM_BUCKETS - 1, 0), NUM_BUCKETS - 1)
 
 
+@triton.jit
+def _fills(
+    block, block_table_ptr, seq_lens_ptr, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr, SEQ_BLOCK: tl.constexpr
+):
+    """Whether a sequence of the step fills a block with its token.
+
+    vLLM shares a page as soon as the token that fills it is scheduled, so a prompt of which one token is left may stand
+    on it in the same step.
+    """
+    index = tl.arange(0, SEQ_BLOCK)
+    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+    is_filling = (seq_lens > 0) & (seq_lens % BLOCK_SIZE == 0)
+    last = block_table_ptr + index.to(tl.int64) * stride_table_seq + seq_lens // BLOCK_SIZE - 1
+    return tl.max((tl.load(last, mask=is_filling, other=-1) == block).to(tl.int32), axis=0) > 0
+
+
 @triton.jit(do_not_specialize=("stride_table_seq", "num_seqs", "num_kv_heads", "num_programs", "min_sparse_context"))
 def merge_kernel(
     output_ptr,  # [num_seqs, num_heads, head_size]
@@ -73,6 +89,7 @@ def merge_kernel(
     UNIT: tl.constexpr,
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
+    DENSE_WORK: tl.constexpr,
     PIECE_BLOCK: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
@@ -108,11 +125,28 @@ def merge_kernel(
         block = tl.load(table).to(tl.int64)
         previous = tl.load(table - 1, mask=last_page > 0, other=0).to(tl.int64)
         value_sum_row = value_sum_ptr + kv_head * stride_sum_head + offs_d
+        offs_b = tl.arange(0, BLOCK_PAD)
+        head_values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
+        num_summed = last_page
+        rows_before = tl.zeros((D_PAD,), dtype=tl.float32)
+        if (last_page > 0) & _fills(
+            previous, block_table_ptr, seq_lens_ptr, num_seqs, stride_table_seq, BLOCK_SIZE, SEQ_BLOCK
+        ):
+            # its sum cannot be read while it is written, but that of the page before it was there in time
+            rows_before = tl.sum(
+                tl.load(
+                    head_values + previous * stride_kv_block + offs_b[:, None] * stride_kv_token + offs_d[None, :],
+                    mask=(offs_b < BLOCK_SIZE)[:, None] & mask_d[None, :],
+                    other=0.0,
+                ).to(tl.float32),
+                axis=0,
+            )
+            num_summed -= 1
+            previous = tl.load(table - 2, mask=num_summed > 0, other=0).to(tl.int64)
         value_sum = tl.load(value_sum_row + previous * stride_sum_block, mask=mask_d, other=0.0)
         # a sequence's first page has no predecessor, and that of a null block may hold anything
-        value_sum = tl.where(last_page > 0, value_sum, 0.0)
-        offs_b = tl.arange(0, BLOCK_PAD)
-        page = kv_cache_ptr + block * stride_kv_block + kv_head * stride_kv_head + HEAD_SIZE
+        value_sum = tl.where(num_summed > 0, value_sum, 0.0) + rows_before
+        page = head_values + block * stride_kv_block
         values = tl.load(
             page + offs_b[:, None] * stride_kv_token + offs_d[None, :],
             mask=(offs_b < num_rows)[:, None] & mask_d[None, :],
@@ -121,7 +155,7 @@ def merge_kernel(
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
     work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
     )
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
@@ -136,7 +170,7 @@ def merge_kernel(
     last_program = last_work // share
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
         mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
         stats = partial_stats_ptr + piece * 3 * GROUP + group_index

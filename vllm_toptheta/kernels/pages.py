@@ -2,10 +2,12 @@
 
 A page of one layer holds `block_size` tokens of keys and values, and behind them, up to the page's stride, a tail:
 
-    | K and V of the page's tokens, num_kv_heads x block_size x 2 head_size elements | value_sum | padding |
+    | K and V of the page's tokens, num_kv_heads x block_size x 2 head_size elements | value_sum | codes | padding |
 
     value_sum   float32 [num_kv_heads, head_size]   sum of the value rows of the sequence from its first token to the
                                                     last token of this page; valid once the page is full
+    codes       uint8 [num_kv_heads, block_size, code_bytes]   shadow keys (`shadow_codes`), where a layer has them;
+                                                    valid once the page is full
 
 Because the tail is part of the page, vLLM accounts for its memory, prefix caching shares it together with the keys
 and values it was computed from, and it is freed with them.
@@ -21,14 +23,15 @@ PAGE_ALIGNMENT = 256  # bytes; keeps every page and every tail aligned for the w
 _FLOAT_BYTES = 4
 
 
-def padded_page_bytes(content_bytes: int, num_kv_heads: int, head_size: int) -> int:
+def padded_page_bytes(content_bytes: int, num_kv_heads: int, head_size: int, *, code_bytes: int = 0) -> int:
     """Bytes of a page whose keys and values take `content_bytes`, with its tail.
 
-    Pages are aligned, and whole numbers of rows of `head_size` elements of up to 4 bytes.
+    `code_bytes` are those of the shadow keys of all tokens and heads of the page, 0 where there are none. Pages are
+    aligned, and whole numbers of rows of `head_size` elements of up to 4 bytes.
     """
     row_bytes = head_size * _FLOAT_BYTES
     alignment = math.lcm(PAGE_ALIGNMENT, row_bytes)
-    return -(-(content_bytes + num_kv_heads * row_bytes) // alignment) * alignment
+    return -(-(content_bytes + num_kv_heads * row_bytes + code_bytes) // alignment) * alignment
 
 
 def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -59,4 +62,33 @@ def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:
         offset // _FLOAT_BYTES,
         (num_blocks, num_kv_heads, head_size),
         (page_bytes // _FLOAT_BYTES, head_size, 1),
+    )
+
+
+def codes_view(kv_cache: torch.Tensor, code_bytes: int) -> torch.Tensor:
+    """The shadow keys of every page of a layer, as a view of the cache's memory.
+
+    Args:
+        kv_cache: As for `value_sum_view`.
+        code_bytes: Bytes of a token's shadow key.
+
+    Returns:
+        [num_blocks, num_kv_heads, block_size, code_bytes] uint8.
+
+    Raises:
+        ValueError: The pages have no room for them.
+    """
+    num_blocks, num_kv_heads, block_size, content_size = kv_cache.shape
+    head_size, element = content_size // 2, kv_cache.element_size()
+    content = num_kv_heads * block_size * content_size
+    page_bytes = kv_cache.stride(0) * element
+    page_codes = num_kv_heads * block_size * code_bytes
+    if page_bytes < padded_page_bytes(content * element, num_kv_heads, head_size, code_bytes=page_codes):
+        raise ValueError(f"KV pages of {page_bytes} bytes have no room for {page_codes} bytes of shadow keys")
+    offset = (kv_cache.storage_offset() + content) * element + num_kv_heads * head_size * _FLOAT_BYTES
+    return torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(
+        kv_cache.untyped_storage(),
+        offset,
+        (num_blocks, num_kv_heads, block_size, code_bytes),
+        (page_bytes, block_size * code_bytes, code_bytes, 1),
     )

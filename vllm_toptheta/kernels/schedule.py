@@ -3,7 +3,8 @@
 The grid of a captured CUDA graph is fixed, the lengths are not. So every kv head gets a fixed number of programs, and
 each works out its own share from `seq_lens`: the keys of all sequences are laid end to end, in units of a few tokens,
 and program p takes the work from p * share to (p + 1) * share, wherever sequences begin and end in there. A unit of a
-sequence that keeps everything is twice the work of another, because its values are read as well.
+sequence that keeps everything counts `DENSE_WORK` times, because more is read of it: twice where otherwise all keys are
+read and few values, more often where most keys are not read either.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -25,17 +26,18 @@ def work_of_step(
     UNIT: tl.constexpr,
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
+    DENSE_WORK: tl.constexpr,
 ):
     """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole."""
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
     dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
-    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, 2, 1)
+    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, DENSE_WORK, 1)
     return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), MIN_WORK)
 
 
 @triton.jit
-def units_of_piece(program, share, work_before, seq_len, is_dense, UNIT: tl.constexpr):
+def units_of_piece(program, share, work_before, seq_len, is_dense, UNIT: tl.constexpr, DENSE_WORK: tl.constexpr):
     """Return the first unit of a sequence that is a program's, and the one behind its last.
 
     Args:
@@ -45,9 +47,47 @@ def units_of_piece(program, share, work_before, seq_len, is_dense, UNIT: tl.cons
         seq_len: Tokens of the sequence.
         is_dense: Whether it keeps everything.
     """
-    weight = tl.where(is_dense, 2, 1)
+    weight = tl.where(is_dense, DENSE_WORK, 1)
     num_units = tl.cdiv(seq_len, UNIT)
     # units begin at multiples of their weight: rounding both ends up leaves none out and none twice
     first = tl.cdiv(tl.maximum(program * share - work_before, 0), weight)
     last = tl.cdiv(tl.maximum((program + 1) * share - work_before, 0), weight)
     return tl.minimum(first, num_units), tl.minimum(last, num_units)
+
+
+@triton.jit
+def first_of_share(work, share, program):
+    """Return the sequence in which a share begins, the work before that sequence, and where the share ends."""
+    ends = tl.cumsum(work, axis=0)
+    before = ends <= program * share
+    end_of_share = tl.minimum((program + 1) * share, tl.sum(work, axis=0))
+    return tl.sum(before.to(tl.int32), axis=0), tl.sum(tl.where(before, work, 0), axis=0), end_of_share
+
+
+@triton.jit
+def store_piece(
+    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
+    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept and lost sum
+    piece,  # int64
+    output,  # [D_PAD, G_PAD]
+    maximum,  # [G_PAD]
+    kept_sum,  # [G_PAD]
+    lost_sum,  # [G_PAD]
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+):
+    """Leave a piece to the merge."""
+    offs_g = tl.arange(0, G_PAD)
+    offs_d = tl.arange(0, D_PAD)
+    mask_g = offs_g < GROUP
+    stats = partial_stats_ptr + piece * 3 * GROUP + offs_g
+    tl.store(stats, maximum, mask=mask_g)
+    tl.store(stats + GROUP, kept_sum, mask=mask_g)
+    tl.store(stats + 2 * GROUP, lost_sum, mask=mask_g)
+    tl.store(
+        partial_output_ptr + (piece * GROUP + offs_g[None, :]) * HEAD_SIZE + offs_d[:, None],
+        output,
+        mask=mask_g[None, :] & (offs_d < HEAD_SIZE)[:, None],
+    )

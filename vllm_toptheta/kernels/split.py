@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.rules import curve_of, dense_length_of
-from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
+from vllm_toptheta.kernels.schedule import first_of_share, store_piece, units_of_piece, work_of_step
 from vllm_toptheta.kernels.tiles import (
     DISCARDED,
     LOG2_E,
     load_blocks,
     load_values,
+    store_where,
     thresholds_at,
     tile_rows,
     tile_scores,
@@ -38,7 +39,7 @@ ORDERED_AT_ONCE = tl.constexpr(16)  # layers of the lists that are ordered at a 
 
 
 @triton.jit
-def _attend_all(
+def attend_all(
     query,  # [D_PAD, G_PAD]
     key_base,
     block_row,
@@ -80,34 +81,6 @@ def _attend_all(
         output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
         maximum = new_maximum
     return output, maximum, kept_sum, lost_sum, rows_read
-
-
-# the constant is the policy `createpolicy.fractional.L2::evict_last` with fraction 1
-_STORE_ASM: tl.constexpr = tl.constexpr(
-    "{ .reg .pred p; .reg .b64 keep; setp.ne.b32 p, $3, 0; mov.b64 keep, 0x14F0000000000000; "
-    "@p st.global.L2::cache_hint.b32 [$1], $2, keep; mov.b32 $0, 0; }"
-)
-
-
-@triton.jit
-def _store_where(pointer, value, mask, IN_PLACE: tl.constexpr):
-    """Store 32-bit elements; `IN_PLACE` lets every thread store what it holds.
-
-    `tl.store` would move the elements to other threads first, for the sake of coalescing, through shared memory and
-    several barriers. Few elements pass the mask here, so there is nothing to coalesce. They are asked to stay in the L2
-    cache, which keys would flush long before they are read: under a full stream of keys, memory answers late.
-    """
-    if IN_PLACE:
-        tl.inline_asm_elementwise(
-            _STORE_ASM,
-            "=r,l,r,r",
-            [pointer, value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(pointer, value, mask=mask)
 
 
 @triton.jit
@@ -167,7 +140,7 @@ def _attend_survivors(
     SOFT_CAP: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
-    """Like `_attend_all`, but for keys that reach the threshold; rows from `open_start` on count as read."""
+    """Like `attend_all`, but for keys that reach the threshold; rows from `open_start` on count as read."""
     value_base = key_base + HEAD_SIZE
     offs_g = tl.arange(0, G_PAD)
     lane = tl.arange(0, TILE)
@@ -198,7 +171,7 @@ def _attend_survivors(
             lane_maximum = tl.maximum(lane_maximum, scores)
             survives = tl.max(keep.to(tl.int32), axis=1)
             bits = tl.where(keep, scores, DISCARDED).to(tl.int32, bitcast=True)
-            _store_where(
+            store_where(
                 list_row + (list_length * LAYER)[:, None],
                 tl.where(offs_g[None, :] == GROUP, positions[:, None], bits),
                 (survives > 0)[:, None] & (offs_g <= GROUP)[None, :],
@@ -286,6 +259,7 @@ def split_kernel(
     LIST_DEPTH: tl.constexpr,
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
+    DENSE_WORK: tl.constexpr,
     SCAN_STAGES: tl.constexpr,
     DENSE_STAGES: tl.constexpr,
     GATHER_STAGES: tl.constexpr,
@@ -304,13 +278,9 @@ def split_kernel(
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
     work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
     )
-    ends = tl.cumsum(work, axis=0)
-    end_of_share = tl.minimum((program + 1) * share, tl.sum(work, axis=0))
-    before = ends <= program * share
-    seq = tl.sum(before.to(tl.int32), axis=0)
-    work_before = tl.sum(tl.where(before, work, 0), axis=0)
+    seq, work_before, end_of_share = first_of_share(work, share, program)
 
     offs_g = tl.arange(0, G_PAD)
     offs_d = tl.arange(0, D_PAD)
@@ -331,7 +301,7 @@ def split_kernel(
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
         is_dense = seq_len <= dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
         if first_unit < last_unit:
             start = first_unit * UNIT
             end = tl.minimum(last_unit * UNIT, seq_len)
@@ -343,7 +313,7 @@ def split_kernel(
             ).to(COMPUTE)
             block_row = block_table_ptr + row * stride_table_seq
             if is_dense:
-                output, maximum, kept_sum, lost_sum, rows_read = _attend_all(
+                output, maximum, kept_sum, lost_sum, rows_read = attend_all(
                     query,
                     key_base,
                     block_row,
@@ -402,16 +372,20 @@ def split_kernel(
                 )
             all_rows_read += rows_read
             piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
-            stats = partial_stats_ptr + piece * 3 * GROUP + offs_g
-            tl.store(stats, maximum, mask=mask_g)
-            tl.store(stats + GROUP, kept_sum, mask=mask_g)
-            tl.store(stats + 2 * GROUP, lost_sum, mask=mask_g)
-            tl.store(
-                partial_output_ptr + (piece * GROUP + offs_g[None, :]) * HEAD_SIZE + offs_d[:, None],
+            store_piece(
+                partial_output_ptr,
+                partial_stats_ptr,
+                piece,
                 output,
-                mask=mask_g[None, :] & mask_d[:, None],
+                maximum,
+                kept_sum,
+                lost_sum,
+                GROUP=GROUP,
+                HEAD_SIZE=HEAD_SIZE,
+                D_PAD=D_PAD,
+                G_PAD=G_PAD,
             )
-        work_before += tl.cdiv(seq_len, UNIT) * tl.where(is_dense, 2, 1)
+        work_before += tl.cdiv(seq_len, UNIT) * tl.where(is_dense, DENSE_WORK, 1)
         seq += 1
     if COUNT:
         tl.atomic_add(rows_read_ptr + kv_head, all_rows_read, sem="relaxed")

@@ -1,4 +1,4 @@
-"""What both loops of the decode kernel do with a tile of tokens: find it in the pages, score its keys, load its values.
+"""What the loops of the decode kernels do with a tile of tokens: find it in the pages, score its keys, load its values.
 
 Scores are in natural units, exponentials are taken in base 2.
 """
@@ -92,3 +92,31 @@ def thresholds_at(
     # finite, so that differences of two of them are no NaN, and above what is discarded
     threshold = tl.minimum(tl.maximum(threshold, -HIGHEST), HIGHEST)
     return tl.where(head_mask, threshold, HIGHEST)
+
+
+# the constant is the policy `createpolicy.fractional.L2::evict_last` with fraction 1
+_STORE_ASM: tl.constexpr = tl.constexpr(
+    "{ .reg .pred p; .reg .b64 keep; setp.ne.b32 p, $3, 0; mov.b64 keep, 0x14F0000000000000; "
+    "@p st.global.L2::cache_hint.b32 [$1], $2, keep; mov.b32 $0, 0; }"
+)
+
+
+@triton.jit
+def store_where(pointer, value, mask, IN_PLACE: tl.constexpr):
+    """Store 32-bit elements; `IN_PLACE` lets every thread store what it holds.
+
+    `tl.store` would move the elements to other threads first, for the sake of coalescing, through shared memory and
+    several barriers. Few elements pass the mask here, so there is nothing to coalesce. They are asked to stay in the L2
+    cache, which keys would flush long before they are read: under a full stream of keys, memory answers late.
+    """
+    if IN_PLACE:
+        tl.inline_asm_elementwise(
+            _STORE_ASM,
+            "=r,l,r,r",
+            [pointer, value, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointer, value, mask=mask)

@@ -55,6 +55,62 @@ class LaunchConfig:
         return max(1, self.programs_per_sm * num_sms // num_kv_heads)
 
 
+@dataclass(frozen=True)
+class ShadowConfig:
+    """How the kernels of `shadow.decode_shadow` are launched.
+
+    Attributes:
+        tile: Shadow keys per step of the scan.
+        num_warps: Warps of a program.
+        min_group: Columns that the group's heads are padded to where exact keys and values are multiplied.
+        max_registers: As for `LaunchConfig`.
+        scan_stages: Depth of the scan's software pipeline.
+        product: What codes are multiplied as, `int8` or `float16`; sums are exact with both.
+        heads_first: Let the heads be the rows of the scan's products, and tokens the columns.
+        chunk_tiles: Tiles scanned between two looks at how long the lists are.
+        list_depth: Candidates that a lane of the tile has room for.
+        walk_tile: Candidates per step of the walk.
+        walk_stages: Depth of the walk's pipeline.
+        all_values: Read the value rows of all candidates, so that they are waited for together with the keys; counted
+            as read.
+        dense_tile: Keys per step where a sequence keeps everything.
+        dense_stages: Depth of that loop's pipeline.
+        dense_work: Work of a token of such a sequence, relative to one that is scanned.
+        min_work: Tiles that are worth a program.
+        programs_per_sm: As for `LaunchConfig`.
+        merge_warps: As for `LaunchConfig`.
+        early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
+    """
+
+    tile: int = 256
+    num_warps: int = 4
+    min_group: int = 8
+    max_registers: int | None = 168
+    scan_stages: int = 3
+    product: str = "int8"
+    heads_first: bool = False
+    chunk_tiles: int = 16
+    list_depth: int = 32
+    walk_tile: int = 64
+    walk_stages: int = 1
+    all_values: bool = False
+    dense_tile: int = 64
+    dense_stages: int = 2
+    dense_work: int = 8
+    min_work: int = 2
+    programs_per_sm: int = 3
+    merge_warps: int = 0
+    early_launch: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.chunk_tiles <= self.list_depth:
+            raise ValueError(f"list_depth: {self.list_depth} is less than the {self.chunk_tiles} tiles of a chunk")
+
+    def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
+        """Programs of each kv head."""
+        return max(1, self.programs_per_sm * num_sms // num_kv_heads)
+
+
 def launch_config(head_size: int, element_bytes: int, device: torch.device | str) -> LaunchConfig:
     """The table's entry for a card, a head size and the bytes of a cached element, or the defaults."""
     keys = [_key(card, head_size, element_bytes) for card in (card_name(torch.device(device)), TUNED_CARD)]

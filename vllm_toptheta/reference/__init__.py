@@ -10,6 +10,17 @@ from vllm_toptheta.reference.attention import (
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
 from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
 from vllm_toptheta.reference.scores import causal_scores
+from vllm_toptheta.reference.shadow import (
+    KeyProjection,
+    ShadowQuery,
+    candidate_keys,
+    encode_keys,
+    fit_projection,
+    pack_codes,
+    quantize_query,
+    shadow_scores,
+    unpack_codes,
+)
 from vllm_toptheta.reference.thresholds import (
     Phase,
     keep_last,
@@ -25,19 +36,28 @@ __all__ = [
     "AttentionResult",
     "Compensation",
     "Denominator",
+    "KeyProjection",
     "Phase",
     "Placement",
+    "ShadowQuery",
+    "candidate_keys",
     "causal_scores",
     "causal_value_mean",
     "dense_attention",
+    "encode_keys",
+    "fit_projection",
     "gather_sequence",
     "keep_last",
     "kth_largest_score",
     "kth_largest_scores",
+    "pack_codes",
     "paged_top_theta_attention",
+    "quantize_query",
     "score_threshold",
     "select_survivors",
+    "shadow_scores",
     "thresholded_rows",
     "top_k_attention",
     "top_theta_attention",
+    "unpack_codes",
 ]

@@ -156,6 +156,7 @@ def top_theta_attention(
     logits_soft_cap: float | None = None,
     phase: Phase = "both",
     num_prompt_tokens: int = 0,
+    candidates: Tensor | None = None,
 ) -> AttentionResult:
     """Causal attention over the keys whose score reaches a threshold.
 
@@ -183,6 +184,8 @@ def top_theta_attention(
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
         phase: which rows are thresholded, see `thresholds.thresholded_rows`; the others are dense.
         num_prompt_tokens: tokens of the sequence that are its prompt.
+        candidates: `[num_queries, num_heads, seq_len]` bool, the keys that may survive in thresholded rows, as
+            `shadow.candidate_keys` finds them; None for all.
 
     Returns:
         The result.
@@ -197,6 +200,8 @@ def top_theta_attention(
     if placement == "post_softmax":
         theta = score_threshold(scores, theta)
     survivors = select_survivors(scores, theta)
+    if candidates is not None:
+        survivors = survivors & candidates
     if cap_k is not None:
         survivors = keep_last(survivors, cap_k)
     thresholded = thresholded_rows(

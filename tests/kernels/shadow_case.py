@@ -1,0 +1,231 @@
+"""Random decode steps with shadow keys, and what the reference makes of them.
+
+Sums of products of codes are integers, so kernel and reference must agree on every candidate; margins are moved until
+no floor lies near an integer. Codes of pages that are not full are left as garbage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.kernels.decode_case import DEVICE, Case, Shape, error_of_dtype, make_case, thresholds
+from vllm_toptheta.kernels.decode import DecodeCounters
+from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.shadow_codes import ShadowProjection
+from vllm_toptheta.kernels.tuning import ShadowConfig
+from vllm_toptheta.reference import (
+    Compensation,
+    KeyProjection,
+    candidate_keys,
+    dense_attention,
+    encode_keys,
+    fit_projection,
+    pack_codes,
+    quantize_query,
+    shadow_scores,
+    top_theta_attention,
+)
+
+NUM_SINK, NUM_RECENT = 3, 10
+GARBAGE = 0xA5
+MIN_DISTANCE = 0.02  # of a floor to the nearest integer
+
+
+@dataclass
+class ShadowCase:
+    """The tensors of a step, on the device, besides those of `case`."""
+
+    case: Case
+    codes: torch.Tensor
+    projection: KeyProjection
+    margin: torch.Tensor
+    ratio: torch.Tensor
+
+    def run(
+        self, config: ShadowConfig | None = None, workspace: ShadowWorkspace | None = None, **options: Any
+    ) -> tuple[torch.Tensor, DecodeCounters, torch.Tensor]:
+        """Output, counters and exact keys read; the kernels' memory starts out as NaN."""
+        case, shape = self.case, self.case.shape
+        heads = shape.num_heads, shape.num_kv_heads
+        if workspace is None:
+            workspace = ShadowWorkspace.allocate(
+                len(shape.lens), *heads, shape.head_size, shape.num_channels // 2, device=DEVICE, config=config
+            )
+            for buffer in vars(workspace).values():
+                buffer.view(torch.uint8).fill_(0x7F)
+        counters = DecodeCounters.allocate(*heads, DEVICE)
+        keys_read = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
+        output = torch.full_like(case.query, torch.nan, dtype=shape.dtype)
+        arguments = self.arguments(
+            output=output, workspace=workspace, counters=counters, keys_read=keys_read, config=config
+        )
+        arguments |= options
+        decode_shadow(case.query, case.kv_cache, self.codes, case.block_table, case.seq_lens, **arguments)
+        return output, counters, keys_read
+
+    def arguments(self, **options: Any) -> dict[str, Any]:
+        """Keywords of `decode_shadow`."""
+        case, shape = self.case, self.case.shape
+        k_scale, v_scale = case.scales or (None, None)
+        return {
+            "projection": kernel_projection(self.projection),
+            "coefficients": case.coefficients,
+            "margin": self.margin,
+            "exp_threshold_scale": self.ratio,
+            "min_length": case.length_range[0],
+            "max_length": case.length_range[1],
+            "min_sparse_context": shape.min_sparse_context,
+            "num_sink": NUM_SINK,
+            "num_recent": NUM_RECENT,
+            "softmax_scale": case.softmax_scale,
+            "logits_soft_cap": shape.soft_cap,
+            "q_scale": case.q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "denominator_compensation": shape.exact,
+            "value_sum": case.value_sum if shape.value_mean else None,
+        } | options
+
+    def candidates(self, row: int) -> torch.Tensor:
+        """Keys of a sequence that are read exactly, `[num_kv_heads, seq_len]` bool."""
+        shape = self.case.shape
+        query = quantize_query(self.case.new_query(row), self.projection, softmax_scale=self.case.softmax_scale)
+        key, _ = self.case.sequence(row)
+        scores = shadow_scores(query, encode_keys(key, self.projection), logits_soft_cap=shape.soft_cap)[0]
+        return candidate_keys(
+            scores,
+            thresholds(self.case)[row] - self.margin,
+            num_kv_heads=shape.num_kv_heads,
+            num_sink=NUM_SINK,
+            num_recent=NUM_RECENT,
+            block_size=shape.block_size,
+        )
+
+    def reference(self, row: int, *, exact: bool | None = None) -> Any:
+        """The reference's result for a sequence, float32."""
+        case, shape = self.case, self.case.shape
+        key, value = case.sequence(row)
+        options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
+        if shape.lens[row] <= shape.min_sparse_context:
+            return dense_attention(case.new_query(row), key, value, **options)
+        exact = shape.exact if exact is None else exact
+        return top_theta_attention(
+            case.new_query(row),
+            key,
+            value,
+            threshold=thresholds(case)[row : row + 1],
+            target_k=0,
+            candidates=self.candidates(row).repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=0)[None],
+            compensation=Compensation(
+                "exp_threshold" if exact else "none", shape.value_mean, exp_threshold_scale=self.ratio
+            ),
+            **options,
+        )
+
+
+def kernel_projection(projection: KeyProjection) -> ShadowProjection:
+    return ShadowProjection.build(projection.encoder, projection.decoder, projection.key_mean)
+
+
+def random_projection(shape: Shape) -> KeyProjection:
+    """A projection of the queries and keys of `make_case`, but for its own idea of their moments."""
+    generator = torch.Generator(DEVICE).manual_seed(shape.seed + 1)
+    sizes = shape.num_kv_heads, shape.head_size, shape.head_size
+    factors = 0.5 * torch.randn(2, *sizes, generator=generator, device=DEVICE) / shape.head_size**0.5
+    moments = torch.eye(shape.head_size, device=DEVICE) + factors @ factors.mT
+    mean = 0.3 * torch.randn(sizes[:2], generator=generator, device=DEVICE)
+    return fit_projection(mean, moments[0], moments[1], num_channels=shape.num_channels)
+
+
+def make_shadow_case(shape: Shape, threshold: float | None = None, margin: float = 0.3) -> ShadowCase:
+    """A step whose tokens have shadow keys, but for those of pages that this step fills or leaves open."""
+    case = make_case(shape, threshold)
+    projection = random_projection(shape)
+    codes = codes_view(case.kv_cache, shape.num_channels // 2)
+    codes.fill_(GARBAGE)
+    for row, length in enumerate(shape.lens):
+        num_closed = max(0, length - 1) // shape.block_size
+        if num_closed:
+            key = case.sequence(row)[0][: num_closed * shape.block_size]
+            packed = pack_codes(encode_keys(key, projection))
+            blocks = case.block_table[row, :num_closed].long()
+            codes[blocks] = packed.unflatten(0, (num_closed, shape.block_size)).transpose(1, 2)
+    generator = torch.Generator(DEVICE).manual_seed(shape.seed + 2)
+    margins = margin * (0.5 + torch.rand(shape.num_heads, generator=generator, device=DEVICE))
+    ratio = 0.05 + 0.1 * torch.rand(shape.num_heads, generator=generator, device=DEVICE)
+    shadow = ShadowCase(case, codes, projection, margins, ratio)
+    for _ in range(100):
+        too_near = _near_integers(shadow)
+        if not bool(too_near.any()):
+            return shadow
+        shadow.margin += 1e-3 * too_near
+    raise AssertionError("no margins away from every integer")
+
+
+def check(
+    shadow: ShadowCase,
+    output: torch.Tensor,
+    counters: DecodeCounters,
+    keys_read: torch.Tensor,
+    *,
+    all_values: bool = False,
+) -> None:
+    """Compare with the reference: keys and rows read exactly, lost mass, then the output."""
+    case, shape = shadow.case, shadow.case.shape
+    rows = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
+    keys = torch.zeros_like(rows)
+    lost_mass = torch.zeros(shape.num_heads, dtype=torch.float64, device=DEVICE)
+    worst = allowed = 0.0
+    for row, length in enumerate(shape.lens):
+        if length == 0:
+            assert not output[row].any()
+            continue
+        result = shadow.reference(row)
+        is_dense = length <= shape.min_sparse_context
+        survivors = result.survivors[0].view(shape.num_kv_heads, -1, length).any(1)
+        if all_values and not is_dense:
+            survivors = shadow.candidates(row)
+        if shape.value_mean and not is_dense:  # the open page is read for the mean
+            survivors[:, length // shape.block_size * shape.block_size :] = True
+        rows += survivors.sum(1)
+        keys += length if is_dense else shadow.candidates(row).sum(1)
+        lost_mass += shadow.reference(row, exact=True).lost_mass[0]
+        worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
+        allowed = max(allowed, 2 * error_of_dtype(case, row, result))
+    assert keys_read.tolist() == keys.tolist()
+    assert counters.rows_read.tolist() == rows.tolist()
+    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-3, atol=1e-5 * len(shape.lens))
+    assert worst <= allowed + 1e-3, f"error {worst}, allowed {allowed} + 1e-3"
+    check_codes(shadow)
+
+
+def check_codes(shadow: ShadowCase) -> None:
+    """The codes of every full page are the reference's, but for keys that lie where two codes meet."""
+    shape = shadow.case.shape
+    for row, length in enumerate(shape.lens):
+        num_full = length // shape.block_size
+        if not num_full:
+            continue
+        key = shadow.case.sequence(row)[0][: num_full * shape.block_size]
+        expected = pack_codes(encode_keys(key, shadow.projection))
+        stored = shadow.codes[shadow.case.block_table[row, :num_full].long()].transpose(1, 2).flatten(0, 1)
+        assert float((stored != expected).float().mean()) < 1e-4
+
+
+def _near_integers(shadow: ShadowCase) -> torch.Tensor:
+    """Heads whose floor lies near an integer for some sequence, [num_heads] bool."""
+    case, cap = shadow.case, shadow.case.shape.soft_cap
+    near = torch.zeros(case.shape.num_heads, dtype=torch.bool, device=DEVICE)
+    for row, length in enumerate(case.shape.lens):
+        if length > case.shape.min_sparse_context:
+            query = quantize_query(case.new_query(row), shadow.projection, softmax_scale=case.softmax_scale)
+            wanted = thresholds(case)[row] - shadow.margin
+            if cap is not None:
+                wanted = cap * torch.atanh((wanted / cap).clamp(-0.9999, 0.9999))
+            floor = (wanted - query.offset[0]) / query.step[0]
+            near |= (floor - floor.round()).abs() < MIN_DISTANCE
+    return near

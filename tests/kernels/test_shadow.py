@@ -1,0 +1,254 @@
+"""The kernels of shadow keys against the fp32 reference, with NaN or garbage in every byte that was not written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
+from tests.kernels.shadow_case import (
+    GARBAGE,
+    ShadowCase,
+    check,
+    check_codes,
+    kernel_projection,
+    make_shadow_case,
+)
+from vllm_toptheta.kernels.shadow import ShadowWorkspace
+from vllm_toptheta.kernels.shadow_codes import ShadowProjection, write_codes
+from vllm_toptheta.kernels.tuning import ShadowConfig
+
+pytestmark = [
+    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
+    # of a key that survives, which is selected away
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+
+LENS = (1, 0, 64, 130, 333)
+
+SHAPES = {
+    "plain": Shape(LENS, num_channels=32),
+    "all channels": Shape(LENS, num_channels=64),
+    "mha": Shape(LENS, num_heads=2, num_channels=32),
+    "gqa 3, head size 80, block 32": Shape(LENS, num_heads=6, head_size=80, block_size=32, num_channels=64),
+    "gqa 16, head size 96, HND": Shape(
+        LENS[1:], num_heads=16, num_kv_heads=1, head_size=96, layout="HND", num_channels=32
+    ),
+    "head size 128, block 128": Shape(LENS, head_size=128, block_size=128, num_channels=64),
+    "head size 128, two tokens a row": Shape(LENS, num_heads=8, head_size=128, num_channels=32),
+    "head size 256": Shape(LENS[:4], num_kv_heads=1, num_heads=2, head_size=256, num_channels=128),
+    "block size that is no power of two": Shape(LENS, block_size=48, num_channels=32),
+    "soft cap": Shape(LENS, soft_cap=5.0, num_channels=32),
+    "threshold curve": Shape(LENS, degree=2, num_channels=32),
+    "short sequences kept": Shape(LENS, min_sparse_context=130, num_channels=32),
+    "everything kept": Shape(LENS, min_sparse_context=1000, num_channels=32),
+    "survivors only in Z": Shape(LENS, exact=False, num_channels=32),
+    "no value mean": Shape(LENS, value_mean=False, num_channels=32),
+    "float8_e4m3fn": Shape(LENS, kv_dtype=torch.float8_e4m3fn, num_channels=32),
+    "float8_e4m3fn queries too": Shape(
+        LENS, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn, num_channels=64
+    ),
+}
+# few programs, so that sequences are split in the middle and programs cross from one to the next
+FEW = ShadowConfig(tile=64, programs_per_sm=1, min_work=1, walk_tile=32, chunk_tiles=4, list_depth=8)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode(name: str) -> None:
+    shadow = make_shadow_case(SHAPES[name])
+    check(shadow, *shadow.run(FEW if INTERPRETED else None))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_bfloat16(name: str) -> None:
+    shadow = make_shadow_case(replace(SHAPES[name], dtype=torch.bfloat16))
+    check(shadow, *shadow.run())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(FEW, product="float16"),
+        replace(FEW, heads_first=True),
+        replace(FEW, heads_first=True, product="float16"),
+        replace(FEW, tile=128, chunk_tiles=1, list_depth=1),
+        replace(FEW, tile=256, chunk_tiles=4, list_depth=9, scan_stages=1, walk_tile=64, all_values=True),
+    ],
+    ids=["float16", "heads first", "heads first, float16", "a walk after every tile", "other sizes, all values"],
+)
+@pytest.mark.parametrize("name", ["plain", "head size 128, two tokens a row"])
+def test_variants(name: str, config: ShadowConfig) -> None:
+    shadow = make_shadow_case(SHAPES[name])
+    check(shadow, *shadow.run(config), all_values=config.all_values)
+
+
+def test_lists_longer_than_their_room_are_walked_early() -> None:
+    # every key of 33 tiles is a candidate, and survives
+    shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, num_channels=32)
+    shadow = make_shadow_case(shape, threshold=-50.0)
+    output, counters, keys_read = shadow.run(replace(FEW, min_work=1000, list_depth=8, chunk_tiles=2))
+    assert keys_read.tolist() == counters.rows_read.tolist() == [shape.lens[0]]
+    assert float(counters.lost_mass.abs().max()) == 0.0
+    torch.testing.assert_close(output[0].float(), shadow.reference(0).output[0], rtol=0, atol=2e-3)
+
+
+def test_minus_infinity_is_dense_attention() -> None:
+    shadow = make_shadow_case(SHAPES["plain"], threshold=-1.0)
+    shadow.case.coefficients.fill_(-torch.inf)
+    output, counters, keys_read = shadow.run(FEW)
+    dense, _, _ = shadow.run(FEW, min_sparse_context=10**6)
+    torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
+    assert keys_read.tolist() == counters.rows_read.tolist() == [sum(LENS)] * 2
+    assert not counters.lost_mass.any()
+
+
+@pytest.mark.parametrize("threshold", [40.0, torch.inf])
+def test_without_survivors_the_output_is_the_mean_value(threshold: float) -> None:
+    shadow = make_shadow_case(Shape((5, 48, 90), num_channels=32), threshold=1.0)
+    shadow.case.coefficients.fill_(threshold)
+    output, counters, keys_read = shadow.run(FEW)
+    for row in range(3):
+        mean = shadow.case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
+        torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
+    assert counters.lost_mass.tolist() == pytest.approx([3.0] * 4)
+    assert counters.rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
+    # sinks, recent ones, and the page of the new token
+    assert keys_read.tolist() == [5 + (3 + 16) + (3 + 10)] * 2
+
+
+def test_a_soft_cap_below_the_threshold_leaves_no_candidates() -> None:
+    shadow = make_shadow_case(Shape((90,), soft_cap=5.0, num_channels=32), threshold=4.0)
+    shadow.case.coefficients.fill_(6.0)
+    assert shadow.run(FEW)[2].tolist() == [3 + 10] * 2
+    shadow.case.coefficients.fill_(-6.0)
+    assert shadow.run(FEW)[2].tolist() == [90] * 2
+
+
+@pytest.mark.parametrize(("programs", "min_work"), [(1, 1), (2, 4), (7, 1)])
+def test_the_output_hardly_depends_on_how_work_is_shared_out(programs: int, min_work: int) -> None:
+    shadow = make_shadow_case(Shape((400, 3, 0, 65, 128, 1), min_sparse_context=65, num_channels=32))
+    expected, one, keys = shadow.run(replace(FEW, min_work=10_000))
+    output, other, other_keys = shadow.run(replace(FEW, programs_per_sm=programs, min_work=min_work))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-3)
+    assert one.rows_read.tolist() == other.rows_read.tolist()
+    assert keys.tolist() == other_keys.tolist()
+
+
+def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
+    shadow = make_shadow_case(SHAPES["plain"])
+    workspace = ShadowWorkspace.allocate(16, 4, 2, 64, 16, device=DEVICE, config=FEW)
+    keys_read = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    first, _, _ = shadow.run(FEW, workspace, keys_read=keys_read)
+    once = keys_read.clone()
+    again, _, _ = shadow.run(FEW, workspace, keys_read=keys_read)
+    assert torch.equal(first, again)
+    assert keys_read.tolist() == (2 * once).tolist()
+
+
+def test_counting_is_optional() -> None:
+    shadow = make_shadow_case(SHAPES["plain"])
+    expected, _, _ = shadow.run(FEW)
+    output, untouched, _ = shadow.run(FEW, counters=None, keys_read=None)
+    assert torch.equal(output, expected)
+    assert not untouched.totals.any()
+    with pytest.raises(ValueError, match="^keys_read: "):
+        shadow.run(FEW, keys_read=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("codes", {"codes": torch.zeros(2, 2, 16, 8, dtype=torch.uint8)}),
+        ("codes", {"codes": torch.zeros(2, 2, 16, 32, dtype=torch.uint8)[..., :16]}),
+        ("margin", {"margin": torch.zeros(3)}),
+        ("exp_threshold_scale", {"ratio": torch.zeros(4, dtype=torch.float64)}),
+    ],
+)
+def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) -> None:
+    shadow = make_shadow_case(Shape((16,), num_channels=32))
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        replace(shadow, **{name: tensor.to(DEVICE) for name, tensor in change.items()}).run(FEW)
+
+
+def test_other_workspaces_and_projections_are_refused() -> None:
+    shadow = make_shadow_case(Shape((16, 16, 16), num_channels=32))
+    with pytest.raises(ValueError, match="^workspace: "):
+        shadow.run(FEW, ShadowWorkspace.allocate(1, 4, 2, 64, 16, device=DEVICE, config=FEW))
+    whole = kernel_projection(shadow.projection)
+    one_head = ShadowProjection(*(tensor[:1] for tensor in vars(whole).values()))
+    with pytest.raises(ValueError, match="^projection: "):
+        shadow.run(FEW, projection=one_head)
+    with pytest.raises(ValueError, match="^encoder: projects to 48 channels, expected one of 32, 64$"):
+        ShadowProjection.build(torch.zeros(2, 64, 48), torch.zeros(2, 48, 64), torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="^decoder: "):
+        ShadowProjection.build(torch.zeros(2, 64, 32), torch.zeros(2, 64, 32), torch.zeros(2, 64))
+
+
+CODE_SHAPES = {
+    "block 16": Shape((1, 0, 64, 130, 401), num_channels=32),
+    "head size 80, block 32, HND": Shape((31, 400), head_size=80, block_size=32, layout="HND", num_channels=64),
+    "block 128": Shape((1, 128, 300), head_size=256, block_size=128, num_channels=128),
+    "block size that is no power of two": Shape((47, 48, 200), block_size=48, num_channels=32),
+    "float8": Shape((200, 16), kv_dtype=torch.float8_e4m3fn, num_channels=64),
+}
+
+
+def step(shadow: ShadowCase, before: list[int], after: list[int]) -> None:
+    """The sequences grow from `before` to `after`."""
+    case = shadow.case
+    lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
+    query_lens = [end - start for start, end in zip(before, after, strict=True)]
+    starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
+    write_codes(
+        case.kv_cache,
+        shadow.codes,
+        case.block_table,
+        lens,
+        starts,
+        projection=kernel_projection(shadow.projection),
+        k_scale=None if case.scales is None else case.scales[0],
+        max_query_len=max(query_lens),
+    )
+
+
+@pytest.mark.parametrize("name", CODE_SHAPES)
+@pytest.mark.parametrize("chunk", [1000, 100, 7])
+def test_codes_do_not_depend_on_how_the_tokens_came(name: str, chunk: int) -> None:
+    shadow = make_shadow_case(CODE_SHAPES[name])
+    shadow.codes.fill_(GARBAGE)
+    lens = list(shadow.case.shape.lens)
+    for end in range(chunk, max(lens) + chunk, chunk):
+        step(shadow, [min(length, end - chunk) for length in lens], [min(length, end) for length in lens])
+    check_codes(shadow)
+    written = shadow.codes.clone()
+    step(shadow, [0] * len(lens), lens)
+    assert torch.equal(shadow.codes, written)
+
+
+def test_codes_of_other_steps_and_open_pages_are_left_alone() -> None:
+    shadow = make_shadow_case(Shape((70, 64), num_channels=32))
+    shadow.codes.fill_(GARBAGE)
+    step(shadow, [0, 0], [70, 0])
+    table = shadow.case.block_table.long()
+    assert not bool((shadow.codes[table[0, :4]] == GARBAGE).all())
+    assert bool((shadow.codes[table[0, 4]] == GARBAGE).all())
+    assert bool((shadow.codes[table[1, :4]] == GARBAGE).all())
+    assert bool((shadow.codes[0] == GARBAGE).all())
+
+
+@pytest.mark.parametrize("field", ["codes", "block_table", "seq_lens", "query_start_loc"])
+def test_wrong_arguments_of_the_writer_are_named(field: str) -> None:
+    shadow = make_shadow_case(Shape((64, 64), num_channels=32))
+    arguments = {
+        "codes": shadow.codes,
+        "block_table": shadow.case.block_table,
+        "seq_lens": shadow.case.seq_lens,
+        "query_start_loc": torch.zeros(3, dtype=torch.int32, device=DEVICE),
+    }
+    arguments[field] = arguments[field].double()
+    projection = kernel_projection(shadow.projection)
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        write_codes(shadow.case.kv_cache, **arguments, projection=projection, max_query_len=64)

@@ -1,0 +1,256 @@
+"""The format of shadow keys in the page tails, and the kernel that writes it.
+
+A shadow key is 4 bits of each of `num_channels` projections of a key, in steps:
+
+    code = clamp(floor(code_offset + key @ encoder), 0, 15)
+
+Byte j of a key's codes holds channel j in its lower half and channel j + num_channels // 2 in its upper half, so that a
+mask and a shift take whole words apart. A page's codes are written when the page is full, by whichever step fills it,
+from the keys in the page and nothing else: a step repeated writes the same bytes. `write_codes` does so for steps that
+fill any number of pages, `shadow.decode_shadow` for the page that a decoded token fills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+CHANNELS = (32, 64, 128)
+NUM_LEVELS = tl.constexpr(16)
+TOKENS_PER_STEP = 64
+DEPTH = tl.constexpr(64)  # channels of a key or query that are multiplied at a time
+
+
+@dataclass(frozen=True)
+class ShadowProjection:
+    """What a layer's keys are projected on; float32, contiguous.
+
+    Attributes:
+        encoder: [num_kv_heads, head_size, num_channels], from keys to steps.
+        code_offset: [num_kv_heads, num_channels], 8 minus the steps of the mean key.
+        decoder: [num_kv_heads, num_channels, head_size], from steps to keys.
+        key_mean: [num_kv_heads, head_size].
+    """
+
+    encoder: torch.Tensor
+    code_offset: torch.Tensor
+    decoder: torch.Tensor
+    key_mean: torch.Tensor
+
+    @classmethod
+    def build(cls, encoder: torch.Tensor, decoder: torch.Tensor, key_mean: torch.Tensor) -> ShadowProjection:
+        """From the three tensors that a calibration finds.
+
+        Raises:
+            ValueError: A shape is not as described, or there are no kernels for the number of channels.
+        """
+        num_kv_heads, head_size, num_channels = encoder.shape
+        if num_channels not in CHANNELS or num_channels > head_size:
+            allowed = ", ".join(str(number) for number in CHANNELS if number <= head_size)
+            raise ValueError(f"encoder: projects to {num_channels} channels, expected one of {allowed}")
+        for name, tensor, shape in (
+            ("decoder", decoder, (num_kv_heads, num_channels, head_size)),
+            ("key_mean", key_mean, (num_kv_heads, head_size)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: {list(tensor.shape)}, expected {list(shape)}")
+        encoder, decoder, key_mean = (tensor.float().contiguous() for tensor in (encoder, decoder, key_mean))
+        offset = NUM_LEVELS.value // 2 - torch.einsum("hd,hdr->hr", key_mean, encoder)
+        return cls(encoder, offset.contiguous(), decoder, key_mean)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a shadow key."""
+        return self.encoder.shape[2] // 2
+
+
+@triton.jit
+def _codes_of(steps):
+    """Codes of steps, int32."""
+    return tl.minimum(tl.maximum(tl.floor(steps), 0.0), NUM_LEVELS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def encode_tokens(
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
+    encoder_ptr,  # [num_kv_heads, head_size, 2 * CODE_BYTES] float32
+    code_offset_ptr,  # [num_kv_heads, 2 * CODE_BYTES] float32
+    block_row,  # [max_blocks] int32
+    k_scale_ptr,  # [1] float32
+    kv_head,  # int64
+    first,
+    end,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_code_block,
+    stride_code_head,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+):
+    """Write the codes of the tokens from `first` to `end`, at most TOKENS."""
+    offs_c = tl.arange(0, CODE_BYTES)
+    position = first + tl.arange(0, TOKENS)
+    valid = position < end
+    block = tl.load(block_row + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    row = block * stride_kv_block + kv_head * stride_kv_head + position % BLOCK_SIZE * stride_kv_token
+    offset = code_offset_ptr + kv_head * 2 * CODE_BYTES + offs_c
+    lower = tl.zeros((TOKENS, CODE_BYTES), dtype=tl.float32) + tl.load(offset)[None, :]
+    upper = tl.zeros((TOKENS, CODE_BYTES), dtype=tl.float32) + tl.load(offset + CODE_BYTES)[None, :]
+    for first_channel in range(0, D_PAD, DEPTH):
+        offs_d = first_channel + tl.arange(0, DEPTH)
+        mask_d = offs_d < HEAD_SIZE
+        key = tl.load(
+            kv_cache_ptr + row[:, None] + offs_d[None, :], mask=valid[:, None] & mask_d[None, :], other=0.0
+        ).to(tl.float32)
+        if HAS_K_SCALE:
+            key *= tl.load(k_scale_ptr)
+        encoder = encoder_ptr + (kv_head * HEAD_SIZE + offs_d[:, None]) * (2 * CODE_BYTES) + offs_c[None, :]
+        # as exact as float32, on tensor cores
+        lower += tl.dot(key, tl.load(encoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
+        upper += tl.dot(key, tl.load(encoder + CODE_BYTES, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
+    target = block * stride_code_block + kv_head * stride_code_head + position % BLOCK_SIZE * CODE_BYTES
+    tl.store(
+        codes_ptr + target[:, None] + offs_c[None, :],
+        (_codes_of(lower) | (_codes_of(upper) << 4)).to(tl.uint8),
+        mask=valid[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=("stride_table_seq",))
+def _write_codes_kernel(
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
+    encoder_ptr,  # [num_kv_heads, head_size, 2 * CODE_BYTES] float32
+    code_offset_ptr,  # [num_kv_heads, 2 * CODE_BYTES] float32
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    query_start_loc_ptr,  # [num_seqs + 1] int32
+    k_scale_ptr,  # [1] float32
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_code_block,
+    stride_code_head,
+    stride_table_seq,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
+    start = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE * BLOCK_SIZE
+    end = seq_len // BLOCK_SIZE * BLOCK_SIZE
+    for first in range(start + tl.program_id(2) * TOKENS, end, tl.num_programs(2) * TOKENS):
+        encode_tokens(
+            kv_cache_ptr,
+            codes_ptr,
+            encoder_ptr,
+            code_offset_ptr,
+            block_table_ptr + seq * stride_table_seq,
+            k_scale_ptr,
+            kv_head,
+            first,
+            end,
+            stride_kv_block,
+            stride_kv_head,
+            stride_kv_token,
+            stride_code_block,
+            stride_code_head,
+            BLOCK_SIZE=BLOCK_SIZE,
+            HEAD_SIZE=HEAD_SIZE,
+            D_PAD=D_PAD,
+            CODE_BYTES=CODE_BYTES,
+            TOKENS=TOKENS,
+            HAS_K_SCALE=HAS_K_SCALE,
+        )
+
+
+def write_codes(
+    kv_cache: torch.Tensor,
+    codes: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    *,
+    projection: ShadowProjection,
+    k_scale: torch.Tensor | None = None,
+    max_query_len: int,
+) -> None:
+    """Write the shadow keys of every page that this step's tokens fill.
+
+    One launch whose grid depends on shapes and `max_query_len` only, nothing allocated: the call can be captured in a
+    CUDA graph. The tokens' keys must have been written. Sequences without tokens in this step are left alone.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis, which
+            is dense; any other strides, any float dtype.
+        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, pages of a head dense, written
+            (`pages.codes_view`).
+        block_table: [num_seqs, max_blocks] int32, last axis dense.
+        seq_lens: [num_seqs] int32, cached tokens including this step's.
+        query_start_loc: [num_seqs + 1] int32, where the tokens of each sequence start in this step.
+        projection: Of the layer.
+        k_scale: One float32, factor on stored keys; None for 1.
+        max_query_len: About how many tokens a sequence has in this step, for the number of programs.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as described; the message starts with the argument's name.
+    """
+    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
+    head_size, num_seqs, code_bytes = content // 2, len(seq_lens), projection.code_bytes
+    expected = {
+        "codes": (codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8),
+        "block_table": (block_table, (num_seqs, block_table.shape[1]), torch.int32),
+        "seq_lens": (seq_lens, (num_seqs,), torch.int32),
+        "query_start_loc": (query_start_loc, (num_seqs + 1,), torch.int32),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
+    if tuple(projection.encoder.shape[:2]) != (num_kv_heads, head_size):
+        raise ValueError(f"projection: of {list(projection.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
+    for name, tensor in (("kv_cache", kv_cache), ("block_table", block_table)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
+    if codes.stride()[2:] != (code_bytes, 1):
+        raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(code_bytes, 1)}")
+    if num_seqs == 0:
+        return
+    num_programs = triton.cdiv(max_query_len + block_size - 1, TOKENS_PER_STEP)
+    _write_codes_kernel[(num_seqs, num_kv_heads, num_programs)](
+        kv_cache_ptr=kv_cache,
+        codes_ptr=codes,
+        encoder_ptr=projection.encoder,
+        code_offset_ptr=projection.code_offset,
+        block_table_ptr=block_table,
+        seq_lens_ptr=seq_lens,
+        query_start_loc_ptr=query_start_loc,
+        k_scale_ptr=k_scale,
+        stride_kv_block=kv_cache.stride(0),
+        stride_kv_head=kv_cache.stride(1),
+        stride_kv_token=kv_cache.stride(2),
+        stride_code_block=codes.stride(0),
+        stride_code_head=codes.stride(1),
+        stride_table_seq=block_table.stride(0),
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        D_PAD=triton.next_power_of_2(head_size),
+        CODE_BYTES=code_bytes,
+        TOKENS=TOKENS_PER_STEP,
+        HAS_K_SCALE=k_scale is not None,
+        num_warps=4,
+    )

@@ -1,0 +1,143 @@
+"""The first of the three Triton kernels behind `shadow.decode_shadow`: what the scan compares codes with.
+
+With p = decoder @ q for a query head, one step per head turns p into integers of 8 bits, and the comparison of a shadow
+key's score with threshold minus margin becomes one of integers:
+
+    step = max |p| / 127,  c = round(p / step)
+    softmax_scale * (q . key_mean + step * c . (code - 7.5)) >= threshold - margin     <=>     c . code >= floor
+
+A soft cap only bends the right side, since it keeps the order of scores. In passing, the page that the new token fills
+gets its codes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.shadow_codes import DEPTH, encode_tokens
+from vllm_toptheta.kernels.tiles import thresholds_at
+
+NO_CODES = tl.constexpr(1 << 30)  # a floor above every sum of products of codes
+MIDDLE = tl.constexpr(7.5)
+QUERY_LEVELS = tl.constexpr(127.0)
+
+
+@triton.jit(do_not_specialize=("stride_table_seq", "min_length", "max_length"))
+def query_kernel(
+    query_ptr,  # [num_seqs, num_heads, head_size]
+    query_codes_ptr,  # [num_seqs, num_heads, 2 * CODE_BYTES] int8, written
+    floors_ptr,  # [num_seqs, num_heads] int32, written
+    coefficients_ptr,  # [num_heads, NUM_COEFFICIENTS] float32
+    margin_ptr,  # [num_heads] float32
+    decoder_ptr,  # [num_kv_heads, 2 * CODE_BYTES, head_size] float32
+    key_mean_ptr,  # [num_kv_heads, head_size] float32
+    q_scale_ptr,  # [1] float32
+    k_scale_ptr,  # [1] float32
+    seq_lens_ptr,  # [num_seqs] int32
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
+    encoder_ptr,  # [num_kv_heads, head_size, 2 * CODE_BYTES] float32
+    code_offset_ptr,  # [num_kv_heads, 2 * CODE_BYTES] float32
+    stride_query_seq,
+    stride_query_head,
+    stride_table_seq,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_code_block,
+    stride_code_head,
+    min_length,
+    max_length,
+    softmax_scale,
+    soft_cap,
+    NUM_COEFFICIENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+    EARLY_SPLIT: tl.constexpr,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    num_heads = tl.num_programs(1) * GROUP
+    if EARLY_SPLIT:
+        tl.extra.cuda.gdc_launch_dependents()
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if seq_len <= 0:
+        return
+    offs_g = tl.arange(0, 16)
+    offs_c = tl.arange(0, CODE_BYTES)
+    mask_g = offs_g < GROUP
+    head = kv_head * GROUP + offs_g
+    lower = tl.zeros((16, CODE_BYTES), dtype=tl.float32)
+    upper = tl.zeros((16, CODE_BYTES), dtype=tl.float32)
+    offset = tl.zeros((16,), dtype=tl.float32)
+    for first_channel in range(0, D_PAD, DEPTH):
+        offs_d = first_channel + tl.arange(0, DEPTH)
+        mask_d = offs_d < HEAD_SIZE
+        query = tl.load(
+            query_ptr + seq * stride_query_seq + head[:, None] * stride_query_head + offs_d[None, :],
+            mask=mask_g[:, None] & mask_d[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if HAS_Q_SCALE:
+            query *= tl.load(q_scale_ptr)
+        key_mean = tl.load(key_mean_ptr + kv_head * HEAD_SIZE + offs_d, mask=mask_d, other=0.0)
+        offset += tl.sum(query * key_mean[None, :], axis=1)
+        decoder = decoder_ptr + (kv_head * 2 * CODE_BYTES + offs_c[None, :]) * HEAD_SIZE + offs_d[:, None]
+        lower += tl.dot(query, tl.load(decoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
+        decoder += CODE_BYTES * HEAD_SIZE
+        upper += tl.dot(query, tl.load(decoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
+    step = tl.max(tl.maximum(tl.abs(lower), tl.abs(upper)), axis=1) / QUERY_LEVELS
+    step = tl.where(step > 0.0, step, 1.0)
+    lower = tl.floor(lower / step[:, None] + 0.5)
+    upper = tl.floor(upper / step[:, None] + 0.5)
+    target = query_codes_ptr + (seq * num_heads + head[:, None]) * 2 * CODE_BYTES + offs_c[None, :]
+    # by way of int32: a float that is converted to int8 saturates on some targets only
+    tl.store(target, lower.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
+    tl.store(target + CODE_BYTES, upper.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
+
+    wanted = thresholds_at(coefficients_ptr, head, mask_g, seq_len, min_length, max_length, NUM_COEFFICIENTS)
+    wanted -= tl.load(margin_ptr + head, mask=mask_g, other=0.0)
+    if SOFT_CAP:
+        ratio = wanted / soft_cap
+        inside = tl.minimum(tl.maximum(ratio, -0.9999999), 0.9999999)
+        bent = soft_cap * 0.5 * tl.log((1.0 + inside) / (1.0 - inside))
+        wanted = tl.where(ratio >= 1.0, 1.0e30, tl.where(ratio <= -1.0, -1.0e30, bent))
+    offset -= step * MIDDLE * (tl.sum(lower, axis=1) + tl.sum(upper, axis=1))
+    floor = tl.ceil((wanted / softmax_scale - offset) / step)
+    # finite, and within what an integer holds
+    floor = tl.minimum(tl.maximum(floor, -1.0 * NO_CODES), 1.0 * NO_CODES)
+    tl.store(floors_ptr + seq * num_heads + head, floor.to(tl.int32), mask=mask_g)
+
+    if seq_len % BLOCK_SIZE == 0:
+        for first in range(seq_len - BLOCK_SIZE, seq_len, TOKENS):
+            encode_tokens(
+                kv_cache_ptr,
+                codes_ptr,
+                encoder_ptr,
+                code_offset_ptr,
+                block_table_ptr + seq * stride_table_seq,
+                k_scale_ptr,
+                kv_head,
+                first,
+                seq_len,
+                stride_kv_block,
+                stride_kv_head,
+                stride_kv_token,
+                stride_code_block,
+                stride_code_head,
+                BLOCK_SIZE=BLOCK_SIZE,
+                HEAD_SIZE=HEAD_SIZE,
+                D_PAD=D_PAD,
+                CODE_BYTES=CODE_BYTES,
+                TOKENS=TOKENS,
+                HAS_K_SCALE=HAS_K_SCALE,
+            )

@@ -1,0 +1,466 @@
+"""The second of the three Triton kernels behind `shadow.decode_shadow`: it scans shadow keys and walks the candidates.
+
+The scan streams codes, and nothing else is done to a key than the comparison of a sum of products of integers with the
+head's floor (`shadow_query.py`): no exponential, no scale, no list in order. Tokens are the rows of the products, so
+codes become operands where they are, after a mask and a shift. Codes of several tokens share a row where one token's
+do not fill it, and the group's heads appear once for each of them.
+
+A row's candidates go to a list of that row, so that the loop has no prefix sum. Before a list can be full, the walk
+puts the lists in order, one behind the other, and takes dense tiles of candidates: exact scores, comparison with the
+threshold, softmax, and the values of survivors. What was not kept enters the denominator by its number,
+
+    lost = r * (number of keys - number of survivors) * exp(threshold - m)
+
+where r is calibrated: the mean of exp(s - threshold) over discarded scores.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.schedule import first_of_share, store_piece, units_of_piece, work_of_step
+from vllm_toptheta.kernels.shadow_query import NO_CODES
+from vllm_toptheta.kernels.split import attend_all
+from vllm_toptheta.kernels.tiles import (
+    DISCARDED,
+    LOG2_E,
+    load_blocks,
+    load_values,
+    store_where,
+    thresholds_at,
+    tile_rows,
+    tile_scores,
+)
+
+MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
+ORDERED_AT_ONCE = tl.constexpr(8)  # layers of the lists that are ordered at a time
+
+_HALVES_ASM: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }"
+)
+# 0x6400 with n in its last bits is the float16 1024 + n
+_FLOAT16_HALVES_ASM: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t, l, h, o; mov.b32 o, 0x64006400; and.b32 l, $4, 0x0F0F0F0F; shr.u32 t, $4, 4; "
+    "and.b32 h, t, 0x0F0F0F0F; "
+    "prmt.b32 t, l, 0x64, 0x4140; sub.rn.f16x2 $0, t, o; prmt.b32 t, l, 0x64, 0x4342; sub.rn.f16x2 $1, t, o; "
+    "prmt.b32 t, h, 0x64, 0x4140; sub.rn.f16x2 $2, t, o; prmt.b32 t, h, 0x64, 0x4342; sub.rn.f16x2 $3, t, o; }"
+)
+
+
+@triton.jit
+def _halves(codes, FLOAT: tl.constexpr, PACKED: tl.constexpr):
+    """Lower and upper halves of bytes; `PACKED` takes four at a time where Triton would take them one by one."""
+    if PACKED and FLOAT:
+        lower, upper = tl.inline_asm_elementwise(
+            _FLOAT16_HALVES_ASM, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif PACKED:
+        lower, upper = tl.inline_asm_elementwise(
+            _HALVES_ASM, "=r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    elif FLOAT:
+        lower, upper = (codes & 15).to(tl.float16), (codes >> 4).to(tl.float16)
+    else:
+        lower, upper = (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
+    return lower, upper
+
+
+@triton.jit
+def _load_query(
+    query_codes_ptr,  # [num_heads, 2 * CODE_BYTES] int8, from the half's first channel on
+    head,  # [COLUMNS]
+    token,  # [COLUMNS], which token of a row a column is for
+    mask,  # [COLUMNS]
+    CODE_BYTES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    FLOAT: tl.constexpr,
+):
+    """Half of the channels of the group's queries, [ROW_BYTES, COLUMNS], 0 where another token's codes are."""
+    byte = tl.arange(0, ROW_BYTES)
+    query = tl.load(
+        query_codes_ptr + head[None, :] * (2 * CODE_BYTES) + (byte % CODE_BYTES)[:, None],
+        mask=mask[None, :] & (byte[:, None] // CODE_BYTES == token[None, :]),
+        other=0,
+    )
+    if FLOAT:
+        query = query.to(tl.float16)
+    return query
+
+
+@triton.jit
+def _products(codes, query, accumulator, FLOAT: tl.constexpr, HEADS_FIRST: tl.constexpr):
+    """`accumulator` [ROWS, COLUMNS] plus sums of products, by either orientation of the tensor cores' product."""
+    dtype: tl.constexpr = tl.float32 if FLOAT else tl.int32
+    if HEADS_FIRST:
+        product = tl.dot(tl.trans(query), tl.trans(codes), acc=tl.trans(accumulator), out_dtype=dtype)
+        return tl.trans(product)
+    else:
+        return tl.dot(codes, query, acc=accumulator, out_dtype=dtype)
+
+
+@triton.jit
+def _order_candidates(
+    block_row,
+    list_ptr,  # [LIST_DEPTH, TILE] int32, positions
+    order_ptr,  # [LIST_DEPTH * TILE] int32, slots (block * block_size + offset)
+    list_length,  # [TILE]
+    depth,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Number the candidates of all lanes one after the other, and look up their slots, all at the same time."""
+    lane = tl.arange(0, TILE)
+    first_index = tl.cumsum(list_length, axis=0) - list_length
+    for first_depth in range(0, depth, ORDERED_AT_ONCE):
+        depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
+        listed = depths[:, None] < list_length[None, :]
+        position = tl.load(list_ptr + depths[:, None] * TILE + lane[None, :], mask=listed, other=0)
+        block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
+        index = first_index[None, :] + depths[:, None]
+        tl.store(order_ptr + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
+
+
+@triton.jit
+def _attend_candidates(
+    query,  # [D_PAD, G_PAD]
+    threshold,  # [G_PAD]
+    ratio,  # [G_PAD], r
+    query_codes_ptr,  # [GROUP, 2 * CODE_BYTES] int8
+    floors_ptr,  # [GROUP] int32
+    key_base,
+    code_base,
+    block_row,
+    list_ptr,  # [LIST_DEPTH, TILE] int32
+    order_ptr,  # [LIST_DEPTH * TILE] int32
+    start,
+    end,
+    num_sink,
+    first_recent,
+    open_start,
+    stride_kv_block,
+    stride_kv_token,
+    stride_code_block,
+    scale,
+    soft_cap,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    ROW_TOKENS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+    WALK_TILE: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
+    WALK_STAGES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    FLOAT: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    ALL_VALUES: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """Weighted values [D_PAD, G_PAD], maxima, kept and lost sums of a piece, and its exact keys and value rows read."""
+    value_base = key_base + HEAD_SIZE
+    ROWS: tl.constexpr = TILE // ROW_TOKENS
+    ROW_BYTES: tl.constexpr = CODE_BYTES * ROW_TOKENS
+    ROW_BLOCK: tl.constexpr = BLOCK_SIZE // ROW_TOKENS
+    COLUMNS: tl.constexpr = ROW_TOKENS * COLUMN_HEADS
+    lane = tl.arange(0, TILE)
+    byte = tl.arange(0, ROW_BYTES)
+    column = tl.arange(0, COLUMNS)
+    column_head = column % COLUMN_HEADS
+    token = column // COLUMN_HEADS
+    mask_c = column_head < GROUP
+    lower_query = _load_query(query_codes_ptr, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
+    upper_query = _load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
+    floor = tl.load(floors_ptr + column_head, mask=mask_c, other=NO_CODES)
+    if FLOAT:
+        floor = floor.to(tl.float32)
+
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    maximum = threshold
+    # added up by lane, so that the walk reduces nothing but the maximum
+    lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
+    lane_number = tl.zeros((WALK_TILE, G_PAD), dtype=tl.int32)
+    lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
+    keys_read = tl.zeros((), dtype=tl.int32)
+    # what the merge reads of the open page, for the mean
+    first_open = tl.maximum(start, open_start)
+    rows_read = tl.maximum(end - first_open, 0)
+    open_block = tl.load(block_row + open_start // BLOCK_SIZE, mask=first_open < end, other=-1)
+    list_length = tl.zeros((TILE,), dtype=tl.int32)
+    row_end = tl.cdiv(end, ROW_TOKENS)
+    blocks = load_blocks(block_row, start // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
+    for chunk_start in range(start, end, CHUNK_TILES * TILE):
+        chunk_end = tl.minimum(chunk_start + CHUNK_TILES * TILE, end)
+        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=SCAN_STAGES):
+            row = tile_rows(blocks, tile_start // ROW_TOKENS, stride_code_block, ROW_BYTES, ROW_BLOCK, ROWS)
+            # a tile ahead, so that the loads of codes wait for nothing
+            blocks = load_blocks(block_row, (tile_start + TILE) // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
+            # behind the end this reads block 0 or the rest of a page: any bytes do
+            codes = tl.load(code_base + row[:, None] + byte[None, :])
+            lower, upper = _halves(codes, FLOAT, ON_GPU)
+            above = tl.zeros((ROWS, COLUMNS), dtype=floor.dtype) - floor[None, :]
+            above = _products(lower, lower_query, above, FLOAT, HEADS_FIRST)
+            above = _products(upper, upper_query, above, FLOAT, HEADS_FIRST)
+            best = tl.reshape(tl.max(tl.reshape(above, (ROWS, ROW_TOKENS, COLUMN_HEADS)), axis=2), (TILE,))
+            positions = tile_start + lane
+            # few tiles hold a position that is not judged by its codes
+            if (tile_start < num_sink) | (tile_start + TILE > tl.minimum(first_recent, end)):
+                always = (positions < num_sink) | (positions >= first_recent)
+                best = tl.where(positions < end, tl.where(always, 0, best), -1)
+            is_candidate = (best >= 0).to(tl.int32)
+            store_where(list_ptr + list_length * TILE + lane, positions, is_candidate > 0, ON_GPU)
+            list_length += is_candidate
+
+        depth = tl.max(list_length, axis=0)
+        if (depth > LIST_DEPTH - CHUNK_TILES) | (chunk_end >= end):
+            # the list was written by other threads
+            tl.debug_barrier()
+            _order_candidates(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, TILE)
+            # so was their order
+            tl.debug_barrier()
+            num_listed = tl.sum(list_length, axis=0)
+            keys_read += num_listed
+            offs_w = tl.arange(0, WALK_TILE)
+            slot = tl.load(order_ptr + offs_w, mask=offs_w < num_listed, other=0)
+            for first in tl.range(0, num_listed, WALK_TILE, num_stages=WALK_STAGES):
+                listed = first + offs_w < num_listed
+                block = slot // BLOCK_SIZE
+                row = block.to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
+                # a tile ahead, so that the loads of keys wait for nothing
+                ahead = first + WALK_TILE + offs_w
+                slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
+                scores = tile_scores(query, key_base, row, listed, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
+                keep = listed[:, None] & (scores >= threshold[None, :])
+                survives = listed if ALL_VALUES else tl.max(keep.to(tl.int32), axis=1) > 0
+                value = load_values(value_base, row, survives, query.dtype, HEAD_SIZE, D_PAD)
+                scores = tl.where(keep, scores, DISCARDED)
+                new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+                weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
+                rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+                lane_kept = lane_kept * rescale[None, :] + weights
+                lane_number += keep.to(tl.int32)
+                lane_read += (survives & (block != open_block)).to(tl.int32)
+                output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
+                maximum = new_maximum
+            list_length = tl.zeros((TILE,), dtype=tl.int32)
+            # the next scan writes over what this walk reads
+            tl.debug_barrier()
+    num_lost = (end - start - tl.sum(lane_number, axis=0)).to(tl.float32)
+    lost_sum = ratio * num_lost * tl.exp2((threshold - maximum) * LOG2_E)
+    rows_read += tl.sum(lane_read, axis=0)
+    return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, keys_read, rows_read
+
+
+# lengths and counts change from batch to batch: one compilation serves them all
+@triton.jit(
+    do_not_specialize=(
+        "stride_table_seq",
+        "num_seqs",
+        "min_sparse_context",
+        "min_length",
+        "max_length",
+        "num_sink",
+        "num_recent",
+    )
+)
+def shadow_split_kernel(
+    query_ptr,  # [num_seqs, num_heads, head_size]
+    query_codes_ptr,  # [num_seqs, num_heads, 2 * CODE_BYTES] int8
+    floors_ptr,  # [num_seqs, num_heads] int32
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    coefficients_ptr,  # [num_heads, NUM_COEFFICIENTS] float32
+    ratio_ptr,  # [num_heads] float32
+    q_scale_ptr,  # [1] float32
+    k_scale_ptr,  # [1] float32
+    list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE] int32
+    order_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH * TILE] int32
+    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
+    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32
+    keys_read_ptr,  # [num_kv_heads] int64
+    rows_read_ptr,  # [num_kv_heads] int64
+    stride_query_seq,
+    stride_query_head,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_code_block,
+    stride_code_head,
+    stride_table_seq,
+    num_seqs,
+    min_sparse_context,
+    min_length,
+    max_length,
+    num_sink,
+    num_recent,
+    softmax_scale,
+    soft_cap,
+    NUM_COEFFICIENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    ROW_TOKENS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+    WALK_TILE: tl.constexpr,
+    MIN_WORK: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,
+    DENSE_WORK: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
+    WALK_STAGES: tl.constexpr,
+    DENSE_STAGES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FLOAT: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    ALL_VALUES: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+    VALUE_MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    EARLY_SPLIT: tl.constexpr,
+    EARLY_MERGE: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    kv_head = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1)
+    num_kv_heads = tl.num_programs(0)
+    work, share = work_of_step(
+        seq_lens_ptr, None, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
+    )
+    seq, work_before, end_of_share = first_of_share(work, share, program)
+    if EARLY_SPLIT:
+        tl.extra.cuda.gdc_wait()
+    if EARLY_MERGE:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    offs_g = tl.arange(0, G_PAD)
+    offs_d = tl.arange(0, D_PAD)
+    mask_g = offs_g < GROUP
+    head = kv_head * GROUP + offs_g
+    scale = softmax_scale
+    if HAS_Q_SCALE:
+        scale = scale * tl.load(q_scale_ptr)
+    if HAS_K_SCALE:
+        scale = scale * tl.load(k_scale_ptr)
+    key_base = kv_cache_ptr + kv_head * stride_kv_head
+    list_index = program.to(tl.int64) * num_kv_heads + kv_head
+    all_keys_read = tl.zeros((), dtype=tl.int64)
+    all_rows_read = tl.zeros((), dtype=tl.int64)
+
+    while (seq < num_seqs) & (work_before < end_of_share):
+        seq_len = tl.load(seq_lens_ptr + seq)
+        is_dense = seq_len <= min_sparse_context
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
+        if first_unit < last_unit:
+            start = first_unit * UNIT
+            end = tl.minimum(last_unit * UNIT, seq_len)
+            row = seq.to(tl.int64)
+            query = tl.load(
+                query_ptr + row * stride_query_seq + head[None, :] * stride_query_head + offs_d[:, None],
+                mask=mask_g[None, :] & (offs_d < HEAD_SIZE)[:, None],
+                other=0.0,
+            ).to(COMPUTE)
+            block_row = block_table_ptr + row * stride_table_seq
+            if is_dense:
+                output, maximum, kept_sum, lost_sum, rows_read = attend_all(
+                    query,
+                    key_base,
+                    block_row,
+                    start,
+                    end,
+                    stride_kv_block,
+                    stride_kv_token,
+                    scale,
+                    soft_cap,
+                    BLOCK_SIZE=BLOCK_SIZE,
+                    HEAD_SIZE=HEAD_SIZE,
+                    D_PAD=D_PAD,
+                    G_PAD=G_PAD,
+                    TILE=DENSE_TILE,
+                    STAGES=DENSE_STAGES,
+                    SOFT_CAP=SOFT_CAP,
+                )
+                keys_read = end - start
+            else:
+                open_start = seq_len
+                if VALUE_MEAN:
+                    open_start = seq_len // BLOCK_SIZE * BLOCK_SIZE
+                first_head = row * num_kv_heads * GROUP + kv_head * GROUP
+                output, maximum, kept_sum, lost_sum, keys_read, rows_read = _attend_candidates(
+                    query,
+                    thresholds_at(coefficients_ptr, head, mask_g, seq_len, min_length, max_length, NUM_COEFFICIENTS),
+                    tl.load(ratio_ptr + head, mask=mask_g, other=0.0),
+                    query_codes_ptr + first_head * 2 * CODE_BYTES,
+                    floors_ptr + first_head,
+                    key_base,
+                    codes_ptr + kv_head * stride_code_head,
+                    block_row,
+                    list_ptr + list_index * LIST_DEPTH * TILE,
+                    order_ptr + list_index * LIST_DEPTH * TILE,
+                    start,
+                    end,
+                    num_sink,
+                    # the page of the last token has no codes yet, or only since this step
+                    tl.minimum(seq_len - num_recent, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE),
+                    open_start,
+                    stride_kv_block,
+                    stride_kv_token,
+                    stride_code_block,
+                    scale,
+                    soft_cap,
+                    BLOCK_SIZE=BLOCK_SIZE,
+                    HEAD_SIZE=HEAD_SIZE,
+                    GROUP=GROUP,
+                    D_PAD=D_PAD,
+                    G_PAD=G_PAD,
+                    CODE_BYTES=CODE_BYTES,
+                    ROW_TOKENS=ROW_TOKENS,
+                    COLUMN_HEADS=COLUMN_HEADS,
+                    TILE=TILE,
+                    CHUNK_TILES=CHUNK_TILES,
+                    LIST_DEPTH=LIST_DEPTH,
+                    WALK_TILE=WALK_TILE,
+                    SCAN_STAGES=SCAN_STAGES,
+                    WALK_STAGES=WALK_STAGES,
+                    SOFT_CAP=SOFT_CAP,
+                    FLOAT=FLOAT,
+                    HEADS_FIRST=HEADS_FIRST,
+                    ALL_VALUES=ALL_VALUES,
+                    ON_GPU=ON_GPU,
+                )
+            all_keys_read += keys_read
+            all_rows_read += rows_read
+            store_piece(
+                partial_output_ptr,
+                partial_stats_ptr,
+                (program + seq).to(tl.int64) * num_kv_heads + kv_head,
+                output,
+                maximum,
+                kept_sum,
+                lost_sum,
+                GROUP=GROUP,
+                HEAD_SIZE=HEAD_SIZE,
+                D_PAD=D_PAD,
+                G_PAD=G_PAD,
+            )
+        work_before += tl.cdiv(seq_len, UNIT) * tl.where(is_dense, DENSE_WORK, 1)
+        seq += 1
+    if COUNT:
+        tl.atomic_add(keys_read_ptr + kv_head, all_keys_read, sem="relaxed")
+        tl.atomic_add(rows_read_ptr + kv_head, all_rows_read, sem="relaxed")
