@@ -95,3 +95,14 @@ def test_a_level_is_left_by_one_step_and_never_beyond_the_ends(observed: list[fl
 @pytest.mark.parametrize("level", range(len(RELAXATION) - 1))
 def test_every_level_keeps_more_than_the_one_before(level: int) -> None:
     assert RELAXATION[level] < RELAXATION[level + 1]
+
+
+@pytest.mark.parametrize(("relaxes", "lowered_by"), [(True, 0.5), (False, 0.0)])
+def test_only_a_guard_that_relaxes_reports_lowered_thresholds(relaxes: bool, lowered_by: float) -> None:
+    from vllm_toptheta.backend.worker import _guard_state
+
+    guard = LayerGuard(LIMIT)
+    windows(guard, 0.01, 3)
+    windows(guard, 0.9, 1)
+    state = {"layer": 4, "share_above": 0.9, "alarms": 1, "lowered_by": lowered_by}
+    assert _guard_state(4, guard, relaxes=relaxes) == state

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedCon
 
 from tests import store_factory
 from tests.e2e.server import Server, serving
+from vllm_toptheta.calibration import CalibrationOptions, calibrate
+from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.demo_model import demo_model
 from vllm_toptheta.store import Architecture
 
@@ -34,6 +36,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def text_ids(model: Path) -> list[int]:
     """Python source, tokenised: a long text that every machine has."""
     return AutoTokenizer.from_pretrained(model)(inspect.getsource(tarfile))["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def measured_thresholds(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thresholds for the demo model calibrated on a little code, with what the guard compares live text with."""
+    folder = tmp_path_factory.mktemp("measured")
+    code = folder / "code.txt"
+    code.write_text(inspect.getsource(tarfile))
+    options = CalibrationOptions.create(["k:32"], max_length=640, num_sequences=3)
+    return calibrate(model, [read_file(code)], out=folder, options=options)
 
 
 @pytest.fixture(scope="session")

@@ -66,10 +66,23 @@ class Server(NamedTuple):
 @contextmanager
 def serving(folder: Path, arguments: str = "") -> Iterator[Server]:
     """A server of the demo model, whose log stands in `folder`; it must not end before we do."""
-    port, log = free_port(), folder / "log.txt"
+    port = free_port()
+    with running(serve_command(port, arguments), port, folder) as server:
+        yield server
+
+
+@contextmanager
+def running(command: list[str], port: int, folder: Path, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that `command` starts on `port`; otherwise as `serving`."""
+    log = folder / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            serve_command(port, arguments), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _wait_until_healthy(process, f"http://127.0.0.1:{port}", log)

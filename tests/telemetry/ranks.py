@@ -72,11 +72,13 @@ class Engine:
     Attributes:
         answers: What the workers report; an exception is raised.
         questions: How often they were asked.
+        errored: Whether the engine is dead.
     """
 
     def __init__(self, answers: list[dict[str, Any] | None] | Exception) -> None:
         self.answers = answers
         self.questions = 0
+        self.errored = False
 
     async def collective_rpc(self, method: str) -> list[dict[str, Any] | None]:
         assert method == STATS_RPC
@@ -84,3 +86,6 @@ class Engine:
         if isinstance(self.answers, Exception):
             raise self.answers
         return self.answers
+
+    def shutdown(self) -> None:
+        self.errored = True

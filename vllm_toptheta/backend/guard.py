@@ -29,6 +29,7 @@ class LayerGuard:
         calm: Calm windows so far, in a row.
         is_probing: Whether the last step was back, and no window since has confirmed it.
         share_above: That of the last window.
+        alarms: Windows above the limit so far.
     """
 
     limit: float
@@ -37,6 +38,7 @@ class LayerGuard:
     calm: int = 0
     is_probing: bool = False
     share_above: float = 0.0
+    alarms: int = 0
 
     @property
     def relaxation(self) -> float:
@@ -51,6 +53,7 @@ class LayerGuard:
         """
         self.share_above = share_above
         if share_above > self.limit:
+            self.alarms += 1
             if self.is_probing:
                 self.patience = min(2 * self.patience, LONGEST_PATIENCE)
             self.is_probing, self.calm = False, 0

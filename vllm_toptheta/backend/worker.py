@@ -106,18 +106,20 @@ def _stats(worker: Any) -> dict[str, Any] | None:
         "layers": layers,
         "lost_mass": [layer.histogram() for layer in counters],
         "guarded": [
-            _guard_state(impl.layer_plan.counters.layer, impl.layer_plan.guard)
+            _guard_state(impl.layer_plan.counters.layer, impl.layer_plan.guard, relaxes=plan.settings.guard == "relax")
             for impl in impls
             if impl.layer_plan and impl.layer_plan.guard
         ],
     }
 
 
-def _guard_state(layer: int, guard: LayerGuard) -> dict[str, Any]:
+def _guard_state(layer: int, guard: LayerGuard, *, relaxes: bool) -> dict[str, Any]:
+    lowered_by = guard.relaxation if relaxes else 0.0
     return {
         "layer": layer,
         "share_above": guard.share_above,
-        "lowered_by": None if math.isinf(guard.relaxation) else guard.relaxation,
+        "alarms": guard.alarms,
+        "lowered_by": None if math.isinf(lowered_by) else lowered_by,
     }
 
 

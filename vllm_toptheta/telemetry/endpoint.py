@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
+from vllm_toptheta.telemetry.exit_code import fail_when_engine_died
 from vllm_toptheta.telemetry.metrics import exposition
 from vllm_toptheta.telemetry.page import PAGE, PAGE_HEADERS
 from vllm_toptheta.telemetry.reader import NotServing, StatsReader, StatsUnavailable
@@ -59,7 +60,9 @@ class StatsEndpoint:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Keep the way to the engine, None on a server that has none, and what the flags say."""
-        self._reader = None if engine_client is None else StatsReader(engine_client)
+        if engine_client is not None:
+            self._reader = StatsReader(engine_client)
+            fail_when_engine_died(engine_client)
         keys = getattr(args, "api_key", None) or [os.environ.get(API_KEY_VARIABLE)]
         self._api_keys = [key.encode() for key in ([keys] if isinstance(keys, str) else keys) if key]
         options = getattr(args, "additional_config", None)

@@ -72,6 +72,11 @@ class StatsCollector(Collector):
             buckets = [(repr(edge), count) for edge, count in zip(stats.lost_mass_edges, cumulative, strict=True)]
             lost_mass.add_metric([str(layer.layer)], [*buckets, ("+Inf", cumulative[-1])], layer.sum)
         yield lost_mass
+        yield _per_layer(
+            "toptheta_guard_alarms",
+            "Windows of tokens too many of which lost more than 95 % of the calibration text did.",
+            ((state.layer, state.alarms) for state in stats.guarded),
+        )
         lowered = GaugeMetricFamily(
             "toptheta_guard_lowered_by",
             "By how much the guard has lowered thresholds, scaled logits; +Inf where every key is kept.",

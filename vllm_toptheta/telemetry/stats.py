@@ -44,6 +44,7 @@ class GuardState(BaseModel):
     share_above: float = Field(
         description="Share of the last window's tokens that lost more than 95 % of those calibrated on."
     )
+    alarms: int = Field(description="Windows in which that share was too large, since the server started.")
     lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
 
 
