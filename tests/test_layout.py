@@ -29,6 +29,7 @@ FORBIDDEN = {
     "benchmarks": {"vllm_toptheta.backend"},
     "cli": {"vllm", "triton"},
     "server": {"torch", "transformers", "vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.telemetry"},
+    "soak": {"torch", "transformers", "vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.telemetry"},
     "selection": {"torch", "transformers", "vllm", "triton"},
     "demo_model": {"vllm", "triton"},
 }

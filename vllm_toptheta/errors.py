@@ -27,6 +27,7 @@ TopThetaError
   ReportError                 a report cannot be drawn or written
   DemoModelError              the demo model cannot be built
   BenchmarkError              a benchmark could not run
+  SoakError                   a server under test does not start, or cannot be asked what is needed
   UnsupportedError            the backend does not support a feature of the model or the engine
 """
 
@@ -183,6 +184,10 @@ class DemoModelError(TopThetaError):
 
 class BenchmarkError(TopThetaError):
     """A benchmark could not run."""
+
+
+class SoakError(TopThetaError):
+    """A server under test does not start, or cannot be asked what is needed."""
 
 
 class UnsupportedError(TopThetaError):

@@ -1,0 +1,67 @@
+"""`toptheta soak` in a short form: the long one is in docs/operations.md, its result under docs/results.
+
+`max_growth` is left out of it: a server that has just started is still warming up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.generate import ENVIRONMENT
+from tests.e2e.server import free_port
+from vllm_toptheta.soak.report import SoakConfig, SoakReport
+from vllm_toptheta.soak.run import soak
+
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
+
+# all requests that run at a time do not fit: some are preempted
+SMALL_CACHE = ["--block-size", "16", "--num-gpu-blocks-override", "130", "--max-model-len", "1000"]
+SHORT = SoakConfig(
+    requests=30, concurrency=12, seconds=10, prompts=8, longest=900, max_tokens=24, max_growth=1e6, kill="Worker"
+)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+def soaked(config: SoakConfig, folder: Path, *command: str) -> SoakReport:
+    port = str(free_port())
+    flags = ["--port", port, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", *SMALL_CACHE]
+    return soak(config, f"http://127.0.0.1:{port}", [*command, *flags], log=folder / "log.txt")
+
+
+def test_load_restart_and_death_of_a_worker(model: Path, measured_thresholds: Path, tmp_path: Path) -> None:
+    # a guard that only warns, and does so: it must not change a text
+    warning = ["--guard", "warn", "--guard-share", "0.01", "--thresholds", str(measured_thresholds), "--target-k", "32"]
+    report = soaked(SHORT, tmp_path, "toptheta", "serve", str(model), *warning, "--shutdown-timeout", "60")
+    assert report.failures() == []
+    assert report.load.endings.total >= SHORT.requests
+    assert report.load.endings.left > 0
+    assert report.load.preemptions
+    assert report.texts.compared > SHORT.requests
+    stop, death = report.stops
+    assert stop.exit_code == 0
+    assert stop.in_flight.finished > 0
+    assert stop.after is not None
+    assert stop.after.finished >= 1
+    assert death.exit_code == 1
+    assert death.in_flight.error > 0
+    assert death.seconds < 30
+    log = (tmp_path / "log.txt").read_text()
+    assert "with guard=relax, thresholds are lowered by 0.5" in log
+
+
+def test_death_of_the_engine_of_plain_vllm(model: Path, tmp_path: Path) -> None:
+    config = SHORT.model_copy(update={"restart": False, "requests": 2, "concurrency": 2, "seconds": 0.0, "prompts": 3})
+    config = config.model_copy(update={"kill": "EngineCore"})
+    report = soaked(config, tmp_path, "vllm", "serve", str(model), "--attention-backend", "toptheta")
+    assert report.failures() == []
+    (death,) = report.stops
+    assert death.exit_code == 1
+    assert death.in_flight.error + death.in_flight.closed > 0
+    assert death.seconds < 30
