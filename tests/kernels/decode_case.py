@@ -212,6 +212,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
     rows_read = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
     lost_mass = torch.zeros(shape.num_heads, dtype=torch.float64, device=DEVICE)
     histogram = torch.zeros_like(counters.lost_mass_histogram)
+    at_an_edge = torch.zeros_like(lost_mass, dtype=torch.int64)
     worst = allowed = 0.0
     for row, length in enumerate(shape.lens):
         if length == 0:
@@ -227,14 +228,16 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
         lost_mass += lost
         if not is_dense:
             edges = torch.tensor(INNER_EDGES, device=DEVICE)
-            # rounding may move what lies at an edge, which the seeds of these cases avoid
-            assert float((lost[:, None] / edges - 1).abs().min()) > 1e-4
+            at_an_edge += ((lost[:, None] / edges - 1).abs() < 1e-3).any(dim=1)
             histogram.scatter_add_(1, torch.bucketize(lost, edges)[:, None], torch.ones_like(histogram[:, :1]))
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert counters.rows_read.tolist() == rows_read.tolist()
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
-    assert counters.lost_mass_histogram.tolist() == histogram.tolist()
+    # rounding may move what lies at an edge from one bucket to the next
+    misplaced = (counters.lost_mass_histogram - histogram).abs().sum(dim=1)
+    assert bool((misplaced <= 2 * at_an_edge).all()), (misplaced, at_an_edge)
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == histogram.sum(dim=1).tolist()
     assert counters.totals.tolist() == [
         sum(length > 0 for length in shape.lens),
         sum(0 < length <= shape.min_sparse_context for length in shape.lens),

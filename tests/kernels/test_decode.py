@@ -282,7 +282,7 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
         torch.zeros(2, 4, dtype=torch.int32),
         torch.zeros(3, 3, dtype=torch.int32),
         torch.zeros(3, 4, dtype=torch.int64),
-        torch.zeros(3, 8, dtype=torch.int32)[:, :4],
+        torch.zeros(4, 3, dtype=torch.int32).T,
     ],
     ids=["fewer rows than sequences", "too few fields", "another dtype", "not contiguous"],
 )

@@ -211,7 +211,6 @@ def decode_shadow(
         "EARLY_SPLIT": early,
     }
     pieces: dict[str, Any] = {
-        "rules_ptr": None,
         "partial_output_ptr": workspace.partial_output,
         "partial_stats_ptr": workspace.partial_stats,
         "num_seqs": num_seqs,
@@ -267,7 +266,7 @@ def decode_shadow(
         **shared,
     )
     launch_merge(
-        pieces | shared,
+        pieces | shared | {"rules_ptr": None},
         output=output,
         value_sum=value_sum,
         v_scale=v_scale,
