@@ -30,6 +30,10 @@ def serve(
     on_missing: Annotated[str | None, typer.Option(help="Without thresholds: error, or dense.")] = None,
     guard: Annotated[str | None, typer.Option(help="Where too much is lost: relax, warn or off.")] = None,
     guard_share: Annotated[float | None, typer.Option(help="Share of tokens that may lose too much.")] = None,
+    per_request: Annotated[
+        bool | None,
+        typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or another target."),
+    ] = None,
     page: Annotated[bool | None, typer.Option("--page/--no-page", help="Show the page /toptheta.")] = None,
 ) -> None:
     """Check the thresholds against the model, print the plain `vllm serve` command, and become it."""
@@ -47,6 +51,7 @@ def serve(
         "on_missing": on_missing,
         "guard": guard,
         "guard_share": guard_share,
+        "per_request": per_request,
         "page": page,
     }
     command = ServeCommand.build(
