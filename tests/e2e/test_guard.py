@@ -22,7 +22,7 @@ from tests.e2e.test_server import metrics
 from vllm_toptheta.backend.guard import FIRST_PATIENCE, RELAXATION
 from vllm_toptheta.backend.watch import WINDOW_STEPS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
 
 LIMIT = 0.25  # guard_share
 LONG = 1500  # tokens
