@@ -20,7 +20,6 @@ FIELD = f"vllm_xargs.{ARGUMENT}"
 COMMON, DENSE = range(2)
 DENSE_LABEL = "dense"
 MAX_ECHO = 40  # characters of what was asked that an answer repeats
-MAX_ECHO = 40  # characters of what was asked that an answer repeats
 _NEVER_SPARSE = 2**31 - 1  # as a length up to which every key is kept
 
 

@@ -1,9 +1,7 @@
 """Time of the decode kernels with shadow keys, variant by variant, beside `values` and dense attention, on one GPU.
 
-Keys, values and queries are random. So that a projection has something to project on, the variances of the keys'
-channels fall off as those of real keys do in the directions that matter to scores (docs/shadow.md); margins and r are
-calibrated on the very scores that are measured, for 99 % of the survivors' softmax mass. What depends on the data is
-reported with every time: keys and value rows read.
+Keys, values and queries are random (`shadow_inputs`). What depends on the data is reported with every time: keys and
+value rows read.
 """
 
 from __future__ import annotations
@@ -15,30 +13,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from vllm_toptheta.benchmarks.kernels import CACHE_BYTES, KernelWorkload, parse_spec, time_in_graph
+from vllm_toptheta.benchmarks.shadow_inputs import ShadowInputs, message, moved, random_inputs, wrong
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.kernels.tuning import ShadowConfig
 
-if TYPE_CHECKING:
-    import torch
-
-    from vllm_toptheta.benchmarks.registry import Inputs
-    from vllm_toptheta.kernels.shadow import ShadowWorkspace
-    from vllm_toptheta.kernels.shadow_codes import ShadowProjection
-
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "1q1s128k", "32q1s8k")
-CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
-DECAY = 8.0  # the variance of a key's channel i is that of channel 0 times exp(-DECAY * i / head_size)
-KEPT_MASS = 0.99
-NUM_SINK, NUM_RECENT = 16, 64
-CALIBRATION_SEQUENCES = 2
-MAX_ERROR = 0.01  # of an output, whose values are about 0.1 to 3
 COMPILE_SECONDS = 240
 
 
@@ -99,87 +85,6 @@ class ShadowTime(BaseModel):
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class ShadowInputs:
-    """A step with shadow keys, and what was calibrated on it."""
-
-    inputs: Inputs
-    codes: torch.Tensor
-    projection: ShadowProjection
-    margin: torch.Tensor
-    ratio: torch.Tensor
-
-    @classmethod
-    def build(cls, inputs: Inputs, num_channels: int) -> ShadowInputs:
-        """Write the shadow keys of a step whose pages have room for them, and calibrate on its first sequences."""
-        import torch
-
-        from vllm_toptheta.kernels.pages import codes_view
-        from vllm_toptheta.kernels.shadow_codes import ShadowProjection, write_codes
-        from vllm_toptheta.reference import fit_projection
-
-        _, num_kv_heads, _, width = inputs.kv_cache.shape
-        head_size = width // 2
-        scales = _key_scales(head_size)
-        identity = torch.eye(head_size, device="cuda").expand(num_kv_heads, -1, -1)
-        fitted = fit_projection(
-            torch.zeros(num_kv_heads, head_size, device="cuda"),
-            identity * scales**2,
-            identity,
-            num_channels=num_channels,
-        )
-        projection = ShadowProjection.build(fitted.encoder, fitted.decoder, fitted.key_mean)
-        codes = codes_view(inputs.kv_cache, projection.code_bytes)
-        starts = torch.zeros(len(inputs.seq_lens) + 1, dtype=torch.int32, device="cuda")
-        starts[1:] = inputs.seq_lens.cumsum(0)
-        write_codes(
-            inputs.kv_cache,
-            codes,
-            inputs.block_table,
-            inputs.seq_lens,
-            starts,
-            projection=projection,
-            max_query_len=inputs.max_seq_len,
-        )
-        margin, ratio = _calibrate(inputs, fitted)
-        return cls(inputs, codes, projection, margin, ratio)
-
-    def call(self, config: ShadowConfig, workspace: ShadowWorkspace, **options: Any) -> Callable[[], None]:
-        """The kernels on this step."""
-        import torch
-
-        from vllm_toptheta.kernels.pages import value_sum_view
-        from vllm_toptheta.kernels.shadow import decode_shadow
-
-        inputs = self.inputs
-        arguments: dict[str, Any] = {
-            "output": torch.empty_like(inputs.query),
-            "workspace": workspace,
-            "projection": self.projection,
-            "coefficients": inputs.coefficients,
-            "margin": self.margin,
-            "exp_threshold_scale": self.ratio,
-            "min_length": 1,
-            "max_length": 2**20,
-            "min_sparse_context": 0,
-            "num_sink": NUM_SINK,
-            "num_recent": NUM_RECENT,
-            "softmax_scale": inputs.softmax_scale,
-            "value_sum": value_sum_view(inputs.kv_cache),
-            "config": config,
-        }
-        arguments |= options
-        tensors = inputs.query, inputs.kv_cache, self.codes, inputs.block_table, inputs.seq_lens
-        return lambda: decode_shadow(*tensors, **arguments)
-
-    def workspace(self, config: ShadowConfig) -> ShadowWorkspace:
-        from vllm_toptheta.kernels.shadow import ShadowWorkspace
-
-        num_seqs, num_heads, head_size = self.inputs.query.shape
-        sizes = num_seqs, num_heads, self.inputs.kv_cache.shape[1], head_size, self.projection.code_bytes
-        return ShadowWorkspace.allocate(*sizes, device="cuda", config=config)
-
-
 def compare(
     specs: list[str],
     block_sizes: list[int],
@@ -226,7 +131,7 @@ def compare(
         for name in names:
             key = name, block_size
             if key not in checked:
-                checked[key] = _wrong(VARIANTS[name], block_size)
+                checked[key] = wrong(VARIANTS[name].num_channels, VARIANTS[name].config, block_size)
             if error := checked[key]:
                 add(_row("checked", block_size, name, error=error))
     for block_size in block_sizes:
@@ -250,10 +155,10 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
     num_tokens = sum(lens) * workload.num_kv_heads
     baseline = values = None
     for num_channels in sorted({VARIANTS[name].num_channels for name in names}, reverse=True):
-        first = _inputs(lens, block_size, num_channels)
+        first = random_inputs(lens, block_size, num_channels)
         # the shadow keys alone must outgrow the L2 cache, as those of the layers between two steps do
         count = max(1, -(-CACHE_BYTES // (num_tokens * num_channels // 2)))
-        copies = [first, *(_moved(first) for _ in range(count - 1))]
+        copies = [first, *(moved(first) for _ in range(count - 1))]
         if baseline is None:
             times = [
                 time_in_graph([flash_attention_3(inputs, num_splits=splits) for inputs in copies]) for splits in (0, 32)
@@ -295,161 +200,15 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
                     rows_read_share=shares[1],
                 )
             except Exception as error:  # whatever a compiler or a launch may raise
-                yield _row(spec, block_size, name, error=_message(error))
+                yield _row(spec, block_size, name, error=message(error))
         del copies, shadows
         torch.cuda.empty_cache()
-
-
-def _wrong(variant: Variant, block_size: int) -> str | None:
-    """What is wrong with a variant's answers against the fp32 reference, or None."""
-    import torch
-
-    from vllm_toptheta.kernels.decode import DecodeCounters
-
-    try:
-        shadow = ShadowInputs.build(
-            _inputs(parse_spec(CHECKED_SPEC), block_size, variant.num_channels), variant.num_channels
-        )
-        num_heads, num_kv_heads = shadow.inputs.query.shape[1], shadow.inputs.kv_cache.shape[1]
-        keys_read = torch.zeros(num_kv_heads, dtype=torch.int64, device="cuda")
-        output = torch.full_like(shadow.inputs.query, torch.nan)
-        counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
-        _write_value_sums(shadow.inputs)
-        workspace = shadow.workspace(variant.config)
-        shadow.call(variant.config, workspace, output=output, counters=counters, keys_read=keys_read)()
-        expected, candidates = _expected(shadow)
-        error = float((output.float() - expected).abs().max())
-        off = abs(int(keys_read.sum()) - candidates) / candidates
-    except Exception as error_of_run:  # whatever a compiler or a launch may raise
-        return _message(error_of_run)
-    # floors near an integer may fall to either side
-    if not error <= MAX_ERROR or off > 1e-3:
-        return f"wrong: outputs differ by {error:.4f}, keys read by {off:.2%}"
-    return None
-
-
-def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
-    """The reference's outputs, and the number of candidates."""
-    import torch
-
-    from vllm_toptheta.reference import (
-        Compensation,
-        KeyProjection,
-        candidate_keys,
-        encode_keys,
-        quantize_query,
-        shadow_scores,
-        top_theta_attention,
-    )
-
-    inputs = shadow.inputs
-    num_heads, num_kv_heads = inputs.query.shape[1], inputs.kv_cache.shape[1]
-    fitted = KeyProjection(shadow.projection.encoder, shadow.projection.decoder, shadow.projection.key_mean)
-    outputs, num_candidates = [], 0
-    for row, query in enumerate(inputs.query.split(1)):
-        key, value = inputs.sequence(row)
-        scaled = quantize_query(query, fitted, softmax_scale=inputs.softmax_scale)
-        candidates = candidate_keys(
-            shadow_scores(scaled, encode_keys(key, fitted))[0],
-            inputs.coefficients[:, 0] - shadow.margin,
-            num_kv_heads=num_kv_heads,
-            num_sink=NUM_SINK,
-            num_recent=NUM_RECENT,
-            block_size=inputs.kv_cache.shape[2],
-        )
-        num_candidates += int(candidates.sum())
-        result = top_theta_attention(
-            query.float(),
-            key,
-            value,
-            threshold=inputs.coefficients[:, 0],
-            target_k=0,
-            softmax_scale=inputs.softmax_scale,
-            compensation=Compensation("exp_threshold", exp_threshold_scale=shadow.ratio),
-            candidates=candidates.repeat_interleave(num_heads // num_kv_heads, dim=0)[None],
-        )
-        outputs.append(result.output)
-    return torch.cat(outputs), num_candidates
-
-
-def _calibrate(inputs: Inputs, projection: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins and r of every head, [num_heads] float32 each, from the first sequences."""
-    import torch
-
-    from vllm_toptheta.reference import encode_keys, quantize_query, shadow_scores
-
-    margins, ratios = [], []
-    threshold = inputs.coefficients
-    for row in range(min(CALIBRATION_SEQUENCES, len(inputs.seq_lens))):
-        key, _ = inputs.sequence(row)
-        grouped = inputs.query[row].float().unflatten(0, (key.shape[1], -1))
-        scores = torch.einsum("hgd,nhd->hgn", grouped, key).flatten(0, 1) * inputs.softmax_scale
-        scaled = quantize_query(inputs.query[row : row + 1], projection, softmax_scale=inputs.softmax_scale)
-        shortfall = threshold - shadow_scores(scaled, encode_keys(key, projection))[0]
-        survives = scores >= threshold
-        mass = (scores - scores.amax(dim=1, keepdim=True)).exp() * survives
-        ordered, order = shortfall.masked_fill(~survives, -torch.inf).sort(dim=1)
-        kept = mass.gather(1, order).cumsum(dim=1) / mass.sum(dim=1, keepdim=True)
-        index = (kept < KEPT_MASS).sum(dim=1, keepdim=True).clamp(max=kept.shape[1] - 1)
-        margins.append(ordered.gather(1, index)[:, 0].clamp(min=0))
-        discarded = (scores - threshold).exp() * ~survives
-        ratios.append(discarded.sum(dim=1) / (~survives).sum(dim=1).clamp(min=1))
-    return torch.stack(margins).mean(0), torch.stack(ratios).mean(0)
-
-
-def _inputs(lens: list[int], block_size: int, num_channels: int) -> Inputs:
-    import torch
-
-    from vllm_toptheta.benchmarks.registry import Inputs
-
-    workload = KernelWorkload(specs=[])
-    return Inputs.random(
-        lens,
-        num_heads=workload.num_heads,
-        num_kv_heads=workload.num_kv_heads,
-        head_size=workload.head_size,
-        block_size=block_size,
-        dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16,
-        target_k=workload.target_k,
-        code_bytes=num_channels // 2,
-        key_scales=_key_scales(workload.head_size),
-    )
-
-
-def _key_scales(head_size: int) -> torch.Tensor:
-    """Standard deviation of every channel of the keys, 1 in the mean square."""
-    import torch
-
-    variances = torch.exp(-DECAY * torch.arange(head_size, device="cuda") / head_size)
-    return (variances / variances.mean()).sqrt()
-
-
-def _moved(inputs: Inputs) -> Inputs:
-    """The same step in other memory."""
-    import torch
-
-    cache = inputs.kv_cache
-    memory = torch.empty(len(cache) * cache.stride(0), dtype=cache.dtype, device="cuda")
-    memory.copy_(torch.as_strided(cache, (len(memory),), (1,)))
-    return replace(inputs, kv_cache=memory.as_strided(cache.shape, cache.stride()), query=inputs.query.clone())
-
-
-def _write_value_sums(inputs: Inputs) -> None:
-    import torch
-
-    from vllm_toptheta.kernels.pages import value_sum_view
-    from vllm_toptheta.kernels.value_sums import close_pages
-
-    starts = torch.zeros(len(inputs.seq_lens) + 1, dtype=torch.int32, device="cuda")
-    starts[1:] = inputs.seq_lens.cumsum(0)
-    close_pages(inputs.kv_cache, value_sum_view(inputs.kv_cache), inputs.block_table, inputs.seq_lens, starts)
 
 
 def _check_ahead(
     names: list[str], block_sizes: list[int], processes: int, report_progress: Callable[[str], None]
 ) -> dict[tuple[str, int], str | None]:
-    """What `_wrong` says by variant and page size, from several processes, which fill Triton's cache on the disk.
+    """What `wrong` says by variant and page size, from several processes, which fill Triton's cache on the disk.
 
     A variant has a process of its own, so that one that breaks a CUDA context breaks no other's. What is missing from
     the answer, because a process died or took too long, is for the caller to find out.
@@ -466,7 +225,7 @@ def _check_ahead(
                 try:
                     answers = future.result()
                 except Exception as error:  # of the process, not of what it ran
-                    report_progress(f"compiling {futures[future]}: {_message(error)}")
+                    report_progress(f"compiling {futures[future]}: {message(error)}")
                     continue
                 checked |= {(futures[future], size): answer for size, answer in answers.items()}
         except TimeoutError:
@@ -477,18 +236,15 @@ def _check_ahead(
 
 
 def _check(name: str, block_sizes: list[int]) -> dict[int, str | None]:
-    return {block_size: _wrong(VARIANTS[name], block_size) for block_size in block_sizes}
+    return {
+        block_size: wrong(VARIANTS[name].num_channels, VARIANTS[name].config, block_size) for block_size in block_sizes
+    }
 
 
 def _row(spec: str, block_size: int, kernel: str, **fields: Any) -> ShadowTime:
     import torch
 
     return ShadowTime(spec=spec, block_size=block_size, kernel=kernel, device=torch.cuda.get_device_name(), **fields)
-
-
-def _message(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' | '.join(lines[-3:])}"[:400]
 
 
 def summary(rows: list[ShadowTime]) -> str:

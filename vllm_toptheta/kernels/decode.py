@@ -6,7 +6,6 @@ scratch memory comes from a `DecodeWorkspace`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.arguments import expect
 from vllm_toptheta.kernels.merge import merge_kernel
 from vllm_toptheta.kernels.rules import RULE_FIELDS
 from vllm_toptheta.kernels.split import CHUNK_TILES, LIST_DEPTH, split_kernel
@@ -345,11 +345,3 @@ def check_step(
     for name, tensor in (("query", query), ("kv_cache", kv_cache)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
-
-
-def expect(name: str, tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raise a ValueError that starts with `name` unless a tensor has a shape and dtype, and its last axis is dense."""
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")

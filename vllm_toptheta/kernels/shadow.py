@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import triton
 
+from vllm_toptheta.kernels.arguments import expect
 from vllm_toptheta.kernels.decode import (
     MIN_BLOCK_SIZE,
     TRITON_DTYPES,
     DecodeCounters,
     check_step,
-    expect,
     launch_merge,
     sequence_block,
 )

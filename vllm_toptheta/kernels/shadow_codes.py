@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.arguments import expect
+
 CHANNELS = (32, 64, 128)
 NUM_LEVELS = tl.constexpr(16)
 TOKENS_PER_STEP = 64
@@ -212,20 +214,14 @@ def write_codes(
     """
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     head_size, num_seqs, code_bytes = content // 2, len(seq_lens), projection.code_bytes
-    expected = {
-        "codes": (codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8),
-        "block_table": (block_table, (num_seqs, block_table.shape[1]), torch.int32),
-        "seq_lens": (seq_lens, (num_seqs,), torch.int32),
-        "query_start_loc": (query_start_loc, (num_seqs + 1,), torch.int32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
+    expect("codes", codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8)
+    expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
+    expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
+    expect("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
     if tuple(projection.encoder.shape[:2]) != (num_kv_heads, head_size):
         raise ValueError(f"projection: of {list(projection.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
-    for name, tensor in (("kv_cache", kv_cache), ("block_table", block_table)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
+    if kv_cache.stride(-1) != 1:
+        raise ValueError(f"kv_cache: last axis has stride {kv_cache.stride(-1)}, expected 1")
     if codes.stride()[2:] != (code_bytes, 1):
         raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(code_bytes, 1)}")
     if num_seqs == 0:

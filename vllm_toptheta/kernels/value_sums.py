@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.arguments import expect
+
 TOKENS_PER_STEP = 128
 SEQS_PER_STEP = 128
 HEAD_SLICE = 64  # channels of a program
@@ -134,18 +136,12 @@ def close_pages(
     """
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     head_size, num_seqs = content // 2, len(seq_lens)
-    expected = {
-        "value_sum": (value_sum, (num_blocks, num_kv_heads, head_size), torch.float32),
-        "block_table": (block_table, (num_seqs, block_table.shape[1]), torch.int32),
-        "seq_lens": (seq_lens, (num_seqs,), torch.int32),
-        "query_start_loc": (query_start_loc, (num_seqs + 1,), torch.int32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
-    for name, tensor in (("kv_cache", kv_cache), ("value_sum", value_sum), ("block_table", block_table)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
+    expect("value_sum", value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
+    expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
+    expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
+    expect("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
+    if kv_cache.stride(-1) != 1:
+        raise ValueError(f"kv_cache: last axis has stride {kv_cache.stride(-1)}, expected 1")
     if num_seqs == 0:
         return
     block_pad = triton.next_power_of_2(block_size)
