@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test test-image test-gpu test-gpu-engine lint lint-deploy audit format clean
+.PHONY: help install serve test test-image test-soak test-gpu test-gpu-engine lint lint-deploy audit format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,9 @@ test: install ## Run the tests
 
 test-image: install ## Run the CPU image's steps without a container; needs root, and installs vLLM anew
 	python -m pytest -m image tests/deploy
+
+test-soak: install ## Load, stop and kill servers, and set off the guard of one
+	python -m pytest -m soak
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
 	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_watch.py tests/benchmarks

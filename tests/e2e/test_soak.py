@@ -25,7 +25,7 @@ SHORT = SoakConfig(
     prompts=8,
     longest=900,
     max_tokens=40,
-    max_growth=1e6,
+    max_growth=1e6,  # seconds of load say nothing of it
     kill="EngineCore",
 )
 
