@@ -173,7 +173,8 @@ def measure(
     model = load_model(model_dir, dtype=dtype, device="cuda")
     references = [
         SparseRoute(
-            SparseAttention(Variant(target=curve.label), thresholds, max_length=length), counts=ReadCounts(length)
+            SparseAttention(Variant(target=curve.label), thresholds, max_length=length, device="cuda"),
+            counts=ReadCounts(length, device="cuda"),
         )
         for curve in curves
     ]

@@ -125,14 +125,20 @@ class Inputs:
 
 
 def toptheta(
-    inputs: Inputs, *, keep_everything: bool = False, per_request: bool = True, config: LaunchConfig | None = None
+    inputs: Inputs,
+    *,
+    keep_everything: bool = False,
+    per_request: bool = True,
+    count: bool = True,
+    config: LaunchConfig | None = None,
 ) -> tuple[Call, DecodeCounters]:
-    """Our kernel as it is served, counters on.
+    """Our kernel, by default as it is served, and what it adds to.
 
     Args:
         inputs: The step.
         keep_everything: As for contexts too short for thresholds.
         per_request: Whether every sequence has a rule, although all rules say the same; else it has none.
+        count: Whether it counts.
         config: Launch parameters instead of the table's.
     """
     num_seqs, num_heads, head_size = inputs.query.shape
@@ -157,7 +163,7 @@ def toptheta(
         "min_sparse_context": dense_length,
         "softmax_scale": inputs.softmax_scale,
         "value_sum": value_sum_view(inputs.kv_cache),
-        "counters": counters,
+        "counters": counters if count else None,
         "config": config,
     }
     if per_request:

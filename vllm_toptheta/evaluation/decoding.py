@@ -71,7 +71,7 @@ def read_prompt(model: Any, token_ids: Tensor, attention: SparseAttention | None
     """
     route = DenseRoute()
     if attention is not None and attention.phase != "decode":
-        counts = ReadCounts(len(token_ids))
+        counts = ReadCounts(len(token_ids), device=model.device)
         route = SparseRoute(attention, num_prompt_tokens=len(token_ids), counts=counts)
     cache = DynamicCache(config=model.config)
     with routed(model, route):

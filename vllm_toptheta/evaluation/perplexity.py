@@ -117,7 +117,8 @@ def compare_on_samples(
             raise EvaluationError(f"sample {index}: no token comes after its prompt", field="num_prompt_tokens")
     max_length = max(len(sample.token_ids) for sample in samples)
     attentions = [
-        SparseAttention(variant, stores[variant.thresholds], max_length=max_length, phase=phase) for variant in variants
+        SparseAttention(variant, stores[variant.thresholds], max_length=max_length, phase=phase, device=model.device)
+        for variant in variants
     ]
     longest = max(sample.num_prompt_tokens for sample in samples) if phase == "prefill" else max_length
     for attention in attentions:
@@ -127,7 +128,7 @@ def compare_on_samples(
                 f"so {attention.variant.target} keeps every key",
                 remedy="Ask for longer ones or a smaller target",
             )
-    counts = [ReadCounts(max_length) for _ in variants]
+    counts = [ReadCounts(max_length, device=model.device) for _ in variants]
     losses: list[list[Losses]] = [[] for _ in variants]
     for sample in samples:
         prompt = sample.num_prompt_tokens

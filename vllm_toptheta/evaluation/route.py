@@ -15,55 +15,58 @@ class ReadCounts:
 
     Args:
         max_length: keys of the longest row.
+        device: of the results.
     """
 
-    def __init__(self, max_length: int) -> None:
-        self._num_rows = 0
-        self._num_thresholded = 0
-        self._value_rows_read = 0
-        self._value_rows_cached = 0
-        self._attention_elements = 0
-        self._lost_mass = 0.0
-        # how many rows of query heads keep 0, 1, 2... keys
-        self._rows_by_survivors = torch.zeros(max_length + 1, dtype=torch.int64)
+    def __init__(self, max_length: int, *, device: torch.device | str = "cpu") -> None:
+        # rows; of these thresholded: rows, value rows read, value rows cached, attention elements
+        self._totals = torch.zeros(5, dtype=torch.int64, device=device)
+        self._lost_mass = torch.zeros((), dtype=torch.float64, device=device)
+        # how many thresholded rows of query heads keep 0, 1, 2... keys; behind them, those that are not thresholded
+        self._rows_by_survivors = torch.zeros(max_length + 2, dtype=torch.int64, device=device)
 
     def add(self, result: AttentionResult, *, start: int) -> None:
-        """Counts the rows of a result.
+        """Counts the rows of a result, without waiting for it.
 
         Args:
             result: of consecutive rows.
             start: keys that come before the first of them.
         """
-        thresholded = result.thresholded
-        self._num_rows += len(thresholded)
-        rows_read, survivors = result.value_rows_read[thresholded], result.num_survivors[thresholded]
-        num_keys = int((start + 1 + thresholded.nonzero()).sum())
-        self._num_thresholded += len(survivors)
-        self._value_rows_read += int(rows_read.sum())
-        self._value_rows_cached += num_keys * rows_read.shape[1]
-        self._attention_elements += num_keys * survivors.shape[1]
-        self._lost_mass += float(result.lost_mass[thresholded].double().sum())
-        self._rows_by_survivors += torch.bincount(survivors.flatten().cpu(), minlength=len(self._rows_by_survivors))
+        thresholded, survivors = result.thresholded, result.num_survivors
+        row_lengths = torch.arange(start + 1, start + 1 + len(thresholded), device=thresholded.device)
+        num_keys = torch.where(thresholded, row_lengths, 0).sum()
+        self._totals += torch.stack(
+            [
+                torch.ones_like(row_lengths).sum(),
+                thresholded.sum(),
+                torch.where(thresholded[:, None], result.value_rows_read, 0).sum(),
+                num_keys * result.value_rows_read.shape[1],
+                num_keys * survivors.shape[1],
+            ]
+        )
+        self._lost_mass += torch.where(thresholded[:, None], result.lost_mass, 0.0).sum(dtype=torch.float64)
+        bins = torch.where(thresholded[:, None], survivors, len(self._rows_by_survivors) - 1).flatten()
+        self._rows_by_survivors.index_add_(0, bins, torch.ones_like(bins))
 
     @property
     def thresholded_share(self) -> float:
         """Thresholded rows over all rows; 0 without rows."""
-        return self._num_thresholded / max(self._num_rows, 1)
+        return int(self._totals[1]) / max(int(self._totals[0]), 1)
 
     @property
     def value_rows_share(self) -> float:
         """Value rows that a kv head reads over those cached, both summed over thresholded rows; 0 without any."""
-        return self._value_rows_read / max(self._value_rows_cached, 1)
+        return int(self._totals[2]) / max(int(self._totals[3]), 1)
 
     @property
     def attention_elements_share(self) -> float:
         """Keys that a query head keeps over those it sees, both summed over thresholded rows; 0 without any."""
-        return self._num_survivors / max(self._attention_elements, 1)
+        return self._num_survivors / max(int(self._totals[4]), 1)
 
     @property
     def mean_lost_mass(self) -> float:
         """Mean lost mass of a thresholded row and query head."""
-        return self._lost_mass / self._num_head_rows
+        return float(self._lost_mass) / self._num_head_rows
 
     @property
     def mean_survivors(self) -> float:
@@ -73,16 +76,21 @@ class ReadCounts:
     @property
     def p95_survivors(self) -> int:
         """The least number of survivors that 95 % of thresholded rows and query heads do not exceed."""
-        cumulative = self._rows_by_survivors.cumsum(0)
+        cumulative = self._thresholded_by_survivors.cumsum(0)
         return int((cumulative < 0.95 * cumulative[-1]).sum())
 
     @property
+    def _thresholded_by_survivors(self) -> Tensor:
+        return self._rows_by_survivors[:-1].cpu()
+
+    @property
     def _num_survivors(self) -> int:
-        return int((self._rows_by_survivors * torch.arange(len(self._rows_by_survivors))).sum())
+        rows = self._thresholded_by_survivors
+        return int((rows * torch.arange(len(rows))).sum())
 
     @property
     def _num_head_rows(self) -> int:
-        return max(int(self._rows_by_survivors.sum()), 1)
+        return max(int(self._thresholded_by_survivors.sum()), 1)
 
 
 class SparseRoute(DenseRoute):

@@ -20,6 +20,7 @@ class SparseAttention:
         store: the thresholds that the variant names.
         max_length: keys of the longest row.
         phase: which rows are thresholded.
+        device: of the queries.
 
     Raises:
         ExpectationsMissing: the store lacks what the variant's compensation needs.
@@ -27,7 +28,15 @@ class SparseAttention:
         TargetOutOfRange: the store was not calibrated for it.
     """
 
-    def __init__(self, variant: Variant, store: ThresholdStore, *, max_length: int, phase: Phase = "both") -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        store: ThresholdStore,
+        *,
+        max_length: int,
+        phase: Phase = "both",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.variant = variant
         self.phase: Phase = phase
         self.max_length = max_length
@@ -37,13 +46,13 @@ class SparseAttention:
         curve = store.curve_of(variant.target)
         self.dense_length = curve.dense_length
         # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
-        self._thresholds = torch.from_numpy(curve.threshold(lengths))
+        self._thresholds = torch.from_numpy(curve.threshold(lengths)).to(device)
         self._offline_sum = self._exp_threshold_scale = None
         match variant.calibrated_term:
             case "offline_sum":
-                self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths))
+                self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths)).to(device)
             case "exp_threshold_scale":
-                self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths))
+                self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths)).to(device)
 
     def attend(
         self,
@@ -74,7 +83,7 @@ class SparseAttention:
             raise EvaluationError(f"a row of {len(key)} keys, made for {self.max_length}")
 
         def of_rows(table: Tensor) -> Tensor:
-            return table[len(key) - len(query) + 1 : len(key) + 1, layer_idx].to(query.device)
+            return table[len(key) - len(query) + 1 : len(key) + 1, layer_idx]
 
         compensation = Compensation(
             self.variant.denominator,

@@ -24,11 +24,14 @@ def _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_cont
     dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
     dense = decoded & (level == 0) & (seq_lens <= dense_lengths)
     asked = decoded & (level != 0)
-    tl.store(totals_ptr, tl.load(totals_ptr) + tl.sum(decoded.to(tl.int64), axis=0))
-    tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + tl.sum(dense.to(tl.int64), axis=0))
-    tl.store(totals_ptr + 2, tl.load(totals_ptr + 2) + tl.sum(seq_lens.to(tl.int64), axis=0))
-    tl.store(totals_ptr + 3, tl.load(totals_ptr + 3) + tl.max(decoded.to(tl.int64), axis=0))
-    tl.store(totals_ptr + 4, tl.load(totals_ptr + 4) + tl.sum(asked.to(tl.int64), axis=0))
+    field = tl.arange(0, 8)
+    count = tl.where(field == 0, tl.sum(decoded.to(tl.int64), axis=0), 0)
+    count += tl.where(field == 1, tl.sum(dense.to(tl.int64), axis=0), 0)
+    count += tl.where(field == 2, tl.sum(seq_lens.to(tl.int64), axis=0), 0)
+    count += tl.where(field == 3, tl.max(decoded.to(tl.int64), axis=0), 0)
+    count += tl.where(field == 4, tl.sum(asked.to(tl.int64), axis=0), 0)
+    # nobody adds to these at the same time, but an addition by the memory is not waited for
+    tl.atomic_add(totals_ptr + field, count, mask=field < 5, sem="relaxed")
 
 
 @triton.jit
@@ -109,11 +112,12 @@ def merge_kernel(
     if COUNT and (head == 0) & (seq == 0):
         _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK)
     seq_len = tl.load(seq_lens_ptr + seq)
+    dense_length = dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
+    level = level_of(rules_ptr, seq, num_seqs)
     if seq_len <= 0:
         tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
 
-    dense_length = dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
     is_dense = seq_len <= dense_length
     if VALUE_MEAN:
         # issued first: nothing of this waits for the pieces
@@ -127,13 +131,23 @@ def merge_kernel(
         value_sum_row = value_sum_ptr + kv_head * stride_sum_head + offs_d
         offs_b = tl.arange(0, BLOCK_PAD)
         head_values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
+        value_sum = tl.load(value_sum_row + previous * stride_sum_block, mask=mask_d, other=0.0)
+        page = head_values + block * stride_kv_block
+        values = tl.load(
+            page + offs_b[:, None] * stride_kv_token + offs_d[None, :],
+            mask=(offs_b < num_rows)[:, None] & mask_d[None, :],
+            other=0.0,
+        )
         num_summed = last_page
-        rows_before = tl.zeros((D_PAD,), dtype=tl.float32)
         if (last_page > 0) & _fills(
             previous, block_table_ptr, seq_lens_ptr, num_seqs, stride_table_seq, BLOCK_SIZE, SEQ_BLOCK
         ):
-            # its sum cannot be read while it is written, but that of the page before it was there in time
-            rows_before = tl.sum(
+            # its sum is being written, and what was read of it means nothing; that of the page before was there in time
+            num_summed -= 1
+            before = tl.load(table - 2, mask=num_summed > 0, other=0).to(tl.int64)
+            value_sum = tl.load(value_sum_row + before * stride_sum_block, mask=mask_d, other=0.0)
+            value_sum = tl.where(num_summed > 0, value_sum, 0.0)
+            value_sum += tl.sum(
                 tl.load(
                     head_values + previous * stride_kv_block + offs_b[:, None] * stride_kv_token + offs_d[None, :],
                     mask=(offs_b < BLOCK_SIZE)[:, None] & mask_d[None, :],
@@ -141,17 +155,8 @@ def merge_kernel(
                 ).to(tl.float32),
                 axis=0,
             )
-            num_summed -= 1
-            previous = tl.load(table - 2, mask=num_summed > 0, other=0).to(tl.int64)
-        value_sum = tl.load(value_sum_row + previous * stride_sum_block, mask=mask_d, other=0.0)
         # a sequence's first page has no predecessor, and that of a null block may hold anything
-        value_sum = tl.where(num_summed > 0, value_sum, 0.0) + rows_before
-        page = head_values + block * stride_kv_block
-        values = tl.load(
-            page + offs_b[:, None] * stride_kv_token + offs_d[None, :],
-            mask=(offs_b < num_rows)[:, None] & mask_d[None, :],
-            other=0.0,
-        )
+        value_sum = tl.where(last_page > 0, value_sum, 0.0)
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
     work, share = work_of_step(
@@ -208,7 +213,7 @@ def merge_kernel(
         result *= tl.load(v_scale_ptr)
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
     if COUNT:
-        is_common = level_of(rules_ptr, seq, num_seqs) == 0
+        is_common = level == 0
         tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
         bucket = histogram_ptr + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
         tl.atomic_add(bucket, 1, mask=is_common & (seq_len > dense_length), sem="relaxed")

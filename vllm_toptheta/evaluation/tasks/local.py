@@ -73,7 +73,11 @@ class LocalAnswers:
     def _make_attentions(self) -> list[SparseAttention]:
         return [
             SparseAttention(
-                variant, self._subject.stores[variant.thresholds], max_length=self._max_length, phase=self._phase
+                variant,
+                self._subject.stores[variant.thresholds],
+                max_length=self._max_length,
+                phase=self._phase,
+                device=self._subject.model.device,
             )
             for variant in self._variants
         ]
