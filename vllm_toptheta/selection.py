@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, ThresholdCurve
+from vllm_toptheta.store import Architecture, Manifest, ThresholdCurve
+
+# closest to dense attention at the rows that it reads (docs/accuracy.md), then what every store has
+DEFAULT_TARGETS = ("rows:128", "k:128")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
             field="dense_layers",
             remedy=f"name layers from 0 to {layers[-1]}",
         )
-    curve = thresholds.curve_of(settings.target) if settings.target else thresholds.curve(settings.target_k)
+    curve = thresholds.curve_of(_target(settings, manifest))
     others = tuple(thresholds.curve_of(label) for label in manifest.labels if label != curve.label)
     return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers), others)
+
+
+def _target(settings: Settings, manifest: Manifest) -> str:
+    """The label of the target that is asked for, or the best one that there is."""
+    if settings.target:
+        return settings.target
+    if settings.target_k:
+        return f"k:{settings.target_k}"
+    return next((label for label in DEFAULT_TARGETS if label in manifest.labels), DEFAULT_TARGETS[-1])

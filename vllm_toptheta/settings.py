@@ -46,7 +46,12 @@ class Settings(BaseSettings):
     thresholds: Path | None = Field(
         None, description="A threshold store, or a directory of stores; the shipped ones if not given."
     )
-    target_k: int = Field(128, ge=1, description="Keys per query head that the thresholds should keep, about.")
+    target_k: int | None = Field(
+        None,
+        ge=1,
+        description="Keys per query head that the thresholds should keep, about, the same in every head. Without it and "
+        "target: rows:128 where that was calibrated, else 128.",
+    )
     target: str | None = Field(
         None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."
     )

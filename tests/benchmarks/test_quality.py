@@ -41,7 +41,8 @@ def test_a_whole_text_on_the_kernel(layer: int, tmp_path: Path) -> None:
         max_length=50,
     )
     variant = Variant(target=f"k:{TARGET_K}")
-    reference = SparseRoute(SparseAttention(variant, store, max_length=SEQ_LEN), counts=ReadCounts(SEQ_LEN))
+    attention = SparseAttention(variant, store, max_length=SEQ_LEN, device=DEVICE)
+    reference = SparseRoute(attention, counts=ReadCounts(SEQ_LEN, device=DEVICE))
     kernel = KernelRoute(store.curve(TARGET_K), dense_layers=[0])
     options = {"softmax_scale": HEAD_SIZE**-0.5, "soft_cap": None}
     expected = reference.attend(layer, query, key, value, **options)

@@ -82,7 +82,7 @@ def calibrate_command(
     layers, automatic = _dense_layers(dense_layers)
     targets = [f"k:{number}" for number in words(k or "")] + words(target or "")
     options = CalibrationOptions.create(
-        targets or ["k:32", "k:64", "k:128", "k:256"],
+        targets or ["k:32", "k:64", "k:128", "k:256", "rows:64", "rows:128"],
         max_length=max_length,
         num_sequences=sequences,
         row_fraction=row_fraction,
