@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     target_k: int | None = Field(
         None,
         ge=1,
-        description="Keys per query head that the thresholds should keep, about, the same in every head. Without it and "
-        "target: rows:128 where that was calibrated, else 128.",
+        description="Keys that the thresholds should keep in every query head, about. Without it and target: rows:128 "
+        "where that was calibrated, else 128.",
     )
     target: str | None = Field(
         None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."

@@ -26,7 +26,8 @@ def _registered() -> None:
 def test_thresholds_and_dense_layers_come_from_the_store(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
     assert plan.dense_layers == {0}
-    assert plan.settings.target_k == 128
+    assert plan.curve is not None
+    assert plan.curve.label == "k:128"
     assert plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0) is None
     layer_plan = plan.for_layer(1, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
@@ -51,7 +52,8 @@ def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: 
     monkeypatch.setenv("TOPTHETA_TARGET_K", "8")
     monkeypatch.setenv("TOPTHETA_DENSE_LAYERS", "1,2")
     plan = Plan.resolve(make_config())
-    assert (plan.settings.target_k, plan.dense_layers) == (8, {1, 2})
+    assert plan.settings.target_k == 8
+    assert plan.dense_layers == {1, 2}
     assert Plan.resolve(make_config({"target_k": 64})).settings.target_k == 64
 
 
@@ -68,6 +70,16 @@ def test_a_target_by_its_label(make_config: MakeConfig, tmp_path: Path) -> None:
     longer = make_config({"thresholds": str(folder), "target": "mass:0.98", "min_context": 500})
     assert Plan.resolve(longer).min_sparse_context == 500
     assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).min_sparse_context == 64
+
+
+def test_the_default_target_is_the_best_calibrated_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "labelled"
+    labels = ("k:8", "k:128", "rows:128")
+    store_factory.make_store(folder, labels=labels, num_layers=4, num_heads=9, num_kv_heads=3, head_size=64)
+    for options, label in (({}, "rows:128"), ({"target_k": 8}, "k:8"), ({"target_k": 8, "target": "k:128"}, "k:128")):
+        curve = Plan.resolve(make_config({"thresholds": str(folder), **options})).curve
+        assert curve is not None
+        assert curve.label == label
 
 
 @pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
