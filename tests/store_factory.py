@@ -15,6 +15,7 @@ from vllm_toptheta.store import (
     Measurement,
     ModelIdentity,
     Provenance,
+    ShadowSection,
     Target,
     TargetSpec,
     TextSource,
@@ -22,6 +23,8 @@ from vllm_toptheta.store import (
     save,
 )
 from vllm_toptheta.store.expectations import EXPECTATION_NAMES
+from vllm_toptheta.store.shadow import SHADOW_NAMES
+from vllm_toptheta.store.tensors import expected_formats
 
 ROPE: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "default"}
 
@@ -42,10 +45,11 @@ def make_draft(
     num_buckets: int = 4,
     placement: Literal["pre_softmax", "post_softmax"] = "pre_softmax",
     measured: bool = False,
+    num_channels: int | None = None,
 ) -> ManifestDraft:
     """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets.
 
-    `labels` replace `target_ks` by targets of any kind.
+    `labels` replace `target_ks` by targets of any kind; `num_channels` are those of shadow keys, None for none.
     """
     specs = [TargetSpec.parse(label) for label in labels or [f"k:{k}" for k in target_ks]]
     return ManifestDraft(
@@ -65,6 +69,16 @@ def make_draft(
         degree=degree,
         num_buckets=num_buckets,
         measurement=Measurement(num_sequences=1) if measured else None,
+        shadow=None
+        if num_channels is None
+        else ShadowSection(
+            num_channels=num_channels,
+            num_sink=4,
+            num_recent=8,
+            block_size=16,
+            candidate_mass=0.99,
+            candidate_share=(0.25,) * len(specs),
+        ),
         calibration=Provenance(
             text=(TextSource(name="stories.txt", sha256="0" * 64, num_characters=12345),),
             num_sequences=2,
@@ -100,6 +114,9 @@ def make_tensors(draft: ManifestDraft, *, seed: int = 0) -> dict[str, NDArray[An
         for name in EXPECTATION_NAMES:
             if name != "measured_rows":
                 tensors[name] = np.where(row_count > 0, rng.uniform(size=statistics), 0).astype(np.float32)
+    if draft.shadow:
+        shapes = {name: format.shape for name, format in expected_formats(draft).items() if name in SHADOW_NAMES}
+        tensors |= {name: rng.uniform(size=shape).astype(np.float32) for name, shape in shapes.items()}
     return tensors
 
 

@@ -21,6 +21,7 @@ TopThetaError
     FingerprintMismatch       the thresholds were calibrated on another architecture
     TargetOutOfRange          the thresholds were not calibrated for the target asked for
     ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
+    ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
   EvaluationError             an evaluation cannot run, or would not measure what it says
   InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
@@ -160,6 +161,10 @@ class TargetOutOfRange(StoreError):
 
 class ExpectationsMissing(StoreError):
     """The thresholds came without a measurement of what they keep and lose."""
+
+
+class ShadowMissing(StoreError):
+    """The thresholds came without shadow keys."""
 
 
 class CalibrationError(TopThetaError):

@@ -52,6 +52,16 @@ def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     assert manifest.calibration.command.startswith("toptheta calibrate tiny --out out --text words.txt lines.jsonl")
 
 
+def test_shadow_keys_are_calibrated_if_they_are_asked_for(run: Run, tmp_path: Path) -> None:
+    words = write_text(tmp_path / "words.txt", num_words=100)
+    options = ("--channels", 8, "--sink", 4, "--recent", 16, "--candidate-mass", 0.95)
+    code, _, err = run("--text", words, "--k", 8, "--mode", "shadow", *options, *SMALL)
+    assert code == 0, err
+    section = store.load(tmp_path / "out" / "tiny").shadow.section
+    assert (section.num_channels, section.num_sink, section.num_recent) == (8, 4, 16)
+    assert section.candidate_mass == 0.95
+
+
 def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
     code, _, _ = run("--k", 8, *SMALL)
     assert code == 0
@@ -69,6 +79,8 @@ def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
         (("--k", "8", "--device", "cuda:99"), "no device cuda:99"),
         (("--k", "8", "--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--k", "500"), "k 500 needs rows of more than 500 tokens"),
+        (("--k", "8", "--mode", "shadow", "--channels", "18"), "num_channels: 18 channels of keys with 16 numbers"),
+        (("--k", "8", "--mode", "shadow", "--recent", "150"), "are always candidates, which is too many"),
     ],
 )
 def test_what_cannot_work_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:

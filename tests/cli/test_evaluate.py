@@ -64,6 +64,24 @@ def test_perplexity(run: Run, folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_perplexity_by_mode_and_dense_layers(run: Run, folder: Path, tmp_path: Path) -> None:
+    options = ("--k", 8, "--sequences", 1, "--length", 80, "--json", tmp_path / "report.json")
+    modes = ("--mode", "values,shadow", "--dense-layers", "store", "--dense-layers", "none", "--dense-layers", "2,0")
+    code, out, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options, *modes))
+    assert code == 0, err
+    variants = [comparison["variant"] for comparison in read(tmp_path / "report.json")["domains"][0]["comparisons"]]
+    assert {(variant["method"], variant["compensation"], str(variant["dense_layers"])) for variant in variants} == {
+        (method, compensation, layers)
+        for method, compensation in (("top_theta", "sdc+vmc"), ("shadow", "scaled_exp_threshold+vmc"))
+        for layers in ("None", "[]", "[0, 2]")
+    }
+    assert "truly" in out  # headings are broken into lines
+    assert "k:8 dense 0,2" in out
+    code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options, "--dense-layers", "first"))
+    assert code == 2
+    assert "--dense-layers: not whole numbers: 'first'" in err
+
+
 @pytest.mark.parametrize(("phase", "predicted"), [("both", 79), ("decode", 40), ("prefill", 40)])
 def test_perplexity_by_phase(run: Run, folder: Path, tmp_path: Path, phase: str, predicted: int) -> None:
     options = ("--k", 8, "--sequences", 1, "--length", 80, "--phase", phase, "--json", tmp_path / "report.json")
@@ -82,7 +100,16 @@ def test_many_files_behind_one_option_are_one_text(run: Run, folder: Path, tmp_p
 
 
 def test_tasks(run: Run, folder: Path, tmp_path: Path) -> None:
-    options = ("--tasks", "needle,key-value,human-eval", "--limit", 1, "--allow-code-execution", "--text")
+    options = (
+        "--tasks",
+        "needle,key-value,human-eval",
+        "--mode",
+        "values,shadow",
+        "--limit",
+        1,
+        "--allow-code-execution",
+        "--text",
+    )
     sizes = ("--k", "8", "--lengths", "500", "--depths", "0,100", "--samples", 1, "--json", tmp_path / "report.json")
     sizes += ("--plots", tmp_path / "plots")
     code, out, err = run(*on(folder, "tasks", *options, folder / "prose.txt", *sizes))
@@ -94,6 +121,7 @@ def test_tasks(run: Run, folder: Path, tmp_path: Path) -> None:
         "human-eval": 1,
     }
     assert "top-theta k:8 sdc+vmc" in out
+    assert "shadow k:8 scaled_exp_threshold+vmc" in out
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"recall-needle.png", "recall-key-value.png"}
     assert (report["phase"], report["setup"]["model"]) == ("decode", "tiny")
 

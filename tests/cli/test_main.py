@@ -130,6 +130,15 @@ def test_show(run: Run, stores: Path, by_name: bool) -> None:
     assert [word for word in ("512", "2048", "4096") if f"n = {word}" in out] == ["512", "2048", "4096"]
 
 
+def test_show_says_what_shadow_keys_read(run: Run, tmp_path: Path) -> None:
+    for name, num_channels in (("with", 8), ("without", None)):
+        make_store(tmp_path / name, num_channels=num_channels)
+        _, out, _ = run("thresholds", "show", tmp_path / name)
+        line = next(line for line in out.splitlines() if line.startswith("shadow keys:"))
+        assert ("k:8: 25.0% of keys are candidates" in line) == (name == "with")
+        assert line.endswith("none") == (name == "without")
+
+
 def test_show_prints_theta(run: Run, tmp_path: Path) -> None:
     per_layer = np.array([1.25, 2.5, 3.5], np.float32)[:, np.newaxis, np.newaxis, np.newaxis]
     make_store(tmp_path / "acme--tiny", coefficients=per_layer, degree=0)

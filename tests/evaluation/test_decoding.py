@@ -88,8 +88,10 @@ def check(model: Any, attention: SparseAttention, steps: list[Tensor], *, larges
         Variant(target="k:8", compensation="offline"),
         Variant(method="top_k", target="k:8", compensation="none"),
         Variant(target="k:8", cap_k=4),
+        Variant(method="shadow", target="k:8", compensation="scaled_exp_threshold+vmc"),
+        Variant(method="shadow", target="k:8", compensation="shadow+vmc"),
     ],
-    ids=["exact", "scaled", "offline", "top-k", "capped"],
+    ids=["exact", "scaled", "offline", "top-k", "capped", "shadow", "shadow scores"],
 )
 def test_decoding_equals_the_rows_of_a_whole_text(
     model: Any, store: ThresholdStore, steps: list[Tensor], variant: Variant, phase: Phase

@@ -17,6 +17,7 @@ from vllm_toptheta.errors import (
     EvaluationError,
     ExpectationsMissing,
     FingerprintMismatch,
+    ShadowMissing,
     TargetOutOfRange,
 )
 from vllm_toptheta.evaluation import (
@@ -118,6 +119,43 @@ def test_every_compensation_makes_a_difference_of_its_own(model: Any, store: Thr
     assert found["sdc+vmc"] < min(found["none"], found["sdc"])
 
 
+def test_shadow_keys_read_fewer_keys_and_know_less(model: Any, store: ThresholdStore) -> None:
+    variants = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"], compensations=["all"])
+    found = {
+        (comparison.variant.method, comparison.variant.compensation): comparison
+        for comparison in compare(model, store, *variants)
+    }
+    assert len({comparison.kl_divergence for comparison in found.values()}) == len(found) == 16
+    values, exact = found["top_theta", "sdc+vmc"], found["shadow", "sdc+vmc"]
+    assert (values.keys_share, values.mean_lost_mass_error) == (1.0, 0.0)
+    assert exact.keys_share is not None
+    assert exact.value_rows_share < exact.keys_share < 0.9
+    assert exact.mean_survivors < values.mean_survivors
+    assert exact.mean_true_lost_mass == exact.mean_lost_mass > values.mean_lost_mass
+    for name in ("scaled_exp_threshold+vmc", "shadow+vmc"):
+        estimated = found["shadow", name]
+        assert estimated.mean_lost_mass_error is not None
+        assert estimated.mean_true_lost_mass is not None
+        assert 0 < abs(estimated.mean_lost_mass - estimated.mean_true_lost_mass) < estimated.mean_lost_mass_error < 0.2
+
+
+def test_shadow_keys_that_are_all_candidates_change_nothing(model: Any, store: ThresholdStore) -> None:
+    everything = replace(store.shadow, margins=np.full_like(store.shadow.margins, 1e6))
+    read = replace(store, shadow_keys=everything)
+    for compensation in ("none", "sdc+vmc"):
+        shadow = Variant(method="shadow", target="k:8", compensation=compensation)
+        values, candidates = compare(model, read, Variant(target="k:8", compensation=compensation), shadow)
+        assert candidates.model_copy(update={"variant": values.variant}) == values
+
+
+def test_layers_are_dense_as_asked(model: Any, store: ThresholdStore) -> None:
+    variants = [Variant(target="k:8", dense_layers=layers) for layers in (None, (0,), (), (0, 1, 2), (0, 1, 2, 3))]
+    default, same, none, last, every = compare(model, store, *variants)
+    assert default.model_copy(update={"variant": same.variant}) == same
+    assert none.kl_divergence != default.kl_divergence > last.kl_divergence > every.kl_divergence == 0
+    assert every.thresholded_share == 0
+
+
 def test_placement_and_cap_are_followed(model: Any, store: ThresholdStore, tmp_path: Path) -> None:
     after = tiny_store(tmp_path / "after", model, placement="post_softmax")
     (pre,), (post,) = compare(model, store), compare(model, after)
@@ -175,7 +213,14 @@ def test_a_report_is_complete_and_starts_with_the_worst(folder: Path, store: Thr
     assert report.setup.stores[0].dense_layers == (0,)
     assert (report.setup.model, report.setup.device, report.phase) == ("tiny", "cpu", "both")
     assert PerplexityReport.model_validate_json(report.model_dump_json()) == report
-    assert json.loads(report.model_dump_json())["schema_version"] == 2
+    fields = json.loads(report.model_dump_json())
+    assert fields["schema_version"] == 2
+    # a report of before there were shadow keys
+    for comparison in (comparison for domain in fields["domains"] for comparison in domain["comparisons"]):
+        for name in ("keys_share", "mean_true_lost_mass", "mean_lost_mass_error"):
+            del comparison[name]
+        del comparison["variant"]["dense_layers"]
+    assert "sdc+vmc" in rendered(PerplexityReport.model_validate_json(json.dumps(fields)))
 
     printed = rendered(report)
     assert printed.index(f"on {report.domains[0].domain}:") < printed.index(f"on {report.domains[1].domain}:")
@@ -228,7 +273,9 @@ def test_what_cannot_work_is_refused(model: Any, folder: Path, store: ThresholdS
         evaluate_perplexity(Subject(folder / "tiny", {"": store}), [], [K8], progress=False)
     with pytest.raises(TargetOutOfRange):
         compare(model, store, Variant(target="k:4"))
-    bare = tiny_store(tmp_path / "bare", model, measured=False)
+    bare = tiny_store(tmp_path / "bare", model, measured=False, shadow=False)
+    with pytest.raises(ShadowMissing, match="--mode shadow"):
+        compare(model, bare, Variant(method="shadow", target="k:8"))
     with pytest.raises(ExpectationsMissing, match="offline_sum"):
         compare(model, bare, Variant(target="k:8", compensation="offline"))
     other = save_model_dir(tmp_path / "other", tiny_model(tiny_config(num_hidden_layers=2)))

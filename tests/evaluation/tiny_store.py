@@ -12,10 +12,12 @@ from tests.calibration.tiny_model import architecture, random_tokens
 from tests.store_factory import make_draft, make_tensors
 from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.route import DenseRoute
-from vllm_toptheta.reference import causal_scores, kth_largest_scores
+from vllm_toptheta.calibration.screening import key_moments
+from vllm_toptheta.reference import KeyProjection, causal_scores, fit_projection, kth_largest_scores
 from vllm_toptheta.store import ThresholdStore, save
 
 TARGET_KS = (8, 32)
+NUM_CHANNELS = 8
 
 
 class Observe(DenseRoute):
@@ -26,6 +28,7 @@ class Observe(DenseRoute):
         self.thetas: dict[int, Tensor] = {}
         self.offline_sums: dict[int, Tensor] = {}
         self.scales: dict[int, Tensor] = {}
+        self.projections: dict[int, KeyProjection] = {}
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         scores = causal_scores(query, key, softmax_scale=options["softmax_scale"], logits_soft_cap=options["soft_cap"])[
@@ -37,6 +40,10 @@ class Observe(DenseRoute):
         above = (scores.unsqueeze(-1) - thetas.unsqueeze(-2)).exp() * discarded
         self.offline_sums[layer_idx] = relative.sum(dim=-2).mean(dim=0)
         self.scales[layer_idx] = (above.sum(dim=-2) / discarded.sum(dim=-2).clamp(min=1)).mean(dim=0)
+        moments = key_moments(query, key)
+        self.projections[layer_idx] = fit_projection(
+            moments.key_mean, moments.key_covariance, moments.query_moment, num_channels=NUM_CHANNELS
+        )
         if self.after_softmax:
             thetas = thetas - scores.logsumexp(dim=-1, keepdim=True)
         self.thetas[layer_idx] = thetas.mean(dim=0)
@@ -49,10 +56,14 @@ def tiny_store(
     *,
     placement: Literal["pre_softmax", "post_softmax"] = "pre_softmax",
     measured: bool = True,
+    shadow: bool = True,
     keep_everything: bool = False,
     only_layers: tuple[int, ...] | None = None,
 ) -> ThresholdStore:
-    """Writes a store for a tiny model and returns it; all layers but `only_layers` (default: all but 0) are dense."""
+    """Writes a store for a tiny model and returns it; all layers but `only_layers` (default: all but 0) are dense.
+
+    Shadow keys have half the channels and a small margin, so that they miss some keys.
+    """
     route = Observe(after_softmax=placement == "post_softmax")
     with routed(model, route):
         hidden_states(model, random_tokens(200, seed=99))
@@ -71,6 +82,7 @@ def tiny_store(
         degree=0,
         placement=placement,
         measured=measured,
+        num_channels=NUM_CHANNELS if shadow and placement == "pre_softmax" else None,
     )
     tensors = make_tensors(draft)
 
@@ -83,4 +95,11 @@ def tiny_store(
     if measured:
         for name, values in (("offline_sum", route.offline_sums), ("exp_threshold_scale", route.scales)):
             tensors[name] = np.where(tensors["measured_rows"] > 0, stack(values)[..., None], 0).astype(np.float32)
+    if draft.shadow:
+        found = [route.projections.get(layer, route.projections[sparse_layers[-1]]) for layer in layers]
+        for name in ("encoder", "decoder", "key_mean"):
+            tensors[f"shadow_{name}"] = np.stack([getattr(projection, name).numpy() for projection in found])
+        tensors["shadow_margin"][...] = 0.5
+        tensors["shadow_scale_coefficients"][...] = 0.0
+        tensors["shadow_scale_coefficients"][..., 0] = np.log(stack(route.scales))
     return save(folder, draft, tensors)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_toptheta.reference import (
+    Compensation,
     KeyProjection,
     candidate_keys,
     causal_scores,
@@ -127,3 +128,60 @@ def test_only_candidates_survive(step: tuple[torch.Tensor, torch.Tensor]) -> Non
     # a row that is too short for thresholds keeps all keys
     short = top_theta_attention(query, key[:5], key[:5], candidates=candidates[..., :5], **options)
     assert short.num_survivors.unique().tolist() == [5]
+
+
+def test_candidates_of_several_queries_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, floor = torch.randn(40, 4, 70, generator=generator), torch.randn(40, 4, generator=generator)
+    options = {"num_kv_heads": 2, "num_sink": 2, "num_recent": 3, "block_size": 16}
+    together = candidate_keys(scores, floor, **options)
+    assert together.shape == (40, 2, 70)
+    for row in range(40):
+        seen = 31 + row
+        assert torch.equal(together[row, :, :seen], candidate_keys(scores[row, :, :seen], floor[row], **options))
+        assert not together[row, :, seen:].any()
+
+
+def test_what_is_read_and_truly_lost_is_told(step: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key = step
+    query, key = query[:3], key[:200]
+    scores = causal_scores(query, key, softmax_scale=0.1)
+    candidates = torch.zeros_like(scores, dtype=torch.bool)
+    candidates[..., ::2] = True
+    options = {"threshold": scores[..., :197].median(), "target_k": 198, "softmax_scale": 0.1, "candidates": candidates}
+    exact = top_theta_attention(query, key, key, **options)
+    assert exact.keys_read.tolist() == [[198, 198], [100, 100], [100, 100]]
+    assert torch.equal(exact.true_lost_mass, exact.lost_mass)
+    estimated = Compensation("exp_threshold", exp_threshold_scale=0.5)
+    others = [
+        top_theta_attention(query, key, key, **options, compensation=estimated),
+        # shadows that score as their keys do
+        top_theta_attention(query, key, key, **options, compensation=Compensation("shadow"), shadow_scores=scores),
+    ]
+    for result in others:
+        torch.testing.assert_close(result.true_lost_mass, exact.lost_mass)
+    assert not torch.allclose(others[0].lost_mass, exact.lost_mass)
+    torch.testing.assert_close(others[1].lost_mass, exact.lost_mass)
+    torch.testing.assert_close(others[1].output, exact.output)
+    with pytest.raises(ValueError, match="^shadow_scores: "):
+        top_theta_attention(query, key, key, **options, compensation=Compensation("shadow"))
+
+
+def test_an_estimate_far_above_every_score_does_not_overflow(step: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key = step
+    query, key = query[:1], key[:50]
+    scores = causal_scores(query, key, softmax_scale=0.1)
+    candidates = torch.zeros_like(scores, dtype=torch.bool)
+    result = top_theta_attention(
+        query,
+        key,
+        key,
+        threshold=0.0,
+        target_k=8,
+        softmax_scale=0.1,
+        compensation=Compensation("shadow"),
+        candidates=candidates,
+        shadow_scores=scores + 1e4,
+    )
+    assert bool(result.output.isfinite().all())
+    assert result.lost_mass.tolist() == [[1.0] * HEADS]

@@ -24,6 +24,7 @@ from tests import store_factory
 from tests.store.mutation import split_safetensors, with_header, write_resealed
 from vllm_toptheta.errors import ChecksumMismatch, StoreError
 from vllm_toptheta.store import Manifest, ThresholdStore, load, strict_yaml
+from vllm_toptheta.store.shadow import SHADOW_NAMES
 
 EXAMPLES = {
     "manifest bytes": 500,
@@ -49,7 +50,7 @@ def fuzz(name: str) -> settings:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> ThresholdStore:
-    return store_factory.make_store(tmp_path_factory.mktemp("original") / "acme--tiny", measured=True)
+    return store_factory.make_store(tmp_path_factory.mktemp("original") / "acme--tiny", measured=True, num_channels=4)
 
 
 @pytest.fixture
@@ -80,7 +81,12 @@ def assert_tensors(store: ThresholdStore, expected: dict[str, Any]) -> None:
 
 def tensors_of(store: ThresholdStore) -> dict[str, Any]:
     assert store.expectations is not None
-    return {name: getattr(store, name) for name in TENSORS} | vars(store.expectations)
+    shadow = vars(store.shadow)
+    return (
+        {name: getattr(store, name) for name in TENSORS}
+        | vars(store.expectations)
+        | {name: shadow[field] for name, field in zip(SHADOW_NAMES, list(shadow)[2:], strict=True)}
+    )
 
 
 def assert_promises(store: ThresholdStore) -> None:
@@ -100,6 +106,11 @@ def assert_promises(store: ThresholdStore) -> None:
     for target in store.manifest.targets:
         for length in (target.min_length, target.max_length):
             assert np.isfinite(store.curve_of(target.label).threshold(length)).all()
+        scale = store.shadow.exp_threshold_scale(target.label, [1, target.max_length])
+        for quantity in (store.shadow.margin(target.label), scale, store.shadow.candidate_share(target.label)):
+            assert 0 <= quantity.min() <= quantity.max() <= 1e9
+    for layer in range(store.manifest.architecture.num_layers):
+        assert all(np.abs(array).max() <= 1e9 for array in vars(store.shadow.projection(layer)).values())
 
 
 @st.composite

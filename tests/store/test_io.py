@@ -59,20 +59,22 @@ def test_a_measured_store_loads_with_its_expectations(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(loaded.expectations, name), tensors[name], strict=True)
 
 
-def test_a_store_of_version_1_loads_as_it_was(tmp_path: Path, make_store: MakeStore) -> None:
-    """The digest of version 1 covers the fields of version 1, which are those of version 2 that it sets."""
-    folder = make_store().folder
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_older_version_loads_as_it_was(tmp_path: Path, make_store: MakeStore, version: int) -> None:
+    """Its digest covers the fields of its version, which are those of the newest version that it sets."""
+    folder = make_store(measured=version == 2).folder
     current = load(folder)
     fields = strict_yaml.parse((folder / "manifest.yaml").read_text())
-    fields["schema_version"] = 1
+    fields["schema_version"] = version
     del fields["content_sha256"]
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=lambda date: date.isoformat())
     fields["content_sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
     (folder / "manifest.yaml").write_text(strict_yaml.dump(fields))
     loaded = load(folder)
-    assert loaded.manifest.schema_version == 1
+    assert loaded.manifest.schema_version == version
     np.testing.assert_array_equal(loaded.coefficients, current.coefficients)
-    assert save(tmp_path / "again", loaded.manifest, make_tensors(make_draft())).manifest.schema_version == 2
+    again = save(tmp_path / "again", loaded.manifest, make_tensors(loaded.manifest))
+    assert again.manifest.schema_version == 3
 
 
 def test_checksum_is_that_of_the_file(make_store: MakeStore) -> None:
@@ -214,10 +216,10 @@ def test_tensors_that_contradict_the_manifest_are_refused(
     [
         ("acme/tiny", "acme/other", errors.ChecksumMismatch, "content_sha256"),
         ("k: 32\n", "k: 31\n", errors.ChecksumMismatch, "content_sha256"),
-        ("schema_version: 2", "schema_version: 3", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 2", "schema_version: 0", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 2", "schema_version: true", errors.ManifestInvalid, "schema_version"),
-        ("schema_version: 2", "other: 1", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 3", "schema_version: 4", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 3", "schema_version: 0", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 3", "schema_version: true", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 3", "other: 1", errors.ManifestInvalid, "schema_version"),
         ("num_layers: 3", "num_layers: 5000", errors.ManifestInvalid, "architecture.num_layers"),
         ("num_layers: 3", "num_layers: 3\n  more: 4", errors.ManifestInvalid, "architecture.more"),
         ("k: 32\n", "k: .nan\n", errors.ManifestInvalid, "targets[1].k"),
@@ -239,7 +241,7 @@ def test_tensors_that_contradict_the_manifest_are_refused(
         ("seed: 0", 'seed: "\\UFFFFFFFF"', errors.ManifestInvalid, None),
         ("command: toptheta", 'command: "\\ud800" #', errors.ManifestInvalid, "calibration.command"),
         ("command: toptheta", "command: \x00", errors.ManifestInvalid, None),
-        ("schema_version: 2", "--- [1]\n---", errors.ManifestInvalid, None),
+        ("schema_version: 3", "--- [1]\n---", errors.ManifestInvalid, None),
     ],
 )
 def test_edited_manifests_are_refused(

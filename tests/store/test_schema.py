@@ -180,9 +180,9 @@ def test_fingerprint_names_the_first_difference(change: dict[str, Any], field: s
     assert caught.value.field == field
 
 
-def edited(**changes: Any) -> dict[str, Any]:
+def edited(*, num_channels: int | None = None, **changes: Any) -> dict[str, Any]:
     """Return a draft's fields, those at `a__b` replaced."""
-    fields = make_draft().model_dump()
+    fields = make_draft(num_channels=num_channels).model_dump()
     for path, value in changes.items():
         *parents, last = path.split("__")
         place: Any = fields
@@ -196,7 +196,7 @@ def edited(**changes: Any) -> dict[str, Any]:
     "changes",
     [
         {"unknown": 1},
-        {"schema_version": 3},
+        {"schema_version": 4},
         {"schema_version": 1, "measurement": {"num_sequences": 1}},
         {"model__id": "../up"},
         {"model__id": "a/b/c"},
@@ -237,6 +237,31 @@ def edited(**changes: Any) -> dict[str, Any]:
 def test_schema_refuses(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ManifestDraft.model_validate(edited(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema_version": 2},
+        {"placement": "post_softmax"},
+        {"shadow__num_channels": 18},
+        {"shadow__num_channels": 7},
+        {"shadow__num_channels": 0},
+        {"shadow__num_sink": -1},
+        {"shadow__num_recent": 1 << 30},
+        {"shadow__block_size": 0},
+        {"shadow__candidate_mass": 0.0},
+        {"shadow__candidate_mass": 1.5},
+        {"shadow__candidate_share": (0.5,)},
+        {"shadow__candidate_share": (0.5, 2.0)},
+        {"shadow__candidate_share": ()},
+        {"shadow__more": 1},
+    ],
+)
+def test_schema_refuses_shadow_keys_that_cannot_be(changes: dict[str, Any]) -> None:
+    ManifestDraft.model_validate(edited(num_channels=8))
+    with pytest.raises(ValidationError):
+        ManifestDraft.model_validate(edited(num_channels=8, **changes))
 
 
 def test_manifest_digest_covers_every_field() -> None:

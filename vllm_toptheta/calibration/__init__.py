@@ -1,6 +1,6 @@
 """Calibration: runs a model over texts and writes thresholds for its heads as a store."""
 
-from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.options import CalibrationOptions, ShadowOptions
 from vllm_toptheta.calibration.run import calibrate
 
-__all__ = ["CalibrationOptions", "calibrate"]
+__all__ = ["CalibrationOptions", "ShadowOptions", "calibrate"]

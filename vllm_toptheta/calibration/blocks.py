@@ -4,7 +4,7 @@ Calibration spends most of its time here. On a CPU a block of scores stays in th
 to the output; on a GPU it is as large as fits without being felt, because every kernel launch has its price.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_toptheta.calibration.route import block_bytes_on, row_blocks
 from vllm_toptheta.reference import causal_value_mean
 
-__all__ = ["BlockSums", "ScoreBlock", "attend_blocks"]
+__all__ = ["BlockSums", "SampledBlock", "ScoreBlock", "attend_blocks", "sampled_blocks"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,54 @@ def attend_blocks(
         if report is not None and lost is not None and num_discarded is not None:
             report(BlockSums(start, stop, largest, denominator, lost, num_discarded))
     return output.flatten(0, 1).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class SampledBlock:
+    """The scores of some of the rows of all heads, before the softmax.
+
+    Attributes:
+        rows: which of the sampled rows.
+        lengths: `[num_rows]` int64, the keys that they see.
+        scores: `[num_kv_heads, group, num_rows, longest]` float32, scaled logits, minus infinity at later keys.
+    """
+
+    rows: slice
+    lengths: Tensor
+    scores: Tensor
+
+
+def sampled_blocks(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    *,
+    softmax_scale: float,
+    soft_cap: float | None = None,
+    block_bytes: int | None = None,
+) -> Iterator[SampledBlock]:
+    """Yields the scores of sampled rows, as many at a time as a block may hold.
+
+    Args:
+        query: `[seq_len, num_heads, head_size]` float.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        lengths: `[num_rows]` int64 ascending, the keys that the rows see; on the host, where its numbers are needed.
+        softmax_scale: factor on the products of query and key.
+        soft_cap: cap on the scores, scaled logits; None for a model without one.
+        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
+    """
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    keys = key.float().permute(1, 2, 0)
+    rows_seen = lengths.to(query.device)
+    queries = (query[rows_seen - 1].float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    block_rows = max(1, (block_bytes or block_bytes_on(query.device)) // (4 * num_heads * len(query)))
+    for start in range(0, len(lengths), block_rows):
+        rows = slice(start, start + block_rows)
+        longest = int(lengths[rows][-1])
+        block = queries[:, :, rows]
+        scores = (block.flatten(1, 2) @ keys[..., :longest]).unflatten(1, block.shape[1:3])
+        if soft_cap is not None:
+            scores.div_(soft_cap).tanh_().mul_(soft_cap)
+        in_future = torch.arange(longest, device=query.device) >= rows_seen[rows, None]
+        scores.masked_fill_(in_future, -torch.inf)
+        yield SampledBlock(rows, rows_seen[rows], scores)

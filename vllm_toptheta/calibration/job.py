@@ -4,6 +4,7 @@
     observe   k-th largest scores: the thresholds of constant ks, and of the grid
     allot     what the thresholds of the grid keep and lose, which decides all other targets
     measure   what the final thresholds keep and lose when applied as served
+    screen    what shadow keys keep and lose with the margins that measuring found, if they are asked for
 
 All that a pass leaves behind lies in `CalibrationJob.arrays`, so a calibration can stop after any pass and go on later.
 """
@@ -27,6 +28,7 @@ from vllm_toptheta.calibration.options import CalibrationOptions
 from vllm_toptheta.calibration.route import AttentionRoute
 from vllm_toptheta.calibration.samples import expectations
 from vllm_toptheta.calibration.sampling import bucket_of, length_buckets, sample_lengths
+from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.store import Architecture, ThresholdCurve
 
@@ -76,6 +78,11 @@ class CalibrationJob:
             sample_lengths(self.edges, options.max_length, rows_wanted, (options.seed, 1, index))
             for index in range(self.num_measured)
         ]
+        self.shadow: ShadowCalibration | None = None
+        if options.shadow is not None:
+            self.shadow = ShadowCalibration(
+                architecture, options.shadow, num_targets=len(self.targets), lengths=self._measured_lengths
+            )
         num_rows = sum(map(len, self._measured_lengths))
         self._probed = np.zeros(num_layers)
         self._grid_sums = np.zeros((2, num_layers, num_heads, len(grid_ks), num_buckets))
@@ -89,6 +96,7 @@ class CalibrationJob:
             "probed": self._probed,
             "grid_sums": self._grid_sums,
             "samples": self._samples,
+            **(self.shadow.arrays if self.shadow else {}),
         }
 
     @cached_property
@@ -102,6 +110,8 @@ class CalibrationJob:
         if self.options.allotted:
             passes += [partial(self._measure_grid, index) for index in measured]
         passes += [partial(self._measure, index, t) for index in measured for t in range(len(self.targets))]
+        if self.shadow:
+            passes += [partial(self._screen, index, t) for index in measured for t in range(len(self.targets))]
         return passes
 
     @cached_property
@@ -150,7 +160,7 @@ class CalibrationJob:
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The tensors of the store, without those of `expectations`. Needs all passes but the measuring ones."""
+        """The tensors of the store that are thresholds. Needs the passes before the measuring ones."""
         constant, allotted = self.moments.columns(self._constant), self._allotted_moments
         moments = [part for part in (constant, allotted) if len(part.row_count)]
         row_count = np.concatenate([part.row_count for part in moments])
@@ -192,7 +202,7 @@ class CalibrationJob:
             for column, scores in zip(columns, kth_scores.cpu().numpy(), strict=True):
                 self._statistics.add(layer_idx, column, scores, lengths)
 
-        route = TopKRoute(
+        route: AttentionRoute = TopKRoute(
             target_ks=[ks[column] for column in columns],
             lengths=lengths,
             sparse_k=sparse_k,
@@ -200,6 +210,8 @@ class CalibrationJob:
             report=report,
             placement=self.options.placement,
         )
+        if self.shadow and columns[0] == 0:  # once for each sequence
+            route = self.shadow.observing(route)
         self._run(index, route)
 
     def _observed_lengths(self, index: int) -> NDArray[np.int64]:
@@ -230,16 +242,32 @@ class CalibrationJob:
         def report(layer_idx: int, measures: Tensor) -> None:
             self._samples[target, :, layer_idx, :, place] = measures.cpu()[..., rows].numpy()
 
-        route = ServedRoute(
-            self._curve(self.tensors["coefficients"][:, :, target], self.targets[target].min_length).polynomial(
-                np.arange(self.options.max_length + 1)
-            ),
+        route: AttentionRoute = self._served(target, report)
+        if self.shadow:
+            route = self.shadow.measuring(route, index, target, *self._thresholds(index, target))
+        self._run(index, route)
+
+    def _screen(self, index: int, target: int) -> None:
+        assert self.shadow is not None  # noqa: S101 - there is no such pass without
+        route = self._served(target, lambda layer_idx, measures: None)
+        self._run(index, self.shadow.screening(route, index, target, *self._thresholds(index, target)))
+
+    def _served(self, target: int, report: Callable[[int, Tensor], None]) -> ServedRoute:
+        return ServedRoute(
+            self._final_curve(target).polynomial(np.arange(self.options.max_length + 1)),
             dense_length=self.targets[target].dense_length,
             dense_layers=self.dense_layers,
             placement=self.options.placement,
             report=report,
         )
-        self._run(index, route)
+
+    def _thresholds(self, index: int, target: int) -> tuple[NDArray[np.float32], int]:
+        """The final thresholds of sampled rows, and the length up to which rows stay dense."""
+        thresholds = self._final_curve(target).polynomial(self._measured_lengths[index])
+        return thresholds, self.targets[target].dense_length
+
+    def _final_curve(self, target: int) -> ThresholdCurve:
+        return self._curve(self.tensors["coefficients"][:, :, target], self.targets[target].min_length)
 
     def _curve(self, coefficients: NDArray[np.float32], min_length: int) -> ThresholdCurve:
         return ThresholdCurve(min_length - 1, coefficients, min_length, self.options.max_length)

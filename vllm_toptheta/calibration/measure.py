@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
+from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks, sampled_blocks
 from vllm_toptheta.calibration.capture import observe_top_k
-from vllm_toptheta.calibration.route import AttentionRoute, block_bytes_on
+from vllm_toptheta.calibration.route import AttentionRoute
 from vllm_toptheta.reference import Placement
 
 __all__ = ["ROW_MEASURES", "GridRoute", "ProbeRoute", "ServedRoute", "measure_grid", "measure_rows"]
@@ -155,7 +155,7 @@ class GridRoute(AttentionRoute):
         measures = measure_grid(
             query,
             key,
-            self.lengths.to(query.device),
+            self.lengths,
             self.thresholds[:, :, layer_idx].to(query.device),
             placement=self.placement,
             softmax_scale=softmax_scale,
@@ -247,7 +247,7 @@ def measure_grid(
     Args:
         query: `[seq_len, num_heads, head_size]` float.
         key: `[seq_len, num_kv_heads, head_size]` float.
-        lengths: `[num_rows]` int64 ascending, the keys that the rows see.
+        lengths: `[num_rows]` int64 ascending, the keys that the rows see; on the host.
         thresholds: `[num_thresholds, num_rows, num_heads]` float32, in the unit of the placement.
         softmax_scale: factor on the products of query and key.
         soft_cap: cap on the scores, scaled logits; None for a model without one.
@@ -257,21 +257,13 @@ def measure_grid(
     Returns:
         `[2, num_thresholds, num_heads, num_rows]` float32: lost mass, and survivors.
     """
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    keys = key.float().permute(1, 2, 0)
-    queries = (query[lengths - 1].float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    num_kv_heads = key.shape[1]
     per_row = thresholds.permute(0, 2, 1).unflatten(1, (num_kv_heads, -1))
-    measures = queries.new_zeros(2, *per_row.shape)
-    block_rows = max(1, (block_bytes or block_bytes_on(query.device)) // (4 * num_heads * len(query)))
-    for start in range(0, len(lengths), block_rows):
-        rows = slice(start, start + block_rows)
-        longest = int(lengths[rows][-1])
-        block = queries[:, :, rows]
-        scores = (block.flatten(1, 2) @ keys[..., :longest]).unflatten(1, block.shape[1:3])
-        if soft_cap is not None:
-            scores.div_(soft_cap).tanh_().mul_(soft_cap)
-        in_future = torch.arange(longest, device=query.device) >= lengths[rows, None]
-        scores.masked_fill_(in_future, -torch.inf)
+    measures = query.new_zeros((2, *per_row.shape), dtype=torch.float32)
+    for block in sampled_blocks(
+        query, key, lengths, softmax_scale=softmax_scale, soft_cap=soft_cap, block_bytes=block_bytes
+    ):
+        scores, rows = block.scores, block.rows
         log_denominator = scores.logsumexp(dim=-1, keepdim=True)
         probabilities = (scores - log_denominator).exp_()
         for index, threshold in enumerate(per_row[..., rows].unsqueeze(-1)):

@@ -11,10 +11,47 @@ from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
 
-__all__ = ["CalibrationOptions", "TopKMode"]
+__all__ = ["CalibrationOptions", "ShadowOptions", "TopKMode"]
 
 TopKMode = Literal["each", "shared", "off"]
 _ALLOTTED_MIN_LENGTH = 33  # shorter rows hold too little to skip
+
+
+class ShadowOptions(BaseModel):
+    """What can be chosen about shadow keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_channels: int | None = Field(
+        default=None, ge=2, multiple_of=2, description="Directions of a key; half of the head size if not given."
+    )
+    num_sink: int = Field(default=16, ge=0, description="First keys that are always candidates.")
+    num_recent: int = Field(default=64, ge=0, description="Last keys that are always candidates.")
+    candidate_mass: float = Field(
+        default=0.99, gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold in every head."
+    )
+
+    def channels_of(self, head_size: int) -> int:
+        """Returns the directions of a key of this size: those given, or about half as many as it has numbers.
+
+        The kernels take 32, 64 and 128; without a number given, one of these is chosen where keys are long enough.
+
+        Args:
+            head_size: numbers of a key.
+
+        Raises:
+            CalibrationError: more were asked for than there are.
+        """
+        if self.num_channels is None:
+            fitting = [number for number in (128, 64, 32) if number <= max(head_size // 2, min(head_size, 32))]
+            return fitting[0] if fitting else max(2, head_size // 4 * 2)
+        if self.num_channels > head_size:
+            raise CalibrationError(
+                f"{self.num_channels} channels of keys with {head_size} numbers",
+                field="num_channels",
+                remedy="Ask for fewer, or for none in particular",
+            )
+        return self.num_channels
 
 
 class CalibrationOptions(BaseModel):
@@ -45,6 +82,7 @@ class CalibrationOptions(BaseModel):
         default=None, gt=0.0, lt=1.0, description="What is too much; twice what the median layer loses if not given."
     )
     placement: Placement = "pre_softmax"
+    shadow: ShadowOptions | None = Field(default=None, description="For mode `shadow`; None for mode `values` alone.")
 
     @classmethod
     def create(cls, targets: Sequence[TargetSpec | int | str], **options: Any) -> "CalibrationOptions":
@@ -92,6 +130,19 @@ class CalibrationOptions(BaseModel):
                         field="targets",
                         remedy="Raise max_length or leave that target out",
                     )
+        if self.shadow and self.placement != "pre_softmax":
+            raise CalibrationError(
+                "shadow keys are compared with thresholds before the softmax",
+                field="placement",
+                remedy="Choose pre_softmax or mode values",
+            )
+        if self.shadow and self.shadow.num_sink + self.shadow.num_recent >= longest // 2:
+            raise CalibrationError(
+                f"{self.shadow.num_sink} first and {self.shadow.num_recent} last keys are always candidates, which is "
+                f"too many for a max_length of {longest}",
+                field="max_length",
+                remedy="Raise it to more than twice as many, or lower num_sink and num_recent",
+            )
         if self.find_dense_layers and self.probe_k is None:
             raise CalibrationError(
                 f"the first target, {self.targets[0].label}, is no number of keys by which layers could be judged",

@@ -44,8 +44,9 @@ def calibrate(
     For every constant k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
     of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`; `allot`
     says how other targets find theirs. Then the thresholds are applied to some of the sequences, and the store says
-    what they keep and lose. The same arguments give the same tensors to the bit, on the same machine and number of
-    threads, however often the calibration was interrupted.
+    what they keep and lose. `shadow` says what is calibrated for shadow keys, if they are asked for. The same
+    arguments give the same tensors to the bit, on the same machine and number of threads, however often the
+    calibration was interrupted.
 
     Args:
         model_dir: a Hugging Face model directory, with its tokenizer.
@@ -119,11 +120,13 @@ def calibrate(
         date=datetime.datetime.now(datetime.UTC).date(),
     )
     unobserved = set(range(architecture.num_layers)) - set(job.moments.observed_layers)
+    dense_layers = tuple(sorted(unobserved.union(job.dense_layers)))
+    sparse_layers = [layer for layer in range(architecture.num_layers) if layer not in dense_layers]
     draft = store.ManifestDraft(
         model=identity,
         architecture=architecture,
         targets=tuple(job.targets),
-        dense_layers=tuple(sorted(unobserved.union(job.dense_layers))),
+        dense_layers=dense_layers,
         dense_layers_rule=_dense_layers_rule(job),
         placement=options.placement,
         outside_lengths="clamp",
@@ -131,8 +134,9 @@ def calibrate(
         num_buckets=len(job.edges) - 1,
         calibration=provenance,
         measurement=store.Measurement(num_sequences=job.num_measured),
+        shadow=job.shadow.section(sparse_layers) if job.shadow else None,
     )
-    store.save(folder, draft, {**job.tensors, **job.expectations()})
+    store.save(folder, draft, {**job.tensors, **job.expectations(), **(job.shadow.tensors() if job.shadow else {})})
     checkpoint.remove()
     return folder
 

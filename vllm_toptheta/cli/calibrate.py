@@ -58,6 +58,18 @@ def calibrate_command(
         Literal["pre_softmax", "post_softmax"],
         typer.Option(help="What thresholds apply to; after the softmax is for evaluation only."),
     ] = "pre_softmax",
+    mode: Annotated[
+        Literal["values", "shadow"],
+        typer.Option(help="What it will be served in; shadow calibrates shadow keys as well, and serves both."),
+    ] = "values",
+    channels: Annotated[
+        int | None, typer.Option(help="Directions of a shadow key, 4 bits each; default: half of the head size.")
+    ] = None,
+    sink: Annotated[int, typer.Option(help="First keys that mode shadow always reads.")] = 16,
+    recent: Annotated[int, typer.Option(help="Last keys that mode shadow always reads.")] = 64,
+    candidate_mass: Annotated[
+        float, typer.Option(help="Share of the survivors' softmax that candidates hold in every head.")
+    ] = 0.99,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads the model over GPUs; needs the extra accelerate.")
@@ -93,6 +105,9 @@ def calibrate_command(
         find_dense_layers=automatic,
         max_lost_mass=max_lost_mass,
         placement=placement,
+        shadow={"num_channels": channels, "num_sink": sink, "num_recent": recent, "candidate_mass": candidate_mass}
+        if mode == "shadow"
+        else None,
     )
     files = [*(text or []), *map(Path, context.args)]
     texts = [read_file(file, text_field=text_field) for file in files]

@@ -19,10 +19,18 @@ ThresholdsOption = Annotated[
 TargetsOption = Annotated[
     str, typer.Option("--k", "--targets", help="Keys per query head, or other targets of the store, by commas.")
 ]
+ModeOption = Annotated[str, typer.Option(help="By commas: values, shadow; the latter needs shadow keys in the store.")]
 CompensationsOption = Annotated[
     str,
     typer.Option(
-        help="By commas, or all: none, sdc, offline, exp_threshold, scaled_exp_threshold, each but none also +vmc."
+        help="By commas, or all: none, sdc, offline, exp_threshold, scaled_exp_threshold, shadow, each but none also "
+        "+vmc. Default: what a server of the mode has."
+    ),
+]
+DenseLayersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Layers that read everything, by commas, or none, or store: what the store says. Several are compared."
     ),
 ]
 TopKOption = Annotated[bool, typer.Option(help="Also exact top-k with the same k and compensations.")]

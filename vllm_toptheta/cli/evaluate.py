@@ -34,9 +34,11 @@ def evaluate_perplexities(
     k: options.TargetsOption = "64,128",
     sequences: Annotated[int, typer.Option(help="Sequences of each domain.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    compensations: options.CompensationsOption = "sdc+vmc",
+    mode: options.ModeOption = "values",
+    compensations: options.CompensationsOption = "",
     top_k: options.TopKOption = False,
     cap_k: Annotated[int | None, typer.Option(help="Survivors to keep at most, the last ones.")] = None,
+    dense_layers: options.DenseLayersOption = None,
     phase: options.PhaseOption = "both",
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a sequence that are its prompt; default: 0 for both, else half.")
@@ -56,7 +58,13 @@ def evaluate_perplexities(
     draw = _drawing("draw_trade_offs", plots)
     subject = _subject(model, thresholds, device, dtype)
     variants = expand_variants(
-        subject.stores, targets=words(k), compensations=words(compensations), top_k=top_k, cap_k=cap_k
+        subject.stores,
+        targets=words(k),
+        compensations=words(compensations),
+        modes=words(mode),
+        top_k=top_k,
+        cap_k=cap_k,
+        dense_layers=[_layers(layers) for layers in dense_layers or ["store"]],
     )
     if prompt_tokens is None:
         prompt_tokens = 0 if phase == "both" else length // 2
@@ -87,7 +95,8 @@ def evaluate_tasks(
     limit: options.LimitOption = None,
     shots: options.ShotsOption = 0,
     allow_code_execution: options.AllowOption = False,
-    compensations: options.CompensationsOption = "sdc+vmc",
+    mode: options.ModeOption = "values",
+    compensations: options.CompensationsOption = "",
     top_k: options.TopKOption = False,
     phase: options.PhaseOption = "decode",
     seed: options.SeedOption = 0,
@@ -103,7 +112,9 @@ def evaluate_tasks(
 
     draw = _drawing("draw_recall", plots)
     subject = _subject(model, thresholds, device, dtype)
-    variants = expand_variants(subject.stores, targets=words(k), compensations=words(compensations), top_k=top_k)
+    variants = expand_variants(
+        subject.stores, targets=words(k), compensations=words(compensations), modes=words(mode), top_k=top_k
+    )
     answer = LocalAnswers(subject, variants, phase=phase)
     asked = make_tasks(
         words(tasks),
@@ -241,6 +252,13 @@ def _drawing(function: Literal["draw_trade_offs", "draw_recall"], folder: Path |
             typer.echo(f"wrote {file}", err=True)
 
     return draw
+
+
+def _layers(option: str) -> tuple[int, ...] | None:
+    """The layers of --dense-layers; None for those of the store."""
+    if option in ("store", "none"):
+        return None if option == "store" else ()
+    return tuple(sorted(set(integers("--dense-layers", option))))
 
 
 def _files(values: list[str]) -> list[Path]:

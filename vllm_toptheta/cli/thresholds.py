@@ -109,6 +109,7 @@ def _summary(store: ThresholdStore) -> str:
         "rope": rope,
         "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
         "expected": _expected(store),
+        "shadow keys": _shadow(store),
         "dense layers": ", ".join(map(str, manifest.dense_layers)) or "none",
         "placement": manifest.placement,
         "polynomial": f"degree {manifest.degree} in ln n, from {manifest.num_buckets} length buckets",
@@ -134,6 +135,19 @@ def _expected(store: ThresholdStore) -> str:
         lost_mass = curve.expected("lost_mass_mean", target.max_length)[sparse].mean()
         texts.append(f"{target.label}: {survivors:.0f} survivors, {lost_mass:.3f} of the mass lost")
     return "; ".join(texts)
+
+
+def _shadow(store: ThresholdStore) -> str:
+    """Return what mode `shadow` reads, of layers that are not dense."""
+    section = store.manifest.shadow
+    if section is None:
+        return "none"
+    shares = zip(store.manifest.labels, section.candidate_share, strict=True)
+    candidates = "; ".join(f"{label}: {share:.1%} of keys are candidates" for label, share in shares)
+    return (
+        f"{section.num_channels} channels, the first {section.num_sink} and last {section.num_recent} keys are always "
+        f"candidates; {candidates}"
+    )
 
 
 def _calibrated(calibration: Provenance) -> str:

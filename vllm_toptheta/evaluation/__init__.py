@@ -4,10 +4,11 @@ from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_d
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
 from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.variants import COMPENSATIONS, Variant, expand_variants
+from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants
 
 __all__ = [
     "COMPENSATIONS",
+    "MODES",
     "Comparison",
     "Domain",
     "DomainReport",

@@ -92,7 +92,8 @@ def compare_on_samples(
     """Compares variants of sparse attention with dense attention on token sequences.
 
     One dense pass over a sample serves all variants. A thresholded row is computed as a decode step of its length
-    would be: row n uses theta(n), and the dense layers of the store stay dense.
+    would be: row n uses theta(n), with shadow keys its own page has no codes yet, and the dense layers of the store
+    stay dense.
 
     Args:
         model: a transformers causal language model.
@@ -168,7 +169,10 @@ def _comparison(variant: Variant, losses: Sequence[Losses], counts: ReadCounts) 
         thresholded_share=counts.thresholded_share,
         value_rows_share=counts.value_rows_share,
         attention_elements_share=counts.attention_elements_share,
+        keys_share=counts.keys_share,
         mean_lost_mass=counts.mean_lost_mass,
+        mean_true_lost_mass=counts.mean_true_lost_mass,
+        mean_lost_mass_error=counts.mean_lost_mass_error,
         mean_survivors=counts.mean_survivors,
         p95_survivors=counts.p95_survivors,
         nll_changes=tuple(nll_changes.tolist()),

@@ -91,8 +91,8 @@ def _lines(domain: DomainReport) -> Iterator[tuple[str, list[Comparison]]]:
 
 def _name(variant: Variant) -> str:
     method = variant.method.replace("_", "-")
-    cap = "" if variant.cap_k is None else f"cap {variant.cap_k}"
-    return " ".join(part for part in (method, variant.thresholds, variant.compensation, cap) if part)
+    parts = (method, variant.thresholds, variant.compensation, variant.restrictions)
+    return " ".join(part for part in parts if part)
 
 
 def _draw_line(axes: Axes, name: str, comparisons: list[Comparison], share: str, marker: str) -> None:

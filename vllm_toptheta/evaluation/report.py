@@ -1,6 +1,6 @@
 """What a comparison of predictions found: as data, as JSON, and as tables with the worst case on top."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,7 +38,18 @@ class Comparison(_Model):
     thresholded_share: Share = Field(description="Rows of the sparse layers that were thresholded.")
     value_rows_share: Share = Field(description="Value rows read by a kv head over those cached, in thresholded rows.")
     attention_elements_share: Share = Field(description="Keys kept by a query head over those seen, likewise.")
-    mean_lost_mass: float = Field(description="Mean over thresholded rows and query heads.")
+    keys_share: Share | None = Field(
+        default=None, description="Keys read exactly by a kv head over those cached, in thresholded rows."
+    )
+    mean_lost_mass: float = Field(
+        description="As the softmax denominator has it; mean over thresholded rows and query heads."
+    )
+    mean_true_lost_mass: float | None = Field(
+        default=None, description="Share of the dense softmax that does not survive, likewise."
+    )
+    mean_lost_mass_error: float | None = Field(
+        default=None, description="Mean distance between the two, over thresholded rows and query heads."
+    )
     mean_survivors: float = Field(ge=0, description="Mean over thresholded rows and query heads.")
     p95_survivors: int = Field(ge=0, description="95th percentile over thresholded rows and query heads.")
     nll_changes: tuple[float, ...] = Field(description="Change of the mean loss of each sequence, nats per token.")
@@ -100,28 +111,52 @@ def _domain_table(report: PerplexityReport, domain: DomainReport, *, has_stores:
     if domain.not_held_out:
         caption += f"\nNOT HELD OUT, thresholds were calibrated on: {', '.join(domain.not_held_out)}"
     table = Table(title=f"{report.setup.model} on {domain.domain}: sparse against dense attention", caption=caption)
-    for heading in ("method", *(["thresholds"] if has_stores else []), "target", "compensation"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ppl change %", "worst seq. %", "KL", "same top-1 %", "rows thresholded %"):
-        table.add_column(heading, justify="right")
-    for heading in ("value rows read %", "elements kept %", "lost mass", "survivors", "p95"):
-        table.add_column(heading, justify="right")
+    columns = _columns(domain.comparisons, has_stores=has_stores)
+    for heading in columns:
+        is_text = heading in _TEXT_COLUMNS
+        table.add_column(heading, no_wrap=is_text, justify="left" if is_text else "right")
     for comparison in domain.comparisons:
-        variant, error = comparison.variant, comparison.change_standard_error
-        table.add_row(
-            variant.method.replace("_", "-"),
-            *([variant.thresholds] if has_stores else []),
-            variant.target if variant.cap_k is None else f"{variant.target} cap {variant.cap_k}",
-            variant.compensation,
-            f"{comparison.change_percent:+.2f}" + ("" if error is None else f" +- {error:.2f}"),
-            f"{comparison.worst_change_percent:+.2f}",
-            f"{comparison.kl_divergence:.4f}",
-            f"{100 * comparison.top1_agreement:.1f}",
-            f"{100 * comparison.thresholded_share:.1f}",
-            f"{100 * comparison.value_rows_share:.1f}",
-            f"{100 * comparison.attention_elements_share:.1f}",
-            f"{comparison.mean_lost_mass:.4f}",
-            f"{comparison.mean_survivors:.0f}",
-            str(comparison.p95_survivors),
-        )
+        table.add_row(*(cell(comparison) for cell in columns.values()))
     return table
+
+
+_TEXT_COLUMNS = ("method", "thresholds", "target", "compensation")
+
+
+def _columns(comparisons: Sequence[Comparison], *, has_stores: bool) -> dict[str, Callable[[Comparison], str]]:
+    """Headings, and what is below them; those that say the same of every variant are left out."""
+    columns: dict[str, Callable[[Comparison], str]] = {"method": lambda one: one.variant.method.replace("_", "-")}
+    if has_stores:
+        columns["thresholds"] = lambda one: one.variant.thresholds
+    columns |= {
+        "target": lambda one: f"{one.variant.target} {one.variant.restrictions}".rstrip(),
+        "compensation": lambda one: one.variant.compensation,
+        "ppl change %": lambda one: f"{one.change_percent:+.2f}" + _error(one.change_standard_error),
+        "worst seq. %": lambda one: f"{one.worst_change_percent:+.2f}",
+        "KL": lambda one: f"{one.kl_divergence:.4f}",
+        "same top-1 %": lambda one: f"{100 * one.top1_agreement:.1f}",
+        "rows thresholded %": lambda one: f"{100 * one.thresholded_share:.1f}",
+    }
+    if any(one.keys_share is not None and one.keys_share < 1 for one in comparisons):
+        columns["keys read %"] = lambda one: "" if one.keys_share is None else f"{100 * one.keys_share:.1f}"
+    columns |= {
+        "value rows read %": lambda one: f"{100 * one.value_rows_share:.1f}",
+        "elements kept %": lambda one: f"{100 * one.attention_elements_share:.1f}",
+        "lost mass": lambda one: f"{one.mean_lost_mass:.4f}",
+    }
+    if any(one.mean_lost_mass_error for one in comparisons):
+        columns["truly lost"] = lambda one: _mass(one.mean_true_lost_mass)
+        columns["error"] = lambda one: _mass(one.mean_lost_mass_error)
+    columns |= {
+        "survivors": lambda one: f"{one.mean_survivors:.0f}",
+        "p95": lambda one: str(one.p95_survivors),
+    }
+    return columns
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" +- {standard_error:.2f}"
+
+
+def _mass(mass: float | None) -> str:
+    return "" if mass is None else f"{mass:.4f}"

@@ -19,9 +19,10 @@ class ReadCounts:
     """
 
     def __init__(self, max_length: int, *, device: torch.device | str = "cpu") -> None:
-        # rows; of these thresholded: rows, value rows read, value rows cached, attention elements
-        self._totals = torch.zeros(5, dtype=torch.int64, device=device)
-        self._lost_mass = torch.zeros((), dtype=torch.float64, device=device)
+        # rows; of these thresholded: rows, value rows read, keys read, rows cached, attention elements
+        self._totals = torch.zeros(6, dtype=torch.int64, device=device)
+        # lost mass as the denominator has it, as it is, and the distance between the two
+        self._lost_masses = torch.zeros(3, dtype=torch.float64, device=device)
         # how many thresholded rows of query heads keep 0, 1, 2... keys; behind them, those that are not thresholded
         self._rows_by_survivors = torch.zeros(max_length + 2, dtype=torch.int64, device=device)
 
@@ -35,17 +36,22 @@ class ReadCounts:
         thresholded, survivors = result.thresholded, result.num_survivors
         row_lengths = torch.arange(start + 1, start + 1 + len(thresholded), device=thresholded.device)
         num_keys = torch.where(thresholded, row_lengths, 0).sum()
+        is_thresholded = thresholded[:, None]
         self._totals += torch.stack(
             [
                 torch.ones_like(row_lengths).sum(),
                 thresholded.sum(),
-                torch.where(thresholded[:, None], result.value_rows_read, 0).sum(),
+                torch.where(is_thresholded, result.value_rows_read, 0).sum(),
+                torch.where(is_thresholded, result.keys_read, 0).sum(),
                 num_keys * result.value_rows_read.shape[1],
                 num_keys * survivors.shape[1],
             ]
         )
-        self._lost_mass += torch.where(thresholded[:, None], result.lost_mass, 0.0).sum(dtype=torch.float64)
-        bins = torch.where(thresholded[:, None], survivors, len(self._rows_by_survivors) - 1).flatten()
+        known, true = (
+            torch.where(is_thresholded, mass, 0.0).double() for mass in (result.lost_mass, result.true_lost_mass)
+        )
+        self._lost_masses += torch.stack([known.sum(), true.sum(), (known - true).abs().sum()])
+        bins = torch.where(is_thresholded, survivors, len(self._rows_by_survivors) - 1).flatten()
         self._rows_by_survivors.index_add_(0, bins, torch.ones_like(bins))
 
     @property
@@ -56,17 +62,32 @@ class ReadCounts:
     @property
     def value_rows_share(self) -> float:
         """Value rows that a kv head reads over those cached, both summed over thresholded rows; 0 without any."""
-        return int(self._totals[2]) / max(int(self._totals[3]), 1)
+        return int(self._totals[2]) / max(int(self._totals[4]), 1)
+
+    @property
+    def keys_share(self) -> float:
+        """Keys that a kv head reads exactly over those cached, both summed over thresholded rows; 0 without any."""
+        return int(self._totals[3]) / max(int(self._totals[4]), 1)
 
     @property
     def attention_elements_share(self) -> float:
         """Keys that a query head keeps over those it sees, both summed over thresholded rows; 0 without any."""
-        return self._num_survivors / max(int(self._totals[4]), 1)
+        return self._num_survivors / max(int(self._totals[5]), 1)
 
     @property
     def mean_lost_mass(self) -> float:
-        """Mean lost mass of a thresholded row and query head."""
-        return float(self._lost_mass) / self._num_head_rows
+        """Mean lost mass of a thresholded row and query head, as its softmax denominator has it."""
+        return float(self._lost_masses[0]) / self._num_head_rows
+
+    @property
+    def mean_true_lost_mass(self) -> float:
+        """Mean share of the dense softmax that does not survive, of a thresholded row and query head."""
+        return float(self._lost_masses[1]) / self._num_head_rows
+
+    @property
+    def mean_lost_mass_error(self) -> float:
+        """Mean distance between the two, of a thresholded row and query head."""
+        return float(self._lost_masses[2]) / self._num_head_rows
 
     @property
     def mean_survivors(self) -> float:
@@ -121,6 +142,7 @@ class SparseRoute(DenseRoute):
         if layer_idx in self.attention.dense_layers:
             return super().attend(layer_idx, query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
         seq_len, num_heads, _ = query.shape
+        codes = self.attention.encode(layer_idx, key)
         outputs = []
         for start, stop in row_blocks(num_heads, seq_len, block_bytes_on(query.device)):
             result = self.attention.attend(
@@ -131,6 +153,7 @@ class SparseRoute(DenseRoute):
                 softmax_scale=softmax_scale,
                 soft_cap=soft_cap,
                 num_prompt_tokens=self.num_prompt_tokens,
+                codes=None if codes is None else codes[:stop],
             )
             outputs.append(result.output)
             self.counts.add(result, start=start)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.screening import ShadowScreen
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.reference import AttentionResult, Compensation, Phase, top_k_attention, top_theta_attention
 from vllm_toptheta.store import ThresholdStore
@@ -24,6 +25,7 @@ class SparseAttention:
 
     Raises:
         ExpectationsMissing: the store lacks what the variant's compensation needs.
+        ShadowMissing: the store lacks shadow keys, and the variant needs them.
         SettingsError: the variant's target is not one.
         TargetOutOfRange: the store was not calibrated for it.
     """
@@ -40,7 +42,8 @@ class SparseAttention:
         self.variant = variant
         self.phase: Phase = phase
         self.max_length = max_length
-        self.dense_layers = frozenset(store.manifest.dense_layers)
+        given = variant.dense_layers
+        self.dense_layers = frozenset(store.manifest.dense_layers if given is None else given)
         self._placement = store.manifest.placement
         lengths = np.arange(max_length + 1)
         curve = store.curve_of(variant.target)
@@ -48,11 +51,24 @@ class SparseAttention:
         # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
         self._thresholds = torch.from_numpy(curve.threshold(lengths)).to(device)
         self._offline_sum = self._exp_threshold_scale = None
+        self._screen = ShadowScreen(store.shadow, curve.label, device=device) if variant.method == "shadow" else None
         match variant.calibrated_term:
             case "offline_sum":
                 self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths)).to(device)
+            case "exp_threshold_scale" if self._screen is not None:
+                scale = store.shadow.exp_threshold_scale(curve.label, lengths)
+                self._exp_threshold_scale = torch.from_numpy(scale).to(device)
             case "exp_threshold_scale":
                 self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths)).to(device)
+
+    def encode(self, layer_idx: int, key: Tensor) -> Tensor | None:
+        """Returns the codes of shadow keys, for `attend` to be called with parts of them; None without shadow keys.
+
+        Args:
+            layer_idx: which layer they are of.
+            key: `[seq_len, num_kv_heads, head_size]` float.
+        """
+        return None if self._screen is None else self._screen.encode(layer_idx, key)
 
     def attend(
         self,
@@ -64,6 +80,7 @@ class SparseAttention:
         softmax_scale: float,
         soft_cap: float | None,
         num_prompt_tokens: int,
+        codes: Tensor | None = None,
     ) -> AttentionResult:
         """Returns the attention of some rows of a layer, which must not be a dense one.
 
@@ -75,6 +92,7 @@ class SparseAttention:
             softmax_scale: factor on the products of query and key.
             soft_cap: cap on the scores, scaled logits; None for a model without one.
             num_prompt_tokens: tokens of the sequence that are its prompt.
+            codes: those of the keys, from `encode`; None to encode them now.
 
         Raises:
             EvaluationError: a row is longer than `max_length`.
@@ -103,11 +121,21 @@ class SparseAttention:
                 phase=self.phase,
                 num_prompt_tokens=num_prompt_tokens,
             )
+        threshold, screened = of_rows(self._thresholds), None
+        if self._screen is not None:
+            screened = self._screen.screen(
+                layer_idx,
+                query,
+                self._screen.encode(layer_idx, key) if codes is None else codes,
+                threshold,
+                softmax_scale=softmax_scale,
+                soft_cap=soft_cap,
+            )
         return top_theta_attention(
             query,
             key,
             value,
-            threshold=of_rows(self._thresholds),
+            threshold=threshold,
             target_k=self.dense_length,
             softmax_scale=softmax_scale,
             placement=self._placement,
@@ -116,4 +144,6 @@ class SparseAttention:
             logits_soft_cap=soft_cap,
             phase=self.phase,
             num_prompt_tokens=num_prompt_tokens,
+            candidates=None if screened is None else screened.candidates,
+            shadow_scores=None if screened is None else screened.shadow_scores,
         )

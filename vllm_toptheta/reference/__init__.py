@@ -13,6 +13,7 @@ from vllm_toptheta.reference.scores import causal_scores
 from vllm_toptheta.reference.shadow import (
     KeyProjection,
     ShadowQuery,
+    always_candidates,
     candidate_keys,
     encode_keys,
     fit_projection,
@@ -40,6 +41,7 @@ __all__ = [
     "Phase",
     "Placement",
     "ShadowQuery",
+    "always_candidates",
     "candidate_keys",
     "causal_scores",
     "causal_value_mean",

@@ -52,8 +52,10 @@ class AttentionResult:
         output: `[num_queries, num_heads, head_size]`, float32 or float64.
         num_survivors: `[num_queries, num_heads]` int64, keys kept by the head.
         value_rows_read: `[num_queries, num_kv_heads]` int64, value rows kept by any query head of the group.
+        keys_read: `[num_queries, num_kv_heads]` int64, keys read exactly: the candidates, or all that the row sees.
         lost_mass: `[num_queries, num_heads]`, of the dtype of `output`, 1 - sum of the survivors' weights: 0 where
-            everything survives, 1 where nothing does.
+            everything survives, 1 where nothing does. What the denominator knows of it.
+        true_lost_mass: the same shape, the share of the dense softmax that does not survive.
         thresholded: `[num_queries]` bool, rows whose keys the threshold decided on; the others kept all of them.
         survivors: `[num_queries, num_heads, seq_len]` bool; None from the paged form.
     """
@@ -61,7 +63,9 @@ class AttentionResult:
     output: Tensor
     num_survivors: Tensor
     value_rows_read: Tensor
+    keys_read: Tensor
     lost_mass: Tensor
+    true_lost_mass: Tensor
     thresholded: Tensor
     survivors: Tensor | None
 
@@ -157,6 +161,7 @@ def top_theta_attention(
     phase: Phase = "both",
     num_prompt_tokens: int = 0,
     candidates: Tensor | None = None,
+    shadow_scores: Tensor | None = None,
 ) -> AttentionResult:
     """Causal attention over the keys whose score reaches a threshold.
 
@@ -186,6 +191,8 @@ def top_theta_attention(
         num_prompt_tokens: tokens of the sequence that are its prompt.
         candidates: `[num_queries, num_heads, seq_len]` bool, the keys that may survive in thresholded rows, as
             `shadow.candidate_keys` finds them; None for all.
+        shadow_scores: `[num_queries, num_heads, seq_len]` float, from `shadow.shadow_scores`, what the denominator
+            `shadow` takes for the scores of keys that are no candidates; None for other denominators.
 
     Returns:
         The result.
@@ -207,7 +214,10 @@ def top_theta_attention(
     thresholded = thresholded_rows(
         row_lengths(scores), target_k=target_k, phase=phase, num_prompt_tokens=num_prompt_tokens
     )
-    return _attend(scores, value, survivors, theta, thresholded, compensation)
+    estimates = None
+    if candidates is not None and shadow_scores is not None:
+        estimates = torch.where(candidates, scores, shadow_scores).masked_fill(scores == -torch.inf, -torch.inf)
+    return _attend(scores, value, survivors, theta, thresholded, compensation, candidates, estimates)
 
 
 def _attend(
@@ -217,18 +227,23 @@ def _attend(
     threshold: Tensor,
     thresholded: Tensor,
     compensation: Compensation,
+    candidates: Tensor | None = None,
+    estimates: Tensor | None = None,
 ) -> AttentionResult:
     """Weighs the values of the survivors, and in rows that are not thresholded of all keys.
 
-    Scores and survivors are `[num_queries, num_heads, seq_len]`, threshold `[num_queries, num_heads]` in scaled
-    logits, thresholded `[num_queries]`.
+    Scores, survivors, candidates and estimates of scores are `[num_queries, num_heads, seq_len]`, threshold
+    `[num_queries, num_heads]` in scaled logits, thresholded `[num_queries]`.
     """
     num_queries, num_heads, seq_len = scores.shape
     num_kv_heads = value.shape[1]
     if value.shape[0] != seq_len or num_heads % num_kv_heads:
         raise ValueError(f"value: shape {list(value.shape)} does not fit {seq_len} keys and {num_heads} query heads")
     value = value.to(scores.dtype)
-    survivors = torch.where(thresholded[:, None, None], survivors, scores > -torch.inf)
+    visible = scores > -torch.inf
+    is_thresholded = thresholded[:, None, None]
+    survivors = torch.where(is_thresholded, survivors, visible)
+    read = visible if candidates is None else torch.where(is_thresholded, candidates & visible, visible)
 
     largest = scores.amax(dim=-1)
     exponentials = torch.exp(scores - largest.unsqueeze(-1))
@@ -239,11 +254,16 @@ def _attend(
         survivors,
         num_discarded=row_lengths(scores)[:, None] - num_survivors,
         relative_threshold=threshold - largest,
+        # an estimate above the largest score is an error of the estimate, and must not overflow
+        estimates=None if estimates is None else torch.exp((estimates - largest.unsqueeze(-1)).clamp(max=0.0)),
     )
     denominator = kept.sum(dim=-1) + missing
     has_mass = denominator > 0
     denominator = torch.where(has_mass, denominator, 1.0)
     lost_mass = torch.where(has_mass, missing / denominator, 1.0)
+    true_lost_mass = lost_mass
+    if compensation.denominator != "exact":
+        true_lost_mass = exponentials.masked_fill(survivors, 0.0).sum(dim=-1) / exponentials.sum(dim=-1)
 
     weights = kept / denominator.unsqueeze(-1)
     output = ungroup_rows(group_rows(weights, num_kv_heads) @ value.transpose(0, 1), num_heads)
@@ -253,8 +273,16 @@ def _attend(
     return AttentionResult(
         output=output.contiguous(),
         num_survivors=num_survivors,
-        value_rows_read=survivors.reshape(num_queries, num_kv_heads, -1, seq_len).any(dim=2).sum(dim=-1),
+        value_rows_read=_group_counts(survivors, num_kv_heads),
+        keys_read=_group_counts(read, num_kv_heads),
         lost_mass=lost_mass,
+        true_lost_mass=true_lost_mass,
         thresholded=thresholded,
         survivors=survivors,
     )
+
+
+def _group_counts(keys: Tensor, num_kv_heads: int) -> Tensor:
+    """Keys `[num_queries, num_heads, seq_len]` that any head of a group has, `[num_queries, num_kv_heads]` int64."""
+    of_groups: Tensor = keys.unflatten(1, (num_kv_heads, -1)).any(dim=2)
+    return of_groups.sum(dim=-1)

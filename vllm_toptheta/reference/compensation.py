@@ -15,7 +15,7 @@ from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["FULL_COMPENSATION", "Compensation", "Denominator", "causal_value_mean"]
 
-Denominator = Literal["none", "exact", "offline", "exp_threshold"]
+Denominator = Literal["none", "exact", "offline", "exp_threshold", "shadow"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Compensation:
     * `exact`: the sum of exp(s_j - m) over the discarded keys, so Z is the dense denominator;
     * `offline`: `offline_sum`, the mean of that sum measured at calibration (0 where nothing is discarded);
     * `exp_threshold`: r * num_discarded * exp(theta - m). The paper has r = 1, which overestimates the missing mass
-      about tenfold; r = mean of exp(s - theta) over discarded scores, measured at calibration, repairs it.
+      about tenfold; r = mean of exp(s - theta) over discarded scores, measured at calibration, repairs it;
+    * `shadow`: the sum of exp(s~_j - m) over the discarded keys, s~_j being the score of the shadow of a key that is no
+      candidate, and the exact score of a candidate.
 
     With `value_mean`, lost mass times the mean of all value rows of the row is added to the output.
 
@@ -75,7 +77,12 @@ class Compensation:
         )
 
     def missing_mass(
-        self, exponentials: Tensor, survivors: Tensor, num_discarded: Tensor, relative_threshold: Tensor
+        self,
+        exponentials: Tensor,
+        survivors: Tensor,
+        num_discarded: Tensor,
+        relative_threshold: Tensor,
+        estimates: Tensor | None = None,
     ) -> Tensor:
         """Returns what the denominator adds to the survivors' sum.
 
@@ -85,12 +92,14 @@ class Compensation:
             survivors: `[num_queries, num_heads, seq_len]` bool.
             num_discarded: `[num_queries, num_heads]` int64, keys seen and not kept.
             relative_threshold: `[num_queries, num_heads]` float, theta - m, scaled logits.
+            estimates: what `shadow` takes for `exponentials`, of their shape; None for other denominators.
 
         Returns:
             `[num_queries, num_heads]` of the dtype of `exponentials`, relative to exp(m); 0 where nothing is discarded.
 
         Raises:
-            ValueError: `offline_sum` or `exp_threshold_scale` holds NaN or does not broadcast.
+            ValueError: `offline_sum` or `exp_threshold_scale` holds NaN or does not broadcast, or `shadow` comes
+                without estimates.
         """
         match self.denominator:
             case "exact":
@@ -104,6 +113,10 @@ class Compensation:
                 # a threshold above every score leaves no survivor, and then any finite mass loses everything:
                 # stopping at exp(0) changes no result and keeps the sum from overflowing
                 return scale * num_discarded * relative_threshold.clamp(max=0.0).exp()
+            case "shadow":
+                if estimates is None:
+                    raise ValueError("shadow_scores: the denominator 'shadow' needs them")
+                return estimates.masked_fill(survivors, 0.0).sum(dim=-1)
             case "none":
                 return torch.zeros_like(relative_threshold)
 

@@ -89,8 +89,10 @@ def paged_top_theta_attention(
     dtype = torch.promote_types(torch.result_type(query, kv_cache), torch.float32)
     lost_mass = torch.zeros(num_tokens, num_heads, dtype=dtype, device=query.device)
     output = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    true_lost_mass = torch.zeros_like(lost_mass)
     num_survivors = torch.zeros_like(lost_mass, dtype=torch.int64)
     value_rows_read = num_survivors.new_zeros(num_tokens, kv_cache.shape[1])
+    keys_read = torch.zeros_like(value_rows_read)
 
     thresholded = torch.zeros(num_tokens, dtype=torch.bool, device=query.device)
 
@@ -121,6 +123,17 @@ def paged_top_theta_attention(
         output[tokens] = result.output
         num_survivors[tokens] = result.num_survivors
         value_rows_read[tokens] = result.value_rows_read
+        keys_read[tokens] = result.keys_read
         lost_mass[tokens] = result.lost_mass
+        true_lost_mass[tokens] = result.true_lost_mass
         thresholded[tokens] = result.thresholded
-    return AttentionResult(output, num_survivors, value_rows_read, lost_mass, thresholded, survivors=None)
+    return AttentionResult(
+        output=output,
+        num_survivors=num_survivors,
+        value_rows_read=value_rows_read,
+        keys_read=keys_read,
+        lost_mass=lost_mass,
+        true_lost_mass=true_lost_mass,
+        thresholded=thresholded,
+        survivors=None,
+    )

@@ -26,6 +26,7 @@ from torch import Tensor
 __all__ = [
     "KeyProjection",
     "ShadowQuery",
+    "always_candidates",
     "candidate_keys",
     "encode_keys",
     "fit_projection",
@@ -170,6 +171,25 @@ def shadow_scores(query: ShadowQuery, codes: Tensor, *, logits_soft_cap: float |
     return scores
 
 
+def always_candidates(row_lengths: Tensor, seq_len: int, *, num_sink: int, num_recent: int, block_size: int) -> Tensor:
+    """Returns the keys that are read exactly whatever their shadows score, `[num_rows, seq_len]` bool.
+
+    Margins are calibrated on softmax mass, much of which the first keys hold, and the last ones have no codes yet.
+
+    Args:
+        row_lengths: `[num_rows]` int64, keys that each row sees; its own is the last of them.
+        seq_len: keys, at least as many as any row sees.
+        num_sink: first keys that are always read.
+        num_recent: last keys of a row that are always read; those in the page of the last one are as well.
+        block_size: tokens of a page.
+    """
+    positions = torch.arange(seq_len, device=row_lengths.device)
+    last_page = (row_lengths - 1) // block_size * block_size
+    first_recent = torch.minimum(row_lengths - num_recent, last_page)
+    at_an_end = (positions < num_sink) | (positions >= first_recent[:, None])
+    return at_an_end & (positions < row_lengths[:, None])
+
+
 def candidate_keys(
     scores: Tensor,
     floor: Tensor,
@@ -179,21 +199,27 @@ def candidate_keys(
     num_recent: int,
     block_size: int,
 ) -> Tensor:
-    """Returns which keys are read exactly for the last query of a sequence, `[num_kv_heads, seq_len]` bool.
+    """Returns which keys are read exactly for the last query of a sequence, or for its last queries, as bool.
 
-    A key is read for all heads of a group if any of them wants it. The first and the last keys are always read: margins
-    are calibrated on softmax mass, much of which the first keys hold, and the last ones have no codes yet.
+    A key is read for all heads of a group if any of them wants it, or if it is one of `always_candidates`.
 
     Args:
-        scores: `[num_heads, seq_len]` float, of shadow keys.
-        floor: `[num_heads]` float, threshold minus margin, scaled logits.
+        scores: `[num_heads, seq_len]` float, of shadow keys; of several queries `[num_queries, num_heads, seq_len]`.
+        floor: `[num_heads]` or `[num_queries, num_heads]` float, threshold minus margin, scaled logits.
         num_kv_heads: of the layer.
         num_sink: first keys that are always read.
         num_recent: last keys that are always read; those in the page of the last one are as well.
         block_size: tokens of a page.
+
+    Returns:
+        `[num_kv_heads, seq_len]`, or `[num_queries, num_kv_heads, seq_len]` without the keys after a query.
     """
-    seq_len = scores.shape[-1]
-    wanted: Tensor = (scores >= floor[:, None]).unflatten(0, (num_kv_heads, -1)).any(dim=1)
-    positions = torch.arange(seq_len, device=scores.device)
-    first_recent = min(seq_len - num_recent, (seq_len - 1) // block_size * block_size)
-    return wanted | (positions < num_sink) | (positions >= first_recent)
+    seq_len, num_queries = scores.shape[-1], 1 if scores.dim() == 2 else len(scores)
+    row_lengths = torch.arange(seq_len - num_queries + 1, seq_len + 1, device=scores.device)
+    always = always_candidates(
+        row_lengths, seq_len, num_sink=num_sink, num_recent=num_recent, block_size=block_size
+    ).unsqueeze(1)
+    wanted: Tensor = (scores >= floor.unsqueeze(-1)).unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+    visible = (torch.arange(seq_len, device=scores.device) < row_lengths[:, None]).unsqueeze(1)
+    candidates: Tensor = (wanted & visible) | always
+    return candidates[0] if scores.dim() == 2 else candidates

@@ -20,6 +20,7 @@ from vllm_toptheta.store.schema import (
     Provenance,
     TextSource,
 )
+from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection, ShadowSection
 from vllm_toptheta.store.target import Target, TargetSpec
 from vllm_toptheta.store.thresholds import ThresholdStore
 
@@ -32,6 +33,9 @@ __all__ = [
     "Measurement",
     "ModelIdentity",
     "Provenance",
+    "ShadowKeys",
+    "ShadowProjection",
+    "ShadowSection",
     "Target",
     "TargetSpec",
     "TextSource",

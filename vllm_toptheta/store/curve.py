@@ -90,9 +90,8 @@ class ThresholdCurve:
         return self.expectations.at(name, seq_len, self.bucket_edges)
 
 
-def interpolate(lower: ThresholdCurve, upper: ThresholdCurve, target_k: int) -> ThresholdCurve:
-    """Return the curve between those of two constant ks, linear in ln k, on the lengths that both cover."""
-    weight = float(np.log(target_k / lower.dense_length) / np.log(upper.dense_length / lower.dense_length))
+def interpolate(lower: ThresholdCurve, upper: ThresholdCurve, target_k: int, weight: float) -> ThresholdCurve:
+    """Return the curve between those of two constant ks, `weight` of the way up, on the lengths that both cover."""
     coefficients = (1 - weight) * lower.coefficients.astype(np.float64) + weight * upper.coefficients
     expectations = None
     if lower.expectations is not None and upper.expectations is not None:

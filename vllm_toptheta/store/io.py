@@ -41,6 +41,7 @@ from vllm_toptheta.store.schema import (
     clip,
     describe,
 )
+from vllm_toptheta.store.shadow import SHADOW_NAMES, ShadowKeys
 from vllm_toptheta.store.thresholds import ThresholdStore
 
 MANIFEST_NAME = "manifest.yaml"
@@ -77,7 +78,7 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
         folder: Where to; its parents are created. An existing folder is replaced only if it is a store or empty.
         draft: The manifest without its checksums; those of a whole `Manifest` are computed anew.
         arrays: The tensors of `ThresholdStore`, by name, in its dtypes and shapes; with those of `Expectations` if
-            the draft has a measurement.
+            the draft has a measurement, and those of `shadow.SHADOW_NAMES` if it has shadow keys.
 
     Returns:
         The store, as `load` will return it.
@@ -87,6 +88,12 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
     """
     folder = Path(folder).absolute()
     tensor_bytes = tensors.encode(arrays)
+    if len(tensor_bytes) > MAX_TENSORS_BYTES:
+        raise StoreTooLarge(
+            f"{len(tensor_bytes)} bytes; no more than {MAX_TENSORS_BYTES} would be read",
+            file=folder / TENSORS_NAME,
+            remedy="Calibrate fewer targets, or shadow keys of fewer channels",
+        )
     manifest = Manifest.from_draft(draft, tensors_sha256=hashlib.sha256(tensor_bytes).hexdigest())
     manifest_bytes = strict_yaml.dump(manifest.model_dump(exclude_none=True)).encode()
     store = _parse(folder, manifest_bytes, tensor_bytes)
@@ -139,8 +146,13 @@ def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> Threshol
         )
     arrays = tensors.decode(tensor_bytes, manifest, file=tensors_file)
     measured = {name: arrays.pop(name) for name in EXPECTATION_NAMES if name in arrays}
+    shadow = [arrays.pop(name) for name in SHADOW_NAMES if name in arrays]
     return ThresholdStore(
-        folder, manifest, **arrays, expectations=Expectations(**measured) if manifest.measurement else None
+        folder,
+        manifest,
+        **arrays,
+        expectations=Expectations(**measured) if manifest.measurement else None,
+        shadow_keys=ShadowKeys(folder, manifest, *shadow) if manifest.shadow else None,
     )
 
 
@@ -157,7 +169,7 @@ def _parse_manifest(content: bytes, file: Path) -> Manifest:
         )
     if version not in READABLE_VERSIONS:
         raise ManifestVersion(
-            f"version {version}; this release reads {' and '.join(map(str, READABLE_VERSIONS))}",
+            f"version {version}; this release reads {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}",
             file=file,
             field="schema_version",
             remedy="Upgrade vllm-toptheta" if version > SCHEMA_VERSION else _RESTORE,

@@ -29,10 +29,11 @@ from vllm_toptheta.store.fields import (
     Tokens,
 )
 from vllm_toptheta.store.rope import normalise_rope
+from vllm_toptheta.store.shadow import ShadowSection
 from vllm_toptheta.store.target import Target
 
-SCHEMA_VERSION: Final = 2
-READABLE_VERSIONS: Final = (1, 2)
+SCHEMA_VERSION: Final = 3
+READABLE_VERSIONS: Final = (1, 2, 3)
 
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
 RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
@@ -178,7 +179,7 @@ class TensorsDigest(StrictModel):
 class ManifestDraft(StrictModel):
     """A manifest before its tensors are written; `save` adds the checksums."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     model: ModelIdentity
     architecture: Architecture
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
@@ -193,8 +194,8 @@ class ManifestDraft(StrictModel):
     degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
     num_buckets: int = Field(ge=1, le=1024)
     calibration: Provenance
-
     measurement: Measurement | None = Field(default=None, description="None where nothing was measured.")
+    shadow: ShadowSection | None = Field(default=None, description="None where there are no shadow keys.")
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
@@ -214,6 +215,24 @@ class ManifestDraft(StrictModel):
     def _check_version(self) -> Self:
         if self.schema_version == 1 and (self.measurement or len(self.target_ks) < len(self.targets)):
             raise ValueError("schema_version 1 has no measurement and no targets other than a constant k")
+        if self.schema_version < 3 and self.shadow:
+            raise ValueError(f"schema_version {self.schema_version} has no shadow keys")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shadow(self) -> Self:
+        if self.shadow is None:
+            return self
+        if self.placement != "pre_softmax":
+            raise ValueError(f"shadow: scores are compared before the softmax, placement is {self.placement}")
+        if self.shadow.num_channels > self.architecture.head_size:
+            raise ValueError(
+                f"shadow: {self.shadow.num_channels} channels of keys with {self.architecture.head_size} numbers"
+            )
+        if len(self.shadow.candidate_share) != len(self.targets):
+            raise ValueError(
+                f"shadow: {len(self.shadow.candidate_share)} numbers in candidate_share for {len(self.targets)} targets"
+            )
         return self
 
     @model_validator(mode="after")

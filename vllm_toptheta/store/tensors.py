@@ -27,9 +27,11 @@ from vllm_toptheta.errors import (
 )
 from vllm_toptheta.store.expectations import EXPECTATION_NAMES
 from vllm_toptheta.store.schema import ManifestDraft, clip
+from vllm_toptheta.store.shadow import SHADOW_NAMES
 
 MAX_HEADER_BYTES = 64 * 1024
-MAX_COEFFICIENT = 1e9  # keeps theta finite in float32 at any length that a manifest allows
+# keeps theta, and codes of shadow keys, finite in float32 at any length that a manifest allows
+MAX_COEFFICIENT = 1e9
 _LENGTH_BYTES = 8
 _ITEM_BYTES = {"F32": 4, "I32": 4, "I64": 8}
 _REMEDY = "The store was written wrongly: calibrate the model again (toptheta calibrate --help)"
@@ -53,6 +55,19 @@ def expected_formats(manifest: ManifestDraft) -> dict[str, TensorFormat]:
     per_head = (manifest.architecture.num_layers, manifest.architecture.num_heads, num_targets)
     expectations = dict.fromkeys(EXPECTATION_NAMES, TensorFormat("F32", (*per_head, num_buckets)))
     expectations["measured_rows"] = TensorFormat("I64", (num_targets, num_buckets))
+    shadow: dict[str, TensorFormat] = {}
+    if manifest.shadow is not None:
+        num_layers, num_kv_heads = manifest.architecture.num_layers, manifest.architecture.num_kv_heads
+        head_size, num_channels = manifest.architecture.head_size, manifest.shadow.num_channels
+        shapes = (
+            (num_layers, num_kv_heads, head_size, num_channels),
+            (num_layers, num_kv_heads, num_channels, head_size),
+            (num_layers, num_kv_heads, head_size),
+            per_head,
+            (*per_head, 2),
+            (num_layers, num_kv_heads, num_targets),
+        )
+        shadow = {name: TensorFormat("F32", shape) for name, shape in zip(SHADOW_NAMES, shapes, strict=True)}
     return {
         "coefficients": TensorFormat("F32", (*per_head, manifest.degree + 1)),
         "bucket_edges": TensorFormat("I32", (num_buckets + 1,)),
@@ -60,6 +75,7 @@ def expected_formats(manifest: ManifestDraft) -> dict[str, TensorFormat]:
         "score_mean": TensorFormat("F32", (*per_head, num_buckets)),
         "score_std": TensorFormat("F32", (*per_head, num_buckets)),
         **(expectations if manifest.measurement else {}),
+        **shadow,
     }
 
 
@@ -158,7 +174,12 @@ def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, 
         if not condition:
             raise TensorValues(message, file=file, field=name, remedy=_REMEDY)
 
-    require((np.abs(tensors["coefficients"]) <= MAX_COEFFICIENT).all(), "coefficients", f"beyond +-{MAX_COEFFICIENT:g}")
+    for name in ("coefficients", *(SHADOW_NAMES if manifest.shadow else ())):
+        require((np.abs(tensors[name]) <= MAX_COEFFICIENT).all(), name, f"beyond +-{MAX_COEFFICIENT:g}")
+    if manifest.shadow:
+        for name in ("shadow_margin", "shadow_candidate_share"):
+            require((tensors[name] >= 0).all(), name, "a number is negative")
+        require((tensors["shadow_candidate_share"] <= 1).all(), "shadow_candidate_share", "a share is above 1")
     edges = tensors["bucket_edges"].astype(np.int64)
     require(edges[0] >= 1 and (np.diff(edges) > 0).all(), "bucket_edges", "edges must be positive and ascend")
     for target in manifest.targets:

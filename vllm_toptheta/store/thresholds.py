@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_toptheta.errors import TargetOutOfRange
+from vllm_toptheta.errors import ShadowMissing
 from vllm_toptheta.store.curve import ThresholdCurve, interpolate
 from vllm_toptheta.store.expectations import Expectations
+from vllm_toptheta.store.position import locate, locate_k
 from vllm_toptheta.store.schema import Manifest
+from vllm_toptheta.store.shadow import ShadowKeys
 from vllm_toptheta.store.target import TargetSpec
 
 
@@ -29,6 +31,7 @@ class ThresholdStore:
             largest score, or what a target of another kind takes in its place.
         score_std: The same shape, its standard deviation; both are zero in a bucket without rows.
         expectations: What the thresholds keep and lose; None where nothing was measured.
+        shadow_keys: What mode `shadow` needs, or None; `shadow` is the same and refuses None.
     """
 
     folder: Path
@@ -39,6 +42,23 @@ class ThresholdStore:
     score_mean: NDArray[np.float32]
     score_std: NDArray[np.float32]
     expectations: Expectations | None
+    shadow_keys: ShadowKeys | None = None
+
+    @property
+    def shadow(self) -> ShadowKeys:
+        """What the store holds of shadow keys, for mode `shadow`.
+
+        Raises:
+            ShadowMissing: It was calibrated without them.
+        """
+        if self.shadow_keys is None:
+            raise ShadowMissing(
+                "these thresholds came without shadow keys",
+                file=self.folder,
+                field="shadow",
+                remedy="Calibrate the model again, with --mode shadow (toptheta calibrate --help)",
+            )
+        return self.shadow_keys
 
     def curve(self, target_k: int) -> ThresholdCurve:
         """Return theta(n) for a constant k, interpolated between the two calibrated neighbours if need be.
@@ -46,20 +66,10 @@ class ThresholdStore:
         Raises:
             TargetOutOfRange: `target_k` lies outside the calibrated ks.
         """
-        ks = self.manifest.target_ks
-        if not ks or not ks[0] <= target_k <= ks[-1]:
-            raise TargetOutOfRange(
-                f"no thresholds for k {target_k}; calibrated are {', '.join(map(str, ks or self.manifest.labels))}",
-                file=self.folder,
-                field="target_k",
-                remedy=f"Choose a k from {ks[0]} to {ks[-1]}, or calibrate with a wider --k"
-                if ks
-                else "Name one of them as the target, or calibrate with --k",
-            )
-        upper = next(index for index, k in enumerate(ks) if k >= target_k)
-        if ks[upper] == target_k:
-            return self._calibrated_curve(upper)
-        return interpolate(self._calibrated_curve(upper - 1), self._calibrated_curve(upper), target_k)
+        lower, upper, weight = locate_k(self.manifest, target_k, folder=self.folder)
+        if lower == upper:
+            return self._calibrated_curve(lower)
+        return interpolate(self._calibrated_curve(lower), self._calibrated_curve(upper), target_k, weight)
 
     def curve_of(self, label: str) -> ThresholdCurve:
         """Return theta(n) for a target by its label, such as k:64 or mass:0.98.
@@ -71,14 +81,7 @@ class ThresholdStore:
         spec = TargetSpec.parse(label)
         if spec.constant_k is not None:
             return self.curve(spec.constant_k)
-        if spec.label not in self.manifest.labels:
-            raise TargetOutOfRange(
-                f"no thresholds for {spec.label}; calibrated are {', '.join(self.manifest.labels)}",
-                file=self.folder,
-                field="target",
-                remedy=f"Choose one of them, or calibrate with --target {spec.label}",
-            )
-        return self._calibrated_curve(self.manifest.labels.index(spec.label))
+        return self._calibrated_curve(locate(self.manifest, label, folder=self.folder).lower)
 
     def _calibrated_curve(self, index: int) -> ThresholdCurve:
         target = self.manifest.targets[index]

@@ -1,0 +1,239 @@
+"""What shadow keys do while a model reads a text: moments of keys and queries, shortfalls of scores, candidates.
+
+Pure functions of tensors. `shadow.ShadowCalibration` adds up what they return.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_toptheta.calibration.blocks import sampled_blocks
+from vllm_toptheta.reference import (
+    KeyProjection,
+    ShadowQuery,
+    always_candidates,
+    encode_keys,
+    quantize_query,
+    shadow_scores,
+)
+
+__all__ = [
+    "MARGIN_EDGES",
+    "AlwaysRead",
+    "CandidateMeasures",
+    "KeyMoments",
+    "ScreenedRows",
+    "key_moments",
+    "measure_candidates",
+    "shortfall_histogram",
+]
+
+# margins that can come out, scaled logits: 2 % apart, so that their number does not grow with the size of scores
+_FIRST_MARGIN, _RATIO, _NUM_MARGINS = 0.01, 1.02, 582
+MARGIN_EDGES = torch.cat([torch.zeros(1), _FIRST_MARGIN * _RATIO ** torch.arange(_NUM_MARGINS)])
+# integers add up to the same sum in any order, which floats on a GPU do not
+_UNITS_PER_MASS = 1 << 40
+
+
+@dataclass(frozen=True)
+class AlwaysRead:
+    """Which keys are candidates whatever they score; in tokens.
+
+    Attributes:
+        num_sink: the first ones.
+        num_recent: the last ones.
+        block_size: of a page; that of the newest token has no codes yet.
+    """
+
+    num_sink: int
+    num_recent: int
+    block_size: int
+
+    def mask(self, lengths: Tensor, seq_len: int) -> Tensor:
+        """Returns `[num_rows, seq_len]` bool for rows that see `lengths` keys."""
+        return always_candidates(
+            lengths, seq_len, num_sink=self.num_sink, num_recent=self.num_recent, block_size=self.block_size
+        )
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """Moments of a sequence, float32.
+
+    Attributes:
+        num_keys: keys behind them.
+        key_mean: `[num_kv_heads, head_size]`.
+        key_covariance: `[num_kv_heads, head_size, head_size]`, over the keys themselves (division by their number).
+        query_moment: `[num_kv_heads, head_size, head_size]`, mean of q q^T over the queries of the group.
+    """
+
+    num_keys: int
+    key_mean: Tensor
+    key_covariance: Tensor
+    query_moment: Tensor
+
+
+@dataclass(frozen=True)
+class CandidateMeasures:
+    """What every sampled row reads, keeps and loses with some margins; 0 in rows that stay dense.
+
+    Attributes:
+        lost_mass: `[num_heads, num_rows]` float32, share of the softmax that no survivor holds.
+        estimate: the same shape, what r = 1 makes of that: exp(theta - m) for each discarded key, over the denominator.
+        candidates: `[num_kv_heads, num_rows]` int64, keys.
+    """
+
+    lost_mass: Tensor
+    estimate: Tensor
+    candidates: Tensor
+
+
+def key_moments(query: Tensor, key: Tensor) -> KeyMoments:
+    """Returns the moments from which a projection is fitted.
+
+    Args:
+        query: `[seq_len, num_heads, head_size]` float.
+        key: `[num_keys, num_kv_heads, head_size]` float, at least one.
+    """
+    keys = key.float().transpose(0, 1)
+    mean = keys.mean(dim=1)
+    centred = keys - mean[:, None]
+    # the queries of a group one below the other
+    queries = query.float().transpose(0, 1).unflatten(0, (key.shape[1], -1)).flatten(1, 2)
+    return KeyMoments(
+        num_keys=len(key),
+        key_mean=mean,
+        key_covariance=centred.mT @ centred / len(key),
+        query_moment=queries.mT @ queries / queries.shape[1],
+    )
+
+
+@dataclass(frozen=True)
+class ScreenedBlock:
+    """Some of the rows, for all heads; scores are scaled logits.
+
+    Attributes:
+        lengths: `[num_rows]` int64, the keys that the rows see.
+        scores: `[num_heads, num_rows, longest]` float32, minus infinity at later keys.
+        shadow_scores: the same shape, of the keys' shadows, later keys included.
+        thresholds: `[num_heads, num_rows, 1]` float32, infinity in rows that stay dense.
+        always_read: `[num_rows, longest]` bool, keys that are candidates whatever they score.
+    """
+
+    lengths: Tensor
+    scores: Tensor
+    shadow_scores: Tensor
+    thresholds: Tensor
+    always_read: Tensor
+
+
+@dataclass(frozen=True)
+class ScreenedRows:
+    """Sampled rows of a layer, and what screens the keys for them.
+
+    Attributes:
+        query: `[seq_len, num_heads, head_size]` float.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        lengths: `[num_rows]` int64 ascending, the keys that the sampled rows see; on the host.
+        thresholds: `[num_rows, num_heads]` float32, scaled logits.
+        dense_length: rows that see at most this many keys stay dense, and count for nothing.
+        projection: of the layer.
+        always_read: keys that are candidates whatever they score.
+        softmax_scale: factor on the products of query and key.
+        soft_cap: cap on the scores, scaled logits; None for a model without one.
+        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
+    """
+
+    query: Tensor
+    key: Tensor
+    lengths: Tensor
+    thresholds: Tensor
+    dense_length: int
+    projection: KeyProjection
+    always_read: AlwaysRead
+    softmax_scale: float
+    soft_cap: float | None = None
+    block_bytes: int | None = None
+
+    def blocks(self) -> Iterator[ScreenedBlock]:
+        """Yields the rows, as many at a time as a block may hold."""
+        lengths = self.lengths.to(self.query.device)
+        thresholds = self.thresholds.masked_fill(lengths[:, None] <= self.dense_length, torch.inf)
+        codes = encode_keys(self.key, self.projection)
+        sampled = quantize_query(self.query[lengths - 1], self.projection, softmax_scale=self.softmax_scale)
+        for block in sampled_blocks(
+            self.query,
+            self.key,
+            self.lengths,
+            softmax_scale=self.softmax_scale,
+            soft_cap=self.soft_cap,
+            block_bytes=self.block_bytes,
+        ):
+            longest = block.scores.shape[-1]
+            part = ShadowQuery(sampled.codes[block.rows], sampled.step[block.rows], sampled.offset[block.rows])
+            yield ScreenedBlock(
+                lengths=block.lengths,
+                scores=block.scores.flatten(0, 1),
+                shadow_scores=shadow_scores(part, codes[:longest], logits_soft_cap=self.soft_cap).transpose(0, 1),
+                thresholds=thresholds[block.rows].T.unsqueeze(-1),
+                always_read=self.always_read.mask(block.lengths, longest),
+            )
+
+
+def shortfall_histogram(rows: ScreenedRows) -> Tensor:
+    """Returns how much of the survivors' softmax mass needs which margin.
+
+    The shadow of a survivor falls short of the threshold by some number, which a margin has to cover; keys that are
+    always read need none.
+
+    Args:
+        rows: what to look at.
+
+    Returns:
+        `[num_heads, len(MARGIN_EDGES)]` int64: the mass that needs a margin of that edge and no smaller one, in
+        2^-40 of a row's softmax. What needs more than the largest is counted there.
+    """
+    num_heads, num_margins, device = rows.query.shape[1], len(MARGIN_EDGES), rows.query.device
+    histogram = torch.zeros(num_heads * num_margins, dtype=torch.int64, device=device)
+    first_of_head = torch.arange(num_heads, device=device)[:, None, None] * num_margins
+    for block in rows.blocks():
+        mass = (block.scores - block.scores.logsumexp(dim=-1, keepdim=True)).exp_()
+        mass.masked_fill_(block.scores < block.thresholds, 0.0)
+        shortfall = (block.thresholds - block.shadow_scores).masked_fill_(block.always_read, 0.0)
+        # a hair more than the logarithm says, so that rounding never makes a margin too small
+        steps = (shortfall.clamp(min=_FIRST_MARGIN) / _FIRST_MARGIN).log_().div_(math.log(_RATIO)).add_(1e-3).ceil_()
+        place = steps.add_(1.0).clamp_(max=num_margins - 1).masked_fill_(shortfall <= 0, 0.0).long()
+        units = mass.mul_(_UNITS_PER_MASS).long()
+        histogram.scatter_add_(0, place.add_(first_of_head).flatten(), units.flatten())
+    return histogram.unflatten(0, (num_heads, num_margins))
+
+
+def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
+    """Returns what rows keep and lose in mode `shadow`.
+
+    Args:
+        rows: what to look at.
+        margin: `[num_heads]` float32, scaled logits.
+    """
+    num_heads, num_kv_heads, device = rows.query.shape[1], rows.key.shape[1], rows.query.device
+    masses, candidate_counts = [], []
+    for block in rows.blocks():
+        scores, thresholds, lengths = block.scores, block.thresholds, block.lengths
+        is_sparse = lengths > rows.dense_length
+        visible = torch.arange(scores.shape[-1], device=device) < lengths[:, None]
+        wanted = (block.shadow_scores >= thresholds - margin[:, None, None]) & visible
+        candidates = wanted.unflatten(0, (num_kv_heads, -1)).any(dim=1) | block.always_read
+        survivors = (scores >= thresholds) & candidates.repeat_interleave(num_heads // num_kv_heads, dim=0)
+        log_denominator = scores.logsumexp(dim=-1)
+        # a threshold above every score stops there, as in `reference.Compensation`
+        level = torch.minimum(thresholds.squeeze(-1), scores.amax(dim=-1)) - log_denominator
+        mass = (scores - log_denominator.unsqueeze(-1)).exp_()
+        lost_mass = mass.masked_fill_(survivors, 0.0).sum(dim=-1)
+        estimate = (lengths - survivors.sum(dim=-1)) * level.exp()
+        masses.append(torch.stack([lost_mass, estimate]) * is_sparse)
+        candidate_counts.append(candidates.sum(dim=-1) * is_sparse)
+    lost_mass, estimate = torch.cat(masses, dim=-1)
+    return CandidateMeasures(lost_mass, estimate, torch.cat(candidate_counts, dim=-1))

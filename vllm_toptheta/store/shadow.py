@@ -1,0 +1,194 @@
+"""The optional section of a store for shadow keys: what keys are projected on, and which of them are candidates.
+
+`vllm_toptheta/reference/shadow.py` says what the numbers mean, docs/shadow.md how they are calibrated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
+
+from vllm_toptheta.store.fields import MAX_TOKENS, StrictModel, Tokens
+from vllm_toptheta.store.position import locate
+
+if TYPE_CHECKING:
+    from vllm_toptheta.store.schema import Manifest
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+_MAX_LOG_SCALE = math.log(1e6)  # keeps the missing mass of a row finite in float32
+
+SHADOW_NAMES = (
+    "shadow_encoder",
+    "shadow_decoder",
+    "shadow_key_mean",
+    "shadow_margin",
+    "shadow_scale_coefficients",
+    "shadow_candidate_share",
+)
+
+
+class ShadowSection(StrictModel):
+    """What manifest.yaml says of shadow keys."""
+
+    num_channels: int = Field(ge=2, le=1024, description="Directions that a key is projected on, 4 bits each.")
+    num_sink: int = Field(ge=0, le=MAX_TOKENS, description="First keys that are always candidates.")
+    num_recent: int = Field(ge=0, le=MAX_TOKENS, description="Last keys that are always candidates.")
+    block_size: Tokens = Field(
+        description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
+    )
+    candidate_mass: float = Field(
+        gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
+    )
+    candidate_share: Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=64)] = Field(
+        description="Expected candidates over keys for each target, mean of the kv heads of sparse layers."
+    )
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if self.num_channels % 2:
+            raise ValueError(f"num_channels must be even, got {self.num_channels}")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ShadowProjection:
+    """What the keys of one layer are projected on; views, read-only.
+
+    Attributes:
+        encoder: `[num_kv_heads, head_size, num_channels]` float32, from keys to steps.
+        decoder: `[num_kv_heads, num_channels, head_size]` float32, from steps to keys.
+        key_mean: `[num_kv_heads, head_size]` float32.
+    """
+
+    encoder: NDArray[np.float32]
+    decoder: NDArray[np.float32]
+    key_mean: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class ShadowKeys:
+    """What a store holds of shadow keys. All arrays are read-only.
+
+    Layers with a sliding window have no shadow keys; their numbers are zero.
+
+    Attributes:
+        folder: Of the store.
+        manifest: Of the store, with a section `shadow`.
+        encoder: `[num_layers, num_kv_heads, head_size, num_channels]` float32.
+        decoder: `[num_layers, num_kv_heads, num_channels, head_size]` float32.
+        key_mean: `[num_layers, num_kv_heads, head_size]` float32.
+        margins: `[num_layers, num_heads, num_targets]` float32, scaled logits.
+        scale_coefficients: `[num_layers, num_heads, num_targets, 2]` float32, ln r = c_0 + c_1 ln n.
+        candidate_shares: `[num_layers, num_kv_heads, num_targets]` float32.
+    """
+
+    folder: Path
+    manifest: Manifest
+    encoder: NDArray[np.float32]
+    decoder: NDArray[np.float32]
+    key_mean: NDArray[np.float32]
+    margins: NDArray[np.float32]
+    scale_coefficients: NDArray[np.float32]
+    candidate_shares: NDArray[np.float32]
+
+    @property
+    def section(self) -> ShadowSection:
+        """What the manifest says: channels, tokens that are always candidates, and the rest."""
+        assert self.manifest.shadow is not None  # noqa: S101 - what an instance is made from
+        return self.manifest.shadow
+
+    def projection(self, layer_idx: int) -> ShadowProjection:
+        """Return what the keys of a layer are projected on.
+
+        Args:
+            layer_idx: Which layer, from 0.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        return ShadowProjection(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
+
+    def margin(self, target: str) -> NDArray[np.float32]:
+        """Return how far below theta the score of a shadow may be for its key to be a candidate.
+
+        Args:
+            target: A label, such as k:64. A constant k between two calibrated ones is interpolated, linear in ln k.
+
+        Returns:
+            `[num_layers, num_heads]` float32, scaled logits, not negative.
+
+        Raises:
+            SettingsError: It is no label.
+            TargetOutOfRange: It was not calibrated.
+        """
+        return self._at(self.margins, target)
+
+    def log_scale(self, target: str) -> NDArray[np.float32]:
+        """Return the coefficients of ln r for rows of n tokens: ln r = c_0 + c_1 ln n, n clamped as for theta.
+
+        Args:
+            target: As for `margin`.
+
+        Returns:
+            `[num_layers, num_heads, 2]` float32.
+
+        Raises:
+            SettingsError: It is no label.
+            TargetOutOfRange: It was not calibrated.
+        """
+        return self._at(self.scale_coefficients, target, axis=-2)
+
+    def exp_threshold_scale(self, target: str, seq_len: ArrayLike) -> NDArray[np.float32]:
+        """Return r: a key that is discarded enters the softmax denominator as r * exp(theta - m).
+
+        That of mode `values`, `ThresholdCurve.expected("exp_threshold_scale", n)`, is another: there no survivor is
+        missed.
+
+        Args:
+            target: As for `margin`.
+            seq_len: Cached keys including the query's own, in tokens; an integer or an array of them.
+
+        Returns:
+            `[*seq_len.shape, num_layers, num_heads]` float32.
+
+        Raises:
+            SettingsError: It is no label.
+            TargetOutOfRange: It was not calibrated.
+        """
+        place = locate(self.manifest, target, folder=self.folder)
+        targets = [self.manifest.targets[index] for index in (place.lower, place.upper)]
+        # of a k between two, the lengths that both cover, as for theta
+        shortest, longest = max(one.min_length for one in targets), min(one.max_length for one in targets)
+        log_length = np.log(np.clip(np.asarray(seq_len, np.float64), shortest, longest))[..., None, None]
+        coefficients = self.log_scale(target).astype(np.float64)
+        log_scale = coefficients[..., 0] + coefficients[..., 1] * log_length
+        return np.asarray(np.exp(np.minimum(log_scale, _MAX_LOG_SCALE)), np.float32)
+
+    def candidate_share(self, target: str) -> NDArray[np.float32]:
+        """Return the share of keys that are candidates, at the lengths of the calibration.
+
+        Args:
+            target: As for `margin`.
+
+        Returns:
+            `[num_layers, num_kv_heads]` float32.
+
+        Raises:
+            SettingsError: It is no label.
+            TargetOutOfRange: It was not calibrated.
+        """
+        return self._at(self.candidate_shares, target)
+
+    def _at(self, array: NDArray[np.float32], target: str, *, axis: int = -1) -> NDArray[np.float32]:
+        place = locate(self.manifest, target, folder=self.folder)
+        lower, upper = np.take(array, place.lower, axis=axis), np.take(array, place.upper, axis=axis)
+        mixed: NDArray[np.float32] = ((1 - place.weight) * lower + place.weight * upper).astype(np.float32)
+        mixed.flags.writeable = False
+        return mixed
