@@ -27,6 +27,20 @@ IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module")
+def dense(model: Path, text_ids: list[int]) -> dict[str, Any]:
+    """vLLM's own backend."""
+    return generate(model=str(model), prompts=cut(text_ids, LENGTHS), max_tokens=MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def k32(model: Path, text_ids: list[int]) -> dict[str, Any]:
+    """Another target than the default."""
+    prompts = cut(text_ids, LENGTHS)
+    options = {"target_k": 32}
+    return generate(model=str(model), backend="toptheta", options=options, prompts=prompts, max_tokens=MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
 def eager(model: Path, text_ids: list[int]) -> dict[str, Any]:
     """No graphs at all."""
     return generate(
@@ -61,15 +75,19 @@ def test_decoding_runs_in_full_graphs(model: Path, text_ids: list[int], eager: d
 
 @pytest.mark.parametrize("runner", ["0", "1"], ids=["V1 runner", "V2 runner"])
 def test_requests_choose_how_a_graph_decodes_them(
-    model: Path, text_ids: list[int], eager: dict[str, Any], runner: str
+    model: Path,
+    text_ids: list[int],
+    dense: dict[str, Any],
+    eager: dict[str, Any],
+    k32: dict[str, Any],
+    runner: str,
 ) -> None:
-    config = {"model": str(model), "prompts": cut(text_ids, LENGTHS), "max_tokens": MAX_TOKENS}
-    dense = generate(**config)
-    k32 = generate(**config, backend="toptheta", options={"target_k": 32})
     mixed = generate(
         {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
-        **config,
+        model=str(model),
         backend="toptheta",
+        prompts=cut(text_ids, LENGTHS),
+        max_tokens=MAX_TOKENS,
         asked=["dense", None, "k:32"],
         engine=FULL_AND_PIECEWISE,
     )
@@ -79,8 +97,8 @@ def test_requests_choose_how_a_graph_decodes_them(
     assert stats["requests"] == {"dense": 1, "k:32": 1}
     assert stats["asked_tokens"] == 2 * (MAX_TOKENS - 1)
     assert {sum(layer["counts"]) for layer in stats["lost_mass"]} == {9 * (MAX_TOKENS - 1)}
-    runs = (dense, eager, k32)
-    assert_same_text(mixed, {"outputs": [run["outputs"][index] for index, run in enumerate(runs)]})
+    outputs = [run["outputs"][index] for index, run in enumerate((dense, eager, k32))]
+    assert_same_text(mixed, {"outputs": outputs})
 
 
 def test_without_graphs_the_decode_step_is_called(model: Path, text_ids: list[int]) -> None:
