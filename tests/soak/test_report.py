@@ -36,6 +36,7 @@ def report(load: Endings = CLEAN, held: float = 0.0, different: tuple[str, ...] 
         device="a CPU",
         command="toptheta serve model",
         versions={"vllm": "0.32"},
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
         prompt_tokens=(16, 3000),
         load=Load(seconds=600, endings=load, preemptions=3, held={HELD[0]: held}),
         texts=texts,

@@ -101,6 +101,9 @@ class SoakReport(BaseModel):
     device: str
     command: str = Field(description="That of the server, paths left out; its URL if it was there already.")
     versions: dict[str, str]
+    environment: dict[str, str] = Field(
+        description="Variables that the server inherited and its speed or memory depends on, paths left out."
+    )
     prompt_tokens: tuple[int, int] = Field(description="Of the shortest and of the longest prompt.")
     load: Load
     texts: Texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import time
@@ -20,6 +21,7 @@ from vllm_toptheta.soak.texts import compare
 from vllm_toptheta.soak.traffic import Behaviour, Prompt, make_prompts, sample_text
 
 _SETTLING_SECONDS = 60.0  # within which a server that nobody asks has let go of everything
+_SETTINGS = ("LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "TOPTHETA_", "VLLM_CPU_")
 _UNDER_WAY_SECONDS = 3.0  # that requests have been in flight before the server is stopped
 _PRE_STOP_SECONDS = 2.0  # at least between the last request and SIGTERM
 _FOLLOWING_SECONDS = 10.0  # within which the other processes have to follow the first one
@@ -80,6 +82,7 @@ async def _soak(
             device=_device(),
             command=shlex.join(Path(word).name if word.startswith("/") else word for word in command) or client.url,
             versions=_versions(),
+            environment=server_environment() if command else {},
             prompt_tokens=(len(prompts[0].token_ids), len(prompts[-1].token_ids)),
             load=load,
             texts=compare(outcomes, quiet, config.rounding),
@@ -221,6 +224,12 @@ async def _under_way(config: SoakConfig, client: SoakClient, prompts: Sequence[P
     crowd = Crowd(client, prompts, size=config.disturbed, seed=config.seed + 1)
     await asyncio.sleep(_UNDER_WAY_SECONDS)
     return crowd
+
+
+def server_environment() -> dict[str, str]:
+    """Variables that the server inherits and its speed or memory depends on."""
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)}
+    return {name: Path(value).name if value.startswith("/") else value for name, value in settings.items()}
 
 
 def _versions() -> dict[str, str]:
