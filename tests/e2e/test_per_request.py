@@ -26,7 +26,7 @@ TIGHT_LENGTHS = [305] * len(ASKED)
 
 @pytest.fixture(scope="module")
 def servers(model: Path, text_ids: list[int]) -> dict[str | None, dict[str, Any]]:
-    """Every prompt on engines that do nothing else than one of the requests asks for; k:128 is the common setting."""
+    """Every prompt on engines that do nothing else than one of the requests asks for; rows:128 is the default."""
 
     def one(**config: Any) -> dict[str, Any]:
         prompts = cut(text_ids, LENGTHS + TIGHT_LENGTHS)
@@ -107,11 +107,11 @@ def test_tensor_parallel(tiny_llama: dict[str, str]) -> None:
 
 
 def test_an_offline_engine_refuses_what_it_does_not_have(model: Path) -> None:
-    with pytest.raises(RuntimeError, match="vllm_xargs.toptheta: a request can ask for dense, k:128, k:32, k:64"):
+    with pytest.raises(RuntimeError, match="vllm_xargs.toptheta: a request can ask for dense, rows:128, k:32, k:64"):
         generate(model=str(model), backend="toptheta", prompts=[[1, 2, 3]], asked=["k:100"], max_tokens=2)
 
 
-KNOWN = "a request can ask for dense, k:128, k:32, k:64, k:256, "
+KNOWN = "a request can ask for dense, rows:128, k:32, k:64, k:128, k:256, "
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -132,14 +132,14 @@ def test_beam_search_is_refused(server: Server) -> None:
     assert "beam search decodes as the server does" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("asked", ["dense", "k:64", 64, "64", 128])
+@pytest.mark.parametrize("asked", ["dense", "k:64", 64, "64", "rows:128"])
 def test_a_server_gives_what_is_asked_for(server: Server, text_ids: list[int], asked: Any) -> None:
     before = server.stats()
     body = {"prompt": text_ids[:500], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     server.post("/v1/completions", **body, vllm_xargs={"toptheta": asked})
     after = server.stats()
-    label = "dense" if asked == "dense" else f"k:{str(asked).removeprefix('k:')}"
+    label = asked if asked in ("dense", "rows:128") else f"k:{str(asked).removeprefix('k:')}"
     assert after["requests"][label] - before["requests"].get(label, 0) == 1
-    assert after["asked_tokens"] - before["asked_tokens"] == (0 if asked == 128 else 7)
+    assert after["asked_tokens"] - before["asked_tokens"] == (0 if asked == "rows:128" else 7)
     metrics = server.get("/metrics").text
     assert f'toptheta_requests_total{{level="{label}"}} {float(after["requests"][label])}' in metrics
