@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
+from vllm_toptheta.kernels.channels import channels_for
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, Manifest, ThresholdCurve
+from vllm_toptheta.store import Architecture, Manifest, ShadowKeys, ThresholdCurve
 
 # closest to dense attention at the rows that it reads (docs/accuracy.md), then what every store has
 DEFAULT_TARGETS = ("rows:128", "k:128")
@@ -23,6 +24,7 @@ class Selection:
         origin: Where the thresholds lie, or why there are none.
         dense_layers: Layers that read everything.
         others: theta(n) at the store's other targets.
+        shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
     """
 
     curve: ThresholdCurve | None
@@ -30,6 +32,7 @@ class Selection:
     origin: str
     dense_layers: frozenset[int]
     others: tuple[ThresholdCurve, ...] = ()
+    shadow: ShadowKeys | None = None
 
 
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -42,8 +45,9 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
 
     Raises:
         SettingsError: An option does not fit the model.
-        StoreError: Thresholds are missing, damaged, made for another architecture or lack the target.
-        UnsupportedError: The thresholds apply after the softmax.
+        StoreError: Thresholds are missing, damaged, made for another architecture or lack the target, or what the mode
+            needs.
+        UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys.
     """
     try:
         folder = store.resolve(model, thresholds=settings.thresholds)
@@ -72,7 +76,27 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         )
     curve = thresholds.curve_of(_target(settings, manifest))
     others = tuple(thresholds.curve_of(label) for label in manifest.labels if label != curve.label)
-    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers), others)
+    shadow = thresholds.shadow if settings.mode == "shadow" else None
+    if shadow is not None:
+        _check_channels(shadow)
+    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers), others, shadow)
+
+
+def _check_channels(shadow: ShadowKeys) -> None:
+    """Refuse shadow keys that there are no kernels for.
+
+    Raises:
+        UnsupportedError: Their number of channels is none of those.
+    """
+    head_size = shadow.manifest.architecture.head_size
+    if shadow.section.num_channels not in channels_for(head_size):
+        allowed = " or ".join(map(str, channels_for(head_size)))
+        raise UnsupportedError(
+            f"mode shadow has no kernels for {shadow.section.num_channels} channels of heads of {head_size}",
+            file=shadow.folder,
+            field="shadow.num_channels",
+            remedy=f"Calibrate with {allowed} channels, or serve in mode values" if allowed else "Serve in mode values",
+        )
 
 
 def _target(settings: Settings, manifest: Manifest) -> str:

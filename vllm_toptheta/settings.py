@@ -42,7 +42,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
-    mode: Literal["values"] = Field("values", description="What is skipped: value rows below the threshold.")
+    mode: Literal["values", "shadow"] = Field(
+        "values",
+        description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits, "
+        "where thresholds were calibrated with --mode shadow.",
+    )
     thresholds: Path | None = Field(
         None, description="A threshold store, or a directory of stores; the shipped ones if not given."
     )
@@ -56,7 +60,9 @@ class Settings(BaseSettings):
         None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
-        "sdc+vmc", description="Exact softmax denominator (sdc) and mean value for the lost mass (vmc)."
+        "sdc+vmc",
+        description="Softmax denominator of all keys (sdc), estimated in mode shadow, else exact; mean value for the "
+        "lost mass (vmc).",
     )
     dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None, description="Layers that read everything, as a list or '0,1'; those of the manifest if not given."
@@ -72,7 +78,8 @@ class Settings(BaseSettings):
     )
     guard: Literal["off", "warn", "relax"] = Field(
         "relax",
-        description="What to do in layers that lose more than the calibration text did: lower thresholds, or say so.",
+        description="What to do in layers that lose more than the calibration text did: lower thresholds, or say so. "
+        "Off in mode shadow, which only estimates what is lost.",
     )
     guard_share: float = Field(
         0.25,

@@ -7,23 +7,15 @@ and both sides compute scores in float32 from the same rounded keys, so survivor
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.config import VllmConfig
 
-from tests.kernels.paged import empty_cache
+from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
 from vllm_toptheta.backend import cpu, plugin
 from vllm_toptheta.kernels.cpu import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
-
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
-SCALE = HEAD_SIZE**-0.5
-TARGET_K = 128
 
 # (sequence lengths after the step, new tokens of each)
 BATCHES = {
@@ -39,95 +31,6 @@ BATCHES = {
     "single_prefill": ([1024], [64]),
     "prefills_among_decodes": ([300, 700, 129, 900], [7, 1, 129, 1]),
 }
-
-
-class Step(NamedTuple):
-    """One engine step over all sequences."""
-
-    seq_lens: list[int]
-    query_lens: list[int]
-    is_prefilling: list[bool]
-
-
-class Harness:
-    """Three layers of a model on pages in random order, with NaN wherever nothing has been written."""
-
-    def __init__(self, config: VllmConfig, block_size: int, max_lens: list[int], seed: int = 42) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.block_size = block_size
-        self.dtype = config.model_config.dtype
-        with set_current_vllm_config(config):
-            self.layers = [
-                Attention(
-                    NUM_HEADS,
-                    HEAD_SIZE,
-                    SCALE,
-                    NUM_KV_HEADS,
-                    cache_config=config.cache_config,
-                    prefix=f"model.layers.{index}.self_attn.attn",
-                )
-                for index in (0, 1, 3)
-            ]
-        names = [layer.layer_name for layer in self.layers]
-        spec = self.layers[0].get_kv_cache_spec(config)
-        self.spec = cpu.CpuTopThetaBackend.customize_spec(spec)
-        self.builder = cpu.CpuMetadataBuilder(self.spec, names, config, torch.device("cpu"))
-        width = max(-(-length // block_size) for length in max_lens)
-        num_blocks = width * len(max_lens) + 1
-        self.block_table = (torch.randperm(num_blocks - 1, generator=self.generator).int() + 1).view(-1, width)
-        self.caches = [empty_cache(num_blocks, NUM_KV_HEADS, block_size, HEAD_SIZE, self.dtype) for _ in self.layers]
-
-    def run(self, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Random tokens through every layer: the query [num_tokens, heads, head_size] and each layer's output."""
-        seq_lens, query_lens = torch.tensor(step.seq_lens), torch.tensor(step.query_lens)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), query_lens.cumsum(0)])
-        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(step.seq_lens, step.query_lens, strict=True)])
-        rows = torch.repeat_interleave(torch.arange(len(seq_lens)), query_lens)
-        blocks = self.block_table[rows, positions // self.block_size].long()
-        common = CommonAttentionMetadata(
-            query_start_loc=starts.int(),
-            query_start_loc_cpu=starts.int(),
-            seq_lens=seq_lens.int(),
-            num_reqs=len(seq_lens),
-            num_actual_tokens=len(positions),
-            max_query_len=max(step.query_lens),
-            max_seq_len=max(step.seq_lens),
-            block_table_tensor=self.block_table,
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
-            is_prefilling=torch.tensor(step.is_prefilling),
-        )
-        metadata = self.builder.build(0, common)
-        query = torch.randn(len(positions), NUM_HEADS, HEAD_SIZE, generator=self.generator).to(self.dtype)
-        outputs = []
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            key, value = torch.randn(2, len(positions), NUM_KV_HEADS, HEAD_SIZE, generator=self.generator).to(
-                self.dtype
-            )
-            layer.impl.do_kv_cache_update(layer, key, value, cache, common.slot_mapping)
-            output = torch.full_like(query, torch.nan)
-            outputs.append(layer.impl.forward(layer, query, key, value, cache, metadata, output))
-        return query, outputs
-
-    def expected(self, step: Step, query: torch.Tensor, layer: int) -> torch.Tensor:
-        """The reference's output of one layer in float32: thresholds for decoding rows, dense otherwise."""
-        starts = torch.tensor([0, *step.query_lens]).cumsum(0)
-        threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
-        if layer > 0:
-            for row, (length, new, prefilling) in enumerate(
-                zip(step.seq_lens, step.query_lens, step.is_prefilling, strict=True)
-            ):
-                if new == 1 and not prefilling:
-                    threshold[starts[row]] = 0.4 + 0.1 * torch.tensor(float(max(length, 129))).log()
-        return paged_top_theta_attention(
-            query,
-            torch.cat(split_cache(self.caches[layer]), dim=-1),
-            self.block_table,
-            torch.tensor(step.seq_lens),
-            starts,
-            threshold=threshold,
-            target_k=TARGET_K,
-            softmax_scale=SCALE,
-        ).output
 
 
 @pytest.fixture(autouse=True)
@@ -201,18 +104,6 @@ def test_prompts_by_thresholds(make_config: Callable[..., VllmConfig], chunks: l
             assert is_dense or expected.lost_mass.max() > 0
             torch.testing.assert_close(outputs[layer], expected.output, rtol=1e-4, atol=2e-5)
     assert not harness.layers[1].impl.layer_plan.counters.totals.any()  # they count what is decoded
-
-
-def asking(harness: Harness, wishes: list[Any]) -> None:
-    """Let the rows of the next step ask for something."""
-    new = [
-        SimpleNamespace(
-            req_id=str(row), prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args={"toptheta": wish})
-        )
-        for row, wish in enumerate(wishes)
-    ]
-    ids = [request.req_id for request in new]
-    harness.builder.requests.step(new, set(ids), ids)
 
 
 def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig]) -> None:

@@ -66,9 +66,17 @@ def test_float8_pages_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config:
 def test_prompts_by_thresholds_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
     make_config({"prefill": "threshold"})
     monkeypatch.setattr(type(gates.current_platform), "is_cpu", lambda self: False)
-    gates.check_settings(Settings.load({}))
+    gates.check_settings(Settings.load({}), make_config())
     with pytest.raises(errors.UnsupportedError, match="prefill: prompts attend by thresholds on CPUs only"):
-        gates.check_settings(Settings.load({"prefill": "threshold"}))
+        gates.check_settings(Settings.load({"prefill": "threshold"}), make_config())
+
+
+def test_shadow_keys_are_for_16_bits(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.cache_config.cache_dtype = "fp8_e4m3"
+    gates.check_settings(Settings.load({}), config)
+    with pytest.raises(errors.UnsupportedError, match=r"^mode: mode shadow is not supported with --kv-cache-dtype fp8"):
+        gates.check_settings(Settings.load({"mode": "shadow"}), config)
 
 
 def test_every_reason_is_named_at_once() -> None:

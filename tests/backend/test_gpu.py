@@ -9,155 +9,14 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 
-from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
-from tests.kernels.paged import empty_cache
-from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
-from vllm_toptheta.backend.levels import Levels
-from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.watch import Watch
+from tests.backend.gpu_engine import NUM_HEADS, THETA, Engine, asking
+from tests.kernels.decode_case import RUNS_HERE, WHY_NOT
 from vllm_toptheta.backend.worker import forget_warm_up
-from vllm_toptheta.kernels.decode import DecodeWorkspace
-from vllm_toptheta.reference import paged_top_theta_attention
-from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, ThresholdCurve
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
-
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
-SCALES = {"_q_scale": 0.9, "_k_scale": 1.1, "_v_scale": 0.7}  # of a layer with a float8 cache
-SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
-
-
-class Engine:
-    """One sparse layer and what vLLM does around it, step by step."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], *, float8: bool = False, refusal: str | None = None
-    ) -> None:
-        self.float8 = float8
-        ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
-        scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
-        self.layer = SimpleNamespace(**scales) if float8 else ones
-        self.generator = torch.Generator().manual_seed(7)
-        self.dense_rows: list[int] = []
-        monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", self.flash_attention_build)
-        monkeypatch.setattr(FlashAttentionImpl, "forward", self.flash_attention_forward)
-        monkeypatch.setattr(GpuTopThetaImpl, "_workspace", self.workspace)
-        coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
-        curve = ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096, label="k:8")
-        other = [ThresholdCurve(4, coefficients + 0.5, 5, 4096, label="k:4")]
-        plan = Plan(
-            settings=Settings.load({"target_k": TARGET_K}),
-            curve=curve,
-            model_id="acme/tiny",
-            origin="a test",
-            dense_layers=frozenset({0}),
-            architecture=Architecture(
-                num_layers=2, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, rope={}
-            ),
-            levels=Levels(curve, tuple(other), refusal=refusal),
-        )
-        self.impl = GpuTopThetaImpl.__new__(GpuTopThetaImpl)
-        self.impl.num_heads, self.impl.num_kv_heads, self.impl.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
-        self.impl.scale, self.impl.logits_soft_cap = SCALE, 0
-        self.impl.kv_cache_dtype = "fp8" if float8 else "auto"
-        self.impl.plan = plan
-        self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
-        self.impl.requests = RequestLevels(plan.levels, len(max_lens), DEVICE)
-        self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
-        self.builder.watch = Watch([self.impl.layer_plan], relaxes=True)
-        width = max(-(-length // BLOCK_SIZE) for length in max_lens)
-        num_blocks = 1 + width * len(max_lens)
-        order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
-        self.block_table = order.view(len(max_lens), width).to(DEVICE)
-        dtype = FLOAT8 if float8 else torch.float16
-        pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype, DEVICE)
-        self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
-
-    def step(
-        self, rows: list[int], seq_lens: list[int], query_lens: list[int], thetas: list[float] | None = None
-    ) -> torch.Tensor:
-        """Run one step over the sequences in `rows`; largest error against the reference's rows."""
-        lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int()
-        block_table = self.block_table[rows]
-        query = self.random(int(starts[-1]), NUM_HEADS)
-        for row, (length, new) in enumerate(zip(seq_lens, query_lens, strict=True)):
-            positions = torch.arange(length - new, length, device=DEVICE)
-            blocks = block_table[row, positions // BLOCK_SIZE].long()
-            self.kv_cache[blocks, :, positions % BLOCK_SIZE] = torch.cat(
-                [self.random(new, NUM_KV_HEADS), self.random(new, NUM_KV_HEADS)], dim=-1
-            ).view(self.kv_cache.dtype)
-        common = CommonAttentionMetadata(
-            query_start_loc=starts.to(DEVICE),
-            query_start_loc_cpu=starts,
-            seq_lens=lens.int().to(DEVICE),
-            num_reqs=len(rows),
-            num_actual_tokens=len(query),
-            max_query_len=max(query_lens),
-            max_seq_len=max(seq_lens),
-            block_table_tensor=block_table,
-            slot_mapping=torch.zeros(len(query), dtype=torch.int64, device=DEVICE),
-        )
-        self.dense_rows = []
-        output = torch.full_like(query, torch.nan, dtype=torch.float16)
-        self.impl.forward(self.layer, query, query, query, self.kv_cache, self.builder.build(0, common), output)
-        is_decode = torch.repeat_interleave(news == 1, news)
-        theta = torch.repeat_interleave(torch.tensor(thetas or [THETA] * len(rows)), news)
-        threshold = torch.where(is_decode, theta, -torch.inf)[:, None].expand(-1, NUM_HEADS)
-        expected = self.reference(query, block_table, lens, starts, threshold)
-        return (output.float() - expected).abs().amax(dim=(1, 2))
-
-    def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
-        values = torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator)
-        return values.to(FLOAT8 if self.float8 else torch.float16).to(DEVICE)
-
-    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
-        kv_cache = self.kv_cache
-        if self.float8:
-            query = query.float() * SCALES["_q_scale"]
-            scale = torch.tensor([SCALES["_k_scale"], SCALES["_v_scale"]], device=DEVICE)
-            kv_cache = kv_cache.view(FLOAT8).float() * scale.repeat_interleave(HEAD_SIZE)
-        return paged_top_theta_attention(
-            query,
-            kv_cache,
-            block_table,
-            lens,
-            starts,
-            threshold=threshold.to(query.device),
-            target_k=TARGET_K,
-            softmax_scale=SCALE,
-        ).output
-
-    def flash_attention_build(self, prefix: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-        return SimpleNamespace(
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            query_start_loc=common.query_start_loc,
-            num_actual_tokens=common.num_actual_tokens,
-        )
-
-    def flash_attention_forward(
-        self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
-    ) -> torch.Tensor:
-        self.dense_rows.append(metadata.num_actual_tokens)
-        everything = torch.full((len(query), NUM_HEADS), -torch.inf)
-        output.copy_(
-            self.reference(query, metadata.block_table, metadata.seq_lens, metadata.query_start_loc, everything)
-        )
-        return output
-
-    def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> DecodeWorkspace:
-        return DecodeWorkspace.allocate(
-            num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, kv_dtype=torch.float16, device=device
-        )
 
 
 def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,12 +40,7 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch, [60, 90, 90])
-    new = [
-        SimpleNamespace(
-            req_id=name, prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args=asked and {"toptheta": asked})
-        )
-        for name, asked in {"plain": None, "dense": "dense", "k": 4}.items()
-    ]
+    new = asking(plain=None, dense="dense", k=4)
     requests = engine.impl.requests
     rules = requests.rules
     requests.step(new, {"plain", "dense", "k"}, ["plain", "dense", "k"])

@@ -10,7 +10,8 @@ import torch
 from vllm.config import VllmConfig
 
 from tests import store_factory
-from vllm_toptheta import errors
+from tests.shadow_store import make_shadow_store
+from vllm_toptheta import errors, store
 from vllm_toptheta.backend import plugin
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import Plan
@@ -82,6 +83,53 @@ def test_the_default_target_is_the_best_calibrated_one(make_config: MakeConfig, 
         assert curve.label == label
 
 
+def test_shadow_keys_of_every_level(make_config: MakeConfig, shadow_folder: Path) -> None:
+    plan = Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": "shadow", "target_k": 64}))
+    stored = store.load(shadow_folder).shadow
+    assert (plan.code_bytes, plan.guard_state) == (16, "unmeasured")
+    layer_plan = plan.for_layer(2, num_heads=3, num_kv_heads=1, rank=1)
+    assert layer_plan is not None
+    shadow = layer_plan.shadow
+    assert shadow is not None
+    assert (shadow.num_sink, shadow.num_recent, shadow.code_bytes) == (4, 8, 16)
+    assert torch.equal(shadow.projection.encoder, torch.tensor(stored.encoder[2, 1:2]))
+    # the server's own, dense, k:8 and k:128
+    assert shadow.margin.shape == (4, 3)
+    for level, label in ((0, "k:64"), (2, "k:8"), (3, "k:128")):
+        assert torch.equal(shadow.margin[level], torch.tensor(stored.margin(label)[2, 3:6]))
+    lengths = torch.tensor([100, 1000, 9000])
+    scales = shadow.scales(plan.log_lengths(lengths, plan.levels.rules()[COMMON]), COMMON)
+    expected = stored.exp_threshold_scale("k:64", lengths.numpy())[:, 2, 3:6]
+    torch.testing.assert_close(scales, torch.from_numpy(expected.copy()))
+    assert Plan.resolve(make_config({"thresholds": str(shadow_folder)})).code_bytes == 0
+
+
+def test_the_guard_does_not_trust_an_estimate(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "measured"
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    make_shadow_store(folder, measured=True, **shape)
+    for mode, state in (("values", "relax"), ("shadow", "unmeasured")):
+        plan = Plan.resolve(make_config({"thresholds": str(folder), "mode": mode}))
+        layer_plan = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
+        assert layer_plan is not None
+        assert plan.guard_state == state
+        assert (layer_plan.guard is None) == (mode == "shadow")
+    off = make_config({"thresholds": str(folder), "mode": "shadow", "guard": "off"})
+    assert Plan.resolve(off).guard_state == "off"
+
+
+def test_channels_without_a_kernel_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    make_shadow_store(folder, num_channels=48, **shape)
+    make_config({"thresholds": str(folder)})
+    with pytest.raises(
+        errors.UnsupportedError,
+        match=r"shadow\.num_channels: mode shadow has no kernels for 48 channels of heads of 64\. .*32 or 64 channels",
+    ):
+        make_config({"thresholds": str(folder), "mode": "shadow"})
+
+
 @pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])
 def test_tensor_parallel_ranks_take_their_heads(
     make_config: MakeConfig, tmp_path: Path, rank: int, world_size: int, kv_heads: list[int]
@@ -136,7 +184,8 @@ def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeCo
         ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
         ({"dense_layers": [-1]}, errors.SettingsError, "counted from 0"),
         ({"compensation": "vmc"}, errors.SettingsError, r"compensation.*'sdc\+vmc'"),
-        ({"mode": "shadow"}, errors.SettingsError, "mode"),
+        ({"mode": "keys"}, errors.SettingsError, "mode.*'values' or 'shadow'"),
+        ({"mode": "shadow"}, errors.ShadowMissing, "shadow: these thresholds came without shadow keys.*--mode shadow"),
     ],
 )
 def test_options_that_do_not_fit(

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_toptheta.benchmarks.shadow import VARIANTS, ShadowTime, compare, summary
 from vllm_toptheta.errors import BenchmarkError
-from vllm_toptheta.kernels.shadow_codes import CHANNELS
+from vllm_toptheta.kernels.channels import CHANNELS
 from vllm_toptheta.kernels.tuning import ShadowConfig
 
 
@@ -30,7 +30,7 @@ def test_what_is_unknown_is_refused(specs: list[str], names: list[str], message:
 
 
 def test_variants_differ_and_have_kernels() -> None:
-    assert VARIANTS["base"].config == ShadowConfig()
+    assert VARIANTS["walk 128"].config == ShadowConfig()
     assert len(set(VARIANTS.values())) == len(VARIANTS)
     assert {variant.num_channels for variant in VARIANTS.values()} <= set(CHANNELS)
 

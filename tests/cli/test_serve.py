@@ -10,4 +10,4 @@ from vllm_toptheta.settings import Settings
 
 def test_every_option_has_a_flag() -> None:
     flags = set(inspect.signature(serve).parameters) - {"arguments", "config", "check"}
-    assert flags == set(Settings.model_fields) - {"mode"}  # which has one value
+    assert flags == set(Settings.model_fields)

@@ -11,11 +11,23 @@ from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 
 
 def empty_cache(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype, device: str = "cpu"
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    code_bytes: int = 0,
 ) -> torch.Tensor:
-    """[num_blocks, num_kv_heads, block_size, 2 * head_size], NaN throughout, with room for a tail behind each page."""
+    """[num_blocks, num_kv_heads, block_size, 2 * head_size], NaN throughout, with room for a tail behind each page.
+
+    `code_bytes` are those of a token's shadow key; such pages end in bytes that are no codes of anything.
+    """
     content = num_kv_heads * block_size * 2 * head_size
-    stride = padded_page_bytes(content * dtype.itemsize, num_kv_heads, head_size) // dtype.itemsize
+    page_codes = num_kv_heads * block_size * code_bytes
+    page = padded_page_bytes(content * dtype.itemsize, num_kv_heads, head_size, code_bytes=page_codes)
+    stride = page // dtype.itemsize
     memory = torch.full((num_blocks * stride,), torch.nan, device=device).to(dtype)  # float8 cannot be filled
     return memory.as_strided(
         (num_blocks, num_kv_heads, block_size, 2 * head_size), (stride, block_size * 2 * head_size, 2 * head_size, 1)
@@ -40,12 +52,13 @@ class PagedSequences:
         block_size: int,
         dtype: torch.dtype,
         generator: torch.Generator,
+        code_bytes: int = 0,
     ) -> PagedSequences:
         width = max(-(-length // block_size) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=generator).int() + 1
         return cls(
-            empty_cache(num_blocks, num_kv_heads, block_size, head_size, dtype),
+            empty_cache(num_blocks, num_kv_heads, block_size, head_size, dtype, code_bytes=code_bytes),
             order.view(len(max_lens), width),
             torch.zeros(len(max_lens), dtype=torch.int64),
         )

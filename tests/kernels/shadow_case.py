@@ -14,8 +14,8 @@ import torch
 from tests.kernels.decode_case import DEVICE, Case, Shape, error_of_dtype, make_case, thresholds
 from vllm_toptheta.kernels.decode import DecodeCounters
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
-from vllm_toptheta.kernels.shadow_codes import ShadowProjection
 from vllm_toptheta.kernels.tuning import ShadowConfig
 from vllm_toptheta.reference import (
     Compensation,
@@ -42,8 +42,8 @@ class ShadowCase:
     case: Case
     codes: torch.Tensor
     projection: KeyProjection
-    margin: torch.Tensor
-    ratio: torch.Tensor
+    margin: torch.Tensor  # [num_heads]
+    log_scale: torch.Tensor  # [num_heads, 2]
 
     def run(
         self, config: ShadowConfig | None = None, workspace: ShadowWorkspace | None = None, **options: Any
@@ -75,7 +75,7 @@ class ShadowCase:
             "projection": kernel_projection(self.projection),
             "coefficients": case.coefficients,
             "margin": self.margin,
-            "exp_threshold_scale": self.ratio,
+            "log_scale": self.log_scale,
             "min_length": case.length_range[0],
             "max_length": case.length_range[1],
             "min_sparse_context": shape.min_sparse_context,
@@ -89,6 +89,11 @@ class ShadowCase:
             "denominator_compensation": shape.exact,
             "value_sum": case.value_sum if shape.value_mean else None,
         } | options
+
+    def ratio(self, row: int) -> torch.Tensor:
+        """r of a sequence, `[num_heads]`."""
+        log_length = self.case.seq_lens[row].clamp(*self.case.length_range).float().log()
+        return (self.log_scale[:, 0] + self.log_scale[:, 1] * log_length).exp()
 
     def candidates(self, row: int) -> torch.Tensor:
         """Keys of a sequence that are read exactly, `[num_kv_heads, seq_len]` bool."""
@@ -121,7 +126,7 @@ class ShadowCase:
             target_k=0,
             candidates=self.candidates(row).repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=0)[None],
             compensation=Compensation(
-                "exp_threshold" if exact else "none", shape.value_mean, exp_threshold_scale=self.ratio
+                "exp_threshold" if exact else "none", shape.value_mean, exp_threshold_scale=self.ratio(row)
             ),
             **options,
         )
@@ -156,8 +161,10 @@ def make_shadow_case(shape: Shape, threshold: float | None = None, margin: float
             codes[blocks] = packed.unflatten(0, (num_closed, shape.block_size)).transpose(1, 2)
     generator = torch.Generator(DEVICE).manual_seed(shape.seed + 2)
     margins = margin * (0.5 + torch.rand(shape.num_heads, generator=generator, device=DEVICE))
-    ratio = 0.05 + 0.1 * torch.rand(shape.num_heads, generator=generator, device=DEVICE)
-    shadow = ShadowCase(case, codes, projection, margins, ratio)
+    constants, slopes = torch.rand(2, shape.num_heads, generator=generator, device=DEVICE)
+    # r of 0.03 to 0.4 at these lengths
+    log_scale = torch.stack([constants - 1.0, -0.1 - 0.3 * slopes], dim=1)
+    shadow = ShadowCase(case, codes, projection, margins, log_scale)
     for _ in range(100):
         too_near = _near_integers(shadow)
         if not bool(too_near.any()):

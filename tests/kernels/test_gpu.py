@@ -204,7 +204,12 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(value_sum[-num_blocks:], case.value_sum, rtol=1e-4, atol=1e-2, equal_nan=True)
 
 
-SHADOW_CONFIGS = [ShadowConfig(), ShadowConfig(chunk_tiles=4, list_depth=6), ShadowConfig(tile=128, all_values=True)]
+_NARROW: dict[str, Any] = {"max_registers": 168, "programs_per_sm": 3, "walk_tile": 64}
+SHADOW_CONFIGS = [
+    ShadowConfig(),
+    ShadowConfig(chunk_tiles=4, list_depth=6, **_NARROW),
+    ShadowConfig(tile=128, all_values=True, **_NARROW),
+]
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -255,6 +260,43 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call() -> None:
         expected, _, _ = shadow.run(workspace=workspace, **counting)
         assert torch.equal(output, expected)
         assert not output[-2:].any()
+
+
+def test_a_replayed_graph_with_shadow_keys_follows_rules_that_move() -> None:
+    shadow = make_shadow_case(replace(graph_case()[0].shape, num_channels=64))
+    case = shadow.case
+    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, device="cuda")
+    output = torch.full_like(case.query, torch.nan)
+    common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
+    rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
+    ruled: dict[str, Any] = {
+        "workspace": workspace,
+        "rules": rules,
+        "coefficients": torch.stack(
+            [case.coefficients, torch.full_like(case.coefficients, -torch.inf), case.coefficients + 0.3]
+        ),
+        "margin": torch.stack([shadow.margin, torch.zeros_like(shadow.margin), shadow.margin + 0.1]),
+        "log_scale": torch.stack([shadow.log_scale, torch.zeros_like(shadow.log_scale), shadow.log_scale - 0.2]),
+    }
+    tensors = case.query, case.kv_cache, shadow.codes, case.block_table, case.seq_lens
+    arguments = shadow.arguments(output=output, counters=None, keys_read=None, **ruled)
+    decode_shadow(*tensors, **arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_shadow(*tensors, **arguments)
+    for turn in range(4):
+        rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
+        rules[:8] = torch.tensor(rows, dtype=torch.int32)
+        output.fill_(torch.nan)
+        graph.replay()
+        expected, counters, _ = shadow.run(**ruled)
+        assert torch.equal(output, expected)
+        assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
+        everything, _, _ = shadow.run(min_sparse_context=2**31 - 1)
+        for row, rule in enumerate(rows):
+            if rule is dense:
+                torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)
 
 
 def test_shadow_keys_beyond_32_bits() -> None:

@@ -21,7 +21,7 @@ RUNS = {
         "backend/test_gpu.py",
         "benchmarks/test_quality.py",
     ),
-    "shadow": ("kernels/test_shadow.py",),
+    "shadow": ("kernels/test_shadow.py", "backend/test_gpu_shadow.py"),
 }
 
 

@@ -16,8 +16,9 @@ from tests.kernels.shadow_case import (
     kernel_projection,
     make_shadow_case,
 )
+from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.kernels.shadow import ShadowWorkspace
-from vllm_toptheta.kernels.shadow_codes import ShadowProjection, write_codes
+from vllm_toptheta.kernels.shadow_codes import write_codes
 from vllm_toptheta.kernels.tuning import ShadowConfig
 
 pytestmark = [
@@ -137,6 +138,76 @@ def test_the_output_hardly_depends_on_how_work_is_shared_out(programs: int, min_
     assert keys.tolist() == other_keys.tolist()
 
 
+def test_every_sequence_by_its_own_rule() -> None:
+    shape = Shape((200, 90, 130, 0, 333, 64), num_channels=32, degree=1)
+    shadow = make_shadow_case(shape)
+    case = shadow.case
+    dense, far = torch.zeros_like(case.coefficients), case.coefficients.clone()
+    dense[:, 0] = -torch.inf
+    far[:, 0] -= 0.5
+    shortest, longest = case.length_range
+    rules = [
+        [0, 64, shortest, longest],
+        [1, 2**31 - 1, 1, 1],
+        [2, 0, 100, 120],
+        [0, 0, 0, 0],
+        [2, 400, 100, 120],
+        [2, 0, 100, 120],
+    ]
+    other_margin, other_scale = shadow.margin + 0.2, shadow.log_scale - 0.3
+    levels = {
+        "coefficients": torch.stack([case.coefficients, dense, far]),
+        "margin": torch.stack([shadow.margin, torch.zeros_like(shadow.margin), other_margin]),
+        "log_scale": torch.stack([shadow.log_scale, torch.zeros_like(shadow.log_scale), other_scale]),
+        "rules": torch.tensor([*rules, [9, 9, 9, 9]], dtype=torch.int32, device=DEVICE),
+    }
+    output, counters, keys_read = shadow.run(FEW, **levels)
+    other = {
+        "coefficients": far,
+        "margin": other_margin,
+        "log_scale": other_scale,
+        "min_length": 100,
+        "max_length": 120,
+        "min_sparse_context": 0,
+    }
+    runs = {
+        0: {"min_sparse_context": 64},
+        1: {"min_sparse_context": 10**6},
+        2: other,
+        4: other | {"min_sparse_context": 400},
+        5: other,
+    }
+    total = 0
+    for row, options in runs.items():
+        alone = replace(case, seq_lens=torch.where(torch.arange(6, device=DEVICE) == row, case.seq_lens, 0))
+        expected, _, keys = replace(shadow, case=alone).run(FEW, **options)
+        torch.testing.assert_close(output[row], expected[row], rtol=0, atol=1e-3)
+        total += keys
+    assert keys_read.tolist() == total.tolist()
+    assert int(keys_read[0]) < sum(shape.lens)
+    assert not output[3].any()
+    # of what requests asked for, nothing enters the statistics of what was lost
+    assert counters.totals.tolist() == [5, 0, sum(shape.lens), 1, 4]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [1] * shape.num_heads
+
+
+def test_a_page_that_another_sequence_fills_in_the_same_step_is_scanned() -> None:
+    # the second sequence shares the first one's pages, the last of which the first one's new token fills
+    shadow = make_shadow_case(Shape((96, 100), num_channels=32))
+    case = shadow.case
+    shared = case.block_table.clone()
+    shared[1, :6] = shared[0, :6]
+    case.block_table = shared
+    filled = shared[0, 5].long()
+    assert bool((shadow.codes[filled] == GARBAGE).all())
+    check_both = replace(shadow, case=replace(case, block_table=shared))
+    output, _, keys_read = check_both.run(FEW)
+    for row in range(2):
+        torch.testing.assert_close(output[row].float(), check_both.reference(row).output[0], rtol=0, atol=3e-3)
+    assert keys_read.tolist() == (check_both.candidates(0).sum(1) + check_both.candidates(1).sum(1)).tolist()
+    assert not bool((shadow.codes[filled] == GARBAGE).all())
+
+
 def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     shadow = make_shadow_case(SHAPES["plain"])
     workspace = ShadowWorkspace.allocate(16, 4, 2, 64, 16, device=DEVICE, config=FEW)
@@ -164,7 +235,9 @@ def test_counting_is_optional() -> None:
         ("codes", {"codes": torch.zeros(2, 2, 16, 8, dtype=torch.uint8)}),
         ("codes", {"codes": torch.zeros(2, 2, 16, 16, dtype=torch.uint8).mT}),
         ("margin", {"margin": torch.zeros(3)}),
-        ("exp_threshold_scale", {"ratio": torch.zeros(4, dtype=torch.float64)}),
+        ("log_scale", {"log_scale": torch.zeros(4, 2, dtype=torch.float64)}),
+        ("log_scale", {"log_scale": torch.zeros(4)}),
+        ("log_scale", {"log_scale": torch.zeros(8, 2)[::2]}),
     ],
 )
 def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) -> None:

@@ -101,6 +101,7 @@ def test_flags_that_a_file_cannot_set(name: str) -> None:
     [
         ([], {"target_k": 0}, "--target-k"),
         ([], {"compensation": "vmc"}, "--compensation"),
+        ([], {"mode": "keys"}, "--mode"),
         (["--additional-config", '{"toptheta": {"target": 1}}'], {}, r"additional_config\.toptheta\.target"),
         (["--additional-config", '{"toptheta": 1}'], {}, r"additional_config\.toptheta: expected a mapping"),
     ],

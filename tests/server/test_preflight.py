@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import CONFIG
-from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError, SettingsError, StoreNotFound, TargetOutOfRange
+from tests.store_factory import make_store
+from vllm_toptheta.errors import (
+    FingerprintMismatch,
+    ModelConfigError,
+    SettingsError,
+    ShadowMissing,
+    StoreNotFound,
+    TargetOutOfRange,
+    UnsupportedError,
+)
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import Settings
 
@@ -31,6 +40,7 @@ def test_a_directory(model: Path, thresholds: Path) -> None:
         ({"head_dim": 32}, {}, FingerprintMismatch, "head_size: calibrated on a model with 16, but this model has 32"),
         ({"num_attention_heads": None}, {}, ModelConfigError, "num_heads"),
         ({}, {"target_k": 64}, TargetOutOfRange, "calibrated are 8, 32"),
+        ({}, {"mode": "shadow"}, ShadowMissing, "shadow: these thresholds came without shadow keys.*--mode shadow"),
         ({}, {"dense_layers": [3]}, SettingsError, "dense_layers: the model has no layer 3"),
         ({}, {"thresholds": "nowhere", "on_missing": "dense"}, StoreNotFound, "nowhere"),
     ],
@@ -41,6 +51,16 @@ def test_what_does_not_fit(
     (model / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(error, match=words):
         check(model, **({"thresholds": thresholds} | options))
+
+
+def test_shadow_keys(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 64}))
+    make_store(tmp_path / "acme--tiny", head_size=64, num_channels=32)
+    assert "dense layers 0, shadow keys of 32 channels; they fit" in check(model, thresholds=tmp_path, mode="shadow")
+    assert "channels" not in check(model, thresholds=tmp_path)
+    make_store(tmp_path / "acme--tiny", head_size=64, num_channels=16)
+    with pytest.raises(UnsupportedError, match=r"no kernels for 16 channels of heads of 64.*with 32 or 64 channels"):
+        check(model, thresholds=tmp_path, mode="shadow")
 
 
 def test_missing_thresholds_may_mean_dense(model: Path, tmp_path: Path) -> None:

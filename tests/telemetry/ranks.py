@@ -48,12 +48,13 @@ def counted(
     *,
     num_short: int = 0,
     num_asked: int = 0,
+    keys_read: list[list[int]] | None = None,
 ) -> LayerCounters:
     """Counters after one step of sequences with 100 cached rows each.
 
     The first `num_short` were dense, and the last `num_asked` were decoded as their requests asked for.
     """
-    counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2)
+    counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2, counts_keys=keys_read is not None)
     tokens = len(rows_read)
     order = torch.arange(tokens)
     is_sparse = (order >= num_short).long()[:, None]
@@ -62,6 +63,7 @@ def counted(
         is_counted=is_sparse * (order < tokens - num_asked).long()[:, None],
         rows_read=torch.tensor(rows_read),
         lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
+        keys_read=None if keys_read is None else torch.tensor(keys_read),
     )
     return counters
 

@@ -48,6 +48,7 @@ def test_stats() -> None:
             "asked_tokens": 0,
             "rows_cached": 100,
             "rows_read": 5,
+            "keys_read": None,
             "lost_mass_mean": 0.125,
         }
     ]

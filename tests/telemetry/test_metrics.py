@@ -51,6 +51,14 @@ def test_counters(stats: Stats) -> None:
     assert found["toptheta_value_bytes_not_read_total", ""] == 128 * (800 - 112 - 55)
 
 
+def test_keys_are_exposed_where_some_are_not_read(stats: Stats) -> None:
+    assert not [name for name, _ in samples(stats) if "keys" in name]
+    layers = [counted(layer, [0, 1], [[4, 5]], 0.2, keys_read=[[10 * layer, 3]]) for layer in (1, 2)]
+    found = samples(merge([[rank(*layers, mode="shadow")]]))
+    assert found["toptheta_keys_read_total", "1"] == 13
+    assert found["toptheta_keys_read_total", "2"] == 23
+
+
 def test_the_histogram_is_cumulative_per_layer(stats: Stats) -> None:
     found = samples(stats)
     counts = [found["toptheta_lost_mass_bucket", f"1,{edge!r}"] for edge in LOST_MASS_EDGES]

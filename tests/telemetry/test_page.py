@@ -114,6 +114,17 @@ def test_what_it_shows(page: Page) -> None:
     assert page.complaints == []
 
 
+def test_keys_are_named_where_some_are_not_read(page: Page) -> None:
+    layer = counted(1, [0, 1], [[30, 10]], 0.25, keys_read=[[50, 20]])
+    with serving(Engine([rank(layer, mode="shadow", guard="unmeasured")])) as port:
+        page.open(f"http://127.0.0.1:{port}/toptheta")
+        page.wait_for(IDLE)
+        assert page.text("#rows-share") == "20 %"
+        assert page.text("#rows-note") == "of 200 cached, in sparse layers; of keys 35 %"
+        assert page.text("#in-force").endswith("guardunmeasuredmodeshadow")
+    assert page.complaints == []
+
+
 def test_colours_rise_with_the_value_and_the_legend_says_to_what(page: Page) -> None:
     with serving(Engine(answers())) as port:
         page.open(f"http://127.0.0.1:{port}/toptheta")

@@ -36,6 +36,23 @@ def test_counters_add_up_over_steps() -> None:
     assert counters.heads()[0]["rows_read"] == 0
 
 
+def test_keys_are_counted_where_some_are_not_read() -> None:
+    one = counted(2, [0, 1], [[7, 8], [1, 2]], 0.5, keys_read=[[20, 30], [4, 5]])
+    assert [head["keys_read"] for head in one.heads()] == [24, 35]
+    other = counted(2, [0], [[7]], 0.2, keys_read=[[50]])
+    stats = merge([[rank(one)], [rank(other)]])
+    assert [head.keys_read for head in stats.layers] == [74, 35]
+    assert stats.keys_read_share == pytest.approx((74 + 35) / 500)
+    one.zero_()
+    assert [head["keys_read"] for head in one.heads()] == [0, 0]
+    assert merge([[rank(one)]]).keys_read_share is None
+
+
+def test_in_mode_values_no_keys_are_counted() -> None:
+    stats = merge([[rank(counted(2, [0], [[7]], 0.5))], [rank(counted(2, [0], [[5]], 0.2))]])
+    assert (stats.layers[0].keys_read, stats.keys_read_share) == (None, None)
+
+
 def test_steps_are_counted_many_at_once() -> None:
     together = LayerCounters(1, [0], num_queries_per_kv=2)
     masses = torch.rand(3 * MAX_PENDING + 5, 1, 2, generator=torch.Generator().manual_seed(0))

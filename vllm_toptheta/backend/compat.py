@@ -1,7 +1,7 @@
 """The differences between the vLLM versions that are supported, found by looking for features, not for numbers.
 
-0.26         backends have no names of their own in the enum; pages are padded by wrapping Attention.get_kv_cache_spec
-0.27 - 0.33  AttentionBackendEnum.register and AttentionBackend.customize_spec exist
+0.26         backends have no names of their own in the enum
+0.27 - 0.33  AttentionBackendEnum.register exists
 
 All of them have two model runners, which keep their requests in different places.
 """
@@ -85,21 +85,31 @@ def _restore(name: str) -> AttentionBackendEnum:
     return AttentionBackendEnum[name]
 
 
-def install_page_tails() -> None:
-    """Have our layers' pages padded in versions whose backends cannot ask for it themselves."""
-    from vllm.v1.attention.backend import AttentionBackend
+def install_page_tails(code_bytes_of: Callable[[Any], int]) -> None:
+    """Have our layers' pages padded; called where layers are built, before vLLM asks what pages they need.
 
-    if hasattr(AttentionBackend, "customize_spec"):
-        return
+    In all versions the layer is asked, with the configuration. `AttentionBackend.customize_spec`, which came with 0.27,
+    is not told the configuration, on which the length of a tail depends.
+
+    Args:
+        code_bytes_of: Bytes of a token's shadow key in each kv head, by the configuration; 0 without shadow keys.
+    """
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_toptheta.backend.pages import with_tail
 
     get_kv_cache_spec = Attention.get_kv_cache_spec
+    if get_kv_cache_spec.__module__ == __name__:
+        return
+    known: list[tuple[Any, int]] = []  # of the last configuration; a model asks once for every layer
 
     def get_padded_spec(self: Any, vllm_config: Any) -> Any:
         spec = get_kv_cache_spec(self, vllm_config)
-        return with_tail(spec) if spec is not None and self.attn_backend.get_name() == NAME else spec
+        if spec is None or self.attn_backend.get_name() != NAME:
+            return spec
+        if not known or known[0][0] is not vllm_config:
+            known[:] = [(vllm_config, code_bytes_of(vllm_config))]
+        return with_tail(spec, code_bytes=known[0][1])
 
     Attention.get_kv_cache_spec = get_padded_spec
 

@@ -28,8 +28,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from vllm_toptheta.backend.compat import install_page_tails
 from vllm_toptheta.backend.levels import COMMON, DENSE
-from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
@@ -37,7 +38,8 @@ from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
 from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
-from vllm_toptheta.kernels.pages import value_sum_view
+from vllm_toptheta.kernels.cpu_shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.pages import codes_view, value_sum_view
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class StepMetadata(AttentionMetadata):
         decodes: The sequences that decode, or None.
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
         length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
+        log_lengths: [num_decodes] float32, see `Plan.log_lengths`.
         levels: [num_decodes] int64, whose thresholds apply, or the one of all.
         is_dense: [num_decodes, 1] bool, sequences that keep every key.
         is_counted: [num_decodes, 1] int64, 1 where thresholds of level 0 apply.
@@ -69,6 +72,7 @@ class StepMetadata(AttentionMetadata):
     decodes: kernels.DecodeBatch | None
     decode_tokens: torch.Tensor | slice
     length_powers: torch.Tensor | None
+    log_lengths: torch.Tensor
     levels: torch.Tensor | int
     is_dense: torch.Tensor
     is_counted: torch.Tensor
@@ -86,7 +90,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
-            self.plan.log()
+            self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         self.requests = request_levels(self.plan, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
@@ -126,6 +130,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             ),
             decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
             length_powers=None if bool(is_dense.all()) else self.plan.length_powers(lengths, rules[decode_rows]),
+            log_lengths=self.plan.log_lengths(lengths, rules[decode_rows]),
             levels=COMMON if bool(is_common.all()) else levels,
             is_dense=is_dense[:, None],
             is_counted=(~is_dense & is_common).long()[:, None],
@@ -170,10 +175,6 @@ class CpuTopThetaBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return with_tail(spec)
-
-    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -213,6 +214,7 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
                 f"attention backend toptheta does not support {', '.join(reasons)}",
                 remedy="Serve this model without --attention-backend toptheta",
             )
+        install_page_tails(Plan.code_bytes_of)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -278,6 +280,11 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         value_sum = value_sum_view(kv_cache) if uses_mean else None
         if value_sum is not None and step.closed_pages is not None:
             kernels.close_pages(kv_cache, value_sum, step.closed_pages)
+        shadow = None if self.layer_plan is None else self.layer_plan.shadow
+        if shadow is not None and step.closed_pages is not None:
+            # before anything is decoded: a sequence may stand on pages that another one fills in this very step
+            codes = codes_view(kv_cache, shadow.code_bytes)
+            write_codes(kv_cache, codes, step.closed_pages, projection=shadow.projection)
         if step.decodes is not None:
             decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes, value_sum)
             output[step.decode_tokens] = decoded.to(output.dtype)
@@ -327,27 +334,63 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         value_sum: torch.Tensor | None,
     ) -> torch.Tensor:
         """[num_decodes, num_heads, head_size] float32 for the step's decoding sequences."""
-        decode = partial(
-            kernels.decode,
+        layer_plan = self.layer_plan
+        if layer_plan is None or step.length_powers is None:
+            # also where all sequences are too short for thresholds
+            result = kernels.decode(
+                query,
+                kv_cache,
+                decodes,
+                softmax_scale=self.scale,
+                logits_soft_cap=self.logits_soft_cap,
+                sliding_window=self.sliding_window,
+            )
+        else:
+            threshold = layer_plan.thresholds(step.length_powers, step.levels).masked_fill(step.is_dense, -torch.inf)
+            result = self._decode_sparsely(query, kv_cache, step, decodes, layer_plan, threshold, value_sum)
+        if layer_plan is not None:
+            keys_read = None
+            if layer_plan.shadow is not None:
+                keys_read = result.value_rows_read if result.keys_read is None else result.keys_read
+            layer_plan.counters.add(
+                step.totals,
+                is_counted=step.is_counted,
+                rows_read=result.value_rows_read,
+                lost_mass=result.lost_mass,
+                keys_read=keys_read,
+            )
+        return result.output
+
+    def _decode_sparsely(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: StepMetadata,
+        decodes: kernels.DecodeBatch,
+        layer_plan: LayerPlan,
+        threshold: torch.Tensor,
+        value_sum: torch.Tensor | None,
+    ) -> kernels.DecodeResult:
+        """Decode by thresholds, [num_decodes, num_heads], -inf for sequences that keep every key."""
+        options: dict[str, Any] = {
+            "threshold": threshold,
+            "softmax_scale": self.scale,
+            "logits_soft_cap": self.logits_soft_cap,
+            "denominator_compensation": layer_plan.denominator_compensation,
+            "value_sum": value_sum,
+        }
+        shadow = layer_plan.shadow
+        if shadow is None:
+            return kernels.decode(query, kv_cache, decodes, **options)
+        return decode_shadow(
             query,
             kv_cache,
+            codes_view(kv_cache, shadow.code_bytes),
             decodes,
-            softmax_scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-            sliding_window=self.sliding_window,
+            projection=shadow.projection,
+            margin=shadow.margin[step.levels].expand_as(threshold),
+            scale=shadow.scales(step.log_lengths, step.levels),
+            num_sink=shadow.num_sink,
+            num_recent=shadow.num_recent,
+            **options,
         )
-        layer_plan = self.layer_plan
-        if layer_plan is None:
-            return decode().output
-        threshold = None
-        if step.length_powers is not None:
-            threshold = layer_plan.thresholds(step.length_powers, step.levels).masked_fill(step.is_dense, -torch.inf)
-        result = decode(
-            threshold=threshold,
-            denominator_compensation=layer_plan.denominator_compensation,
-            value_sum=value_sum,
-        )
-        layer_plan.counters.add(
-            step.totals, is_counted=step.is_counted, rows_read=result.value_rows_read, lost_mass=result.lost_mass
-        )
-        return result.output

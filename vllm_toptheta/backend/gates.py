@@ -55,8 +55,8 @@ def check_engine(vllm_config: Any) -> None:
     _refuse([reason for reason, applies in reasons.items() if applies])
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuse options that the platform's backend does not have.
+def check_settings(settings: Settings, vllm_config: Any) -> None:
+    """Refuse options that the platform's backend does not have, or not with this engine.
 
     Raises:
         UnsupportedError: Names the option.
@@ -66,6 +66,13 @@ def check_settings(settings: Settings) -> None:
             "prompts attend by thresholds on CPUs only; FlashAttention computes them on GPUs",
             field="prefill",
             remedy="Leave the option prefill out, or set it to dense",
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if settings.mode == "shadow" and cache_dtype in FLOAT8_CACHE_DTYPES:
+        raise UnsupportedError(
+            f"mode shadow is not supported with --kv-cache-dtype {cache_dtype}, only with 16-bit keys and values",
+            field="mode",
+            remedy="Leave --kv-cache-dtype out, or serve in mode values",
         )
 
 

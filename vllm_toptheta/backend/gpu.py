@@ -1,8 +1,8 @@
 """The backend on NVIDIA GPUs: FlashAttention for prompts and dense layers, Top-Theta for the tokens that are decoded.
 
-It subclasses vLLM's FlashAttention backend and adds to it, on sparse layers only: page tails with running value sums,
-and a decode kernel that reads surviving values. Steps that only decode run in FULL CUDA graphs, so there everything
-that depends on lengths is decided on the device.
+It subclasses vLLM's FlashAttention backend and adds to it, on sparse layers only: page tails with running value sums
+and shadow keys, and decode kernels that read surviving values, and in mode `shadow` few keys. Steps that only decode
+run in FULL CUDA graphs, so there everything that depends on lengths is decided on the device.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_toptheta.backend.compat import NAME, without_decodes
+from vllm_toptheta.backend.compat import NAME, install_page_tails, without_decodes
 from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.levels import COMMON
-from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import forget_warm_up, request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
-from vllm_toptheta.kernels.pages import value_sum_view
-from vllm_toptheta.kernels.tuning import launch_config, num_multiprocessors
+from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.shadow_codes import write_codes
+from vllm_toptheta.kernels.tuning import ShadowConfig, launch_config, num_multiprocessors
 from vllm_toptheta.kernels.value_sums import close_pages
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
@@ -70,7 +72,7 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1)
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
-            self.plan.log()
+            self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         # a captured graph may have more rows than there can be sequences
@@ -117,10 +119,6 @@ class GpuTopThetaBackend(FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[GpuMetadataBuilder]:
         return GpuMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return with_tail(spec)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -185,6 +183,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                 f"attention backend toptheta does not support {', '.join(reasons)}",
                 remedy="Serve this model without --attention-backend toptheta",
             )
+        install_page_tails(Plan.code_bytes_of)
         self.plan: Plan | None = None
         self.layer_plan: LayerPlan | None = None  # None in a dense layer
         self.requests: RequestLevels | None = None
@@ -237,14 +236,25 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         # FlashAttention and vLLM's own kernels get the bytes, as always
         pages = kv_cache.view(FLOAT8) if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else kv_cache
         if split.prefill is not None:
+            # tails also of the pages that decoded tokens fill: another sequence may stand on them in this very step
             if self.layer_plan.value_mean_compensation:
-                # also the pages that decoded tokens fill: a prompt may stand on them in this very step
                 close_pages(
                     pages,
                     value_sum_view(pages),
                     attn_metadata.block_table,
                     attn_metadata.seq_lens,
                     attn_metadata.query_start_loc,
+                )
+            shadow = self.layer_plan.shadow
+            if shadow is not None:
+                write_codes(
+                    pages,
+                    codes_view(pages, shadow.code_bytes),
+                    attn_metadata.block_table,
+                    attn_metadata.seq_lens,
+                    attn_metadata.query_start_loc,
+                    projection=shadow.projection,
+                    max_query_len=attn_metadata.max_query_len,
                 )
             super().forward(
                 layer,
@@ -273,41 +283,58 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         if plan is None or plan.curve is None or layer_plan is None or requests is None:
             raise UnsupportedError("a dense layer reached the sparse decode")
         can_ask = plan.levels.refusal is None
+        levels = slice(None) if can_ask else COMMON
         num_seqs = len(query)
         counters = layer_plan.counters
         is_quantized = kv_cache.dtype == FLOAT8
-        kernels.decode(
-            query,
-            kv_cache,
-            metadata.block_table[:num_seqs],
-            metadata.seq_lens[:num_seqs],
-            output=output,
-            workspace=self._workspace(num_seqs, kv_cache.element_size(), query.device),
-            coefficients=layer_plan.coefficients if can_ask else layer_plan.coefficients[COMMON],
-            rules=requests.rules if can_ask else None,
-            min_length=plan.curve.min_length,
-            max_length=plan.curve.max_length,
-            min_sparse_context=plan.min_sparse_context,
-            softmax_scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap or None,
-            q_scale=layer._q_scale if is_quantized else None,
-            k_scale=layer._k_scale if is_quantized else None,
-            v_scale=layer._v_scale if is_quantized else None,
-            denominator_compensation=layer_plan.denominator_compensation,
-            value_sum=value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
-            counters=kernels.DecodeCounters(
+        block_table, seq_lens = metadata.block_table[:num_seqs], metadata.seq_lens[:num_seqs]
+        options: dict[str, Any] = {
+            "output": output,
+            "workspace": self._workspace(num_seqs, kv_cache.element_size(), query.device),
+            "coefficients": layer_plan.coefficients[levels],
+            "rules": requests.rules if can_ask else None,
+            "min_length": plan.curve.min_length,
+            "max_length": plan.curve.max_length,
+            "min_sparse_context": plan.min_sparse_context,
+            "softmax_scale": self.scale,
+            "logits_soft_cap": self.logits_soft_cap or None,
+            "q_scale": layer._q_scale if is_quantized else None,
+            "k_scale": layer._k_scale if is_quantized else None,
+            "v_scale": layer._v_scale if is_quantized else None,
+            "denominator_compensation": layer_plan.denominator_compensation,
+            "value_sum": value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
+            "counters": kernels.DecodeCounters(
                 counters.rows_read, counters.lost_mass, counters.lost_mass_histogram, counters.totals
             ),
+        }
+        shadow = layer_plan.shadow
+        if shadow is None:
+            kernels.decode(query, kv_cache, block_table, seq_lens, **options)
+            return
+        decode_shadow(
+            query,
+            kv_cache,
+            codes_view(kv_cache, shadow.code_bytes),
+            block_table,
+            seq_lens,
+            projection=shadow.projection,
+            margin=shadow.margin[levels],
+            log_scale=shadow.log_scale[levels],
+            num_sink=shadow.num_sink,
+            num_recent=shadow.num_recent,
+            keys_read=counters.keys_read,
+            **options,
         )
 
-    def _workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> kernels.DecodeWorkspace:
+    def _workspace(
+        self, num_seqs: int, element_bytes: int, device: torch.device
+    ) -> kernels.DecodeWorkspace | ShadowWorkspace:
         """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
-        spec = kernels.DecodeWorkspace.spec(
-            num_seqs,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
-            launch_config(self.head_size, element_bytes, device),
-            num_multiprocessors(device),
-        )
-        return kernels.DecodeWorkspace(*current_workspace_manager().get_simultaneous(*spec))
+        shadow = None if self.layer_plan is None else self.layer_plan.shadow
+        sizes = num_seqs, self.num_heads, self.num_kv_heads, self.head_size
+        num_sms = num_multiprocessors(device)
+        share = current_workspace_manager().get_simultaneous
+        if shadow is None:
+            config = launch_config(self.head_size, element_bytes, device)
+            return kernels.DecodeWorkspace(*share(*kernels.DecodeWorkspace.spec(*sizes, config, num_sms)))
+        return ShadowWorkspace(*share(*ShadowWorkspace.spec(*sizes, shadow.code_bytes, ShadowConfig(), num_sms)))

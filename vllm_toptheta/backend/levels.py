@@ -6,11 +6,13 @@ the other targets of the threshold store. Kernels find a sequence's level in its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.store import TargetSpec, ThresholdCurve
@@ -96,10 +98,20 @@ class Levels:
         Raises:
             ValueError: The model runs dense.
         """
+        coefficients = self.stack(lambda curve: curve.coefficients[layer, heads])
+        coefficients[DENSE, :, 0] = -torch.inf
+        return coefficients
+
+    def stack(self, array_of: Callable[[ThresholdCurve], NDArray[Any]]) -> torch.Tensor:
+        """[num_levels, ...], what is calibrated for each level, and zeros at the dense one.
+
+        Args:
+            array_of: An array of the same shape for the thresholds of every level.
+
+        Raises:
+            ValueError: The model runs dense.
+        """
         if self.curve is None:
             raise ValueError("there are no thresholds")
-        common = torch.from_numpy(self.curve.coefficients[layer, heads].copy())
-        dense = torch.zeros_like(common)
-        dense[:, 0] = -torch.inf
-        others = [torch.from_numpy(curve.coefficients[layer, heads].copy()) for curve in self.others]
-        return torch.stack([common, dense, *others])
+        common, *others = (torch.from_numpy(array_of(curve).copy()) for curve in (self.curve, *self.others))
+        return torch.stack([common, torch.zeros_like(common), *others])

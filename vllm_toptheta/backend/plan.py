@@ -10,9 +10,10 @@ from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.levels import COMMON, Levels
+from vllm_toptheta.backend.shadow import ShadowPlan
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
-from vllm_toptheta.store import Architecture, ThresholdCurve
+from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
 from vllm_toptheta.telemetry.counters import LayerCounters
 
 # below vLLM's own logger, so that its format and level apply
@@ -27,12 +28,13 @@ class LayerPlan:
         coefficients: [num_levels, num_heads, degree + 1] float32, of theta in ascending powers of ln n; the guard moves
             the constant terms of level 0.
         constant_terms: [num_heads] float32, those of the calibrated thresholds of level 0.
-        denominator_compensation: Whether the softmax denominator is exact.
+        denominator_compensation: Whether the softmax denominator is that of all keys.
         value_mean_compensation: Whether the lost mass is given to the mean value.
         counters: What decoding does there.
         expected_lost_mass: [num_heads] float32 on the host, what 95 % of calibration rows stay below; None if the
             thresholds came without a measurement.
         guard: Decides about the thresholds; None if it is off, or nothing is expected.
+        shadow: What mode `shadow` needs; None in mode `values`.
     """
 
     coefficients: torch.Tensor
@@ -42,6 +44,7 @@ class LayerPlan:
     counters: LayerCounters
     expected_lost_mass: torch.Tensor | None
     guard: LayerGuard | None
+    shadow: ShadowPlan | None = None
 
     def thresholds(self, powers: torch.Tensor, levels: torch.Tensor | int) -> torch.Tensor:
         """theta(n) of every head, [num_tokens, num_heads] float32.
@@ -67,6 +70,7 @@ class Plan:
         dense_layers: Layers that read everything.
         architecture: The model's heads and layers over all ranks.
         levels: What requests can ask for.
+        shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
     """
 
     settings: Settings
@@ -76,6 +80,7 @@ class Plan:
     dense_layers: frozenset[int]
     architecture: Architecture
     levels: Levels
+    shadow: ShadowKeys | None = None
 
     @classmethod
     def resolve(cls, vllm_config: Any) -> Plan:
@@ -83,11 +88,11 @@ class Plan:
 
         Raises:
             SettingsError: An option is unknown or does not fit the model.
-            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target.
-            UnsupportedError: The thresholds apply after the softmax.
+            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target, or what the
+                mode needs.
+            UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys.
         """
-        options = vllm_config.additional_config
-        settings = Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
+        settings = _settings(vllm_config)
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
         selection = select(settings, model_config.model, architecture)
@@ -105,7 +110,24 @@ class Plan:
                 min_context=settings.min_context,
                 refusal=refusal,
             ),
+            shadow=selection.shadow,
         )
+
+    @classmethod
+    def code_bytes_of(cls, vllm_config: Any) -> int:
+        """`code_bytes` of a configuration; without shadow keys no threshold is read for it.
+
+        Raises:
+            SettingsError: As for `resolve`, like the others.
+        """
+        if _settings(vllm_config).mode == "values":
+            return 0
+        return cls.resolve(vllm_config).code_bytes
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a token's shadow key in each kv head; 0 without."""
+        return 0 if self.shadow is None else self.shadow.section.num_channels // 2
 
     @property
     def min_sparse_context(self) -> int:
@@ -115,11 +137,19 @@ class Plan:
     @property
     def guard_state(self) -> str:
         """What the guard does: an option, or `unmeasured` if there is nothing to compare with."""
-        is_measured = self.curve is not None and self.curve.expectations is not None
-        return self.settings.guard if is_measured or self.settings.guard == "off" else "unmeasured"
+        return self.settings.guard if self._is_measured or self.settings.guard == "off" else "unmeasured"
 
-    def log(self) -> None:
-        """Say once what is in force."""
+    @property
+    def _is_measured(self) -> bool:
+        """Whether calibration measured what decoding counts as lost; an estimate, as with shadow keys, is another."""
+        return self.curve is not None and self.curve.expectations is not None and self.shadow is None
+
+    def log(self, *, more_memory: float = 0.0) -> None:
+        """Say once what is in force.
+
+        Args:
+            more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
+        """
         if self.curve is None:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
@@ -127,7 +157,14 @@ class Plan:
         chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k", "page"})
         options = ", ".join(f"{name}={value}" for name, value in chosen.items())
         dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
-        if self.guard_state == "unmeasured":
+        if self.shadow is not None:
+            logger.info_once(
+                "toptheta: shadow keys of %d bytes make the pages of the KV cache %.1f %% larger%s",
+                self.code_bytes,
+                100 * more_memory,
+                "; there is no guard, because what is lost is only estimated" if self.settings.guard != "off" else "",
+            )
+        elif self.guard_state == "unmeasured":
             logger.warning_once("toptheta: the guard is off, because these thresholds came without a measurement")
         logger.info_once(
             "toptheta: thresholds of %s in %s; dense_layers=%s, %s", self.model_id, self.origin, dense_layers, options
@@ -157,7 +194,7 @@ class Plan:
         heads = slice(first, first + num_heads)
         coefficients = self.levels.coefficients(layer, heads).to(device)
         expected = None
-        if self.curve.expectations is not None:
+        if self.curve.expectations is not None and self._is_measured:
             # the most at any length: buckets in which nothing was measured hold zeros
             expected = torch.from_numpy(self.curve.expectations.lost_mass_p95[layer, heads].max(axis=-1))
         # all zeros: the layer was not measured, because it was dense when the others were
@@ -167,9 +204,12 @@ class Plan:
             constant_terms=coefficients[COMMON, :, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
-            counters=LayerCounters(layer, kv_heads, group, device),
+            counters=LayerCounters(layer, kv_heads, group, device, counts_keys=self.shadow is not None),
             expected_lost_mass=expected,
             guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
+            shadow=None
+            if self.shadow is None
+            else ShadowPlan.of_layer(self.shadow, self.levels, layer, heads=heads, kv_heads=kv_heads, device=device),
         )
 
     def length_powers(self, seq_lens: torch.Tensor, rules: torch.Tensor) -> torch.Tensor | None:
@@ -181,8 +221,20 @@ class Plan:
         """
         if self.curve is None:
             return None
-        log_length = seq_lens.clamp(rules[..., 2], rules[..., 3]).float().log()
-        return log_length[:, None] ** torch.arange(self.curve.coefficients.shape[-1])
+        return self.log_lengths(seq_lens, rules)[:, None] ** torch.arange(self.curve.coefficients.shape[-1])
+
+    def log_lengths(self, seq_lens: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
+        """ln n for `ShadowPlan.scales`, [num_seqs] float32.
+
+        Args:
+            seq_lens, rules: As for `length_powers`.
+        """
+        return seq_lens.clamp(rules[..., 2], rules[..., 3]).float().log()
+
+
+def _settings(vllm_config: Any) -> Settings:
+    options = vllm_config.additional_config
+    return Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
 
 
 def _refusal(settings: Settings, vllm_config: Any) -> str | None:

@@ -20,6 +20,5 @@ def register() -> None:
     if compat.NAME in AttentionBackendEnum.__members__:
         return
     compat.register_name(CPU_BACKEND if current_platform.is_cpu() else GPU_BACKEND)
-    compat.install_page_tails()
     platforms.install(type(current_platform))
     worker.install()

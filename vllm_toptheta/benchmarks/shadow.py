@@ -36,8 +36,12 @@ class Variant:
     config: ShadowConfig = field(default_factory=ShadowConfig)
 
 
+# what the other variants differ from in one thing each; `walk 128` became the default
+_BASE: dict[str, Any] = {"max_registers": 168, "programs_per_sm": 3, "walk_tile": 64}
+
+
 def _variant(num_channels: int = 64, **options: Any) -> Variant:
-    return Variant(num_channels, ShadowConfig(**options))
+    return Variant(num_channels, ShadowConfig(**(_BASE | options)))
 
 
 _WIDE: dict[str, Any] = {"tile": 512, "num_warps": 8, "max_registers": 128, "programs_per_sm": 2}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_toptheta.benchmarks.registry import Inputs
+    from vllm_toptheta.kernels.projection import ShadowProjection
     from vllm_toptheta.kernels.shadow import ShadowWorkspace
-    from vllm_toptheta.kernels.shadow_codes import ShadowProjection
 
 CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
 DECAY = 8.0  # the variance of a key's channel i is that of channel 0 times exp(-DECAY * i / head_size)
@@ -45,7 +45,8 @@ class ShadowInputs:
         import torch
 
         from vllm_toptheta.kernels.pages import codes_view
-        from vllm_toptheta.kernels.shadow_codes import ShadowProjection, write_codes
+        from vllm_toptheta.kernels.projection import ShadowProjection
+        from vllm_toptheta.kernels.shadow_codes import write_codes
         from vllm_toptheta.reference import fit_projection
 
         _, num_kv_heads, _, width = inputs.kv_cache.shape
@@ -88,7 +89,7 @@ class ShadowInputs:
             "projection": self.projection,
             "coefficients": inputs.coefficients,
             "margin": self.margin,
-            "exp_threshold_scale": self.ratio,
+            "log_scale": torch.stack([self.ratio.log(), torch.zeros_like(self.ratio)], dim=1),
             "min_length": 1,
             "max_length": 2**20,
             "min_sparse_context": 0,

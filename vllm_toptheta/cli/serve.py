@@ -20,6 +20,7 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with what follows and vLLM's flags.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check everything, and exit with 0 or 2.")] = False,
+    mode: Annotated[str | None, typer.Option(help="What is skipped: values, or shadow for keys too.")] = None,
     thresholds: Annotated[Path | None, typer.Option(help="A threshold store, or a directory of stores.")] = None,
     target_k: Annotated[int | None, typer.Option(help="Keys per query head that thresholds should keep.")] = None,
     target: Annotated[str | None, typer.Option(help="What thresholds aim at instead, as mass:0.98.")] = None,
@@ -41,6 +42,7 @@ def serve(
     from vllm_toptheta.server.config import ServerConfig
 
     options = {
+        "mode": mode,
         "thresholds": None if thresholds is None else str(thresholds),
         "target_k": target_k,
         "target": target,

@@ -1,7 +1,8 @@
 """Top-Theta attention over the paged KV cache in vectorised torch operations, for CPUs.
 
 Three steps, in the order in which a layer runs them: `write_kv` puts new tokens into the cache, `close_pages` writes
-running value sums of pages that became full, then `decode`, and `cpu_prefill` for prompts, compute the output.
+running value sums of pages that became full, then `decode`, and `cpu_prefill` for prompts, compute the output. Layers
+with shadow keys take `cpu_shadow` for the last step.
 
     kv_cache      [num_blocks, num_kv_heads, block_size, 2 * head_size] of memory, filled as `split_cache` says
     block_table   [num_seqs, max_blocks] integer, physical block of each logical block
@@ -26,11 +27,13 @@ class DecodeResult:
         output: [num_seqs, num_heads, head_size] float32.
         value_rows_read: [num_seqs, num_kv_heads] int64, value rows fetched from the cache.
         lost_mass: [num_seqs, num_heads] float32, softmax mass of the keys that did not survive.
+        keys_read: [num_seqs, num_kv_heads] int64, keys fetched from the cache; None for all that are seen.
     """
 
     output: torch.Tensor
     value_rows_read: torch.Tensor
     lost_mass: torch.Tensor
+    keys_read: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -239,30 +242,67 @@ def decode(
     read = (scores - limit).amax(dim=2) >= 0
     if value_sum is not None:
         read |= batch.is_open[:, None]
-    positions, valid = _packed_positions(read)
-    values = _value_rows(value_cache, batch.blocks, positions)
+    positions, valid = packed_positions(read)
     at_positions = positions[:, :, None].expand(-1, -1, group, -1)
     survivors = (scores.gather(3, at_positions) >= limit) & valid[:, :, None]
     kept = numerators.gather(3, at_positions).where(survivors, 0.0)
     kept_sum = kept.sum(dim=3)
     lost_mass = ((total - kept_sum) / total).clamp_(min=0.0)
-    denominator = total if denominator_compensation else kept_sum.clamp(min=torch.finfo(torch.float32).tiny)
-    if value_sum is None:
-        output = torch.matmul(kept, values) / denominator[..., None]
-    else:
-        # one more row of weights sums the values of the page that is still open: its sum stands in no tail yet
-        is_open = valid & batch.is_open[:, None].expand_as(read).gather(2, positions)
-        sums = torch.matmul(torch.cat([kept, is_open[:, :, None].float()], dim=2), values)
-        closed_sum = value_sum[batch.last_full].masked_fill(~batch.has_full[:, None, None], 0.0)
-        mean = (closed_sum + sums[:, :, group]) / batch.seq_lens[:, None, None]
-        # without the exact denominator nothing is known to be lost, unless no key survived at all
-        known_lost = lost_mass if denominator_compensation else (kept_sum == 0).float()
-        output = sums[:, :, :group] / denominator[..., None] + known_lost[..., None] * mean[:, :, None]
+    output = weigh_values(
+        kept,
+        kept_sum,
+        lost_mass,
+        token_rows(value_cache, batch.blocks, positions),
+        positions,
+        valid,
+        batch,
+        denominator=total if denominator_compensation else None,
+        value_sum=value_sum,
+    )
     return DecodeResult(
         output=output.view(num_seqs, num_heads, head_size),
         value_rows_read=valid.sum(dim=2),
         lost_mass=lost_mass.view(num_seqs, num_heads),
     )
+
+
+def weigh_values(
+    kept: torch.Tensor,
+    kept_sum: torch.Tensor,
+    lost_mass: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor,
+    batch: DecodeBatch,
+    *,
+    denominator: torch.Tensor | None,
+    value_sum: torch.Tensor | None,
+) -> torch.Tensor:
+    """The output, [num_seqs, num_kv_heads, group, head_size] float32, of survivors' weights and the rows read.
+
+    Args:
+        kept: [num_seqs, num_kv_heads, group, width] float32, exp(s - m) of survivors, 0 elsewhere.
+        kept_sum: [num_seqs, num_kv_heads, group] float32, its sums.
+        lost_mass: The same shape.
+        values: [num_seqs, num_kv_heads, width, head_size] float32, rows that some head of the group keeps, and those of
+            pages that are not full if there is `value_sum`.
+        positions, valid: [num_seqs, num_kv_heads, width], which rows these are, and which of them are no padding.
+        batch: The sequences.
+        denominator: The shape of `kept_sum`, that of the softmax; None for the survivors' sum.
+        value_sum: As for `decode`.
+    """
+    divisor = kept_sum.clamp(min=torch.finfo(torch.float32).tiny) if denominator is None else denominator
+    if value_sum is None:
+        return torch.matmul(kept, values) / divisor[..., None]
+    group = kept.shape[2]
+    # one more row of weights sums the values of the page that is still open: its sum stands in no tail yet
+    is_open = valid & batch.is_open[:, None].expand(-1, kept.shape[1], -1).gather(2, positions)
+    sums = torch.matmul(torch.cat([kept, is_open[:, :, None].float()], dim=2), values)
+    closed_sum = value_sum[batch.last_full].masked_fill(~batch.has_full[:, None, None], 0.0)
+    mean = (closed_sum + sums[:, :, group]) / batch.seq_lens[:, None, None]
+    # without a denominator of all keys nothing is known to be lost, unless no key survived at all
+    known_lost = (kept_sum == 0).float() if denominator is None else lost_mass
+    return sums[:, :, :group] / divisor[..., None] + known_lost[..., None] * mean[:, :, None]
 
 
 def _pages(cache: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
@@ -272,7 +312,7 @@ def _pages(cache: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
     return pages.view(*batch.blocks.shape, *pages.shape[1:])
 
 
-def _packed_positions(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_positions(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions marked in `read`, [num_seqs, num_kv_heads, max_len] bool, packed to the left.
 
     Returns:
@@ -288,14 +328,20 @@ def _packed_positions(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, torch.arange(width) < counts[..., None]
 
 
-def _value_rows(value_cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The value rows at `positions`, [num_seqs, num_kv_heads, width, head_size] float32."""
-    num_blocks, num_kv_heads, block_size, head_size = value_cache.shape
+def token_rows(cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The rows at `positions`, [num_seqs, num_kv_heads, width, head_size] float32.
+
+    Args:
+        cache: Either of what `split_cache` returns.
+        blocks: [num_seqs, max_blocks] int64, physical blocks.
+        positions: [num_seqs, num_kv_heads, width] int64, tokens of each sequence.
+    """
+    num_blocks, num_kv_heads, block_size, head_size = cache.shape
     # pages are whole numbers of rows (kernels.pages), so all rows stand in one matrix, which index_select copies row by
     # row, while advanced indexing would go element by element
-    rows_per_page, rows_per_head = value_cache.stride(0) // head_size, value_cache.stride(1) // head_size
+    rows_per_page, rows_per_head = cache.stride(0) // head_size, cache.stride(1) // head_size
     num_rows = (num_blocks - 1) * rows_per_page + (num_kv_heads - 1) * rows_per_head + block_size
-    rows = value_cache.as_strided((num_rows, head_size), (head_size, 1))
+    rows = cache.as_strided((num_rows, head_size), (head_size, 1))
     block = blocks[:, None].expand(-1, num_kv_heads, -1).gather(2, positions // block_size)
     head = torch.arange(num_kv_heads)[:, None]
     index = block * rows_per_page + head * rows_per_head + positions % block_size

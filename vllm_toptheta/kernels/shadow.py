@@ -22,7 +22,8 @@ from vllm_toptheta.kernels.decode import (
     launch_merge,
     sequence_block,
 )
-from vllm_toptheta.kernels.shadow_codes import TOKENS_PER_STEP, ShadowProjection
+from vllm_toptheta.kernels.projection import ShadowProjection
+from vllm_toptheta.kernels.shadow_codes import TOKENS_PER_STEP
 from vllm_toptheta.kernels.shadow_query import query_kernel
 from vllm_toptheta.kernels.shadow_split import MIN_ROW_BYTES, shadow_split_kernel
 from vllm_toptheta.kernels.tuning import ShadowConfig, has_dependent_launch, num_multiprocessors
@@ -100,13 +101,14 @@ def decode_shadow(
     projection: ShadowProjection,
     coefficients: torch.Tensor,
     margin: torch.Tensor,
-    exp_threshold_scale: torch.Tensor,
+    log_scale: torch.Tensor,
     min_length: int,
     max_length: int,
     min_sparse_context: int,
     num_sink: int,
     num_recent: int,
     softmax_scale: float,
+    rules: torch.Tensor | None = None,
     logits_soft_cap: float | None = None,
     q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
@@ -122,7 +124,7 @@ def decode_shadow(
     A token is a candidate if its shadow reaches threshold minus margin for some head of the group, if it is one of the
     first `num_sink` or the last `num_recent`, or if it lies in the page of the new token. Candidates whose exact score
     reaches a head's threshold are its survivors; all other keys enter its softmax denominator as
-    r * exp(threshold) each, with r = `exp_threshold_scale`.
+    r(n) * exp(threshold) each, where n is the length of the sequence.
 
     Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Any number of candidates is right, however unlikely. A sequence of length 0 is
@@ -134,10 +136,13 @@ def decode_shadow(
             all full pages (`shadow_codes.write_codes`). Those of a page that the new token fills are written.
         workspace: For at least as many sequences, and for the same `config`.
         projection: Of the layer, what `codes` were written with.
-        coefficients, min_length, max_length, min_sparse_context, softmax_scale, logits_soft_cap, q_scale, k_scale,
-        v_scale, value_sum, counters: As for `decode.decode`; the lost mass that is counted is what r makes of it.
-        margin: [num_heads] float32, scaled logits, after the soft cap if there is one.
-        exp_threshold_scale: [num_heads] float32, r.
+        coefficients, min_length, max_length, min_sparse_context, softmax_scale, rules, logits_soft_cap, q_scale,
+        k_scale, v_scale, value_sum, counters: As for `decode.decode`; the lost mass that is counted is what r makes of
+        it.
+        margin: [num_heads] float32, contiguous, scaled logits, after the soft cap if there is one. With `rules`,
+            [num_levels, num_heads].
+        log_scale: [num_heads, 2] float32, contiguous: ln r = c_0 + c_1 ln n, n clamped as for theta(n). With `rules`,
+            [num_levels, num_heads, 2].
         num_sink, num_recent: Tokens at either end that are always candidates.
         denominator_compensation: Whether discarded keys enter the softmax denominator.
         keys_read: [num_kv_heads] int64, exact keys fetched are added to it; None together with `counters`.
@@ -149,10 +154,14 @@ def decode_shadow(
     num_seqs, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
     code_bytes, group = projection.code_bytes, num_heads // num_kv_heads
-    check_step(query, kv_cache, block_table, seq_lens, output, coefficients, None, value_sum)
+    check_step(query, kv_cache, block_table, seq_lens, output, coefficients, rules, value_sum)
     expect("codes", codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8)
-    expect("margin", margin, (num_heads,), torch.float32)
-    expect("exp_threshold_scale", exp_threshold_scale, (num_heads,), torch.float32)
+    levels = () if rules is None else coefficients.shape[:1]
+    expect("margin", margin, (*levels, num_heads), torch.float32)
+    expect("log_scale", log_scale, (*levels, num_heads, 2), torch.float32)
+    for name, tensor in (("margin", margin), ("log_scale", log_scale)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
     if tuple(projection.encoder.shape[:2]) != (num_kv_heads, head_size):
         raise ValueError(f"projection: of {list(projection.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
     row_tokens = max(1, MIN_ROW_BYTES // code_bytes)
@@ -177,6 +186,7 @@ def decode_shadow(
     shared: dict[str, Any] = {
         "block_table_ptr": block_table,
         "seq_lens_ptr": seq_lens,
+        "rules_ptr": rules,
         "kv_cache_ptr": kv_cache,
         "stride_kv_block": kv_cache.stride(0),
         "stride_kv_head": kv_cache.stride(1),
@@ -203,7 +213,7 @@ def decode_shadow(
         "max_length": max_length,
         "softmax_scale": softmax_scale,
         "soft_cap": logits_soft_cap or 0.0,
-        "NUM_COEFFICIENTS": coefficients.shape[1],
+        "NUM_COEFFICIENTS": coefficients.shape[-1],
         "CODE_BYTES": code_bytes,
         "SOFT_CAP": logits_soft_cap is not None,
         "HAS_Q_SCALE": q_scale is not None,
@@ -235,7 +245,7 @@ def decode_shadow(
         **shared,
     )
     shadow_split_kernel[(num_kv_heads, num_programs)](
-        ratio_ptr=exp_threshold_scale,
+        log_scale_ptr=log_scale,
         list_ptr=workspace.candidates,
         order_ptr=workspace.order,
         keys_read_ptr=keys_read,
@@ -266,7 +276,7 @@ def decode_shadow(
         **shared,
     )
     launch_merge(
-        pieces | shared | {"rules_ptr": None},
+        pieces | shared,
         output=output,
         value_sum=value_sum,
         v_scale=v_scale,

@@ -8,71 +8,29 @@ Byte j of a key's codes holds channel j in its lower half and channel j + num_ch
 mask and a shift take whole words apart. A page's codes are written when the page is full, by whichever step fills it,
 from the keys in the page and nothing else: a step repeated writes the same bytes. `write_codes` does so for steps that
 fill any number of pages, `shadow.decode_shadow` for the page that a decoded token fills.
+
+vLLM shares the pages of a prefix as soon as they are scheduled, so a sequence may stand on pages that another one fills
+in the same step. Codes depend on no other page, and all of a step are written before any of them is scanned.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.arguments import expect
+from vllm_toptheta.kernels.projection import NUM_LEVELS, ShadowProjection
 
-CHANNELS = (32, 64, 128)
-NUM_LEVELS = tl.constexpr(16)
+_LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
 TOKENS_PER_STEP = 64
 DEPTH = tl.constexpr(64)  # channels of a key or query that are multiplied at a time
-
-
-@dataclass(frozen=True)
-class ShadowProjection:
-    """What a layer's keys are projected on; float32, contiguous.
-
-    Attributes:
-        encoder: [num_kv_heads, head_size, num_channels], from keys to steps.
-        code_offset: [num_kv_heads, num_channels], 8 minus the steps of the mean key.
-        decoder: [num_kv_heads, num_channels, head_size], from steps to keys.
-        key_mean: [num_kv_heads, head_size].
-    """
-
-    encoder: torch.Tensor
-    code_offset: torch.Tensor
-    decoder: torch.Tensor
-    key_mean: torch.Tensor
-
-    @classmethod
-    def build(cls, encoder: torch.Tensor, decoder: torch.Tensor, key_mean: torch.Tensor) -> ShadowProjection:
-        """From the three tensors that a calibration finds.
-
-        Raises:
-            ValueError: A shape is not as described, or there are no kernels for the number of channels.
-        """
-        num_kv_heads, head_size, num_channels = encoder.shape
-        if num_channels not in CHANNELS or num_channels > head_size:
-            allowed = ", ".join(str(number) for number in CHANNELS if number <= head_size)
-            raise ValueError(f"encoder: projects to {num_channels} channels, expected one of {allowed}")
-        for name, tensor, shape in (
-            ("decoder", decoder, (num_kv_heads, num_channels, head_size)),
-            ("key_mean", key_mean, (num_kv_heads, head_size)),
-        ):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: {list(tensor.shape)}, expected {list(shape)}")
-        encoder, decoder, key_mean = (tensor.float().contiguous() for tensor in (encoder, decoder, key_mean))
-        offset = NUM_LEVELS.value // 2 - torch.einsum("hd,hdr->hr", key_mean, encoder)
-        return cls(encoder, offset.contiguous(), decoder, key_mean)
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of a shadow key."""
-        return self.encoder.shape[2] // 2
 
 
 @triton.jit
 def _codes_of(steps):
     """Codes of steps, int32."""
-    return tl.minimum(tl.maximum(tl.floor(steps), 0.0), NUM_LEVELS - 1.0).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.floor(steps), 0.0), _LAST_LEVEL).to(tl.int32)
 
 
 @triton.jit

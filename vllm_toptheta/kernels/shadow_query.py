@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.rules import curve_of, level_of
 from vllm_toptheta.kernels.shadow_codes import DEPTH, encode_tokens
 from vllm_toptheta.kernels.tiles import thresholds_at
 
@@ -28,13 +29,14 @@ def query_kernel(
     query_ptr,  # [num_seqs, num_heads, head_size]
     query_codes_ptr,  # [num_seqs, num_heads, 2 * CODE_BYTES] int8, written
     floors_ptr,  # [num_seqs, num_heads] int32, written
-    coefficients_ptr,  # [num_heads, NUM_COEFFICIENTS] float32
-    margin_ptr,  # [num_heads] float32
+    coefficients_ptr,  # [num_levels, num_heads, NUM_COEFFICIENTS] float32
+    margin_ptr,  # [num_levels, num_heads] float32
     decoder_ptr,  # [num_kv_heads, 2 * CODE_BYTES, head_size] float32
     key_mean_ptr,  # [num_kv_heads, head_size] float32
     q_scale_ptr,  # [1] float32
     k_scale_ptr,  # [1] float32
     seq_lens_ptr,  # [num_seqs] int32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
     block_table_ptr,  # [num_seqs, max_blocks] int32
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
@@ -104,8 +106,12 @@ def query_kernel(
     tl.store(target, lower.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
     tl.store(target + CODE_BYTES, upper.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
 
-    wanted = thresholds_at(coefficients_ptr, head, mask_g, seq_len, min_length, max_length, NUM_COEFFICIENTS)
-    wanted -= tl.load(margin_ptr + head, mask=mask_g, other=0.0)
+    level = level_of(rules_ptr, seq, tl.num_programs(0))
+    curve_ptr, shortest, longest = curve_of(
+        rules_ptr, seq, coefficients_ptr, num_heads * NUM_COEFFICIENTS, min_length, max_length
+    )
+    wanted = thresholds_at(curve_ptr, head, mask_g, seq_len, shortest, longest, NUM_COEFFICIENTS)
+    wanted -= tl.load(margin_ptr + level * num_heads + head, mask=mask_g, other=0.0)
     if SOFT_CAP:
         ratio = wanted / soft_cap
         inside = tl.minimum(tl.maximum(ratio, -0.9999999), 0.9999999)

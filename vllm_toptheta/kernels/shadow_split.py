@@ -9,9 +9,9 @@ A row's candidates go to a list of that row, so that the loop has no prefix sum.
 puts the lists in order, one behind the other, and takes dense tiles of candidates: exact scores, comparison with the
 threshold, softmax, and the values of survivors. What was not kept enters the denominator by its number,
 
-    lost = r * (number of keys - number of survivors) * exp(threshold - m)
+    lost = r(n) * (number of keys - number of survivors) * exp(threshold - m)
 
-where r is calibrated: the mean of exp(s - threshold) over discarded scores.
+where r is calibrated: about the mean of exp(s - threshold) over discarded scores, which falls with the length n.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.rules import curve_of, dense_length_of, level_of
 from vllm_toptheta.kernels.schedule import first_of_share, store_piece, units_of_piece, work_of_step
 from vllm_toptheta.kernels.shadow_products import halves, load_query, products
 from vllm_toptheta.kernels.shadow_query import NO_CODES
@@ -28,6 +29,7 @@ from vllm_toptheta.kernels.tiles import (
     LOG2_E,
     load_blocks,
     load_values,
+    scales_at,
     store_where,
     thresholds_at,
     tile_rows,
@@ -216,8 +218,9 @@ def shadow_split_kernel(
     codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
     block_table_ptr,  # [num_seqs, max_blocks] int32
     seq_lens_ptr,  # [num_seqs] int32
-    coefficients_ptr,  # [num_heads, NUM_COEFFICIENTS] float32
-    ratio_ptr,  # [num_heads] float32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
+    coefficients_ptr,  # [num_levels, num_heads, NUM_COEFFICIENTS] float32
+    log_scale_ptr,  # [num_levels, num_heads, 2] float32
     q_scale_ptr,  # [1] float32
     k_scale_ptr,  # [1] float32
     list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE] int32
@@ -280,7 +283,7 @@ def shadow_split_kernel(
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     work, share = work_of_step(
-        seq_lens_ptr, None, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
     if EARLY_SPLIT:
@@ -304,7 +307,7 @@ def shadow_split_kernel(
 
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
-        is_dense = seq_len <= min_sparse_context
+        is_dense = seq_len <= dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
         first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
         if first_unit < last_unit:
             start = first_unit * UNIT
@@ -340,11 +343,16 @@ def shadow_split_kernel(
                 open_start = seq_len
                 if VALUE_MEAN:
                     open_start = seq_len // BLOCK_SIZE * BLOCK_SIZE
-                first_head = row * num_kv_heads * GROUP + kv_head * GROUP
+                num_heads = num_kv_heads * GROUP
+                first_head = row * num_heads + kv_head * GROUP
+                curve_ptr, shortest, longest = curve_of(
+                    rules_ptr, seq, coefficients_ptr, num_heads * NUM_COEFFICIENTS, min_length, max_length
+                )
+                scale_ptr = log_scale_ptr + level_of(rules_ptr, seq, num_seqs) * num_heads * 2
                 output, maximum, kept_sum, lost_sum, keys_read, rows_read = _attend_candidates(
                     query,
-                    thresholds_at(coefficients_ptr, head, mask_g, seq_len, min_length, max_length, NUM_COEFFICIENTS),
-                    tl.load(ratio_ptr + head, mask=mask_g, other=0.0),
+                    thresholds_at(curve_ptr, head, mask_g, seq_len, shortest, longest, NUM_COEFFICIENTS),
+                    scales_at(scale_ptr, head, mask_g, seq_len, shortest, longest),
                     query_codes_ptr + first_head * 2 * CODE_BYTES,
                     floors_ptr + first_head,
                     key_base,

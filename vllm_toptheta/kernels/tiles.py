@@ -12,6 +12,7 @@ ROW_ALIGNMENT = tl.constexpr(16)  # elements
 LOG2_E = tl.constexpr(1.4426950408889634)
 DISCARDED = tl.constexpr(-2.0e30)  # score of a key that a head does not see or keep
 HIGHEST = tl.constexpr(1.0e30)  # magnitude of a threshold
+MAX_LOG_SCALE = tl.constexpr(13.815510557964274)  # keeps sums over discarded keys finite
 
 
 @triton.jit
@@ -92,6 +93,23 @@ def thresholds_at(
     # finite, so that differences of two of them are no NaN, and above what is discarded
     threshold = tl.minimum(tl.maximum(threshold, -HIGHEST), HIGHEST)
     return tl.where(head_mask, threshold, HIGHEST)
+
+
+@triton.jit
+def scales_at(
+    log_scale_ptr,  # [num_heads, 2] float32
+    head,  # [G_PAD]
+    head_mask,
+    seq_len,
+    min_length,
+    max_length,
+):
+    """r at `seq_len`, [G_PAD] float32, from ln r = c_0 + c_1 ln n; 0 behind the group's last head."""
+    log_length = tl.log(tl.minimum(tl.maximum(seq_len, min_length), max_length).to(tl.float32))
+    constant = tl.load(log_scale_ptr + head * 2, mask=head_mask, other=0.0)
+    slope = tl.load(log_scale_ptr + head * 2 + 1, mask=head_mask, other=0.0)
+    scale = tl.exp(tl.minimum(constant + slope * log_length, MAX_LOG_SCALE))
+    return tl.where(head_mask, scale, 0.0)
 
 
 # the constant is the policy `createpolicy.fractional.L2::evict_last` with fraction 1

@@ -85,20 +85,20 @@ class ShadowConfig:
     tile: int = 256
     num_warps: int = 4
     min_group: int = 8
-    max_registers: int | None = 168
+    max_registers: int | None = None
     scan_stages: int = 3
     product: str = "int8"
     heads_first: bool = False
     chunk_tiles: int = 16
     list_depth: int = 32
-    walk_tile: int = 64
+    walk_tile: int = 128
     walk_stages: int = 1
     all_values: bool = False
     dense_tile: int = 64
     dense_stages: int = 2
     dense_work: int = 8
     min_work: int = 2
-    programs_per_sm: int = 3
+    programs_per_sm: int = 2
     merge_warps: int = 0
     early_launch: bool = True
 

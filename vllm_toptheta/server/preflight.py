@@ -47,9 +47,10 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
         return f"every layer will run dense: {selection.origin}"
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     curve = selection.curve
+    shadow = "" if selection.shadow is None else f", shadow keys of {selection.shadow.section.num_channels} channels"
     return (
         f"thresholds of {selection.model_id} in {selection.origin}: {curve.label}, calibrated from "
-        f"{curve.min_length} to {curve.max_length} tokens, dense layers {dense_layers}; "
+        f"{curve.min_length} to {curve.max_length} tokens, dense layers {dense_layers}{shadow}; "
         + (f"not compared with the model, because {local.unknown}" if local.unknown else f"they fit {model}")
     )
 

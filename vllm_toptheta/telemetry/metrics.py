@@ -62,6 +62,13 @@ class StatsCollector(Collector):
             "Value rows read from the cache, summed over decoded tokens and kv heads.",
             ((head.layer, head.rows_read) for head in stats.layers),
         )
+        keys_read = [(head.layer, head.keys_read) for head in stats.layers if head.keys_read is not None]
+        if keys_read:
+            yield _per_layer(
+                "toptheta_keys_read",
+                "Keys read from the cache, summed over decoded tokens and kv heads; as many are cached as value rows.",
+                keys_read,
+            )
         lost_mass = HistogramMetricFamily(
             "toptheta_lost_mass",
             "Softmax mass of the keys whose values were not read, per decoded token and query head.",

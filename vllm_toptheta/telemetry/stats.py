@@ -23,6 +23,10 @@ class HeadStats(BaseModel):
     asked_tokens: int = Field(description="Those among them that were decoded as their request asked for.")
     rows_cached: int = Field(description="Value rows in the cache, summed over decode tokens.")
     rows_read: int = Field(description="Value rows fetched from the cache, summed over decode tokens.")
+    keys_read: int | None = Field(
+        default=None,
+        description="Keys fetched from the cache, of as many as rows_cached; null in mode values, which reads all.",
+    )
     lost_mass_mean: float = Field(
         description="Softmax mass of the rows not read, mean over query heads and tokens to which the server's "
         "thresholds applied."
@@ -52,7 +56,9 @@ class InForce(BaseModel):
     """What the server was started with."""
 
     mode: str
-    guard: str = Field(description="off, warn or relax; unmeasured if the thresholds came without a measurement.")
+    guard: str = Field(
+        description="off, warn or relax; unmeasured if the thresholds came without a measurement, and in mode shadow."
+    )
     target: str | None = Field(description="What the thresholds aim at, as k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")
@@ -90,6 +96,9 @@ class Stats(InForce):
     asked_tokens: int = Field(description="Tokens decoded as their request asked for.")
     requests: dict[str, int] = Field(description="Requests that named a way to decode, by what they named.")
     rows_read_share: float | None = Field(description="rows_read / rows_cached over all layers; null before decoding.")
+    keys_read_share: float | None = Field(
+        description="keys_read / rows_cached over all layers; null in mode values, and before decoding."
+    )
     bytes_not_read: int = Field(description="Bytes of cached values that thresholds made unnecessary to read.")
     lost_mass_edges: list[float] = Field(description="Upper edges of the buckets in lost_mass, included.")
     layers: list[HeadStats]
@@ -127,12 +136,19 @@ def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
         asked_tokens=_over_replicas(engines, "asked_tokens"),
         requests=_requests(engines),
         rows_read_share=read / cached if cached else None,
+        keys_read_share=_keys_read_share(layers),
         bytes_not_read=(cached - read) * reports[0].value_row_bytes,
         lost_mass_edges=list(LOST_MASS_EDGES),
         layers=layers,
         lost_mass=[lost_mass[layer] for layer in sorted(lost_mass)],
         guarded=_worst(state for report in reports for state in report.guarded),
     )
+
+
+def _keys_read_share(layers: list[HeadStats]) -> float | None:
+    counted = [(head.keys_read, head.rows_cached) for head in layers if head.keys_read is not None]
+    cached = sum(rows for _, rows in counted)
+    return sum(keys for keys, _ in counted) / cached if cached else None
 
 
 def _worst(states: Iterable[GuardState]) -> list[GuardState]:
@@ -174,6 +190,7 @@ def _add_heads(one: HeadStats, other: HeadStats) -> HeadStats:
         asked_tokens=one.asked_tokens + other.asked_tokens,
         rows_cached=one.rows_cached + other.rows_cached,
         rows_read=one.rows_read + other.rows_read,
+        keys_read=None if one.keys_read is None or other.keys_read is None else one.keys_read + other.keys_read,
         lost_mass_mean=lost / max(1, sum(sparse)),
     )
 

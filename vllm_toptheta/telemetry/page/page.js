@@ -151,7 +151,8 @@ function draw() {
 
   $("model").textContent = stats.thresholds ? `with the thresholds of ${stats.thresholds}` : "without thresholds";
   $("rows-share").textContent = percent(stats.rows_read_share);
-  $("rows-note").textContent = `of ${compact.format(sum(stats.layers, (head) => head.rows_cached))} cached, in sparse layers`;
+  const keys = stats.keys_read_share === null ? "" : `; of keys ${percent(stats.keys_read_share)}`;
+  $("rows-note").textContent = `of ${compact.format(sum(stats.layers, (head) => head.rows_cached))} cached, in sparse layers${keys}`;
   $("tokens-rate").textContent = significant.format(tokensRate);
   $("bytes-rate").textContent = bytes(perSecond(stats, recent, (one) => one.bytes_not_read));
   $("bytes-note").textContent = `${bytes(stats.bytes_not_read)} since the start`;

@@ -1,0 +1,122 @@
+"""Three layers of the CPU backend without an engine, on the thresholds of `conftest.py`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from tests.kernels.paged import empty_cache
+from vllm_toptheta.backend import cpu
+from vllm_toptheta.kernels.cpu import split_cache
+from vllm_toptheta.reference import paged_top_theta_attention
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
+SCALE = HEAD_SIZE**-0.5
+TARGET_K = 128
+
+
+class Step(NamedTuple):
+    """One engine step over all sequences."""
+
+    seq_lens: list[int]
+    query_lens: list[int]
+    is_prefilling: list[bool]
+
+
+class Harness:
+    """Three layers of a model on pages in random order, with NaN wherever nothing has been written."""
+
+    def __init__(self, config: VllmConfig, block_size: int, max_lens: list[int], seed: int = 42) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.block_size = block_size
+        self.dtype = config.model_config.dtype
+        with set_current_vllm_config(config):
+            self.layers = [
+                Attention(
+                    NUM_HEADS,
+                    HEAD_SIZE,
+                    SCALE,
+                    NUM_KV_HEADS,
+                    cache_config=config.cache_config,
+                    prefix=f"model.layers.{index}.self_attn.attn",
+                )
+                for index in (0, 1, 3)
+            ]
+        names = [layer.layer_name for layer in self.layers]
+        self.spec = self.layers[0].get_kv_cache_spec(config)
+        self.builder = cpu.CpuMetadataBuilder(self.spec, names, config, torch.device("cpu"))
+        width = max(-(-length // block_size) for length in max_lens)
+        num_blocks = width * len(max_lens) + 1
+        self.block_table = (torch.randperm(num_blocks - 1, generator=self.generator).int() + 1).view(-1, width)
+        sizes = num_blocks, NUM_KV_HEADS, block_size, HEAD_SIZE
+        code_bytes = self.builder.plan.code_bytes
+        self.caches = [empty_cache(*sizes, self.dtype, code_bytes=code_bytes) for _ in self.layers]
+
+    def run(self, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Random tokens through every layer: the query [num_tokens, heads, head_size] and each layer's output."""
+        seq_lens, query_lens = torch.tensor(step.seq_lens), torch.tensor(step.query_lens)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), query_lens.cumsum(0)])
+        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(step.seq_lens, step.query_lens, strict=True)])
+        rows = torch.repeat_interleave(torch.arange(len(seq_lens)), query_lens)
+        blocks = self.block_table[rows, positions // self.block_size].long()
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.int(),
+            query_start_loc_cpu=starts.int(),
+            seq_lens=seq_lens.int(),
+            num_reqs=len(seq_lens),
+            num_actual_tokens=len(positions),
+            max_query_len=max(step.query_lens),
+            max_seq_len=max(step.seq_lens),
+            block_table_tensor=self.block_table[: len(seq_lens)],
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            is_prefilling=torch.tensor(step.is_prefilling),
+        )
+        metadata = self.builder.build(0, common)
+        query = torch.randn(len(positions), NUM_HEADS, HEAD_SIZE, generator=self.generator).to(self.dtype)
+        outputs = []
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            key, value = torch.randn(2, len(positions), NUM_KV_HEADS, HEAD_SIZE, generator=self.generator).to(
+                self.dtype
+            )
+            layer.impl.do_kv_cache_update(layer, key, value, cache, common.slot_mapping)
+            output = torch.full_like(query, torch.nan)
+            outputs.append(layer.impl.forward(layer, query, key, value, cache, metadata, output))
+        return query, outputs
+
+    def expected(self, step: Step, query: torch.Tensor, layer: int) -> torch.Tensor:
+        """The reference's output of one layer in float32: thresholds for decoding rows, dense otherwise."""
+        starts = torch.tensor([0, *step.query_lens]).cumsum(0)
+        threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
+        if layer > 0:
+            for row, (length, new, prefilling) in enumerate(
+                zip(step.seq_lens, step.query_lens, step.is_prefilling, strict=True)
+            ):
+                if new == 1 and not prefilling:
+                    threshold[starts[row]] = 0.4 + 0.1 * torch.tensor(float(max(length, 129))).log()
+        return paged_top_theta_attention(
+            query,
+            torch.cat(split_cache(self.caches[layer]), dim=-1),
+            self.block_table,
+            torch.tensor(step.seq_lens),
+            starts,
+            threshold=threshold,
+            target_k=TARGET_K,
+            softmax_scale=SCALE,
+        ).output
+
+
+def asking(harness: Harness, wishes: list[Any]) -> None:
+    """Let the rows of the next step ask for something."""
+    new = [
+        SimpleNamespace(
+            req_id=str(row), prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args={"toptheta": wish})
+        )
+        for row, wish in enumerate(wishes)
+    ]
+    ids = [request.req_id for request in new]
+    harness.builder.requests.step(new, set(ids), ids)

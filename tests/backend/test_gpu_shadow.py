@@ -1,0 +1,255 @@
+"""The GPU backend's steps in mode `shadow`, with its kernels in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.backend.gpu_engine import (
+    BLOCK_SIZE,
+    HEAD_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    SCALE,
+    THETA,
+    Engine,
+    asking,
+)
+from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from tests.shadow_store import make_shadow_store, projection_of
+from vllm_toptheta.backend.levels import Levels
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.kernels.shadow import ShadowWorkspace
+from vllm_toptheta.reference import (
+    Compensation,
+    candidate_keys,
+    encode_keys,
+    gather_sequence,
+    pack_codes,
+    quantize_query,
+    shadow_scores,
+    top_theta_attention,
+)
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import ThresholdStore
+
+pytestmark = [
+    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
+    # of a key that survives, which is selected away
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+
+LAYER, CODE_BYTES = 1, 16
+LABELS = {THETA: "k:8", THETA + 0.5: "k:4"}
+
+
+class ShadowEngine(Engine):
+    """The engine in mode `shadow`; what its reference expects of decoding rows has candidates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, max_lens: list[int], **options: Any) -> None:
+        self.store: ThresholdStore = make_shadow_store(
+            folder / "store",
+            coefficients=[[THETA + 0.5, 0, 0], [THETA, 0, 0]],
+            target_ks=(4, 8),
+            num_layers=2,
+            num_heads=NUM_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_size=HEAD_SIZE,
+            max_length=4096,
+        )
+        curve = self.store.curve_of("k:8")
+        refusal = options.pop("refusal", None)
+        self.settings = Settings.load({"mode": "shadow", **options})
+        plan = Plan(
+            settings=self.settings,
+            curve=curve,
+            model_id="acme/tiny",
+            origin="a test",
+            dense_layers=frozenset({0}),
+            architecture=self.store.manifest.architecture,
+            levels=Levels(curve, () if refusal else (self.store.curve_of("k:4"),), refusal=refusal),
+            shadow=self.store.shadow,
+        )
+        super().__init__(monkeypatch, max_lens, plan=plan)
+        self.keys_read = 0
+        codes_view(self.kv_cache, CODE_BYTES).fill_(0xA5)
+
+    def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> Any:
+        return ShadowWorkspace.allocate(num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, CODE_BYTES, device=device)
+
+    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
+        output = super().reference(query, block_table, lens, starts, threshold)
+        for row, (length, start, end) in enumerate(
+            zip(lens.tolist(), starts.tolist()[:-1], starts.tolist()[1:], strict=True)
+        ):
+            label = LABELS.get(float(threshold[start, 0]))
+            if end - start == 1 and label is not None:
+                output[start] = self.decoded(query[start:end], block_table[row], length, label)
+            elif end - start == 1:
+                self.keys_read += length
+        return output
+
+    def decoded(self, query: torch.Tensor, block_row: torch.Tensor, length: int, label: str) -> torch.Tensor:
+        shadow = self.store.shadow
+        key, value = (part.float().cpu() for part in gather_sequence(self.kv_cache, block_row, length))
+        threshold = torch.tensor(self.store.curve_of(label).threshold(length)[LAYER].copy())
+        projection = projection_of(shadow, LAYER)
+        scores = shadow_scores(
+            quantize_query(query.float().cpu(), projection, softmax_scale=SCALE), encode_keys(key, projection)
+        )
+        candidates = candidate_keys(
+            scores[0],
+            threshold - torch.tensor(shadow.margin(label)[LAYER]),
+            num_kv_heads=NUM_KV_HEADS,
+            num_sink=shadow.section.num_sink,
+            num_recent=shadow.section.num_recent,
+            block_size=BLOCK_SIZE,
+        )
+        self.keys_read += int(candidates[0].sum())
+        scale = torch.tensor(shadow.exp_threshold_scale(label, length)[LAYER].copy())
+        compensation = self.settings.compensation
+        result = top_theta_attention(
+            query.float().cpu(),
+            key,
+            value,
+            threshold=threshold[None],
+            target_k=0,
+            softmax_scale=SCALE,
+            candidates=candidates.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)[None],
+            compensation=Compensation(
+                "none" if compensation == "none" else "exp_threshold",
+                compensation == "sdc+vmc",
+                exp_threshold_scale=scale,
+            ),
+        )
+        return result.output[0].to(query.device)
+
+    def check_codes(self, row: int, length: int) -> None:
+        """The codes of a sequence's full pages are the reference's, and its open page has none."""
+        num_full = length // BLOCK_SIZE
+        key, _ = gather_sequence(self.kv_cache, self.block_table[row], num_full * BLOCK_SIZE)
+        expected = pack_codes(encode_keys(key.float().cpu(), projection_of(self.store.shadow, LAYER)))
+        codes = codes_view(self.kv_cache, CODE_BYTES)
+        stored = codes[self.block_table[row, :num_full].long()].transpose(1, 2).flatten(0, 1)
+        assert float((stored.cpu() != expected).float().mean()) < 1e-3
+
+
+def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [160, 190, 90])
+    assert engine.step([0, 1, 2], [140, 170, 33], [140, 170, 33]).max() < 3e-3
+    assert engine.dense_rows == [343]
+    engine.check_codes(1, 170)
+    assert engine.step([0, 1, 2], [141, 171, 53], [1, 1, 20]).max() < 3e-3  # decoding sequences stand in front
+    assert engine.dense_rows == [20]
+    for step in range(1, 8):  # across the ends of pages: 144 and 176
+        lens = [141 + step, 171 + step, 53 + step]
+        assert engine.step([0, 1, 2], lens, [1, 1, 1]).max() < 3e-3, lens
+        assert engine.dense_rows == []
+    engine.check_codes(0, 148)
+    engine.check_codes(1, 178)
+    counters = engine.impl.layer_plan.counters
+    decoded, dense, cached, steps, asked = counters.totals.tolist()
+    assert (decoded, dense, steps, asked) == (2 + 3 * 7, 0, 1 + 7, 0)
+    assert int(counters.keys_read[0]) == engine.keys_read
+    assert 0 < int(counters.rows_read[0]) < int(counters.keys_read[0]) < cached
+    assert float(counters.lost_mass.min()) > 0
+
+
+@pytest.mark.parametrize("compensation", ["sdc", "none"])
+def test_other_compensations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compensation: str) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [130], compensation=compensation)
+    engine.step([0], [120], [120])
+    for length in (121, 122):
+        assert engine.step([0], [length], [1]).max() < 5e-3
+
+
+def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [100, 100, 100])
+    names = {"plain", "dense", "k"}
+    engine.impl.requests.step(asking(plain=None, dense="dense", k=4), names, ["plain", "dense", "k"])
+    engine.step([0, 1, 2], [80, 95, 90], [80, 95, 90])
+    assert engine.step([0, 1, 2], [81, 96, 91], [1, 1, 1], [THETA, -torch.inf, THETA + 0.5]).max() < 3e-3
+    engine.check_codes(1, 96)  # also a dense sequence leaves them behind, for whoever shares the page
+    # another order
+    engine.impl.requests.step([], names, ["k", "plain"])
+    assert engine.step([2, 0], [92, 82], [1, 1], [THETA + 0.5, THETA]).max() < 3e-3
+    counters = engine.impl.layer_plan.counters
+    assert counters.totals.tolist() == [5, 0, 81 + 96 + 91 + 92 + 82, 2, 3]
+    assert int(counters.keys_read[0]) == engine.keys_read
+
+
+def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [60], refusal="switched off")
+    engine.impl.requests.rules.fill_(-1)
+    engine.step([0], [40], [40])
+    assert engine.step([0], [41], [1]).max() < 3e-3
+    assert engine.impl.layer_plan.counters.totals.tolist() == [1, 0, 41, 1, 0]
+
+
+@pytest.mark.parametrize("is_prompt", [True, False])
+def test_a_page_that_another_sequence_fills_in_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_prompt: bool
+) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [112, 128])
+    new = 20 if is_prompt else 1
+    engine.step([0], [96 - new], [96 - new])
+    # the second sequence stands on the pages that the first one fills; its own tokens follow them
+    engine.block_table[1, :6] = engine.block_table[0, :6]
+    blocks = engine.block_table[1, 6:].long()
+    engine.kv_cache[blocks] = torch.randn(len(blocks), *engine.kv_cache.shape[1:], generator=engine.generator).to(
+        engine.kv_cache
+    )
+    filled = codes_view(engine.kv_cache, CODE_BYTES)[engine.block_table[0, 5].long()]
+    assert bool((filled == 0xA5).all())
+    engine.keys_read = 0
+    if is_prompt:
+        assert engine.step([1, 0], [99, 96], [1, new]).max() < 3e-3
+    else:
+        assert engine.step([0, 1], [96, 99], [1, 1]).max() < 3e-3
+    assert int(engine.impl.layer_plan.counters.keys_read[0]) == engine.keys_read
+    engine.check_codes(0, 96)
+
+
+def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [90])
+    engine.step([0], [44], [44])
+    # four drafts are attended to densely, over the end of a page at 48; then all of them are rejected
+    assert engine.step([0], [49], [5]).max() < 3e-3
+    assert engine.dense_rows == [5]
+    engine.check_codes(0, 49)
+    for length in range(46, 51):  # 48 is filled once more, with another token
+        assert engine.step([0], [length], [1]).max() < 3e-3
+    engine.check_codes(0, 50)
+
+
+def test_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [60])
+    engine.step([0], [40], [40])
+    engine.step([0], [41], [1])
+    counters = engine.impl.layer_plan.counters
+    assert int(counters.keys_read.min()) > 0
+    counters.zero_()
+    assert not counters.keys_read.any()
+
+
+def test_the_workspace_is_that_of_the_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm_toptheta.backend import gpu
+
+    with monkeypatch.context() as patched:
+        original = gpu.GpuTopThetaImpl._workspace
+        engine = ShadowEngine(patched, tmp_path, [60])
+    asked: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    class Manager:
+        def get_simultaneous(self, *spec: Any) -> list[torch.Tensor]:
+            asked.extend(spec)
+            return [torch.empty(shape, dtype=dtype) for shape, dtype in spec]
+
+    monkeypatch.setattr(gpu, "current_workspace_manager", Manager)
+    workspace = original(engine.impl, 3, 2, torch.device(DEVICE))
+    assert isinstance(workspace, ShadowWorkspace)
+    assert asked[0] == ((3, NUM_HEADS, 2 * CODE_BYTES), torch.int8)

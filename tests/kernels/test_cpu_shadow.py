@@ -1,0 +1,208 @@
+"""The CPU kernels of shadow keys against the fp32 reference, with garbage in the codes of pages that are not full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.paged import PagedSequences
+from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.cpu_shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.kernels.projection import ShadowProjection
+from vllm_toptheta.reference import (
+    Compensation,
+    KeyProjection,
+    candidate_keys,
+    causal_scores,
+    dense_attention,
+    encode_keys,
+    fit_projection,
+    gather_sequence,
+    pack_codes,
+    quantize_query,
+    shadow_scores,
+    top_theta_attention,
+)
+
+# (num_heads, num_kv_heads, head_size, num_channels)
+SHAPES = {"mha": (2, 2, 64, 32), "gqa 3": (9, 3, 64, 64), "gqa 8": (8, 1, 80, 32)}
+LENS = [1, 16, 63, 200, 129]
+NUM_SINK, NUM_RECENT = 3, 10
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # accumulation order differs
+
+
+@dataclass
+class Case:
+    """Sequences with shadow keys and what is calibrated for them."""
+
+    paged: PagedSequences
+    query: torch.Tensor
+    projection: KeyProjection
+    codes: torch.Tensor
+    threshold: torch.Tensor  # [num_seqs, num_heads]
+    margin: torch.Tensor
+    scale: torch.Tensor
+    soft_cap: float | None
+
+    def run(self, **options: Any) -> cpu.DecodeResult:
+        paged = self.paged
+        arguments: dict[str, Any] = {
+            "projection": built(self.projection),
+            "threshold": self.threshold,
+            "margin": self.margin,
+            "scale": self.scale,
+            "num_sink": NUM_SINK,
+            "num_recent": NUM_RECENT,
+            "softmax_scale": self.query.shape[-1] ** -0.5,
+            "logits_soft_cap": self.soft_cap,
+            "value_sum": paged.value_sum,
+        }
+        batch = cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, paged.kv_cache.shape[2])
+        return decode_shadow(self.query, paged.kv_cache, self.codes, batch, **(arguments | options))
+
+    def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        length = int(self.paged.seq_lens[row])
+        return gather_sequence(self.paged.interleaved, self.paged.block_table[row], length)
+
+    def candidates(self, row: int) -> torch.Tensor:
+        query = quantize_query(
+            self.query[row : row + 1].float(), self.projection, softmax_scale=self.query.shape[-1] ** -0.5
+        )
+        codes = encode_keys(self.sequence(row)[0], self.projection)
+        return candidate_keys(
+            shadow_scores(query, codes, logits_soft_cap=self.soft_cap)[0],
+            (self.threshold - self.margin)[row],
+            num_kv_heads=codes.shape[1],
+            num_sink=NUM_SINK,
+            num_recent=NUM_RECENT,
+            block_size=self.paged.kv_cache.shape[2],
+        )
+
+
+def built(projection: KeyProjection) -> ShadowProjection:
+    return ShadowProjection.build(projection.encoder, projection.decoder, projection.key_mean)
+
+
+def make_case(
+    shape: str, block_size: int = 16, dtype: torch.dtype = torch.float32, soft_cap: float | None = None
+) -> Case:
+    generator = torch.Generator().manual_seed(5)
+    num_heads, num_kv_heads, head_size, num_channels = SHAPES[shape]
+    paged = PagedSequences.allocate(
+        LENS,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        generator=generator,
+        code_bytes=num_channels // 2,
+    )
+    identity = torch.eye(head_size).expand(num_kv_heads, -1, -1)
+    falling = torch.linspace(1.5, 0.5, head_size)
+    mean = 0.3 * torch.randn(num_kv_heads, head_size, generator=generator)
+    projection = fit_projection(mean, identity * falling, identity, num_channels=num_channels)
+    codes = codes_view(paged.kv_cache, num_channels // 2)
+    codes.fill_(0xA5)
+    for lens in ([0, 10, 40, 100, 128], LENS):
+        before = paged.seq_lens
+        paged.append(lens, generator)
+        pages = cpu.ClosedPages.of_step(paged.block_table, before, paged.seq_lens, block_size)
+        if pages is not None:
+            write_codes(paged.kv_cache, codes, pages, projection=built(projection))
+    query = torch.randn(len(LENS), num_heads, head_size, generator=generator).to(dtype)
+    margin, scale = 0.3 * torch.rand(2, len(LENS), num_heads, generator=generator)
+    rows = []
+    for row, length in enumerate(LENS):
+        key, _ = gather_sequence(paged.interleaved, paged.block_table[row], length)
+        scores = causal_scores(query[row : row + 1], key, softmax_scale=head_size**-0.5, logits_soft_cap=soft_cap)[0]
+        # between the k-th and the next score, so that rounding moves no survivor
+        ranked = scores.sort(dim=-1, descending=True).values
+        k = min(20, length)
+        rows.append((ranked[:, k - 1] + ranked[:, k]) / 2 if k < length else ranked[:, -1] - 1)
+    return Case(paged, query, projection, codes, torch.stack(rows), margin, 0.05 + scale, soft_cap)
+
+
+@pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none"])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "block_size"), [("mha", 16), ("gqa 3", 32), ("gqa 3", 16), ("gqa 8", 128)])
+def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None, compensation: str) -> None:
+    case = make_case(shape, block_size, dtype, soft_cap)
+    estimated, value_mean = "sdc" in compensation, "vmc" in compensation
+    options = {"denominator_compensation": estimated} | ({} if value_mean else {"value_sum": None})
+    result = case.run(**options)
+    group = case.query.shape[1] // case.paged.kv_cache.shape[1]
+    assert result.keys_read is not None
+    for row, length in enumerate(LENS):
+        candidates = case.candidates(row)
+        expected, with_r = (
+            top_theta_attention(
+                case.query[row : row + 1],
+                *case.sequence(row),
+                threshold=case.threshold[row : row + 1],
+                target_k=0,
+                softmax_scale=case.query.shape[-1] ** -0.5,
+                logits_soft_cap=soft_cap,
+                candidates=candidates.repeat_interleave(group, dim=0)[None],
+                compensation=Compensation(denominator, value_mean, exp_threshold_scale=case.scale[row]),
+            )
+            for denominator in ("exp_threshold" if estimated else "none", "exp_threshold")
+        )
+        torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
+        torch.testing.assert_close(result.lost_mass[row : row + 1], with_r.lost_mass, **TOLERANCE)
+        assert result.keys_read[row].tolist() == candidates.sum(1).tolist()
+        survivors = expected.survivors[0].unflatten(0, (-1, group)).any(1)
+        if value_mean:  # the open page is read for the mean
+            survivors[:, length // block_size * block_size :] = True
+        assert result.value_rows_read[row].tolist() == survivors.sum(1).tolist()
+    assert int(result.keys_read[3].min()) < 200  # something was skipped
+
+
+@pytest.mark.parametrize("threshold", [-torch.inf, -50.0])
+def test_thresholds_below_every_score_give_dense_attention(threshold: float) -> None:
+    case = make_case("gqa 3")
+    result = case.run(threshold=torch.full_like(case.threshold, threshold), margin=torch.full_like(case.margin, 1e4))
+    assert result.keys_read is not None
+    for row, length in enumerate(LENS):
+        expected = dense_attention(case.query[row : row + 1], *case.sequence(row), softmax_scale=0.125)
+        torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
+        assert result.keys_read[row].tolist() == result.value_rows_read[row].tolist() == [length] * 3
+    assert not result.lost_mass.any()
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+@pytest.mark.parametrize("threshold", [40.0, torch.inf])
+def test_without_survivors_the_output_is_the_mean_value(threshold: float, estimated: bool) -> None:
+    case = make_case("mha")
+    result = case.run(threshold=torch.full_like(case.threshold, threshold), denominator_compensation=estimated)
+    assert result.keys_read is not None
+    for row in range(len(LENS)):
+        expected = case.sequence(row)[1].mean(0)
+        torch.testing.assert_close(result.output[row], expected, **TOLERANCE)
+    assert bool((result.lost_mass == 1).all())
+    # sinks, recent ones, and the page of the newest token; of values the open page, for the mean
+    assert result.keys_read[:, 0].tolist() == [1, 16, 3 + 15, 3 + 10, 3 + 10]
+    assert result.value_rows_read[:, 0].tolist() == [1, 0, 15, 8, 1]
+
+
+def test_codes_are_the_references_however_the_tokens_came() -> None:
+    case = make_case("gqa 3", dtype=torch.bfloat16)
+    table = case.paged.block_table.long()
+    for row, length in enumerate(LENS):
+        num_full = length // 16
+        if num_full:
+            expected = pack_codes(encode_keys(case.sequence(row)[0][: num_full * 16], case.projection))
+            stored = case.codes[table[row, :num_full]].transpose(1, 2).flatten(0, 1)
+            assert float((stored != expected).float().mean()) < 1e-4
+    assert bool((case.codes[table[2, 3]] == 0xA5).all())  # an open page
+    written = case.codes.clone()
+    pages = cpu.ClosedPages.of_step(
+        case.paged.block_table, torch.zeros(len(LENS), dtype=torch.int64), case.paged.seq_lens, 16
+    )
+    assert pages is not None
+    write_codes(case.paged.kv_cache, case.codes, pages, projection=built(case.projection))
+    assert torch.equal(case.codes, written)
