@@ -45,20 +45,22 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
+STORED: dict[str, Any] = {
+    "coefficients": [0.4, 0.1, 0.0],
+    "num_layers": 4,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "head_size": 64,
+    "target_ks": (8, 128),
+    "max_length": 4096,
+}
+
+
 @pytest.fixture
 def thresholds_folder(tmp_path: Path) -> Path:
     """Thresholds for that model, theta = 0.4 + 0.1 ln n in every head; layer 0 is dense."""
     folder = tmp_path / "thresholds" / "acme--tiny"
-    store_factory.make_store(
-        folder,
-        coefficients=[0.4, 0.1, 0.0],
-        num_layers=4,
-        num_heads=9,
-        num_kv_heads=3,
-        head_size=64,
-        target_ks=(8, 128),
-        max_length=4096,
-    )
+    store_factory.make_store(folder, **STORED)
     return folder
 
 
@@ -66,16 +68,7 @@ def thresholds_folder(tmp_path: Path) -> Path:
 def shadow_folder(tmp_path: Path) -> Path:
     """The same thresholds with shadow keys of 32 channels."""
     folder = tmp_path / "shadow" / "acme--tiny"
-    make_shadow_store(
-        folder,
-        coefficients=[0.4, 0.1, 0.0],
-        num_layers=4,
-        num_heads=9,
-        num_kv_heads=3,
-        head_size=64,
-        target_ks=(8, 128),
-        max_length=4096,
-    )
+    make_shadow_store(folder, **STORED)
     return folder
 
 

@@ -9,8 +9,7 @@ import torch
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.store import ShadowKeys
-
-_MAX_LOG_SCALE = 13.8  # as the kernels have it: keeps sums over discarded keys finite
+from vllm_toptheta.store.shadow import MAX_LOG_SCALE
 
 
 @dataclass(frozen=True)
@@ -75,4 +74,4 @@ class ShadowPlan:
             levels: [num_tokens] integer, or the one of all tokens.
         """
         constant, slope = self.log_scale[levels].unbind(dim=-1)
-        return (constant + slope * log_lengths[:, None]).clamp(max=_MAX_LOG_SCALE).exp()
+        return (constant + slope * log_lengths[:, None]).clamp(max=MAX_LOG_SCALE).exp()

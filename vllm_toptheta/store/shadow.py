@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
-_MAX_LOG_SCALE = math.log(1e6)  # keeps the missing mass of a row finite in float32
+MAX_LOG_SCALE = math.log(1e6)  # keeps the missing mass of a row finite in float32
 
 SHADOW_NAMES = (
     "shadow_encoder",
@@ -169,7 +169,7 @@ class ShadowKeys:
         log_length = np.log(np.clip(np.asarray(seq_len, np.float64), shortest, longest))[..., None, None]
         coefficients = self.log_scale(target).astype(np.float64)
         log_scale = coefficients[..., 0] + coefficients[..., 1] * log_length
-        return np.asarray(np.exp(np.minimum(log_scale, _MAX_LOG_SCALE)), np.float32)
+        return np.asarray(np.exp(np.minimum(log_scale, MAX_LOG_SCALE)), np.float32)
 
     def candidate_share(self, target: str) -> NDArray[np.float32]:
         """Return the share of keys that are candidates, at the lengths of the calibration.
