@@ -24,8 +24,9 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 	    exec toptheta serve "$$model" --served-model-name smollm2-135m-instruct \
 	    --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS)
 
-test: install ## Run the tests
-	python -m pytest
+test: install ## Run the tests: two at a time, but engines, which take all cores, one after the other
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -m "not e2e and not image and not soak"
+	python -m pytest -m "e2e and not soak"
 
 test-image: install ## Run the CPU image's steps without a container; needs root, and installs vLLM anew
 	python -m pytest -m image tests/deploy

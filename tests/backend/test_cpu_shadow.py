@@ -113,7 +113,7 @@ class ShadowHarness:
             softmax_scale=SCALE,
             candidates=candidates.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)[None],
             compensation=Compensation(
-                "none" if self.compensation == "none" else "exp_threshold",
+                "none" if self.compensation == "none" else "candidates",
                 self.compensation == "sdc+vmc",
                 exp_threshold_scale=scale,
             ),

@@ -121,7 +121,7 @@ class ShadowEngine(Engine):
             softmax_scale=SCALE,
             candidates=candidates.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)[None],
             compensation=Compensation(
-                "none" if compensation == "none" else "exp_threshold",
+                "none" if compensation == "none" else "candidates",
                 compensation == "sdc+vmc",
                 exp_threshold_scale=scale,
             ),

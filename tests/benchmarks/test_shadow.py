@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.benchmarks.shadow import VARIANTS, ShadowTime, compare, summary
+from vllm_toptheta.channels import CHANNELS
 from vllm_toptheta.errors import BenchmarkError
-from vllm_toptheta.kernels.channels import CHANNELS
 from vllm_toptheta.kernels.tuning import ShadowConfig
 
 

@@ -18,6 +18,7 @@ from vllm_toptheta.calibration.screening import (
     shortfall_histogram,
 )
 from vllm_toptheta.reference import (
+    Compensation,
     KeyProjection,
     candidate_keys,
     causal_scores,
@@ -74,7 +75,7 @@ def test_moments_are_those_of_the_group() -> None:
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("block_bytes", [1, 1 << 14, None])
-def test_candidates_keep_and_lose_what_the_reference_says(soft_cap: float | None, block_bytes: int | None) -> None:
+def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None, block_bytes: int | None) -> None:
     rows, thresholds = screened(soft_cap, block_bytes=block_bytes)
     query, key, num_heads = rows.query, rows.key, rows.query.shape[1]
     margin = torch.linspace(0.0, 0.3, num_heads)
@@ -87,19 +88,24 @@ def test_candidates_keep_and_lose_what_the_reference_says(soft_cap: float | None
     candidates = candidate_keys(shadows, thresholds - margin, num_kv_heads=key.shape[1], **vars(ENDS))
     of_heads = candidates.repeat_interleave(num_heads // key.shape[1], dim=1)
     options: dict[str, Any] = {"target_k": DENSE_LENGTH, "softmax_scale": 0.25, "logits_soft_cap": soft_cap}
-    expected = top_theta_attention(query, key, key, threshold=thresholds, candidates=of_heads, **options)
-    complete = top_theta_attention(query, key, key, threshold=thresholds, **options)
     is_dense = LENGTHS <= DENSE_LENGTH
-    for measured in (found.lost_mass, found.estimate, found.candidates):
+    for measured in (found.unread_mass, found.estimate, found.candidates):
         assert not measured[:, is_dense].any()
     sampled = LENGTHS[~is_dense] - 1
-    torch.testing.assert_close(found.lost_mass[:, ~is_dense].T, expected.true_lost_mass[sampled])
-    assert bool((expected.true_lost_mass > complete.true_lost_mass)[sampled].any())
-    assert torch.equal(found.candidates[:, ~is_dense].T, expected.keys_read[sampled])
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
-    num_discarded = sampled[:, None] + 1 - expected.num_survivors[sampled]
+    unread_mass = scores.softmax(-1).masked_fill(of_heads, 0.0).sum(-1)[sampled]
+    torch.testing.assert_close(found.unread_mass[:, ~is_dense].T, unread_mass)
+    num_unread = sampled[:, None] + 1 - of_heads[sampled].sum(-1)
     level = (thresholds - scores.logsumexp(-1))[sampled].exp()
-    torch.testing.assert_close(found.estimate[:, ~is_dense].T, num_discarded * level)
+    torch.testing.assert_close(found.estimate[:, ~is_dense].T, num_unread * level)
+    # with r, what is lost is what the reference loses
+    expected = top_theta_attention(
+        query, key, key, threshold=thresholds, candidates=of_heads, compensation=Compensation("candidates"), **options
+    )
+    assert torch.equal(found.candidates[:, ~is_dense].T, expected.keys_read[sampled])
+    survivors = (scores.softmax(-1) * expected.survivors).sum(-1)[sampled]
+    with_estimate = 1 - survivors / (1 - unread_mass + num_unread * level)
+    torch.testing.assert_close(expected.lost_mass[sampled], with_estimate)
 
 
 @pytest.mark.parametrize("block_bytes", [1, None])

@@ -72,7 +72,7 @@ def test_perplexity_by_mode_and_dense_layers(run: Run, folder: Path, tmp_path: P
     variants = [comparison["variant"] for comparison in read(tmp_path / "report.json")["domains"][0]["comparisons"]]
     assert {(variant["method"], variant["compensation"], str(variant["dense_layers"])) for variant in variants} == {
         (method, compensation, layers)
-        for method, compensation in (("top_theta", "sdc+vmc"), ("shadow", "scaled_exp_threshold+vmc"))
+        for method, compensation in (("top_theta", "sdc+vmc"), ("shadow", "candidates+vmc"))
         for layers in ("None", "[]", "[0, 2]")
     }
     assert "truly" in out  # headings are broken into lines
@@ -121,7 +121,7 @@ def test_tasks(run: Run, folder: Path, tmp_path: Path) -> None:
         "human-eval": 1,
     }
     assert "top-theta k:8 sdc+vmc" in out
-    assert "shadow k:8 scaled_exp_threshold+vmc" in out
+    assert "shadow k:8 candidates+vmc" in out
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"recall-needle.png", "recall-key-value.png"}
     assert (report["phase"], report["setup"]["model"]) == ("decode", "tiny")
 

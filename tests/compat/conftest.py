@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.compat.release import Release, release_of
 from vllm_toptheta.demo_model import cache_folder
 
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
@@ -42,6 +44,7 @@ def unpacked(version: str) -> Path:
 
 
 @pytest.fixture(scope="session", params=["0.26.0", "0.33.0"])
-def vllm_files(request: pytest.FixtureRequest) -> Path:
+def release(request: pytest.FixtureRequest) -> Iterator[Release]:
     """The oldest and the newest supported release."""
-    return unpacked(request.param)
+    with release_of(unpacked(request.param)) as started:
+        yield started

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.compat.release import Release
 from vllm_toptheta.backend import compat
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.settings import ALLOW_UNTESTED
@@ -16,31 +14,23 @@ from vllm_toptheta.settings import ALLOW_UNTESTED
 pytestmark = pytest.mark.compat
 
 
-def run(vllm_files: Path, code: str) -> str:
-    """Run `code` in a process whose vLLM is `vllm_files`; its last line of output."""
-    environment = {**os.environ, "PYTHONPATH": str(vllm_files), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stdout.strip().splitlines()[-1]
-
-
 REGISTER = "from vllm_toptheta.backend.plugin import register; register(); register()\n"
 
 
-def test_the_files_are_those_of_that_version(vllm_files: Path) -> None:
+def test_the_files_are_those_of_that_version(release: Release) -> None:
     code = "import vllm, importlib.metadata as m; print(vllm.__file__, m.version('vllm'))"
-    file, version = run(vllm_files, code).split()
-    assert Path(file).parents[1] == vllm_files
-    assert version.removesuffix("+cpu") in vllm_files.name
+    file, version = release.run(code).split()
+    assert Path(file).parents[1] == release.files
+    assert version.removesuffix("+cpu") in release.files.name
 
 
 @pytest.mark.parametrize("name", ["toptheta", "TopTheta"])
-def test_the_name_is_parsed(vllm_files: Path, name: str) -> None:
+def test_the_name_is_parsed(release: Release, name: str) -> None:
     code = REGISTER + f"from vllm.config import AttentionConfig; print(AttentionConfig(backend={name!r}).backend.name)"
-    assert run(vllm_files, code) == "TOPTHETA"
+    assert release.run(code) == "TOPTHETA"
 
 
-def test_the_member_crosses_processes(vllm_files: Path) -> None:
+def test_the_member_crosses_processes(release: Release) -> None:
     code = REGISTER + (
         "import pickle, subprocess, sys\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends\n"
@@ -48,10 +38,10 @@ def test_the_member_crosses_processes(vllm_files: Path) -> None:
         "code = 'import pickle, sys; print([m.name for m in pickle.loads(sys.stdin.buffer.read())])'\n"
         "print(subprocess.run([sys.executable, '-c', code], input=data, capture_output=True).stdout.decode())\n"
     )
-    assert run(vllm_files, code) == "['TOPTHETA', 'FLASH_ATTN']"
+    assert release.run(code) == "['TOPTHETA', 'FLASH_ATTN']"
 
 
-def test_pages_have_tails(vllm_files: Path) -> None:
+def test_pages_have_tails(release: Release) -> None:
     code = REGISTER + (
         "import torch\n"
         "from types import SimpleNamespace as S\n"
@@ -71,10 +61,10 @@ def test_pages_have_tails(vllm_files: Path) -> None:
         "    padded = layer.get_kv_cache_spec(S(cache_config=cache, code_bytes=code_bytes))\n"
         "    print(padded.page_size_bytes - plain.page_size_bytes, end=' ')\n"
     )
-    assert run(vllm_files, code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32}"
+    assert release.run(code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32}"
 
 
-def test_prefills_are_cut_off_a_mixed_batch(vllm_files: Path) -> None:
+def test_prefills_are_cut_off_a_mixed_batch(release: Release) -> None:
     code = (
         "import torch\n"
         "from vllm.v1.attention.backend import CommonAttentionMetadata\n"
@@ -89,10 +79,10 @@ def test_prefills_are_cut_off_a_mixed_batch(vllm_files: Path) -> None:
         "print(rest.query_start_loc.tolist(), rest.seq_lens.tolist(), rest.num_reqs, rest.num_actual_tokens,\n"
         "      rest.block_table_tensor[:, 0].tolist(), rest.slot_mapping.tolist()[0], rest.is_prefilling.tolist())\n"
     )
-    assert run(vllm_files, code) == "[0, 5, 14] [30, 40] 2 14 [6, 9] 2 [True, True]"
+    assert release.run(code) == "[0, 5, 14] [30, 40] 2 14 [6, 9] 2 [True, True]"
 
 
-def test_the_gpu_classes_import_and_fit(vllm_files: Path) -> None:
+def test_the_gpu_classes_import_and_fit(release: Release) -> None:
     code = REGISTER + (
         "import inspect\n"
         "from vllm_toptheta.backend import gpu\n"
@@ -106,17 +96,17 @@ def test_the_gpu_classes_import_and_fit(vllm_files: Path) -> None:
         "            assert list(inspect.signature(getattr(ours, name)).parameters) == expected, name\n"
         "print(gpu.GpuMetadataBuilder._cudagraph_support.name)\n"
     )
-    assert run(vllm_files, code) == "UNIFORM_SINGLE_TOKEN_DECODE"
+    assert release.run(code) == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
-def test_workers_forget_what_warm_up_counted(vllm_files: Path) -> None:
+def test_workers_forget_what_warm_up_counted(release: Release) -> None:
     code = (
         "from vllm_toptheta.backend.worker import forget_warm_up\n"
         "from vllm.v1.worker.gpu_worker import Worker\n"
         "forget_warm_up()\n"
         "print(Worker.compile_or_warm_up_model.__module__)\n"
     )
-    assert run(vllm_files, code) == "vllm_toptheta.backend.worker"
+    assert release.run(code) == "vllm_toptheta.backend.worker"
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])
@@ -134,7 +124,7 @@ def test_other_versions_are_refused_unless_allowed(version: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("is_v2", [False, True], ids=["V1 runner", "V2 runner"])
-def test_runners_tell_who_stands_in_which_row(vllm_files: Path, is_v2: bool) -> None:
+def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> None:
     code = (
         "import importlib, inspect\n"
         "from types import SimpleNamespace as S\n"
@@ -154,15 +144,15 @@ def test_runners_tell_who_stands_in_which_row(vllm_files: Path, is_v2: bool) -> 
         "getattr(runner_class, method)(runner, S(scheduled_new_reqs=['new']), None)\n"
         "print(told)\n"
     )
-    assert run(vllm_files, code) == "[(['new'], {'a': 1}, ['b', 'a'])]"
+    assert release.run(code) == "[(['new'], {'a': 1}, ['b', 'a'])]"
 
 
-def test_runners_keep_what_is_looked_for(vllm_files: Path) -> None:
+def test_runners_keep_what_is_looked_for(release: Release) -> None:
     """Names in the sources, of attributes that only a runner with a device has."""
-    v1 = (vllm_files / "vllm/v1/worker/gpu_model_runner.py").read_text()
-    v2 = (vllm_files / "vllm/v1/worker/gpu/model_runner.py").read_text()
-    states = (vllm_files / "vllm/v1/worker/gpu/states.py").read_text()
-    output = (vllm_files / "vllm/v1/core/sched/output.py").read_text()
+    v1 = (release.files / "vllm/v1/worker/gpu_model_runner.py").read_text()
+    v2 = (release.files / "vllm/v1/worker/gpu/model_runner.py").read_text()
+    states = (release.files / "vllm/v1/worker/gpu/states.py").read_text()
+    output = (release.files / "vllm/v1/core/sched/output.py").read_text()
     assert "self.requests: dict[str, CachedRequestState] = {}" in v1
     assert "req_ids = self.input_batch.req_ids" in v1
     assert "self.req_id_to_index: dict[str, int] = {}" in states
@@ -171,7 +161,7 @@ def test_runners_keep_what_is_looked_for(vllm_files: Path) -> None:
         assert f"    {field}" in output
 
 
-def test_requests_are_checked_where_they_come_in(vllm_files: Path) -> None:
+def test_requests_are_checked_where_they_come_in(release: Release) -> None:
     code = REGISTER + (
         "from types import SimpleNamespace as S\n"
         "from vllm import SamplingParams\n"
@@ -202,4 +192,4 @@ def test_requests_are_checked_where_they_come_in(vllm_files: Path) -> None:
         "AsyncLLM.generate(S(input_processor=S(vllm_config='another')), 'prompt', bad, 'id')\n"
         "print(refused)\n"
     )
-    assert run(vllm_files, code) == "[True, True, True, True]"
+    assert release.run(code) == "[True, True, True, True]"

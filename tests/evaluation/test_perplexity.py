@@ -132,7 +132,7 @@ def test_shadow_keys_read_fewer_keys_and_know_less(model: Any, store: ThresholdS
     assert exact.value_rows_share < exact.keys_share < 0.9
     assert exact.mean_survivors < values.mean_survivors
     assert exact.mean_true_lost_mass == exact.mean_lost_mass > values.mean_lost_mass
-    for name in ("scaled_exp_threshold+vmc", "shadow+vmc"):
+    for name in ("candidates+vmc", "shadow+vmc"):
         estimated = found["shadow", name]
         assert estimated.mean_lost_mass_error is not None
         assert estimated.mean_true_lost_mass is not None

@@ -25,7 +25,7 @@ def test_every_combination_is_there_once(store: ThresholdStore) -> None:
 def test_all_is_what_a_store_can_serve(store: ThresholdStore, model: Any, tmp_path: Path) -> None:
     bare = tiny_store(tmp_path, model, measured=False)
     names = [variant.compensation for variant in expand_variants({"": store}, targets=["8"], compensations=["all"])]
-    assert names == [name for name in COMPENSATIONS if not name.startswith("shadow")]
+    assert names == [name for name in COMPENSATIONS if not name.startswith(("candidates", "shadow"))]
     names = [variant.compensation for variant in expand_variants({"": bare}, targets=["8"], compensations=["all"])]
     assert names == ["none", "sdc", "sdc+vmc", "exp_threshold", "exp_threshold+vmc"]
     variants = expand_variants({"": store}, targets=["8"], compensations=["all"], top_k=True)
@@ -48,7 +48,7 @@ def test_every_mode_has_its_own_compensations(store: ThresholdStore) -> None:
     served = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"])
     assert [(variant.method, variant.compensation) for variant in served] == [
         ("top_theta", "sdc+vmc"),
-        ("shadow", "scaled_exp_threshold+vmc"),
+        ("shadow", "candidates+vmc"),
     ]
     named = ["sdc+vmc", "offline", "shadow+vmc"]
     variants = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"], compensations=named)
@@ -63,8 +63,8 @@ def test_every_mode_has_its_own_compensations(store: ThresholdStore) -> None:
         "none",
         "sdc",
         "sdc+vmc",
-        "scaled_exp_threshold",
-        "scaled_exp_threshold+vmc",
+        "candidates",
+        "candidates+vmc",
         "shadow",
         "shadow+vmc",
     ]

@@ -126,7 +126,7 @@ class ShadowCase:
             target_k=0,
             candidates=self.candidates(row).repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=0)[None],
             compensation=Compensation(
-                "exp_threshold" if exact else "none", shape.value_mean, exp_threshold_scale=self.ratio(row)
+                "candidates" if exact else "none", shape.value_mean, exp_threshold_scale=self.ratio(row)
             ),
             **options,
         )

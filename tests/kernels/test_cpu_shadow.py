@@ -150,7 +150,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
                 candidates=candidates.repeat_interleave(group, dim=0)[None],
                 compensation=Compensation(denominator, value_mean, exp_threshold_scale=case.scale[row]),
             )
-            for denominator in ("exp_threshold" if estimated else "none", "exp_threshold")
+            for denominator in ("candidates" if estimated else "none", "candidates")
         )
         torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
         torch.testing.assert_close(result.lost_mass[row : row + 1], with_r.lost_mass, **TOLERANCE)

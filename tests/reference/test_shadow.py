@@ -152,7 +152,7 @@ def test_what_is_read_and_truly_lost_is_told(step: tuple[torch.Tensor, torch.Ten
     exact = top_theta_attention(query, key, key, **options)
     assert exact.keys_read.tolist() == [[198, 198], [100, 100], [100, 100]]
     assert torch.equal(exact.true_lost_mass, exact.lost_mass)
-    estimated = Compensation("exp_threshold", exp_threshold_scale=0.5)
+    estimated = Compensation("candidates", exp_threshold_scale=0.5)
     others = [
         top_theta_attention(query, key, key, **options, compensation=estimated),
         # shadows that score as their keys do
@@ -160,9 +160,17 @@ def test_what_is_read_and_truly_lost_is_told(step: tuple[torch.Tensor, torch.Ten
     ]
     for result in others:
         torch.testing.assert_close(result.true_lost_mass, exact.lost_mass)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    known = (weights * (candidates | (torch.arange(198, 201) == 198)[:, None, None])).sum(dim=-1)
+    num_unread = torch.tensor([0, 99, 100])[:, None]
+    missing = 0.5 * num_unread * (options["threshold"] - scores.amax(dim=-1)).exp()
+    kept = (weights * exact.survivors).sum(dim=-1)
+    torch.testing.assert_close(others[0].lost_mass, 1 - kept / (known + missing))
     assert not torch.allclose(others[0].lost_mass, exact.lost_mass)
     torch.testing.assert_close(others[1].lost_mass, exact.lost_mass)
     torch.testing.assert_close(others[1].output, exact.output)
+    with pytest.raises(ValueError, match="^candidates: "):
+        top_theta_attention(query, key, key, **options | {"candidates": None}, compensation=estimated)
     with pytest.raises(ValueError, match="^shadow_scores: "):
         top_theta_attention(query, key, key, **options, compensation=Compensation("shadow"))
 

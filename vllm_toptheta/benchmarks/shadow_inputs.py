@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_toptheta.benchmarks.registry import Inputs
     from vllm_toptheta.kernels.projection import ShadowProjection
     from vllm_toptheta.kernels.shadow import ShadowWorkspace
+    from vllm_toptheta.reference import KeyProjection
 
 CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
 DECAY = 8.0  # the variance of a key's channel i is that of channel 0 times exp(-DECAY * i / head_size)
@@ -141,15 +142,7 @@ def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
     """The reference's outputs, and the number of candidates."""
     import torch
 
-    from vllm_toptheta.reference import (
-        Compensation,
-        KeyProjection,
-        candidate_keys,
-        encode_keys,
-        quantize_query,
-        shadow_scores,
-        top_theta_attention,
-    )
+    from vllm_toptheta.reference import Compensation, KeyProjection, top_theta_attention
 
     inputs = shadow.inputs
     num_heads, num_kv_heads = inputs.query.shape[1], inputs.kv_cache.shape[1]
@@ -157,15 +150,7 @@ def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
     outputs, num_candidates = [], 0
     for row, query in enumerate(inputs.query.split(1)):
         key, value = inputs.sequence(row)
-        scaled = quantize_query(query, fitted, softmax_scale=inputs.softmax_scale)
-        candidates = candidate_keys(
-            shadow_scores(scaled, encode_keys(key, fitted))[0],
-            inputs.coefficients[:, 0] - shadow.margin,
-            num_kv_heads=num_kv_heads,
-            num_sink=NUM_SINK,
-            num_recent=NUM_RECENT,
-            block_size=inputs.kv_cache.shape[2],
-        )
+        candidates = _candidates(inputs, row, fitted, shadow.margin)
         num_candidates += int(candidates.sum())
         result = top_theta_attention(
             query.float(),
@@ -174,36 +159,62 @@ def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
             threshold=inputs.coefficients[:, 0],
             target_k=0,
             softmax_scale=inputs.softmax_scale,
-            compensation=Compensation("exp_threshold", exp_threshold_scale=shadow.ratio),
+            compensation=Compensation("candidates", exp_threshold_scale=shadow.ratio),
             candidates=candidates.repeat_interleave(num_heads // num_kv_heads, dim=0)[None],
         )
         outputs.append(result.output)
     return torch.cat(outputs), num_candidates
 
 
-def _calibrate(inputs: Inputs, projection: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _calibrate(inputs: Inputs, projection: KeyProjection) -> tuple[torch.Tensor, torch.Tensor]:
     """Margins and r of every head, [num_heads] float32 each, from the first sequences."""
     import torch
 
-    from vllm_toptheta.reference import encode_keys, quantize_query, shadow_scores
-
-    margins, ratios = [], []
     threshold = inputs.coefficients
-    for row in range(min(CALIBRATION_SEQUENCES, len(inputs.seq_lens))):
+    rows = range(min(CALIBRATION_SEQUENCES, len(inputs.seq_lens)))
+    exact = []
+    margins, ratios = [], []
+    for row in rows:
         key, _ = inputs.sequence(row)
         grouped = inputs.query[row].float().unflatten(0, (key.shape[1], -1))
         scores = torch.einsum("hgd,nhd->hgn", grouped, key).flatten(0, 1) * inputs.softmax_scale
-        scaled = quantize_query(inputs.query[row : row + 1], projection, softmax_scale=inputs.softmax_scale)
-        shortfall = threshold - shadow_scores(scaled, encode_keys(key, projection))[0]
+        exact.append(scores)
         survives = scores >= threshold
+        shortfall = threshold - _shadow_scores(inputs, row, projection)
         mass = (scores - scores.amax(dim=1, keepdim=True)).exp() * survives
         ordered, order = shortfall.masked_fill(~survives, -torch.inf).sort(dim=1)
         kept = mass.gather(1, order).cumsum(dim=1) / mass.sum(dim=1, keepdim=True)
         index = (kept < KEPT_MASS).sum(dim=1, keepdim=True).clamp(max=kept.shape[1] - 1)
         margins.append(ordered.gather(1, index)[:, 0].clamp(min=0))
-        discarded = (scores - threshold).exp() * ~survives
-        ratios.append(discarded.sum(dim=1) / (~survives).sum(dim=1).clamp(min=1))
-    return torch.stack(margins).mean(0), torch.stack(ratios).mean(0)
+    margin = torch.stack(margins).mean(0)
+    for row, scores in zip(rows, exact, strict=True):
+        unread = ~_candidates(inputs, row, projection, margin)
+        unread = unread.repeat_interleave(len(scores) // len(unread), dim=0)
+        ratios.append(((scores - threshold).exp() * unread).sum(dim=1) / unread.sum(dim=1).clamp(min=1))
+    return margin, torch.stack(ratios).mean(0)
+
+
+def _shadow_scores(inputs: Inputs, row: int, projection: KeyProjection) -> torch.Tensor:
+    """Of the keys of a sequence, [num_heads, seq_len] float32, scaled logits."""
+    from vllm_toptheta.reference import encode_keys, quantize_query, shadow_scores
+
+    key, _ = inputs.sequence(row)
+    scaled = quantize_query(inputs.query[row : row + 1], projection, softmax_scale=inputs.softmax_scale)
+    return shadow_scores(scaled, encode_keys(key, projection))[0]
+
+
+def _candidates(inputs: Inputs, row: int, projection: KeyProjection, margin: torch.Tensor) -> torch.Tensor:
+    """Keys of a sequence that are read, [num_kv_heads, seq_len] bool."""
+    from vllm_toptheta.reference import candidate_keys
+
+    return candidate_keys(
+        _shadow_scores(inputs, row, projection),
+        inputs.coefficients[:, 0] - margin,
+        num_kv_heads=inputs.kv_cache.shape[1],
+        num_sink=NUM_SINK,
+        num_recent=NUM_RECENT,
+        block_size=inputs.kv_cache.shape[2],
+    )
 
 
 def random_inputs(lens: list[int], block_size: int, num_channels: int) -> Inputs:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_toptheta.calibration.allot import FIRST_GRID_K, grid_ks
+from vllm_toptheta.channels import channels_for
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
@@ -34,7 +35,7 @@ class ShadowOptions(BaseModel):
     def channels_of(self, head_size: int) -> int:
         """Returns the directions of a key of this size: those given, or about half as many as it has numbers.
 
-        The kernels take 32, 64 and 128; without a number given, one of these is chosen where keys are long enough.
+        Without a number given, one that there are kernels for is chosen where keys are long enough.
 
         Args:
             head_size: numbers of a key.
@@ -43,8 +44,9 @@ class ShadowOptions(BaseModel):
             CalibrationError: more were asked for than there are.
         """
         if self.num_channels is None:
-            fitting = [number for number in (128, 64, 32) if number <= max(head_size // 2, min(head_size, 32))]
-            return fitting[0] if fitting else max(2, head_size // 4 * 2)
+            served = channels_for(head_size)
+            fitting = [number for number in served if number <= head_size // 2] or served[:1]
+            return fitting[-1] if fitting else max(2, head_size // 4 * 2)
         if self.num_channels > head_size:
             raise CalibrationError(
                 f"{self.num_channels} channels of keys with {head_size} numbers",

@@ -81,12 +81,12 @@ class CandidateMeasures:
     """What every sampled row reads, keeps and loses with some margins; 0 in rows that stay dense.
 
     Attributes:
-        lost_mass: `[num_heads, num_rows]` float32, share of the softmax that no survivor holds.
-        estimate: the same shape, what r = 1 makes of that: exp(theta - m) for each discarded key, over the denominator.
+        unread_mass: `[num_heads, num_rows]` float32, share of the softmax that no candidate holds.
+        estimate: the same shape, what r = 1 makes of that: exp(theta - m) for each such key, over the denominator.
         candidates: `[num_kv_heads, num_rows]` int64, keys.
     """
 
-    lost_mass: Tensor
+    unread_mass: Tensor
     estimate: Tensor
     candidates: Tensor
 
@@ -212,7 +212,7 @@ def shortfall_histogram(rows: ScreenedRows) -> Tensor:
 
 
 def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
-    """Returns what rows keep and lose in mode `shadow`.
+    """Returns what rows read and leave unread in mode `shadow`.
 
     Args:
         rows: what to look at.
@@ -226,14 +226,15 @@ def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
         visible = torch.arange(scores.shape[-1], device=device) < lengths[:, None]
         wanted = (block.shadow_scores >= thresholds - margin[:, None, None]) & visible
         candidates = wanted.unflatten(0, (num_kv_heads, -1)).any(dim=1) | block.always_read
-        survivors = (scores >= thresholds) & candidates.repeat_interleave(num_heads // num_kv_heads, dim=0)
+        num_candidates = candidates.sum(dim=-1)
         log_denominator = scores.logsumexp(dim=-1)
         # a threshold above every score stops there, as in `reference.Compensation`
         level = torch.minimum(thresholds.squeeze(-1), scores.amax(dim=-1)) - log_denominator
         mass = (scores - log_denominator.unsqueeze(-1)).exp_()
-        lost_mass = mass.masked_fill_(survivors, 0.0).sum(dim=-1)
-        estimate = (lengths - survivors.sum(dim=-1)) * level.exp()
-        masses.append(torch.stack([lost_mass, estimate]) * is_sparse)
-        candidate_counts.append(candidates.sum(dim=-1) * is_sparse)
-    lost_mass, estimate = torch.cat(masses, dim=-1)
-    return CandidateMeasures(lost_mass, estimate, torch.cat(candidate_counts, dim=-1))
+        group = num_heads // num_kv_heads
+        unread_mass = mass.masked_fill_(candidates.repeat_interleave(group, dim=0), 0.0).sum(dim=-1)
+        estimate = (lengths - num_candidates).repeat_interleave(group, dim=0) * level.exp()
+        masses.append(torch.stack([unread_mass, estimate]) * is_sparse)
+        candidate_counts.append(num_candidates * is_sparse)
+    unread_mass, estimate = torch.cat(masses, dim=-1)
+    return CandidateMeasures(unread_mass, estimate, torch.cat(candidate_counts, dim=-1))

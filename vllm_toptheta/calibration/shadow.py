@@ -71,7 +71,7 @@ class ShadowCalibration:
         self._shortfalls = np.zeros((num_targets, num_layers, num_heads, len(MARGIN_EDGES)), np.int64)
         self._lengths = lengths
         num_rows = sum(map(len, lengths))
-        # by row: the lost mass, and what r = 1 makes of it
+        # by row: the mass that is not read, and what r = 1 makes of it
         self._masses = np.zeros((2, num_targets, num_layers, num_heads, num_rows), np.float32)
         self._candidates = np.zeros((num_targets, num_layers, num_kv_heads))
         self._keys = np.zeros((num_targets, num_layers))
@@ -131,7 +131,7 @@ class ShadowCalibration:
         def screen(layer_idx: int, rows: ScreenedRows) -> None:
             margin = torch.from_numpy(self.margins[target, layer_idx]).to(rows.query.device)
             found: CandidateMeasures = measure_candidates(rows, margin)
-            masses = torch.stack([found.lost_mass, found.estimate])
+            masses = torch.stack([found.unread_mass, found.estimate])
             self._masses[:, target, layer_idx, :, place] = masses.cpu().numpy()
             self._candidates[target, layer_idx] += found.candidates.sum(dim=-1).cpu().numpy()
             self._keys[target, layer_idx] += num_keys

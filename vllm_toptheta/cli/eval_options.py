@@ -23,8 +23,8 @@ ModeOption = Annotated[str, typer.Option(help="By commas: values, shadow; the la
 CompensationsOption = Annotated[
     str,
     typer.Option(
-        help="By commas, or all: none, sdc, offline, exp_threshold, scaled_exp_threshold, shadow, each but none also "
-        "+vmc. Default: what a server of the mode has."
+        help="By commas, or all: none, sdc, offline, exp_threshold, scaled_exp_threshold, candidates, shadow, each but "
+        "none also +vmc. Default: what a server of the mode has."
     ),
 ]
 DenseLayersOption = Annotated[

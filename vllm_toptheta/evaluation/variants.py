@@ -22,6 +22,8 @@ CompensationName = Literal[
     "exp_threshold+vmc",
     "scaled_exp_threshold",
     "scaled_exp_threshold+vmc",
+    "candidates",
+    "candidates+vmc",
     "shadow",
     "shadow+vmc",
 ]
@@ -34,6 +36,7 @@ _DENOMINATORS: dict[str, tuple[Denominator, Literal["offline_sum", "exp_threshol
     "offline": ("offline", "offline_sum"),
     "exp_threshold": ("exp_threshold", None),
     "scaled_exp_threshold": ("exp_threshold", "exp_threshold_scale"),
+    "candidates": ("candidates", "exp_threshold_scale"),
     "shadow": ("shadow", None),
 }
 
@@ -54,8 +57,8 @@ class Mode:
 
 
 MODES = {
-    "values": Mode("top_theta", "sdc+vmc", frozenset(_DENOMINATORS) - {"shadow"}),
-    "shadow": Mode("shadow", "scaled_exp_threshold+vmc", frozenset({"none", "sdc", "scaled_exp_threshold", "shadow"})),
+    "values": Mode("top_theta", "sdc+vmc", frozenset(_DENOMINATORS) - {"candidates", "shadow"}),
+    "shadow": Mode("shadow", "candidates+vmc", frozenset({"none", "sdc", "candidates", "shadow"})),
 }
 
 

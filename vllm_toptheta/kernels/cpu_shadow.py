@@ -71,7 +71,7 @@ def decode_shadow(
         projection: Of the layer, what `codes` were written with.
         threshold: [num_seqs, num_heads] float32, scaled logits; -inf keeps every key.
         margin: [num_seqs, num_heads] float32, scaled logits: how far below the threshold a candidate's shadow may be.
-        scale: [num_seqs, num_heads] float32, r: a key that is discarded enters the denominator as r * exp(threshold).
+        scale: [num_seqs, num_heads] float32, r: a key that is not read enters the denominator as r * exp(threshold).
         num_sink, num_recent: Tokens at either end that are always candidates, as are those in the page of the new one.
         softmax_scale: Factor on q . k.
         logits_soft_cap: Cap c of c * tanh(s / c), or None.
@@ -80,7 +80,7 @@ def decode_shadow(
             compensation; None switches it off.
 
     Returns:
-        Among the rest `keys_read`, the candidates; `lost_mass` is what r makes of it.
+        Among the rest `keys_read`, the candidates; `lost_mass` is an estimate as far as it lies in keys not read.
     """
     num_seqs, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
@@ -104,12 +104,17 @@ def decode_shadow(
     theta = threshold.clamp(-_HIGHEST, _HIGHEST).view(num_seqs, num_kv_heads, -1)
     survivors = (scores >= theta[..., None]) & valid[:, :, None]
     maximum = torch.maximum(scores.where(survivors, -torch.inf).amax(dim=3), theta)
-    kept = torch.exp(scores - maximum[..., None]).where(survivors, 0.0)
+    weights = torch.exp(scores - maximum[..., None]).where(valid[:, :, None], 0.0)
+    kept = weights.where(survivors, 0.0)
     kept_sum = kept.sum(dim=3)
-    num_discarded = batch.seq_lens[:, None, None] - survivors.sum(dim=3)
-    lost_sum = scale.view_as(theta) * num_discarded * torch.exp(theta - maximum)
-    total = (kept_sum + lost_sum).clamp_(min=torch.finfo(torch.float32).tiny)
-    lost_mass = lost_sum / total
+    keys_read = candidates.sum(dim=2)
+    num_unread = (batch.seq_lens[:, None] - keys_read)[..., None]
+    unread_sum = scale.view_as(theta) * num_unread * torch.exp(theta - maximum)
+    lost_sum = weights.where(~survivors, 0.0).sum(dim=3) + unread_sum
+    total = kept_sum + lost_sum
+    # scores far below the threshold leave no trace in either sum
+    lost_mass = torch.where(total > 0, lost_sum / total, 1.0)
+    total = total.clamp(min=torch.finfo(torch.float32).tiny)
 
     read = survivors.any(dim=2)
     if value_sum is not None:
@@ -131,7 +136,7 @@ def decode_shadow(
         output=output.view(num_seqs, num_heads, head_size),
         value_rows_read=valid.sum(dim=2),
         lost_mass=lost_mass.view(num_seqs, num_heads),
-        keys_read=candidates.sum(dim=2),
+        keys_read=keys_read,
     )
 
 

@@ -2,7 +2,7 @@
 
 `decode_shadow` launches `query_kernel`, `shadow_split_kernel` and `merge_kernel`. It answers what `decode.decode` does,
 but for two things: a key can be missed whose shadow scores more than the margin below its own score, and the softmax
-denominator knows the discarded keys by their number instead of their scores.
+denominator knows keys that were not read by their number instead of their scores.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def decode_shadow(
 
     A token is a candidate if its shadow reaches threshold minus margin for some head of the group, if it is one of the
     first `num_sink` or the last `num_recent`, or if it lies in the page of the new token. Candidates whose exact score
-    reaches a head's threshold are its survivors; all other keys enter its softmax denominator as
-    r(n) * exp(threshold) each, where n is the length of the sequence.
+    reaches a head's threshold are its survivors. The others enter its softmax denominator by their scores, and keys
+    that are no candidates as r(n) * exp(threshold) each, where n is the length of the sequence.
 
     Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Any number of candidates is right, however unlikely. A sequence of length 0 is
@@ -137,8 +137,8 @@ def decode_shadow(
         workspace: For at least as many sequences, and for the same `config`.
         projection: Of the layer, what `codes` were written with.
         coefficients, min_length, max_length, min_sparse_context, softmax_scale, rules, logits_soft_cap, q_scale,
-        k_scale, v_scale, value_sum, counters: As for `decode.decode`; the lost mass that is counted is what r makes of
-        it.
+        k_scale, v_scale, value_sum, counters: As for `decode.decode`; the lost mass that is counted is an estimate as
+        far as it lies in keys that were not read.
         margin: [num_heads] float32, contiguous, scaled logits, after the soft cap if there is one. With `rules`,
             [num_levels, num_heads].
         log_scale: [num_heads, 2] float32, contiguous: ln r = c_0 + c_1 ln n, n clamped as for theta(n). With `rules`,

@@ -7,11 +7,12 @@ do not fill it, and the group's heads appear once for each of them.
 
 A row's candidates go to a list of that row, so that the loop has no prefix sum. Before a list can be full, the walk
 puts the lists in order, one behind the other, and takes dense tiles of candidates: exact scores, comparison with the
-threshold, softmax, and the values of survivors. What was not kept enters the denominator by its number,
+threshold, softmax, and the values of survivors. Candidates that are not kept enter the denominator by their scores,
+keys that are no candidates by their number,
 
-    lost = r(n) * (number of keys - number of survivors) * exp(threshold - m)
+    unread = r(n) * (number of keys - number of candidates) * exp(threshold - m)
 
-where r is calibrated: about the mean of exp(s - threshold) over discarded scores, which falls with the length n.
+where r is calibrated: about the mean of exp(s - threshold) over the scores of such keys, which falls with the length n.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _attend_candidates(
     maximum = threshold
     # added up by lane, so that the walk reduces nothing but the maximum
     lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_number = tl.zeros((WALK_TILE, G_PAD), dtype=tl.int32)
+    lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
     lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
     keys_read = tl.zeros((), dtype=tl.int32)
     # what the merge reads of the open page, for the mean
@@ -180,20 +181,21 @@ def _attend_candidates(
                 keep = listed[:, None] & (scores >= threshold[None, :])
                 survives = listed if ALL_VALUES else tl.max(keep.to(tl.int32), axis=1) > 0
                 value = load_values(value_base, row, survives, query.dtype, HEAD_SIZE, D_PAD)
-                scores = tl.where(keep, scores, DISCARDED)
+                scores = tl.where(listed[:, None], scores, DISCARDED)
                 new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-                weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
+                exponentials = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
+                weights = tl.where(keep, exponentials, 0.0)
                 rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
                 lane_kept = lane_kept * rescale[None, :] + weights
-                lane_number += keep.to(tl.int32)
+                lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
                 lane_read += (survives & (block != open_block)).to(tl.int32)
                 output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
                 maximum = new_maximum
             list_length = tl.zeros((TILE,), dtype=tl.int32)
             # the next scan writes over what this walk reads
             tl.debug_barrier()
-    num_lost = (end - start - tl.sum(lane_number, axis=0)).to(tl.float32)
-    lost_sum = ratio * num_lost * tl.exp2((threshold - maximum) * LOG2_E)
+    num_unread = (end - start - keys_read).to(tl.float32)
+    lost_sum = tl.sum(lane_lost, axis=0) + ratio * num_unread * tl.exp2((threshold - maximum) * LOG2_E)
     rows_read += tl.sum(lane_read, axis=0)
     return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, keys_read, rows_read
 

@@ -254,6 +254,7 @@ def _attend(
         survivors,
         num_discarded=row_lengths(scores)[:, None] - num_survivors,
         relative_threshold=threshold - largest,
+        candidates=None if candidates is None else read,
         # an estimate above the largest score is an error of the estimate, and must not overflow
         estimates=None if estimates is None else torch.exp((estimates - largest.unsqueeze(-1)).clamp(max=0.0)),
     )

@@ -15,7 +15,7 @@ from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["FULL_COMPENSATION", "Compensation", "Denominator", "causal_value_mean"]
 
-Denominator = Literal["none", "exact", "offline", "exp_threshold", "shadow"]
+Denominator = Literal["none", "exact", "offline", "exp_threshold", "candidates", "shadow"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Compensation:
     * `offline`: `offline_sum`, the mean of that sum measured at calibration (0 where nothing is discarded);
     * `exp_threshold`: r * num_discarded * exp(theta - m). The paper has r = 1, which overestimates the missing mass
       about tenfold; r = mean of exp(s - theta) over discarded scores, measured at calibration, repairs it;
+    * `candidates`: the sum of exp(s_j - m) over the discarded candidates, whose scores are known, and for each key that
+      is no candidate r * exp(theta - m), with an r of those keys;
     * `shadow`: the sum of exp(s~_j - m) over the discarded keys, s~_j being the score of the shadow of a key that is no
       candidate, and the exact score of a candidate.
 
@@ -41,8 +43,8 @@ class Compensation:
         value_mean: whether the lost mass is given to the mean of the values.
         offline_sum: missing mass, relative to exp(m), not negative, read by `offline` only; a number or a tensor that
             broadcasts to `[num_queries, num_heads]`.
-        exp_threshold_scale: r, not negative, read by `exp_threshold` only; a number or a tensor that broadcasts to
-            `[num_queries, num_heads]`.
+        exp_threshold_scale: r, not negative, read by `exp_threshold` and `candidates` only; a number or a tensor that
+            broadcasts to `[num_queries, num_heads]`.
 
     Raises:
         ValueError: `denominator` is unknown, `offline` comes without `offline_sum`, or a quantity is negative.
@@ -82,6 +84,7 @@ class Compensation:
         survivors: Tensor,
         num_discarded: Tensor,
         relative_threshold: Tensor,
+        candidates: Tensor | None = None,
         estimates: Tensor | None = None,
     ) -> Tensor:
         """Returns what the denominator adds to the survivors' sum.
@@ -92,14 +95,16 @@ class Compensation:
             survivors: `[num_queries, num_heads, seq_len]` bool.
             num_discarded: `[num_queries, num_heads]` int64, keys seen and not kept.
             relative_threshold: `[num_queries, num_heads]` float, theta - m, scaled logits.
+            candidates: the keys whose scores `candidates` knows, of the shape of `survivors` and among the keys that
+                a row sees; None for other denominators.
             estimates: what `shadow` takes for `exponentials`, of their shape; None for other denominators.
 
         Returns:
             `[num_queries, num_heads]` of the dtype of `exponentials`, relative to exp(m); 0 where nothing is discarded.
 
         Raises:
-            ValueError: `offline_sum` or `exp_threshold_scale` holds NaN or does not broadcast, or `shadow` comes
-                without estimates.
+            ValueError: `offline_sum` or `exp_threshold_scale` holds NaN or does not broadcast, or `candidates` or
+                `shadow` comes without what it reads.
         """
         match self.denominator:
             case "exact":
@@ -109,16 +114,26 @@ class Compensation:
                 offline_sum = per_row("offline_sum", self.offline_sum, relative_threshold)
                 return torch.where(num_discarded > 0, offline_sum, 0.0)
             case "exp_threshold":
-                scale = per_row("exp_threshold_scale", self.exp_threshold_scale, relative_threshold)
-                # a threshold above every score leaves no survivor, and then any finite mass loses everything:
-                # stopping at exp(0) changes no result and keeps the sum from overflowing
-                return scale * num_discarded * relative_threshold.clamp(max=0.0).exp()
+                return self._estimated_mass(num_discarded, relative_threshold)
+            case "candidates":
+                if candidates is None:
+                    raise ValueError("candidates: the denominator 'candidates' needs them")
+                known = candidates & ~survivors
+                known_mass = exponentials.masked_fill(~known, 0.0).sum(dim=-1)
+                return known_mass + self._estimated_mass(num_discarded - known.sum(dim=-1), relative_threshold)
             case "shadow":
                 if estimates is None:
                     raise ValueError("shadow_scores: the denominator 'shadow' needs them")
                 return estimates.masked_fill(survivors, 0.0).sum(dim=-1)
             case "none":
                 return torch.zeros_like(relative_threshold)
+
+    def _estimated_mass(self, num_keys: Tensor, relative_threshold: Tensor) -> Tensor:
+        """What r makes of keys whose scores are unknown."""
+        scale = per_row("exp_threshold_scale", self.exp_threshold_scale, relative_threshold)
+        # a threshold above every score leaves no survivor, and then any finite mass loses everything: stopping at
+        # exp(0) changes no result and keeps the sum from overflowing
+        return scale * num_keys * relative_threshold.clamp(max=0.0).exp()
 
 
 # the paper's method where every key is scored: exact denominator and value mean

@@ -146,10 +146,9 @@ class ShadowKeys:
         return self._at(self.scale_coefficients, target, axis=-2)
 
     def exp_threshold_scale(self, target: str, seq_len: ArrayLike) -> NDArray[np.float32]:
-        """Return r: a key that is discarded enters the softmax denominator as r * exp(theta - m).
+        """Return r: a key that is not read enters the softmax denominator as r * exp(theta - m).
 
-        That of mode `values`, `ThresholdCurve.expected("exp_threshold_scale", n)`, is another: there no survivor is
-        missed.
+        That of mode `values`, `ThresholdCurve.expected("exp_threshold_scale", n)`, is another: of all discarded keys.
 
         Args:
             target: As for `margin`.

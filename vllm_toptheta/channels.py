@@ -1,4 +1,4 @@
-"""How many channels shadow keys may have; imports nothing, so that a server can be checked in a moment."""
+"""How many channels shadow keys may have: what kernels exist for, and calibration aims at. Imports nothing."""
 
 from __future__ import annotations
 
