@@ -127,17 +127,17 @@ def test_every_family_is_calibrated(family: str) -> None:
         assert np.isfinite(tensors[name]).all()
 
 
-def test_r_makes_the_lost_mass_right_on_average_at_every_length() -> None:
+def test_r_makes_the_unread_mass_right_on_average_at_every_length() -> None:
     generator = np.random.default_rng(0)
     lengths = np.sort(generator.integers(100, 4000, 500))
-    lost_mass = generator.uniform(0.01, 0.3, (2, 3, 500)).astype(np.float32)
-    noise = generator.lognormal(1.0, 1.0, lost_mass.shape)
-    estimate = (lost_mass * (lengths / 100) ** 0.7 * noise).astype(np.float32)
-    lost_mass[..., 400::2] = estimate[..., 400::2] = 0.0  # rows that stay dense
-    found = fit_scale(lost_mass, estimate, lengths)
+    unread_mass = generator.uniform(0.01, 0.3, (2, 3, 500)).astype(np.float32)
+    noise = generator.lognormal(1.0, 1.0, unread_mass.shape)
+    estimate = (unread_mass * (lengths / 100) ** 0.7 * noise).astype(np.float32)
+    unread_mass[..., 400::2] = estimate[..., 400::2] = 0.0  # rows that stay dense
+    found = fit_scale(unread_mass, estimate, lengths)
     assert found.shape == (2, 3, 2)
     missing = np.exp(found[..., :1] + found[..., 1:] * np.log(lengths)) * estimate
-    error = missing / (1 - lost_mass + missing) - lost_mass
+    error = missing / (1 - unread_mass + missing) - unread_mass
     np.testing.assert_allclose(error.sum(-1), 0, atol=1e-3)
     np.testing.assert_allclose((error * np.log(lengths)).sum(-1), 0, atol=1e-2)
     np.testing.assert_allclose(found[..., 1], -0.7, atol=0.25)
@@ -146,17 +146,17 @@ def test_r_makes_the_lost_mass_right_on_average_at_every_length() -> None:
 def test_rows_and_heads_without_a_say_decide_nothing_about_r() -> None:
     generator = np.random.default_rng(0)
     lengths = np.arange(100, 160)
-    lost_mass = generator.uniform(0.01, 0.3, (4, 60)).astype(np.float32)
-    estimate = (lost_mass * 5).astype(np.float32)
-    expected = fit_scale(lost_mass[:, 1:], estimate[:, 1:], lengths[1:])
-    lost_mass[:, 0], estimate[:, 0] = 1.0, 50.0  # no survivor: lost whatever r is
-    found = fit_scale(lost_mass, estimate, lengths)
+    unread_mass = generator.uniform(0.01, 0.3, (4, 60)).astype(np.float32)
+    estimate = (unread_mass * 5).astype(np.float32)
+    expected = fit_scale(unread_mass[:, 1:], estimate[:, 1:], lengths[1:])
+    unread_mass[:, 0], estimate[:, 0] = 1.0, 50.0  # no candidate: lost whatever r is
+    found = fit_scale(unread_mass, estimate, lengths)
     np.testing.assert_allclose(
         found[..., 0] + found[..., 1] * np.log(130), expected[..., 0] + expected[..., 1] * np.log(130), rtol=1e-4
     )
     assert fit_scale(np.zeros((2, 9), np.float32), np.zeros((2, 9), np.float32), lengths[:9]).tolist() == [[-30, 0]] * 2
     # one that always overestimates by far, and one that does by as much the other way
-    extreme = fit_scale(lost_mass[:2, 1:], np.stack([1e6 * estimate[0, 1:], 1e-6 * estimate[1, 1:]]), lengths[1:])
+    extreme = fit_scale(unread_mass[:2, 1:], np.stack([1e6 * estimate[0, 1:], 1e-6 * estimate[1, 1:]]), lengths[1:])
     np.testing.assert_allclose(
         extreme[:, 0] + extreme[:, 1] * np.log(130),
         expected[:2, 0] + expected[:2, 1] * np.log(130) + np.log([1e-6, 1e6]),

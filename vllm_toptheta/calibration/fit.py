@@ -51,43 +51,43 @@ def fit_curves(
 
 
 def fit_scale(
-    lost_mass: NDArray[np.float32], estimate: NDArray[np.float32], lengths: NDArray[np.int64]
+    unread_mass: NDArray[np.float32], estimate: NDArray[np.float32], lengths: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Returns r, by the length n of a row, with which the lost mass that a denominator knows is right on average.
+    """Returns r, by the length n of a row, with which what a denominator knows of unread keys is right on average.
 
-    In a row whose survivors hold 1 - lost, the denominator knows r * x / (1 - lost + r * x), where x is what r = 1
-    estimates. With ln r = c_0 + c_1 ln n that is a logistic regression of the lost mass, whose solution has no error
+    In a row whose candidates hold 1 - unread, the denominator knows r * x / (1 - unread + r * x), where x is what r = 1
+    estimates. With ln r = c_0 + c_1 ln n that is a logistic regression of the unread mass, whose solution has no error
     left on average, nor any that grows with ln n. (A ratio of sums would go by the few rows with an x far above 1.)
 
     Args:
-        lost_mass: `[..., num_rows]`, share of the softmax that does not survive.
+        unread_mass: `[..., num_rows]`, share of the softmax of keys that are no candidates.
         estimate: the same shape, x; 0 in rows that count for nothing.
         lengths: `[num_rows]`, n.
 
     Returns:
-        `[..., 2]`, c_0 and c_1; `_NEGLIGIBLE` and 0 where nothing is lost.
+        `[..., 2]`, c_0 and c_1; `_NEGLIGIBLE` and 0 where nothing is left unread.
     """
-    lost, x = lost_mass.astype(np.float64), estimate.astype(np.float64)
-    # a row without survivors has lost everything, whatever r
-    counts = (x > 0) & (lost < 1)
-    offset = np.log(np.where(counts, x, 1.0)) - np.log1p(-np.where(counts, lost, 0.0))
+    unread, x = unread_mass.astype(np.float64), estimate.astype(np.float64)
+    # a row whose candidates hold nothing has lost everything, whatever r
+    counts = (x > 0) & (unread < 1)
+    offset = np.log(np.where(counts, x, 1.0)) - np.log1p(-np.where(counts, unread, 0.0))
     log_length = np.log(lengths)
     centre = log_length.mean()
     slope_of = np.stack([np.ones_like(log_length), log_length - centre], axis=-1)
     ridge = np.diag([1e-9, 1e-3])  # few rows decide nothing about the slope
-    found = np.zeros((*lost.shape[:-1], 2))
+    found = np.zeros((*unread.shape[:-1], 2))
     for _ in range(_NEWTON_STEPS):
         logit = np.clip(offset + found @ slope_of.T, -_MAX_LOGIT, _MAX_LOGIT)
         known = 1 / (1 + np.exp(-logit))
-        gradient = (counts * (lost - known)) @ slope_of - found @ ridge
+        gradient = (counts * (unread - known)) @ slope_of - found @ ridge
         weight = counts * known * (1 - known)
         curvature = np.einsum("...n,ni,nj->...ij", weight, slope_of, slope_of) + ridge
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
         # a start far off has no curvature to speak of
         found += step / np.maximum(1.0, np.abs(step).max(axis=-1, keepdims=True))
-    is_lost = (counts * lost).sum(axis=-1) > 0
+    is_unread = (counts * unread).sum(axis=-1) > 0
     found[..., 0] -= found[..., 1] * centre
-    return np.where(is_lost[..., None], found, [_NEGLIGIBLE, 0.0])
+    return np.where(is_unread[..., None], found, [_NEGLIGIBLE, 0.0])
 
 
 def _shift(terms: int, centre: float) -> NDArray[np.float64]:

@@ -78,7 +78,7 @@ class KeyMoments:
 
 @dataclass(frozen=True)
 class CandidateMeasures:
-    """What every sampled row reads, keeps and loses with some margins; 0 in rows that stay dense.
+    """What every sampled row reads and leaves unread with some margins; 0 in rows that stay dense.
 
     Attributes:
         unread_mass: `[num_heads, num_rows]` float32, share of the softmax that no candidate holds.

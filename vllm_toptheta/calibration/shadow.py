@@ -167,7 +167,7 @@ class ShadowCalibration:
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Returns the tensors of the store for mode `shadow`. Needs all passes."""
         lengths, observed = np.concatenate(self._lengths), (self._num_keys > 0)[:, None, None]
-        scale = np.stack([fit_scale(lost, x, lengths) * observed for lost, x in zip(*self._masses, strict=True)])
+        scale = np.stack([fit_scale(unread, x, lengths) * observed for unread, x in zip(*self._masses, strict=True)])
         by_target: dict[str, NDArray[Any]] = {
             "shadow_margin": self.margins,
             "shadow_candidate_share": self._candidate_shares,
