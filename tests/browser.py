@@ -64,9 +64,9 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait_for(self, expression: str) -> Any:
+    def wait_for(self, expression: str, *, seconds: float = PATIENCE) -> Any:
         """The value of an expression as soon as it is true."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if value := self.evaluate(expression):
                 return value
