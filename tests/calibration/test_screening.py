@@ -98,7 +98,7 @@ def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None,
     num_unread = sampled[:, None] + 1 - of_heads[sampled].sum(-1)
     level = (thresholds - scores.logsumexp(-1))[sampled].exp()
     torch.testing.assert_close(found.estimate[:, ~is_dense].T, num_unread * level)
-    # with r, what is lost is what the reference loses
+    # with r = 1, the reference loses what is made of these
     expected = top_theta_attention(
         query, key, key, threshold=thresholds, candidates=of_heads, compensation=Compensation("candidates"), **options
     )

@@ -54,7 +54,8 @@ class Release(NamedTuple):
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
         # vLLM may print while it is imported
-        answer = next(line for line in self.process.stdout if line.startswith("{"))
+        answer = next((line for line in self.process.stdout if line.startswith("{")), None)
+        assert answer is not None, f"vLLM of {self.files} could not be imported, or its process ended; see stderr"
         done = json.loads(answer)
         assert not done["failed"], done["text"][-4000:]
         return str(done["text"].strip().splitlines()[-1])
@@ -69,5 +70,3 @@ def release_of(files: Path) -> Iterator[Release]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         yield Release(files, process)
-        assert process.stdin is not None
-        process.stdin.close()
