@@ -87,6 +87,11 @@ class Settings(BaseSettings):
         lt=1.0,
         description="Share of a layer's tokens that may lose more than 95 % of those calibrated on.",
     )
+    always_shadow: bool = Field(
+        False,
+        description="Go by shadow keys in mode shadow also where reading all keys is faster, which depends on how many "
+        "tokens a step holds, and so on other requests.",
+    )
     per_request: bool = Field(
         True, description="Let requests ask for dense decoding or another target, in vllm_xargs.toptheta."
     )

@@ -63,7 +63,7 @@ class ShadowEngine(Engine):
         )
         curve = self.store.curve_of("k:8")
         refusal = options.pop("refusal", None)
-        self.settings = Settings.load({"mode": "shadow", **options})
+        self.settings = Settings.load({"mode": "shadow", "always_shadow": True, **options})
         plan = Plan(
             settings=self.settings,
             curve=curve,
@@ -79,7 +79,9 @@ class ShadowEngine(Engine):
         codes_view(self.kv_cache, CODE_BYTES).fill_(0xA5)
 
     def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> Any:
-        return ShadowWorkspace.allocate(num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, CODE_BYTES, device=device)
+        return ShadowWorkspace.allocate(
+            num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, CODE_BYTES, kv_dtype=torch.float32, device=device
+        )
 
     def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
         output = super().reference(query, block_table, lens, starts, threshold)

@@ -66,7 +66,7 @@ def test_thresholds_below_every_score_give_the_stock_backends_text(
     ours = generate(
         **config,
         backend="toptheta",
-        options={"mode": "shadow", "thresholds": str(low_shadow_thresholds), "target_k": 16},
+        options={"mode": "shadow", "always_shadow": True, "thresholds": str(low_shadow_thresholds), "target_k": 16},
     )
     (stats,) = ours["stats"]
     assert (stats["mode"], len(stats["layers"])) == ("shadow", 30 * 3)
@@ -79,7 +79,7 @@ def test_chunks_small_blocks_and_the_prefix_cache(model: Path, shadow_thresholds
     config = {
         "model": str(model),
         "backend": "toptheta",
-        "options": {"mode": "shadow", "thresholds": str(shadow_thresholds), "target_k": 32},
+        "options": {"mode": "shadow", "always_shadow": True, "thresholds": str(shadow_thresholds), "target_k": 32},
         "max_tokens": MAX_TOKENS,
     }
     undisturbed = generate(
@@ -109,7 +109,7 @@ def test_decoding_runs_in_full_graphs(model: Path, shadow_thresholds: Path, text
     config = {
         "model": str(model),
         "backend": "toptheta",
-        "options": {"mode": "shadow", "thresholds": str(shadow_thresholds), "target_k": 32},
+        "options": {"mode": "shadow", "always_shadow": True, "thresholds": str(shadow_thresholds), "target_k": 32},
         # in a graph captured for four sequences, so that one row is padding
         "prompts": cut(text_ids, [600] * 3),
         "max_tokens": MAX_TOKENS,

@@ -32,6 +32,7 @@ from vllm_toptheta.reference import (
 
 NUM_SINK, NUM_RECENT = 3, 10
 GARBAGE = 0xA5
+SCANNING = ShadowConfig().scanning
 MIN_DISTANCE = 0.02  # of a floor to the nearest integer
 
 
@@ -44,16 +45,23 @@ class ShadowCase:
     projection: KeyProjection
     margin: torch.Tensor  # [num_heads]
     log_scale: torch.Tensor  # [num_heads, 2]
+    reads_all_keys: bool = False
 
     def run(
-        self, config: ShadowConfig | None = None, workspace: ShadowWorkspace | None = None, **options: Any
+        self, config: ShadowConfig = SCANNING, workspace: ShadowWorkspace | None = None, **options: Any
     ) -> tuple[torch.Tensor, DecodeCounters, torch.Tensor]:
         """Output, counters and exact keys read; the kernels' memory starts out as NaN."""
         case, shape = self.case, self.case.shape
         heads = shape.num_heads, shape.num_kv_heads
         if workspace is None:
             workspace = ShadowWorkspace.allocate(
-                len(shape.lens), *heads, shape.head_size, shape.num_channels // 2, device=DEVICE, config=config
+                len(shape.lens),
+                *heads,
+                shape.head_size,
+                shape.num_channels // 2,
+                kv_dtype=case.kv_cache.dtype,
+                device=DEVICE,
+                config=config,
             )
             for buffer in vars(workspace).values():
                 buffer.view(torch.uint8).fill_(0x7F)
@@ -88,6 +96,7 @@ class ShadowCase:
             "v_scale": v_scale,
             "denominator_compensation": shape.exact,
             "value_sum": case.value_sum if shape.value_mean else None,
+            "config": SCANNING,
         } | options
 
     def ratio(self, row: int) -> torch.Tensor:
@@ -98,6 +107,8 @@ class ShadowCase:
     def candidates(self, row: int) -> torch.Tensor:
         """Keys of a sequence that are read exactly, `[num_kv_heads, seq_len]` bool."""
         shape = self.case.shape
+        if self.reads_all_keys:
+            return torch.ones(shape.num_kv_heads, shape.lens[row], dtype=torch.bool, device=DEVICE)
         query = quantize_query(self.case.new_query(row), self.projection, softmax_scale=self.case.softmax_scale)
         key, _ = self.case.sequence(row)
         scores = shadow_scores(query, encode_keys(key, self.projection), logits_soft_cap=shape.soft_cap)[0]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import Case, Shape, check, make_case
+from tests.kernels.shadow_case import SCANNING, kernel_projection, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
-from tests.kernels.shadow_case import kernel_projection, make_shadow_case
 from vllm_toptheta.kernels.decode import DecodeWorkspace, decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
 from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
 from vllm_toptheta.kernels.shadow_codes import write_codes
-from vllm_toptheta.kernels.tuning import ShadowConfig
+from vllm_toptheta.kernels.tuning import ShadowConfig, num_multiprocessors
 from vllm_toptheta.kernels.value_sums import close_pages
 
 pytestmark = [
@@ -206,23 +206,29 @@ def test_offsets_beyond_32_bits() -> None:
 
 _NARROW: dict[str, Any] = {"max_registers": 168, "programs_per_sm": 3, "walk_tile": 64}
 SHADOW_CONFIGS = [
+    SCANNING,
+    replace(SCANNING, chunk_tiles=4, list_depth=6, **_NARROW),
+    replace(SCANNING, tile=128, all_values=True, **_NARROW),
     ShadowConfig(),
-    ShadowConfig(chunk_tiles=4, list_depth=6, **_NARROW),
-    ShadowConfig(tile=128, all_values=True, **_NARROW),
 ]
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(len(SHADOW_CONFIGS)))
 @pytest.mark.parametrize("kind", range(0, NUM_KINDS, 2))
 def test_random_shapes_with_shadow_keys(kind: int, case: int) -> None:
     shape = random_shape(kind, case)
     shape = replace(shape, num_channels=[32, 64][kind // 2 % 2] if shape.head_size < 256 else 128)
     shadow = make_shadow_case(shape)
     config = SHADOW_CONFIGS[case]
+    programs = config.num_programs(shape.num_kv_heads, num_multiprocessors(torch.device("cuda")))
+    is_few = sum(shape.lens) < config.few_tokens * programs
+    num_decoded = sum(length > 0 for length in shape.lens)
+    shadow.reads_all_keys = is_few or sum(shape.lens) < config.short_length * num_decoded
     check_shadow(shadow, *shadow.run(config), all_values=config.all_values)
 
 
-def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call() -> None:
+@pytest.mark.parametrize("config", [SCANNING, ShadowConfig(few_tokens=64)], ids=["always", "or not"])
+def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call(config: ShadowConfig) -> None:
     shape = replace(graph_case()[0].shape, num_channels=64)
     shadow = make_shadow_case(shape)
     case = shadow.case
@@ -239,33 +245,36 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call() -> None:
         max_query_len=40_000,
     )
     close_pages(case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts)
-    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, device="cuda")
+    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, kv_dtype=torch.bfloat16, device="cuda")
     output = torch.full_like(case.query, torch.nan)
     lens = case.seq_lens.clone()
     case.seq_lens.fill_(1)
-    counting: dict[str, Any] = {"counters": None, "keys_read": None}
-    arguments = shadow.arguments(workspace=workspace, output=output, **counting)
+    arguments = shadow.arguments(workspace=workspace, output=output, counters=None, keys_read=None, config=config)
     tensors = case.query, case.kv_cache, shadow.codes, case.block_table, case.seq_lens
     decode_shadow(*tensors, **arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         decode_shadow(*tensors, **arguments)
-    for divisor in (1, 2, 3, 7):
+    few_tokens = config.few_tokens * config.num_programs(2, num_multiprocessors(torch.device("cuda")))
+    for divisor in (1, 2, 3, 7, 40):
         case.seq_lens.copy_(lens // divisor)
         case.seq_lens[-2:] = 0  # padding
         case.query.normal_()
         output.fill_(torch.nan)
         graph.replay()
-        expected, _, _ = shadow.run(workspace=workspace, **counting)
+        expected, _, keys_read = shadow.run(config, workspace=workspace)
         assert torch.equal(output, expected)
         assert not output[-2:].any()
+        num_tokens = int(case.seq_lens.sum())
+        is_short = num_tokens < config.short_length * int((case.seq_lens > 0).sum())
+        assert (keys_read.tolist() == [num_tokens] * 2) == (num_tokens < few_tokens or is_short)
 
 
 def test_a_replayed_graph_with_shadow_keys_follows_rules_that_move() -> None:
     shadow = make_shadow_case(replace(graph_case()[0].shape, num_channels=64))
     case = shadow.case
-    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, device="cuda")
+    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, kv_dtype=torch.bfloat16, device="cuda")
     output = torch.full_like(case.query, torch.nan)
     common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
     rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")

@@ -10,6 +10,7 @@ import torch
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
 from tests.kernels.shadow_case import (
     GARBAGE,
+    SCANNING,
     ShadowCase,
     check,
     check_codes,
@@ -19,7 +20,7 @@ from tests.kernels.shadow_case import (
 from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.kernels.shadow import ShadowWorkspace
 from vllm_toptheta.kernels.shadow_codes import write_codes
-from vllm_toptheta.kernels.tuning import ShadowConfig
+from vllm_toptheta.kernels.tuning import ShadowConfig, num_multiprocessors
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -33,6 +34,7 @@ SHAPES = {
     "plain": Shape(LENS, num_channels=32),
     "all channels": Shape(LENS, num_channels=64),
     "mha": Shape(LENS, num_heads=2, num_channels=32),
+    "group of 8": Shape(LENS, num_heads=8, num_kv_heads=1, num_channels=32),
     "gqa 3, head size 80, block 32": Shape(LENS, num_heads=6, head_size=80, block_size=32, num_channels=64),
     "gqa 16, head size 96, HND": Shape(
         LENS[1:], num_heads=16, num_kv_heads=1, head_size=96, layout="HND", num_channels=32
@@ -53,13 +55,13 @@ SHAPES = {
     ),
 }
 # few programs, so that sequences are split in the middle and programs cross from one to the next
-FEW = ShadowConfig(tile=64, programs_per_sm=1, min_work=1, walk_tile=32, chunk_tiles=4, list_depth=8)
+FEW = replace(SCANNING, tile=64, programs_per_sm=1, min_work=1, walk_tile=32, chunk_tiles=4, list_depth=8)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_decode(name: str) -> None:
     shadow = make_shadow_case(SHAPES[name])
-    check(shadow, *shadow.run(FEW if INTERPRETED else None))
+    check(shadow, *shadow.run(FEW if INTERPRETED else SCANNING))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
@@ -84,6 +86,25 @@ def test_decode_bfloat16(name: str) -> None:
 def test_variants(name: str, config: ShadowConfig) -> None:
     shadow = make_shadow_case(SHAPES[name])
     check(shadow, *shadow.run(config), all_values=config.all_values)
+
+
+@pytest.mark.parametrize("name", ["plain", "group of 8", "short sequences kept", "everything kept", "soft cap"])
+@pytest.mark.parametrize("is_short", [True, False])
+def test_all_keys_are_read_in_a_step_of_short_sequences(name: str, is_short: bool) -> None:
+    shape = SHAPES[name]
+    # 0 is padding, not a sequence
+    mean = sum(shape.lens) // sum(length > 0 for length in shape.lens)
+    shadow = replace(make_shadow_case(shape), reads_all_keys=is_short)
+    check(shadow, *shadow.run(replace(FEW, short_length=mean + is_short)))
+
+
+@pytest.mark.parametrize("name", ["plain", "survivors only in Z"])
+@pytest.mark.parametrize("is_little", [True, False])
+def test_all_keys_are_read_in_a_step_of_few_tokens(name: str, is_little: bool) -> None:
+    shape = SHAPES[name]
+    programs = FEW.num_programs(shape.num_kv_heads, num_multiprocessors(torch.device(DEVICE)))
+    shadow = replace(make_shadow_case(shape), reads_all_keys=is_little)
+    check(shadow, *shadow.run(replace(FEW, few_tokens=sum(shape.lens) // programs + is_little)))
 
 
 def test_lists_longer_than_their_room_are_walked_early() -> None:
@@ -210,7 +231,7 @@ def test_a_page_that_another_sequence_fills_in_the_same_step_is_scanned() -> Non
 
 def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     shadow = make_shadow_case(SHAPES["plain"])
-    workspace = ShadowWorkspace.allocate(16, 4, 2, 64, 16, device=DEVICE, config=FEW)
+    workspace = ShadowWorkspace.allocate(16, 4, 2, 64, 16, kv_dtype=torch.float16, device=DEVICE, config=FEW)
     keys_read = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     first, _, _ = shadow.run(FEW, workspace, keys_read=keys_read)
     once = keys_read.clone()
@@ -237,7 +258,7 @@ def test_counting_is_optional() -> None:
         ("margin", {"margin": torch.zeros(3)}),
         ("log_scale", {"log_scale": torch.zeros(4, 2, dtype=torch.float64)}),
         ("log_scale", {"log_scale": torch.zeros(4)}),
-        ("log_scale", {"log_scale": torch.zeros(8, 2)[::2]}),
+        ("log_scale", {"log_scale": torch.zeros(2, 4).mT}),
     ],
 )
 def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) -> None:
@@ -249,7 +270,7 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
 def test_other_workspaces_and_projections_are_refused() -> None:
     shadow = make_shadow_case(Shape((16, 16, 16), num_channels=32))
     with pytest.raises(ValueError, match="^workspace: "):
-        shadow.run(FEW, ShadowWorkspace.allocate(1, 4, 2, 64, 16, device=DEVICE, config=FEW))
+        shadow.run(FEW, ShadowWorkspace.allocate(1, 4, 2, 64, 16, kv_dtype=torch.float16, device=DEVICE, config=FEW))
     whole = kernel_projection(shadow.projection)
     one_head = ShadowProjection(*(tensor[:1] for tensor in vars(whole).values()))
     with pytest.raises(ValueError, match="^projection: "):

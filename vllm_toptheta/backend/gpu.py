@@ -323,6 +323,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             num_sink=shadow.num_sink,
             num_recent=shadow.num_recent,
             keys_read=counters.keys_read,
+            config=self._shadow_config,
             **options,
         )
 
@@ -334,7 +335,13 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         sizes = num_seqs, self.num_heads, self.num_kv_heads, self.head_size
         num_sms = num_multiprocessors(device)
         share = current_workspace_manager().get_simultaneous
+        config = launch_config(self.head_size, element_bytes, device)
         if shadow is None:
-            config = launch_config(self.head_size, element_bytes, device)
             return kernels.DecodeWorkspace(*share(*kernels.DecodeWorkspace.spec(*sizes, config, num_sms)))
-        return ShadowWorkspace(*share(*ShadowWorkspace.spec(*sizes, shadow.code_bytes, ShadowConfig(), num_sms)))
+        spec = ShadowWorkspace.spec(*sizes, shadow.code_bytes, self._shadow_config, config, num_sms)
+        return ShadowWorkspace(*share(*spec))
+
+    @property
+    def _shadow_config(self) -> ShadowConfig:
+        always = self.plan is not None and self.plan.settings.always_shadow
+        return ShadowConfig().scanning if always else ShadowConfig()

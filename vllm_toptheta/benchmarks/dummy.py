@@ -1,8 +1,9 @@
-"""A model of a given shape with random weights, and thresholds that keep a given share of its keys.
+"""A model of a given shape with random weights, and thresholds that keep a given number of its keys.
 
 Random weights give random scores, for which no calibration on texts exists. So the thresholds are set on the running
 engine: the counters tell how many value rows a kv head reads, and its threshold is bisected until it reads what is
-wanted.
+wanted. In mode `shadow`, what keys are projected on comes from the engine's own pages, and the margins, likewise by
+bisection, from the number of keys that are to be read.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ LLAMA_8B = {
 }
 TARGET_K = 1  # of the store: every sequence of more tokens is thresholded
 BISECTIONS = 16
+SAMPLED_PAGES = 64  # keys of so many are projected on their principal components
 SMALLEST, LARGEST = 1e-16, 1e4  # between these lies every threshold above zero that random weights need
 
 
@@ -65,6 +67,14 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
         placement="pre_softmax",
         degree=0,
         num_buckets=1,
+        shadow=store.ShadowSection(
+            num_channels=architecture.head_size // 2,
+            num_sink=16,
+            num_recent=64,
+            block_size=16,
+            candidate_mass=1.0,
+            candidate_share=(1.0,),
+        ),
         calibration=store.Provenance(
             text=(store.TextSource(name="random", sha256="0" * 64, num_characters=1),),
             num_sequences=1,
@@ -78,61 +88,122 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
         ),
     )
     per_head = (architecture.num_layers, architecture.num_heads, 1, 1)
+    per_kv_head = (architecture.num_layers, architecture.num_kv_heads)
+    sizes = architecture.head_size, architecture.head_size // 2
     arrays: dict[str, NDArray[Any]] = {
         "coefficients": np.zeros(per_head, np.float32),
         "bucket_edges": np.array([TARGET_K + 1, max_length + 1], np.int32),
         "row_count": np.ones((1, 1), np.int64),
         "score_mean": np.zeros(per_head, np.float32),
         "score_std": np.zeros(per_head, np.float32),
+        "shadow_encoder": np.zeros((*per_kv_head, *sizes), np.float32),
+        "shadow_decoder": np.zeros((*per_kv_head, *reversed(sizes)), np.float32),
+        "shadow_key_mean": np.zeros((*per_kv_head, architecture.head_size), np.float32),
+        "shadow_margin": np.zeros(per_head[:3], np.float32),
+        "shadow_scale_coefficients": np.zeros((*per_head[:3], 2), np.float32),
+        "shadow_candidate_share": np.ones((*per_kv_head, 1), np.float32),
     }
     store.save(folder / "thresholds" / name, draft, arrays)
     return model, folder / "thresholds"
 
 
-def keep_rows(engine: Any, decode: Callable[[], object], rows: float) -> float:
-    """Set a running engine's thresholds so that each kv head reads about `rows` value rows per token.
+def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float | None = None) -> None:
+    """Set a running engine's thresholds so that each kv head reads about so many value rows and keys per token.
 
     Args:
         engine: A `vllm.LLM` whose thresholds are constants; functions are sent to its workers, so the environment needs
             `VLLM_ALLOW_INSECURE_SERIALIZATION=1`.
-        decode: Decodes a few tokens of the sequences to be measured.
+        decode: Computes the sequences to be measured, unless they are in the prefix cache, and decodes a few tokens.
         rows: Value rows wanted.
-
-    Returns:
-        Value rows that a kv head reads per token in the end, the mean over layers and heads.
+        keys: Keys wanted, more than `rows`, in mode `shadow`; None in mode `values`.
     """
-    read = np.array(engine.collective_rpc(_take_rows_read)[0])
+    floors = None
+    if keys is not None:
+        decode()
+        engine.collective_rpc(_fit_projections)
+        # pages are encoded when they are filled
+        engine.reset_prefix_cache()
+        decode()
+        floors = _bisect(engine, decode, "keys_read", keys, lambda thetas: (thetas, np.zeros_like(thetas)))
+    _bisect(
+        engine,
+        decode,
+        "rows_read",
+        rows,
+        lambda thetas: (thetas, None if floors is None else np.maximum(thetas - floors, 0)),
+    )
+
+
+def _bisect(
+    engine: Any,
+    decode: Callable[[], object],
+    counter: str,
+    wanted: float,
+    numbers: Callable[[NDArray[Any]], tuple[NDArray[Any], NDArray[Any] | None]],
+) -> NDArray[Any]:
+    """Return the threshold of each layer and kv head with which `counter` grows by `wanted` per token.
+
+    `numbers` makes thresholds and margins of the logarithms' middle.
+    """
+    read = np.array(engine.collective_rpc(_take, args=(counter,))[0])
     low, high = np.full(read.shape, np.log(SMALLEST)), np.full(read.shape, np.log(LARGEST))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        engine.collective_rpc(_set_thresholds, args=(np.exp(middle).tolist(),))
-        engine.collective_rpc(_take_rows_read)
+        thetas, margins = numbers(np.exp(middle))
+        engine.collective_rpc(_set_numbers, args=(thetas.tolist(), None if margins is None else margins.tolist()))
+        engine.collective_rpc(_take, args=(counter,))
         decode()
-        read = np.array(engine.collective_rpc(_take_rows_read)[0])
-        low, high = np.where(read > rows, middle, low), np.where(read > rows, high, middle)
-    return float(read.mean())
+        read = np.array(engine.collective_rpc(_take, args=(counter,))[0])
+        low, high = np.where(read > wanted, middle, low), np.where(read > wanted, high, middle)
+    return thetas
 
 
 def _sparse_layers(worker: Any) -> list[Any]:
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    plans = [getattr(layer.impl, "layer_plan", None) for layer in layers if hasattr(layer, "impl")]
-    return [plan for plan in plans if plan is not None]
+    return [layer for layer in layers if getattr(getattr(layer, "impl", None), "layer_plan", None) is not None]
 
 
-def _take_rows_read(worker: Any) -> list[list[float]]:
-    """Value rows read per token by each layer's kv heads since the last call."""
-    rows = []
-    for plan in _sparse_layers(worker):
-        counters = plan.counters
+def _take(worker: Any, counter: str) -> list[list[float]]:
+    """By how much a counter of each layer's kv heads has grown per token since the last call."""
+    taken = []
+    for layer in _sparse_layers(worker):
+        counters = layer.impl.layer_plan.counters
+        counters.settle()
         tokens = max(1, int(counters.totals[0]))
-        rows.append([count / tokens for count in counters.rows_read.tolist()])
+        taken.append([count / tokens for count in getattr(counters, counter).tolist()])
         counters.zero_()
-    return rows
+    return taken
 
 
-def _set_thresholds(worker: Any, thetas: list[list[float]]) -> None:
-    """One threshold for each layer and kv head, written where the captured graphs read it."""
-    for plan, per_kv_head in zip(_sparse_layers(worker), thetas, strict=True):
+def _set_numbers(worker: Any, thetas: list[list[float]], margins: list[list[float]] | None) -> None:
+    """One threshold, and one margin, for each layer and kv head, written where the captured graphs read them."""
+    for index, layer in enumerate(_sparse_layers(worker)):
+        plan = layer.impl.layer_plan
         group = plan.counters.num_queries_per_kv
-        values = plan.coefficients.new_tensor(per_kv_head).repeat_interleave(group)
-        plan.coefficients[0, :, 0].copy_(values)
+        plan.coefficients[0, :, 0].copy_(plan.coefficients.new_tensor(thetas[index]).repeat_interleave(group))
+        if margins is not None:
+            plan.shadow.margin[0].copy_(plan.coefficients.new_tensor(margins[index]).repeat_interleave(group))
+
+
+def _fit_projections(worker: Any) -> None:
+    """Project keys on their principal components, written where the captured graphs read them."""
+    import torch
+
+    from vllm_toptheta.kernels.projection import ShadowProjection
+    from vllm_toptheta.reference import fit_projection
+
+    for layer in _sparse_layers(worker):
+        served = layer.impl.layer_plan.shadow.projection
+        num_kv_heads, head_size, num_channels = served.encoder.shape
+        # block 0 is nobody's, and the first sequence has the next ones
+        pages = layer.kv_cache[1 : 1 + SAMPLED_PAGES, ..., :head_size].double()
+        keys = pages.transpose(0, 1).flatten(1, 2)
+        fitted = fit_projection(
+            keys.mean(dim=1),
+            torch.stack([head.T.cov() for head in keys]),
+            torch.eye(head_size, device=keys.device).expand(num_kv_heads, -1, -1),
+            num_channels=num_channels,
+        )
+        projection = ShadowProjection.build(fitted.encoder, fitted.decoder, fitted.key_mean)
+        for name, tensor in vars(projection).items():
+            getattr(served, name).copy_(tensor)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from vllm_toptheta.benchmarks.dummy import keep_rows
+from vllm_toptheta.benchmarks.dummy import keep
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -40,19 +40,23 @@ class ServingWorkload(BaseModel):
     random_rows: int | None = Field(
         default=None, description="Random weights, with thresholds by which a kv head reads that many value rows."
     )
+    random_keys: int | None = Field(
+        default=None, description="With random weights, keys that a kv head reads in mode shadow."
+    )
     gpu_memory_utilization: float = 0.92
 
 
 class BackendTimes(BaseModel):
     """One backend's measurement."""
 
-    backend: str
+    backend: str = Field(description="And its mode behind a colon, unless it is the default.")
     ms_per_token: list[float] = Field(
         description="Of each measured batch: decode time over generated tokens of a request."
     )
     rows_read_share: float | None = Field(
         default=None, description="Value rows read over cached in thresholded layers."
     )
+    keys_read_share: float | None = Field(default=None, description="Likewise keys, in mode shadow.")
 
     @property
     def median(self) -> float:
@@ -83,6 +87,7 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             measured = _in_new_process(workload, backend)
             times[backend].ms_per_token += measured.ms_per_token
             times[backend].rows_read_share = measured.rows_read_share
+            times[backend].keys_read_share = measured.keys_read_share
     named = workload.model_copy(update={"model": Path(workload.model).name})  # where it lies is nobody's business
     return ServingReport(workload=named, device=_device(), vllm=version("vllm"), backends=list(times.values()))
 
@@ -96,10 +101,9 @@ def serving_table(report: ServingReport) -> Table:
         title=f"{work.batch_size} x {work.context} tokens, {work.output_tokens} generated",
         caption=f"{report.device}, vLLM {report.vllm}; median over {len(report.backends[0].ms_per_token)} batches",
     )
-    for heading in ("backend", "ms / token", "min", "max", "tokens / s", "ratio", "value rows read %"):
+    for heading in ("backend", "ms / token", "min", "max", "tokens / s", "ratio", "value rows read %", "keys read %"):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for backend in report.backends:
-        share = backend.rows_read_share
         table.add_row(
             backend.backend,
             f"{backend.median:.2f}",
@@ -107,7 +111,10 @@ def serving_table(report: ServingReport) -> Table:
             f"{max(backend.ms_per_token):.2f}",
             f"{1000 * work.batch_size / backend.median:.1f}",
             f"{report.backends[0].median / backend.median:.3f}",
-            "" if share is None else f"{100 * share:.1f}",
+            *(
+                "" if share is None else f"{100 * share:.1f}"
+                for share in (backend.rows_read_share, backend.keys_read_share)
+            ),
         )
     return table
 
@@ -137,10 +144,12 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     from vllm_toptheta.telemetry.stats import merge
 
     is_dummy = workload.random_rows is not None
+    name, _, mode = backend.partition(":")
+    options = workload.options | ({"mode": mode} if mode else {})
     engine = LLM(
         model=workload.model,
-        attention_backend=backend,
-        additional_config={"toptheta": workload.options} if workload.options else {},
+        attention_backend=name,
+        additional_config={"toptheta": options} if options else {},
         dtype=workload.dtype,
         max_model_len=workload.context + workload.output_tokens + 1,
         # graphs are captured at multiples of 8 up to this; a batch between two sizes would run without a full graph
@@ -163,7 +172,12 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     )
     if workload.random_rows is not None and any(engine.collective_rpc(STATS_RPC)):
         few_tokens = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, detokenize=False)
-        keep_rows(engine, lambda: engine.generate(prompts, few_tokens, use_tqdm=False), workload.random_rows)
+        keep(
+            engine,
+            lambda: engine.generate(prompts, few_tokens, use_tqdm=False),
+            rows=workload.random_rows,
+            keys=workload.random_keys if mode == "shadow" else None,
+        )
     times = []
     for repeat in range(1 + workload.repeats):
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
@@ -171,8 +185,12 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
         if repeat:
             times.append(1000 * statistics.mean(seconds) / (workload.output_tokens - 1))
     ranks = [rank for rank in engine.collective_rpc(STATS_RPC) if rank is not None]
+    stats = merge([ranks]) if ranks else None
     return BackendTimes(
-        backend=backend, ms_per_token=times, rows_read_share=merge([ranks]).rows_read_share if ranks else None
+        backend=backend,
+        ms_per_token=times,
+        rows_read_share=None if stats is None else stats.rows_read_share,
+        keys_read_share=None if stats is None else stats.keys_read_share,
     )
 
 

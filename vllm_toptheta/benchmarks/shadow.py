@@ -24,7 +24,11 @@ from vllm_toptheta.benchmarks.shadow_inputs import ShadowInputs, message, moved,
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.kernels.tuning import ShadowConfig
 
-DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "1q1s128k", "32q1s8k")
+LONG_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "1q1s128k", "32q1s8k")
+# on both sides of where scanning begins
+SHORT_SPECS = ("1q1s32k", "1q1s16k", "1q1s8k", "1q1s4k", "1q1s1k", "8q1s4k", "8q1s2k", "8q1s1k")
+FULL_SPECS = ("32q1s2k", "32q1s1k", "64q1s1k", "64q1s512")
+DEFAULT_SPECS = LONG_SPECS + SHORT_SPECS + FULL_SPECS
 COMPILE_SECONDS = 240
 
 
@@ -81,7 +85,9 @@ class ShadowTime(BaseModel):
     kernel: str
     device: str
     microseconds: float | None = Field(default=None, description="Median over graph replays.")
-    scan_microseconds: float | None = Field(default=None, description="With thresholds that leave no candidates.")
+    scan_microseconds: float | None = Field(
+        default=None, description="Of scanning, with thresholds that leave no candidates."
+    )
     ratio: float | None = Field(default=None, description="Time of the faster FlashAttention-3 over this one.")
     ratio_to_values: float | None = Field(default=None, description="Time of mode values over this one.")
     keys_read_share: float | None = None
@@ -190,8 +196,8 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
                 shares = float(keys_read.sum()) / num_tokens, float(counters.rows_read.sum()) / num_tokens
                 calls = [shadow.call(variant.config, workspace, **options) for shadow in shadows]
                 microseconds = time_in_graph(calls)
-                nothing = torch.full_like(first.coefficients, torch.inf)
-                calls = [shadow.call(variant.config, workspace, coefficients=nothing, **options) for shadow in shadows]
+                options["coefficients"] = torch.full_like(first.coefficients[None], torch.inf)
+                calls = [shadow.call(variant.config.scanning, workspace, **options) for shadow in shadows]
                 yield _row(
                     spec,
                     block_size,

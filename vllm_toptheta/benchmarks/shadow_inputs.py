@@ -77,22 +77,25 @@ class ShadowInputs:
         return cls(inputs, codes, projection, margin, ratio)
 
     def call(self, config: ShadowConfig, workspace: ShadowWorkspace, **options: Any) -> Callable[[], None]:
-        """The kernels on this step."""
+        """The kernels on this step, as they are served: every sequence has a rule, although all rules say the same."""
         import torch
 
+        from vllm_toptheta.benchmarks.registry import LONGEST
         from vllm_toptheta.kernels.pages import value_sum_view
         from vllm_toptheta.kernels.shadow import decode_shadow
 
         inputs = self.inputs
+        rules = torch.tensor([[0, 0, 1, LONGEST]] * len(inputs.query), dtype=torch.int32, device="cuda")
         arguments: dict[str, Any] = {
             "output": torch.empty_like(inputs.query),
             "workspace": workspace,
             "projection": self.projection,
-            "coefficients": inputs.coefficients,
-            "margin": self.margin,
-            "log_scale": torch.stack([self.ratio.log(), torch.zeros_like(self.ratio)], dim=1),
+            "coefficients": inputs.coefficients[None],
+            "rules": rules,
+            "margin": self.margin[None],
+            "log_scale": torch.stack([self.ratio.log(), torch.zeros_like(self.ratio)], dim=1)[None],
             "min_length": 1,
-            "max_length": 2**20,
+            "max_length": LONGEST,
             "min_sparse_context": 0,
             "num_sink": NUM_SINK,
             "num_recent": NUM_RECENT,
@@ -105,11 +108,13 @@ class ShadowInputs:
         return lambda: decode_shadow(*tensors, **arguments)
 
     def workspace(self, config: ShadowConfig) -> ShadowWorkspace:
+        import torch
+
         from vllm_toptheta.kernels.shadow import ShadowWorkspace
 
         num_seqs, num_heads, head_size = self.inputs.query.shape
         sizes = num_seqs, num_heads, self.inputs.kv_cache.shape[1], head_size, self.projection.code_bytes
-        return ShadowWorkspace.allocate(*sizes, device="cuda", config=config)
+        return ShadowWorkspace.allocate(*sizes, kv_dtype=torch.bfloat16, device="cuda", config=config)
 
 
 def wrong(num_channels: int, config: ShadowConfig, block_size: int) -> str | None:
@@ -126,7 +131,7 @@ def wrong(num_channels: int, config: ShadowConfig, block_size: int) -> str | Non
         counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
         _write_value_sums(shadow.inputs)
         workspace = shadow.workspace(config)
-        shadow.call(config, workspace, output=output, counters=counters, keys_read=keys_read)()
+        shadow.call(config.scanning, workspace, output=output, counters=counters, keys_read=keys_read)()
         expected, candidates = _expected(shadow)
         error = float((output.float() - expected).abs().max())
         off = abs(int(keys_read.sum()) - candidates) / candidates

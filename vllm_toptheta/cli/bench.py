@@ -110,15 +110,19 @@ def bench_serving(
     batch_size: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
     repeats: Annotated[int, typer.Option(help="Measured batches per engine.")] = 3,
     rounds: Annotated[int, typer.Option(help="Engines per backend, alternating.")] = 2,
-    backends: Annotated[str, typer.Option(help="Backends; the others are measured against the first.")] = (
-        "CPU_ATTN,TOPTHETA"
-    ),
+    backends: Annotated[
+        str,
+        typer.Option(help="Backends; the others are measured against the first. A mode follows behind a colon."),
+    ] = "CPU_ATTN,TOPTHETA",
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
     k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
     random_rows: Annotated[
         int | None,
         typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
+    ] = None,
+    random_keys: Annotated[
+        int | None, typer.Option(help="With random weights, keys that a kv head reads with TOPTHETA:shadow.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
@@ -139,6 +143,7 @@ def bench_serving(
             os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
         workload = ServingWorkload(
             random_rows=random_rows,
+            random_keys=random_keys,
             model=model,
             context=context,
             output_tokens=output_tokens,

@@ -23,6 +23,9 @@ def soak_command(
     requests: Annotated[int, typer.Option(help="Requests at least.")] = 500,
     concurrency: Annotated[int, typer.Option(help="Requests in flight at a time.")] = 500,
     seconds: Annotated[float, typer.Option(help="How long the load lasts at least.")] = 600.0,
+    warm_up: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of the load after which memory is measured.")
+    ] = 0.25,
     prompts: Annotated[int, typer.Option(help="Different prompts; a quiet server answers each of them first.")] = 40,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt; the shortest has 16.")] = 3000,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 48,
@@ -55,6 +58,7 @@ def soak_command(
         requests=requests,
         concurrency=concurrency,
         seconds=seconds,
+        warm_up=warm_up,
         prompts=prompts,
         longest=longest,
         max_tokens=max_tokens,

@@ -25,6 +25,8 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
 MIN_BLOCK_SIZE = 16
+# of the merge between two kernels that leave pieces
+NO_CHOICE = {"few_tokens": 0, "num_exact_programs": 0, "short_length": 0, "EXACT_MIN_WORK": 0, "EXACT_DENSE_WORK": 0}
 NUM_BUCKETS = 10  # of the lost mass, where `DecodeCounters` are allocated here
 
 
@@ -178,67 +180,44 @@ def decode(
     if len(workspace.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"workspace: made for fewer than {num_seqs} sequences, or for other launch parameters")
     early_merge = config.early_merge and has_dependent_launch(query.device)
-    # pieces begin at page boundaries where pages fill a tile, because then block numbers are loaded page by page
-    unit = block_size if config.tile % block_size == 0 else MIN_BLOCK_SIZE
-    shared: dict[str, Any] = {
-        "block_table_ptr": block_table,
-        "seq_lens_ptr": seq_lens,
-        "rules_ptr": rules,
-        "partial_output_ptr": workspace.partial_output,
-        "partial_stats_ptr": workspace.partial_stats,
-        "kv_cache_ptr": kv_cache,
-        "stride_kv_block": kv_cache.stride(0),
-        "stride_kv_head": kv_cache.stride(1),
-        "stride_kv_token": kv_cache.stride(2),
-        "stride_table_seq": block_table.stride(0),
-        "num_seqs": num_seqs,
-        "min_sparse_context": min_sparse_context,
-        "BLOCK_SIZE": block_size,
-        "HEAD_SIZE": head_size,
-        "GROUP": num_heads // num_kv_heads,
-        "D_PAD": triton.next_power_of_2(head_size),
-        "UNIT": unit,
-        "MIN_WORK": config.min_work * config.tile // unit,
-        "SEQ_BLOCK": sequence_block(num_seqs),
-        "DENSE_WORK": 2,
-        "VALUE_MEAN": value_sum is not None,
-        "COUNT": counters is not None,
-        "EARLY_MERGE": early_merge,
-    }
+    unit = schedule_unit(config.tile, block_size)
+    step = step_arguments(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        partial_output=workspace.partial_output,
+        partial_stats=workspace.partial_stats,
+        min_sparse_context=min_sparse_context,
+        rules=rules,
+        value_sum=value_sum,
+        counters=counters,
+        unit=unit,
+    )
+    schedule = schedule_arguments(config, unit)
     split_kernel[(num_kv_heads, num_programs)](
-        query_ptr=query,
-        coefficients_ptr=coefficients,
-        q_scale_ptr=q_scale,
-        k_scale_ptr=k_scale,
-        list_ptr=workspace.survivors,
-        order_ptr=workspace.order,
-        rows_read_ptr=None if counters is None else counters.rows_read,
-        stride_query_seq=query.stride(0),
-        stride_query_head=query.stride(1),
-        min_length=min_length,
-        max_length=max_length,
-        softmax_scale=softmax_scale,
-        soft_cap=logits_soft_cap or 0.0,
-        NUM_COEFFICIENTS=coefficients.shape[-1],
-        G_PAD=max(config.min_group, triton.next_power_of_2(num_heads // num_kv_heads + 1)),
-        TILE=config.tile,
-        DENSE_TILE=config.dense_tile,
-        CHUNK_TILES=CHUNK_TILES,
-        LIST_DEPTH=LIST_DEPTH,
-        SCAN_STAGES=config.scan_stages,
-        DENSE_STAGES=config.dense_stages,
-        GATHER_STAGES=config.gather_stages,
-        SOFT_CAP=logits_soft_cap is not None,
-        COMPUTE=TRITON_DTYPES[output.dtype],
-        HAS_Q_SCALE=q_scale is not None,
-        HAS_K_SCALE=k_scale is not None,
-        IN_PLACE=query.is_cuda,
-        num_warps=config.num_warps,
-        **({"maxnreg": config.max_registers} if config.max_registers else {}),
-        **shared,
+        EARLY_MERGE=early_merge,
+        **split_arguments(
+            query,
+            output=output,
+            survivors=workspace.survivors,
+            order=workspace.order,
+            coefficients=coefficients,
+            min_length=min_length,
+            max_length=max_length,
+            softmax_scale=softmax_scale,
+            logits_soft_cap=logits_soft_cap,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            counters=counters,
+            config=config,
+        ),
+        **step,
+        **schedule,
+        **launch_options(config.num_warps, config.max_registers),
     )
     launch_merge(
-        shared,
+        step | schedule,
         output=output,
         value_sum=value_sum,
         v_scale=v_scale,
@@ -246,11 +225,117 @@ def decode(
         denominator_compensation=denominator_compensation,
         num_programs=num_programs,
         num_warps=config.merge_warps,
+        is_early=early_merge,
     )
 
 
+def schedule_unit(tile: int, block_size: int) -> int:
+    """Tokens of a unit of work: a page where pages fill a tile, because then block numbers are loaded page by page."""
+    return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
+
+
+def step_arguments(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    partial_output: torch.Tensor,
+    partial_stats: torch.Tensor,
+    min_sparse_context: int,
+    rules: torch.Tensor | None,
+    value_sum: torch.Tensor | None,
+    counters: DecodeCounters | None,
+    unit: int,
+) -> dict[str, Any]:
+    """What every kernel of a step that leaves or joins pieces takes; the arguments are those of `decode`."""
+    num_seqs, num_heads, head_size = query.shape
+    return {
+        "block_table_ptr": block_table,
+        "seq_lens_ptr": seq_lens,
+        "rules_ptr": rules,
+        "partial_output_ptr": partial_output,
+        "partial_stats_ptr": partial_stats,
+        "kv_cache_ptr": kv_cache,
+        "stride_kv_block": kv_cache.stride(0),
+        "stride_kv_head": kv_cache.stride(1),
+        "stride_kv_token": kv_cache.stride(2),
+        "stride_table_seq": block_table.stride(0),
+        "num_seqs": num_seqs,
+        "min_sparse_context": min_sparse_context,
+        "BLOCK_SIZE": kv_cache.shape[2],
+        "HEAD_SIZE": head_size,
+        "GROUP": num_heads // kv_cache.shape[1],
+        "D_PAD": triton.next_power_of_2(head_size),
+        "UNIT": unit,
+        "SEQ_BLOCK": sequence_block(num_seqs),
+        "VALUE_MEAN": value_sum is not None,
+        "COUNT": counters is not None,
+    }
+
+
+def schedule_arguments(config: LaunchConfig, unit: int) -> dict[str, Any]:
+    """How a step of which all keys are read is shared out."""
+    return {"MIN_WORK": max(1, config.min_work * config.tile // unit), "DENSE_WORK": 2}
+
+
+def split_arguments(
+    query: torch.Tensor,
+    *,
+    output: torch.Tensor,
+    survivors: torch.Tensor,
+    order: torch.Tensor,
+    coefficients: torch.Tensor,
+    min_length: int,
+    max_length: int,
+    softmax_scale: float,
+    logits_soft_cap: float | None,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    counters: DecodeCounters | None,
+    config: LaunchConfig,
+) -> dict[str, Any]:
+    """What `split_step` takes beside `step_arguments` and `schedule_arguments`; the arguments are those of `decode`."""
+    group = survivors.shape[-1] - 1
+    return {
+        "query_ptr": query,
+        "coefficients_ptr": coefficients,
+        "q_scale_ptr": q_scale,
+        "k_scale_ptr": k_scale,
+        "list_ptr": survivors,
+        "order_ptr": order,
+        "rows_read_ptr": None if counters is None else counters.rows_read,
+        "stride_query_seq": query.stride(0),
+        "stride_query_head": query.stride(1),
+        "min_length": min_length,
+        "max_length": max_length,
+        "softmax_scale": softmax_scale,
+        "soft_cap": logits_soft_cap or 0.0,
+        "NUM_COEFFICIENTS": coefficients.shape[-1],
+        "G_PAD": max(config.min_group, triton.next_power_of_2(group + 1)),
+        "TILE": config.tile,
+        "DENSE_TILE": config.dense_tile,
+        "CHUNK_TILES": CHUNK_TILES,
+        "LIST_DEPTH": LIST_DEPTH,
+        "SCAN_STAGES": config.scan_stages,
+        "DENSE_STAGES": config.dense_stages,
+        "GATHER_STAGES": config.gather_stages,
+        "SOFT_CAP": logits_soft_cap is not None,
+        "COMPUTE": TRITON_DTYPES[output.dtype],
+        "HAS_Q_SCALE": q_scale is not None,
+        "HAS_K_SCALE": k_scale is not None,
+        "IN_PLACE": query.is_cuda,
+    }
+
+
+def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:
+    """Options of a launch; `is_early`: while the kernel before still runs."""
+    registers = {"maxnreg": max_registers} if max_registers else {}
+    return {"num_warps": num_warps, **registers, **({"launch_pdl": True} if is_early else {})}
+
+
 def launch_merge(
-    shared: dict[str, Any],
+    step: dict[str, Any],
     *,
     output: torch.Tensor,
     value_sum: torch.Tensor | None,
@@ -259,8 +344,10 @@ def launch_merge(
     denominator_compensation: bool,
     num_programs: int,
     num_warps: int,
+    is_early: bool,
+    choice: dict[str, Any] | None = None,
 ) -> None:
-    """Join the pieces that a kernel with the arguments `shared` has left."""
+    """Join the pieces that a kernel with the arguments `step` has left, or another one, where there is a `choice`."""
     num_seqs, num_heads, _ = output.shape
     piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
     merge_kernel[(num_heads, num_seqs)](
@@ -274,16 +361,18 @@ def launch_merge(
         stride_output_head=output.stride(1),
         stride_sum_block=0 if value_sum is None else value_sum.stride(0),
         stride_sum_head=0 if value_sum is None else value_sum.stride(1),
-        num_kv_heads=num_heads // shared["GROUP"],
+        num_kv_heads=num_heads // step["GROUP"],
         num_programs=num_programs,
-        BLOCK_PAD=triton.next_power_of_2(shared["BLOCK_SIZE"]),
+        BLOCK_PAD=triton.next_power_of_2(step["BLOCK_SIZE"]),
         PIECE_BLOCK=piece_block,
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         HAS_V_SCALE=v_scale is not None,
         EXACT_DENOMINATOR=denominator_compensation,
-        num_warps=num_warps or merge_warps,
-        **({"launch_pdl": True} if shared["EARLY_MERGE"] else {}),
-        **shared,
+        CHOOSES=choice is not None,
+        EARLY_MERGE=is_early,
+        **(choice or NO_CHOICE),
+        **step,
+        **launch_options(num_warps or merge_warps, is_early=is_early),
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.rules import dense_length_of, level_of
-from vllm_toptheta.kernels.schedule import units_of_piece, work_of_step
+from vllm_toptheta.kernels.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
 from vllm_toptheta.kernels.tiles import DISCARDED, LOG2_E
 
 
@@ -18,7 +18,7 @@ from vllm_toptheta.kernels.tiles import DISCARDED, LOG2_E
 def _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK: tl.constexpr):
     """Add a step to `DecodeCounters.totals`; one program does."""
     index = tl.arange(0, SEQ_BLOCK)
-    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
     decoded = seq_lens > 0
     level = level_of(rules_ptr, index, num_seqs)
     dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
@@ -52,13 +52,24 @@ def _fills(
     on it in the same step.
     """
     index = tl.arange(0, SEQ_BLOCK)
-    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
     is_filling = (seq_lens > 0) & (seq_lens % BLOCK_SIZE == 0)
     last = block_table_ptr + index.to(tl.int64) * stride_table_seq + seq_lens // BLOCK_SIZE - 1
     return tl.max((tl.load(last, mask=is_filling, other=-1) == block).to(tl.int32), axis=0) > 0
 
 
-@triton.jit(do_not_specialize=("stride_table_seq", "num_seqs", "num_kv_heads", "num_programs", "min_sparse_context"))
+@triton.jit(
+    do_not_specialize=(
+        "stride_table_seq",
+        "num_seqs",
+        "num_kv_heads",
+        "num_programs",
+        "num_exact_programs",
+        "min_sparse_context",
+        "few_tokens",
+        "short_length",
+    )
+)
 def merge_kernel(
     output_ptr,  # [num_seqs, num_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -83,7 +94,10 @@ def merge_kernel(
     num_seqs,
     num_kv_heads,
     num_programs,
+    num_exact_programs,
     min_sparse_context,
+    few_tokens,
+    short_length,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -93,12 +107,15 @@ def merge_kernel(
     MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
     DENSE_WORK: tl.constexpr,
+    EXACT_MIN_WORK: tl.constexpr,
+    EXACT_DENSE_WORK: tl.constexpr,
     PIECE_BLOCK: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     EXACT_DENOMINATOR: tl.constexpr,
     VALUE_MEAN: tl.constexpr,
     COUNT: tl.constexpr,
+    CHOOSES: tl.constexpr,
     EARLY_MERGE: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
@@ -159,8 +176,15 @@ def merge_kernel(
         value_sum = tl.where(last_page > 0, value_sum, 0.0)
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
+    min_work, dense_work = MIN_WORK, DENSE_WORK
+    if CHOOSES:
+        # the pieces come from one kernel or the other
+        is_exact = reads_all_keys(load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK), few_tokens, short_length)
+        num_programs = tl.where(is_exact, num_exact_programs, num_programs)
+        min_work = tl.where(is_exact, EXACT_MIN_WORK, MIN_WORK)
+        dense_work = tl.where(is_exact, EXACT_DENSE_WORK, DENSE_WORK)
     work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, min_work, dense_work, UNIT, SEQ_BLOCK
     )
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
@@ -175,7 +199,7 @@ def merge_kernel(
     last_program = last_work // share
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, dense_work, UNIT)
         mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
         stats = partial_stats_ptr + piece * 3 * GROUP + group_index

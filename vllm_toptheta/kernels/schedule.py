@@ -3,8 +3,9 @@
 The grid of a captured CUDA graph is fixed, the lengths are not. So every kv head gets a fixed number of programs, and
 each works out its own share from `seq_lens`: the keys of all sequences are laid end to end, in units of a few tokens,
 and program p takes the work from p * share to (p + 1) * share, wherever sequences begin and end in there. A unit of a
-sequence that keeps everything counts `DENSE_WORK` times, because more is read of it: twice where otherwise all keys are
-read and few values, more often where most keys are not read either.
+sequence that keeps everything counts `dense_work` times, because more is read of it: twice where otherwise all keys are
+read and few values, more often where most keys are not read either. In mode `shadow`, a step may read all keys
+nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mode `values` then.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -17,27 +18,40 @@ from vllm_toptheta.kernels.rules import dense_length_of
 
 
 @triton.jit
+def load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK: tl.constexpr):
+    """Lengths of all sequences, [SEQ_BLOCK] int32; 0 behind the last one."""
+    index = tl.arange(0, SEQ_BLOCK)
+    return tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+
+
+@triton.jit
+def reads_all_keys(seq_lens, few_tokens, short_length):
+    """Whether a step has less than `few_tokens` or, in the mean of its sequences, less than `short_length`."""
+    num_tokens = tl.sum(seq_lens, axis=0)
+    return (num_tokens < few_tokens) | (num_tokens < short_length * tl.sum((seq_lens > 0).to(tl.int32), axis=0))
+
+
+@triton.jit
 def work_of_step(
     seq_lens_ptr,  # [num_seqs] int32
     rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
     num_seqs,
     min_sparse_context,
     num_programs,
+    min_work,
+    dense_work,
     UNIT: tl.constexpr,
-    MIN_WORK: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
-    DENSE_WORK: tl.constexpr,
 ):
     """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole."""
-    index = tl.arange(0, SEQ_BLOCK)
-    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
-    dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
-    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, DENSE_WORK, 1)
-    return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), MIN_WORK)
+    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
+    dense_lengths = dense_length_of(rules_ptr, tl.arange(0, SEQ_BLOCK), num_seqs, min_sparse_context)
+    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, dense_work, 1)
+    return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), min_work)
 
 
 @triton.jit
-def units_of_piece(program, share, work_before, seq_len, is_dense, UNIT: tl.constexpr, DENSE_WORK: tl.constexpr):
+def units_of_piece(program, share, work_before, seq_len, is_dense, dense_work, UNIT: tl.constexpr):
     """Return the first unit of a sequence that is a program's, and the one behind its last.
 
     Args:
@@ -46,8 +60,9 @@ def units_of_piece(program, share, work_before, seq_len, is_dense, UNIT: tl.cons
         work_before: Work of all sequences before this one.
         seq_len: Tokens of the sequence.
         is_dense: Whether it keeps everything.
+        dense_work: Work of a unit if so.
     """
-    weight = tl.where(is_dense, DENSE_WORK, 1)
+    weight = tl.where(is_dense, dense_work, 1)
     num_units = tl.cdiv(seq_len, UNIT)
     # units begin at multiples of their weight: rounding both ends up leaves none out and none twice
     first = tl.cdiv(tl.maximum(program * share - work_before, 0), weight)

@@ -15,19 +15,29 @@ import triton
 
 from vllm_toptheta.kernels.arguments import expect
 from vllm_toptheta.kernels.decode import (
-    MIN_BLOCK_SIZE,
-    TRITON_DTYPES,
     DecodeCounters,
+    DecodeWorkspace,
     check_step,
     launch_merge,
-    sequence_block,
+    launch_options,
+    schedule_arguments,
+    schedule_unit,
+    split_arguments,
+    step_arguments,
 )
 from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.kernels.shadow_codes import TOKENS_PER_STEP
 from vllm_toptheta.kernels.shadow_query import query_kernel
-from vllm_toptheta.kernels.shadow_split import MIN_ROW_BYTES, shadow_split_kernel
-from vllm_toptheta.kernels.tuning import ShadowConfig, has_dependent_launch, num_multiprocessors
+from vllm_toptheta.kernels.shadow_split import shadow_split_kernel
+from vllm_toptheta.kernels.tuning import (
+    LaunchConfig,
+    ShadowConfig,
+    has_dependent_launch,
+    launch_config,
+    num_multiprocessors,
+)
 
+MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 MIN_COLUMNS = 8  # of a product on tensor cores
 MIN_ROWS = 16
 
@@ -44,6 +54,8 @@ class ShadowWorkspace:
     floors: torch.Tensor
     candidates: torch.Tensor
     order: torch.Tensor
+    survivors: torch.Tensor
+    survivor_order: torch.Tensor
     partial_output: torch.Tensor
     partial_stats: torch.Tensor
 
@@ -55,19 +67,21 @@ class ShadowWorkspace:
         head_size: int,
         code_bytes: int,
         config: ShadowConfig,
+        exact_config: LaunchConfig,
         num_sms: int,
     ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape and dtype of each tensor, in the order of the fields."""
-        group = num_heads // num_kv_heads
-        num_programs = config.num_programs(num_kv_heads, num_sms)
-        num_lists, num_pieces = num_programs * num_kv_heads, (num_programs + max_num_seqs) * num_kv_heads
+        sizes = max_num_seqs, num_heads, num_kv_heads, head_size
+        exact = DecodeWorkspace.spec(*sizes, exact_config, num_sms)
+        num_lists = config.num_programs(num_kv_heads, num_sms) * num_kv_heads
+        num_pieces = max(num_lists + max_num_seqs * num_kv_heads, exact[-1][0][0])
         return (
             ((max_num_seqs, num_heads, 2 * code_bytes), torch.int8),
             ((max_num_seqs, num_heads), torch.int32),
             ((num_lists, config.list_depth, config.tile), torch.int32),
             ((num_lists, config.list_depth * config.tile), torch.int32),
-            ((num_pieces, group, head_size), torch.float32),
-            ((num_pieces, 3, group), torch.float32),
+            *exact[:2],
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in exact[2:]),
         )
 
     @classmethod
@@ -79,13 +93,15 @@ class ShadowWorkspace:
         head_size: int,
         code_bytes: int,
         *,
+        kv_dtype: torch.dtype,
         device: torch.device | str,
         config: ShadowConfig | None = None,
     ) -> ShadowWorkspace:
         """A workspace for batches of at most `max_num_seqs` sequences."""
         num_sms = num_multiprocessors(torch.device(device))
+        exact_config = launch_config(head_size, kv_dtype.itemsize, device)
         sizes = max_num_seqs, num_heads, num_kv_heads, head_size, code_bytes
-        spec = cls.spec(*sizes, config or ShadowConfig(), num_sms)
+        spec = cls.spec(*sizes, config or ShadowConfig(), exact_config, num_sms)
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in spec))
 
 
@@ -125,6 +141,9 @@ def decode_shadow(
     first `num_sink` or the last `num_recent`, or if it lies in the page of the new token. Candidates whose exact score
     reaches a head's threshold are its survivors. The others enter its softmax denominator by their scores, and keys
     that are no candidates as r(n) * exp(threshold) each, where n is the length of the sequence.
+
+    A step of few tokens, or of short sequences, as `config` says, is faster if all keys are read: it is answered as by
+    `decode.decode`.
 
     Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Any number of candidates is right, however unlikely. A sequence of length 0 is
@@ -176,107 +195,105 @@ def decode_shadow(
     if num_seqs == 0:
         return
     config = config or ShadowConfig()
-    num_programs = config.num_programs(num_kv_heads, num_multiprocessors(query.device))
-    if len(workspace.partial_stats) < (num_programs + num_seqs) * num_kv_heads or len(workspace.floors) < num_seqs:
+    exact_config = launch_config(head_size, kv_cache.element_size(), query.device)
+    num_sms = num_multiprocessors(query.device)
+    num_programs = config.num_programs(num_kv_heads, num_sms)
+    num_exact_programs = exact_config.num_programs(num_kv_heads, num_sms)
+    num_pieces = (max(num_programs, num_exact_programs) + num_seqs) * num_kv_heads
+    if len(workspace.partial_stats) < num_pieces or len(workspace.floors) < num_seqs:
         raise ValueError(f"workspace: made for fewer than {num_seqs} sequences, or for other launch parameters")
     early = config.early_launch and has_dependent_launch(query.device)
     columns = MIN_ROWS if config.heads_first else MIN_COLUMNS
-    # pieces begin at page boundaries where pages fill a tile, because then block numbers are loaded page by page
-    unit = block_size if config.tile % block_size == 0 else MIN_BLOCK_SIZE
-    shared: dict[str, Any] = {
-        "block_table_ptr": block_table,
-        "seq_lens_ptr": seq_lens,
-        "rules_ptr": rules,
-        "kv_cache_ptr": kv_cache,
-        "stride_kv_block": kv_cache.stride(0),
-        "stride_kv_head": kv_cache.stride(1),
-        "stride_kv_token": kv_cache.stride(2),
-        "stride_table_seq": block_table.stride(0),
-        "BLOCK_SIZE": block_size,
-        "HEAD_SIZE": head_size,
-        "GROUP": group,
-        "D_PAD": triton.next_power_of_2(head_size),
-    }
-    scores: dict[str, Any] = {
-        "query_ptr": query,
+    unit = schedule_unit(config.tile, block_size)
+    step = step_arguments(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        partial_output=workspace.partial_output,
+        partial_stats=workspace.partial_stats,
+        min_sparse_context=min_sparse_context,
+        rules=rules,
+        value_sum=value_sum,
+        counters=counters,
+        unit=unit,
+    )
+    exact = split_arguments(
+        query,
+        output=output,
+        survivors=workspace.survivors,
+        order=workspace.survivor_order,
+        coefficients=coefficients,
+        min_length=min_length,
+        max_length=max_length,
+        softmax_scale=softmax_scale,
+        logits_soft_cap=logits_soft_cap,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        counters=counters,
+        config=exact_config,
+    )
+    exact_schedule = schedule_arguments(exact_config, unit)
+    shadows: dict[str, Any] = {
         "query_codes_ptr": workspace.query_codes,
         "floors_ptr": workspace.floors,
         "codes_ptr": codes,
-        "coefficients_ptr": coefficients,
-        "q_scale_ptr": q_scale,
-        "k_scale_ptr": k_scale,
-        "stride_query_seq": query.stride(0),
-        "stride_query_head": query.stride(1),
+        "keys_read_ptr": keys_read,
         "stride_code_block": codes.stride(0),
         "stride_code_head": codes.stride(1),
-        "min_length": min_length,
-        "max_length": max_length,
-        "softmax_scale": softmax_scale,
-        "soft_cap": logits_soft_cap or 0.0,
-        "NUM_COEFFICIENTS": coefficients.shape[-1],
+        "few_tokens": config.few_tokens * num_programs,
+        "short_length": config.short_length,
         "CODE_BYTES": code_bytes,
-        "SOFT_CAP": logits_soft_cap is not None,
-        "HAS_Q_SCALE": q_scale is not None,
-        "HAS_K_SCALE": k_scale is not None,
         "EARLY_SPLIT": early,
     }
-    pieces: dict[str, Any] = {
-        "partial_output_ptr": workspace.partial_output,
-        "partial_stats_ptr": workspace.partial_stats,
-        "num_seqs": num_seqs,
-        "min_sparse_context": min_sparse_context,
-        "UNIT": unit,
-        "MIN_WORK": max(1, config.min_work * config.tile // unit),
-        "SEQ_BLOCK": sequence_block(num_seqs),
-        "DENSE_WORK": config.dense_work,
-        "VALUE_MEAN": value_sum is not None,
-        "COUNT": counters is not None,
-        "EARLY_MERGE": early,
-    }
-    query_kernel[(num_seqs, num_kv_heads)](
+    query_kernel[(num_kv_heads, num_exact_programs)](
         margin_ptr=margin,
         decoder_ptr=projection.decoder,
         key_mean_ptr=projection.key_mean,
         encoder_ptr=projection.encoder,
         code_offset_ptr=projection.code_offset,
         TOKENS=min(TOKENS_PER_STEP, triton.next_power_of_2(block_size)),
-        num_warps=4,
-        **scores,
-        **shared,
+        **exact,
+        **exact_schedule,
+        **shadows,
+        **step,
+        **launch_options(exact_config.num_warps, exact_config.max_registers),
     )
+    schedule = {"MIN_WORK": max(1, config.min_work * config.tile // unit), "DENSE_WORK": config.dense_work}
+    scan: dict[str, Any] = {
+        "list_ptr": workspace.candidates,
+        "order_ptr": workspace.order,
+        "G_PAD": max(config.min_group, triton.next_power_of_2(group)),
+        "TILE": config.tile,
+        "DENSE_TILE": config.dense_tile,
+        "CHUNK_TILES": config.chunk_tiles,
+        "LIST_DEPTH": config.list_depth,
+        "SCAN_STAGES": config.scan_stages,
+        "DENSE_STAGES": config.dense_stages,
+    }
+    both = {name: value for name, value in exact.items() if name not in (*scan, "GATHER_STAGES", "IN_PLACE")}
     shadow_split_kernel[(num_kv_heads, num_programs)](
         log_scale_ptr=log_scale,
-        list_ptr=workspace.candidates,
-        order_ptr=workspace.order,
-        keys_read_ptr=keys_read,
-        rows_read_ptr=None if counters is None else counters.rows_read,
         num_sink=num_sink,
         num_recent=num_recent,
-        G_PAD=max(config.min_group, triton.next_power_of_2(group)),
         ROW_TOKENS=row_tokens,
         COLUMN_HEADS=max(triton.next_power_of_2(group), columns // row_tokens),
-        TILE=config.tile,
-        DENSE_TILE=config.dense_tile,
-        CHUNK_TILES=config.chunk_tiles,
-        LIST_DEPTH=config.list_depth,
         WALK_TILE=config.walk_tile,
-        SCAN_STAGES=config.scan_stages,
         WALK_STAGES=config.walk_stages,
-        DENSE_STAGES=config.dense_stages,
-        COMPUTE=TRITON_DTYPES[output.dtype],
         FLOAT=config.product == "float16",
         HEADS_FIRST=config.heads_first,
         ALL_VALUES=config.all_values,
         ON_GPU=query.is_cuda,
-        num_warps=config.num_warps,
-        **({"maxnreg": config.max_registers} if config.max_registers else {}),
-        **({"launch_pdl": True} if early else {}),
-        **scores,
-        **pieces,
-        **shared,
+        EARLY_MERGE=early,
+        **scan,
+        **both,
+        **schedule,
+        **shadows,
+        **step,
+        **launch_options(config.num_warps, config.max_registers, is_early=early),
     )
     launch_merge(
-        pieces | shared,
+        step | schedule,
         output=output,
         value_sum=value_sum,
         v_scale=v_scale,
@@ -284,4 +301,12 @@ def decode_shadow(
         denominator_compensation=denominator_compensation,
         num_programs=num_programs,
         num_warps=config.merge_warps,
+        is_early=early,
+        choice={
+            "few_tokens": shadows["few_tokens"],
+            "num_exact_programs": num_exact_programs,
+            "short_length": config.short_length,
+            "EXACT_MIN_WORK": exact_schedule["MIN_WORK"],
+            "EXACT_DENSE_WORK": exact_schedule["DENSE_WORK"],
+        },
     )

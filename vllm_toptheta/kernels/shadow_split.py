@@ -1,18 +1,7 @@
-"""The second of the three Triton kernels behind `shadow.decode_shadow`: it scans shadow keys and walks the candidates.
+"""The second of the three Triton kernels behind `shadow.decode_shadow`: pieces of sequences by their shadow keys.
 
-The scan streams codes, and nothing else is done to a key than the comparison of a sum of products of integers with the
-head's floor (`shadow_query.py`): no exponential, no scale, no list in order. Tokens are the rows of the products, so
-codes become operands where they are, after a mask and a shift. Codes of several tokens share a row where one token's
-do not fill it, and the group's heads appear once for each of them.
-
-A row's candidates go to a list of that row, so that the loop has no prefix sum. Before a list can be full, the walk
-puts the lists in order, one behind the other, and takes dense tiles of candidates: exact scores, comparison with the
-threshold, softmax, and the values of survivors. Candidates that are not kept enter the denominator by their scores,
-keys that are no candidates by their number,
-
-    unread = r(n) * (number of keys - number of candidates) * exp(threshold - m)
-
-where r is calibrated: about the mean of exp(s - threshold) over the scores of such keys, which falls with the length n.
+Each is scanned and walked (`candidates.py`), unless the sequence is too short for thresholds or its rule says so: then
+it keeps everything. Where the step reads all keys, there is nothing left to do (`shadow_query.py`).
 """
 
 from __future__ import annotations
@@ -20,184 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.candidates import attend_candidates
 from vllm_toptheta.kernels.rules import curve_of, dense_length_of, level_of
-from vllm_toptheta.kernels.schedule import first_of_share, store_piece, units_of_piece, work_of_step
-from vllm_toptheta.kernels.shadow_products import halves, load_query, products
-from vllm_toptheta.kernels.shadow_query import NO_CODES
-from vllm_toptheta.kernels.split import attend_all
-from vllm_toptheta.kernels.tiles import (
-    DISCARDED,
-    LOG2_E,
-    load_blocks,
-    load_values,
-    scales_at,
-    store_where,
-    thresholds_at,
-    tile_rows,
-    tile_scores,
+from vllm_toptheta.kernels.schedule import (
+    first_of_share,
+    load_lengths,
+    reads_all_keys,
+    store_piece,
+    units_of_piece,
+    work_of_step,
 )
-
-MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
-ORDERED_AT_ONCE = tl.constexpr(8)  # layers of the lists that are ordered at a time
-
-
-@triton.jit
-def _order_candidates(
-    block_row,
-    list_ptr,  # [LIST_DEPTH, TILE] int32, positions
-    order_ptr,  # [LIST_DEPTH * TILE] int32, slots (block * block_size + offset)
-    list_length,  # [TILE]
-    depth,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Number the candidates of all lanes one after the other, and look up their slots, all at the same time."""
-    lane = tl.arange(0, TILE)
-    first_index = tl.cumsum(list_length, axis=0) - list_length
-    for first_depth in range(0, depth, ORDERED_AT_ONCE):
-        depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
-        listed = depths[:, None] < list_length[None, :]
-        position = tl.load(list_ptr + depths[:, None] * TILE + lane[None, :], mask=listed, other=0)
-        block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
-        index = first_index[None, :] + depths[:, None]
-        tl.store(order_ptr + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
-
-
-@triton.jit
-def _attend_candidates(
-    query,  # [D_PAD, G_PAD]
-    threshold,  # [G_PAD]
-    ratio,  # [G_PAD], r
-    query_codes_ptr,  # [GROUP, 2 * CODE_BYTES] int8
-    floors_ptr,  # [GROUP] int32
-    key_base,
-    code_base,
-    block_row,
-    list_ptr,  # [LIST_DEPTH, TILE] int32
-    order_ptr,  # [LIST_DEPTH * TILE] int32
-    start,
-    end,
-    num_sink,
-    first_recent,
-    open_start,
-    stride_kv_block,
-    stride_kv_token,
-    stride_code_block,
-    scale,
-    soft_cap,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    ROW_TOKENS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
-    LIST_DEPTH: tl.constexpr,
-    WALK_TILE: tl.constexpr,
-    SCAN_STAGES: tl.constexpr,
-    WALK_STAGES: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    FLOAT: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    ALL_VALUES: tl.constexpr,
-    ON_GPU: tl.constexpr,
-):
-    """Weighted values [D_PAD, G_PAD], maxima, kept and lost sums of a piece, and its exact keys and value rows read."""
-    value_base = key_base + HEAD_SIZE
-    ROWS: tl.constexpr = TILE // ROW_TOKENS
-    ROW_BYTES: tl.constexpr = CODE_BYTES * ROW_TOKENS
-    ROW_BLOCK: tl.constexpr = BLOCK_SIZE // ROW_TOKENS
-    COLUMNS: tl.constexpr = ROW_TOKENS * COLUMN_HEADS
-    lane = tl.arange(0, TILE)
-    byte = tl.arange(0, ROW_BYTES)
-    column = tl.arange(0, COLUMNS)
-    column_head = column % COLUMN_HEADS
-    token = column // COLUMN_HEADS
-    mask_c = column_head < GROUP
-    lower_query = load_query(query_codes_ptr, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
-    upper_query = load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
-    floor = tl.load(floors_ptr + column_head, mask=mask_c, other=NO_CODES)
-    if FLOAT:
-        floor = floor.to(tl.float32)
-
-    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
-    maximum = threshold
-    # added up by lane, so that the walk reduces nothing but the maximum
-    lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
-    keys_read = tl.zeros((), dtype=tl.int32)
-    # what the merge reads of the open page, for the mean
-    first_open = tl.maximum(start, open_start)
-    rows_read = tl.maximum(end - first_open, 0)
-    open_block = tl.load(block_row + open_start // BLOCK_SIZE, mask=first_open < end, other=-1)
-    list_length = tl.zeros((TILE,), dtype=tl.int32)
-    row_end = tl.cdiv(end, ROW_TOKENS)
-    blocks = load_blocks(block_row, start // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
-    for chunk_start in range(start, end, CHUNK_TILES * TILE):
-        chunk_end = tl.minimum(chunk_start + CHUNK_TILES * TILE, end)
-        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=SCAN_STAGES):
-            row = tile_rows(blocks, tile_start // ROW_TOKENS, stride_code_block, ROW_BYTES, ROW_BLOCK, ROWS)
-            # a tile ahead, so that the loads of codes wait for nothing
-            blocks = load_blocks(block_row, (tile_start + TILE) // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
-            # behind the end this reads block 0 or the rest of a page: any bytes do
-            codes = tl.load(code_base + row[:, None] + byte[None, :])
-            lower, upper = halves(codes, FLOAT, ON_GPU)
-            above = tl.zeros((ROWS, COLUMNS), dtype=floor.dtype) - floor[None, :]
-            above = products(lower, lower_query, above, FLOAT, HEADS_FIRST)
-            above = products(upper, upper_query, above, FLOAT, HEADS_FIRST)
-            best = tl.reshape(tl.max(tl.reshape(above, (ROWS, ROW_TOKENS, COLUMN_HEADS)), axis=2), (TILE,))
-            positions = tile_start + lane
-            # few tiles hold a position that is not judged by its codes
-            if (tile_start < num_sink) | (tile_start + TILE > tl.minimum(first_recent, end)):
-                always = (positions < num_sink) | (positions >= first_recent)
-                best = tl.where(positions < end, tl.where(always, 0, best), -1)
-            is_candidate = (best >= 0).to(tl.int32)
-            store_where(list_ptr + list_length * TILE + lane, positions, is_candidate > 0, ON_GPU)
-            list_length += is_candidate
-
-        depth = tl.max(list_length, axis=0)
-        if (depth > LIST_DEPTH - CHUNK_TILES) | (chunk_end >= end):
-            # the list was written by other threads
-            tl.debug_barrier()
-            _order_candidates(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, TILE)
-            # so was their order
-            tl.debug_barrier()
-            num_listed = tl.sum(list_length, axis=0)
-            keys_read += num_listed
-            offs_w = tl.arange(0, WALK_TILE)
-            slot = tl.load(order_ptr + offs_w, mask=offs_w < num_listed, other=0)
-            for first in tl.range(0, num_listed, WALK_TILE, num_stages=WALK_STAGES):
-                listed = first + offs_w < num_listed
-                block = slot // BLOCK_SIZE
-                row = block.to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
-                # a tile ahead, so that the loads of keys wait for nothing
-                ahead = first + WALK_TILE + offs_w
-                slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
-                scores = tile_scores(query, key_base, row, listed, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
-                keep = listed[:, None] & (scores >= threshold[None, :])
-                survives = listed if ALL_VALUES else tl.max(keep.to(tl.int32), axis=1) > 0
-                value = load_values(value_base, row, survives, query.dtype, HEAD_SIZE, D_PAD)
-                scores = tl.where(listed[:, None], scores, DISCARDED)
-                new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-                exponentials = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
-                weights = tl.where(keep, exponentials, 0.0)
-                rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
-                lane_kept = lane_kept * rescale[None, :] + weights
-                lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
-                lane_read += (survives & (block != open_block)).to(tl.int32)
-                output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
-                maximum = new_maximum
-            list_length = tl.zeros((TILE,), dtype=tl.int32)
-            # the next scan writes over what this walk reads
-            tl.debug_barrier()
-    num_unread = (end - start - keys_read).to(tl.float32)
-    lost_sum = tl.sum(lane_lost, axis=0) + ratio * num_unread * tl.exp2((threshold - maximum) * LOG2_E)
-    rows_read += tl.sum(lane_read, axis=0)
-    return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, keys_read, rows_read
+from vllm_toptheta.kernels.split import attend_all
+from vllm_toptheta.kernels.tiles import scales_at, thresholds_at
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
@@ -206,6 +29,8 @@ def _attend_candidates(
         "stride_table_seq",
         "num_seqs",
         "min_sparse_context",
+        "few_tokens",
+        "short_length",
         "min_length",
         "max_length",
         "num_sink",
@@ -241,6 +66,8 @@ def shadow_split_kernel(
     stride_table_seq,
     num_seqs,
     min_sparse_context,
+    few_tokens,
+    short_length,
     min_length,
     max_length,
     num_sink,
@@ -285,13 +112,16 @@ def shadow_split_kernel(
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), MIN_WORK, DENSE_WORK, UNIT, SEQ_BLOCK
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
     if EARLY_SPLIT:
         tl.extra.cuda.gdc_wait()
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
+    # not before the first kernel has ended, because the merge waits for this one only
+    if reads_all_keys(load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK), few_tokens, short_length):
+        return
 
     offs_g = tl.arange(0, G_PAD)
     offs_d = tl.arange(0, D_PAD)
@@ -310,7 +140,7 @@ def shadow_split_kernel(
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
         is_dense = seq_len <= dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, DENSE_WORK, UNIT)
         if first_unit < last_unit:
             start = first_unit * UNIT
             end = tl.minimum(last_unit * UNIT, seq_len)
@@ -351,7 +181,7 @@ def shadow_split_kernel(
                     rules_ptr, seq, coefficients_ptr, num_heads * NUM_COEFFICIENTS, min_length, max_length
                 )
                 scale_ptr = log_scale_ptr + level_of(rules_ptr, seq, num_seqs) * num_heads * 2
-                output, maximum, kept_sum, lost_sum, keys_read, rows_read = _attend_candidates(
+                output, maximum, kept_sum, lost_sum, keys_read, rows_read = attend_candidates(
                     query,
                     thresholds_at(curve_ptr, head, mask_g, seq_len, shortest, longest, NUM_COEFFICIENTS),
                     scales_at(scale_ptr, head, mask_g, seq_len, shortest, longest),

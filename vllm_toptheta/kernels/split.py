@@ -216,24 +216,21 @@ def _attend_survivors(
     return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, tl.sum(lane_read, axis=0)
 
 
-# lengths and counts change from batch to batch: one compilation serves them all
-@triton.jit(
-    do_not_specialize=("stride_table_seq", "num_seqs", "min_sparse_context", "min_length", "max_length"),
-)
-def split_kernel(
-    query_ptr,  # [num_seqs, num_heads, head_size]
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    block_table_ptr,  # [num_seqs, max_blocks] int32
-    seq_lens_ptr,  # [num_seqs] int32
-    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
-    coefficients_ptr,  # [num_levels, num_heads, degree + 1] float32
-    q_scale_ptr,  # [1] float32
-    k_scale_ptr,  # [1] float32
-    list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE, GROUP + 1] int32
-    order_ptr,  # [num_programs * num_kv_heads, 2, LIST_DEPTH * TILE] int32
-    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
-    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept sum, lost sum
-    rows_read_ptr,  # [num_kv_heads] int64
+@triton.jit
+def split_step(
+    query_ptr,
+    kv_cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    rules_ptr,
+    coefficients_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    list_ptr,
+    order_ptr,
+    partial_output_ptr,
+    partial_stats_ptr,
+    rows_read_ptr,
     stride_query_seq,
     stride_query_head,
     stride_kv_block,
@@ -269,16 +266,14 @@ def split_kernel(
     HAS_K_SCALE: tl.constexpr,
     VALUE_MEAN: tl.constexpr,
     COUNT: tl.constexpr,
-    EARLY_MERGE: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
+    """What a program of a grid [num_kv_heads, num_programs] has to do of a step; arguments of `split_kernel`."""
     kv_head = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
-    if EARLY_MERGE:
-        tl.extra.cuda.gdc_launch_dependents()
     work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), UNIT, MIN_WORK, SEQ_BLOCK, DENSE_WORK
+        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, tl.num_programs(1), MIN_WORK, DENSE_WORK, UNIT, SEQ_BLOCK
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
 
@@ -301,7 +296,7 @@ def split_kernel(
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(seq_lens_ptr + seq)
         is_dense = seq_len <= dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, UNIT, DENSE_WORK)
+        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, DENSE_WORK, UNIT)
         if first_unit < last_unit:
             start = first_unit * UNIT
             end = tl.minimum(last_unit * UNIT, seq_len)
@@ -389,3 +384,114 @@ def split_kernel(
         seq += 1
     if COUNT:
         tl.atomic_add(rows_read_ptr + kv_head, all_rows_read, sem="relaxed")
+
+
+# lengths and counts change from batch to batch: one compilation serves them all
+@triton.jit(
+    do_not_specialize=("stride_table_seq", "num_seqs", "min_sparse_context", "min_length", "max_length"),
+)
+def split_kernel(
+    query_ptr,  # [num_seqs, num_heads, head_size]
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table_ptr,  # [num_seqs, max_blocks] int32
+    seq_lens_ptr,  # [num_seqs] int32
+    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
+    coefficients_ptr,  # [num_levels, num_heads, degree + 1] float32
+    q_scale_ptr,  # [1] float32
+    k_scale_ptr,  # [1] float32
+    list_ptr,  # [num_programs * num_kv_heads, LIST_DEPTH, TILE, GROUP + 1] int32
+    order_ptr,  # [num_programs * num_kv_heads, 2, LIST_DEPTH * TILE] int32
+    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
+    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept sum, lost sum
+    rows_read_ptr,  # [num_kv_heads] int64
+    stride_query_seq,
+    stride_query_head,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_table_seq,
+    num_seqs,
+    min_sparse_context,
+    min_length,
+    max_length,
+    softmax_scale,
+    soft_cap,
+    NUM_COEFFICIENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+    MIN_WORK: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,
+    DENSE_WORK: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
+    DENSE_STAGES: tl.constexpr,
+    GATHER_STAGES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
+    HAS_K_SCALE: tl.constexpr,
+    VALUE_MEAN: tl.constexpr,
+    COUNT: tl.constexpr,
+    EARLY_MERGE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    if EARLY_MERGE:
+        tl.extra.cuda.gdc_launch_dependents()
+    split_step(
+        query_ptr,
+        kv_cache_ptr,
+        block_table_ptr,
+        seq_lens_ptr,
+        rules_ptr,
+        coefficients_ptr,
+        q_scale_ptr,
+        k_scale_ptr,
+        list_ptr,
+        order_ptr,
+        partial_output_ptr,
+        partial_stats_ptr,
+        rows_read_ptr,
+        stride_query_seq,
+        stride_query_head,
+        stride_kv_block,
+        stride_kv_head,
+        stride_kv_token,
+        stride_table_seq,
+        num_seqs,
+        min_sparse_context,
+        min_length,
+        max_length,
+        softmax_scale,
+        soft_cap,
+        NUM_COEFFICIENTS=NUM_COEFFICIENTS,
+        BLOCK_SIZE=BLOCK_SIZE,
+        HEAD_SIZE=HEAD_SIZE,
+        GROUP=GROUP,
+        D_PAD=D_PAD,
+        G_PAD=G_PAD,
+        UNIT=UNIT,
+        TILE=TILE,
+        DENSE_TILE=DENSE_TILE,
+        CHUNK_TILES=CHUNK_TILES,
+        LIST_DEPTH=LIST_DEPTH,
+        MIN_WORK=MIN_WORK,
+        SEQ_BLOCK=SEQ_BLOCK,
+        DENSE_WORK=DENSE_WORK,
+        SCAN_STAGES=SCAN_STAGES,
+        DENSE_STAGES=DENSE_STAGES,
+        GATHER_STAGES=GATHER_STAGES,
+        SOFT_CAP=SOFT_CAP,
+        COMPUTE=COMPUTE,
+        HAS_Q_SCALE=HAS_Q_SCALE,
+        HAS_K_SCALE=HAS_K_SCALE,
+        VALUE_MEAN=VALUE_MEAN,
+        COUNT=COUNT,
+        IN_PLACE=IN_PLACE,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,6 +76,8 @@ class ShadowConfig:
         dense_tile: Keys per step where a sequence keeps everything.
         dense_stages: Depth of that loop's pipeline.
         dense_work: Work of a token of such a sequence, relative to one that is scanned.
+        few_tokens: Tokens for each program without which a step reads all keys; scanning takes longer.
+        short_length: Tokens of a sequence, in the mean of a step, below which it reads all keys.
         min_work: Tiles that are worth a program.
         programs_per_sm: As for `LaunchConfig`.
         merge_warps: As for `LaunchConfig`.
@@ -97,10 +99,17 @@ class ShadowConfig:
     dense_tile: int = 64
     dense_stages: int = 2
     dense_work: int = 8
+    few_tokens: int = 448
+    short_length: int = 1152
     min_work: int = 2
     programs_per_sm: int = 2
     merge_warps: int = 0
     early_launch: bool = True
+
+    @property
+    def scanning(self) -> ShadowConfig:
+        """The same, but for scanning every step."""
+        return replace(self, few_tokens=0, short_length=0)
 
     def __post_init__(self) -> None:
         if not 0 < self.chunk_tiles <= self.list_depth:
