@@ -14,10 +14,8 @@ import torch
 import triton
 
 from vllm_toptheta.kernels.arguments import expect
-from vllm_toptheta.kernels.decode import (
-    DecodeCounters,
-    DecodeWorkspace,
-    check_step,
+from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, check_step
+from vllm_toptheta.kernels.launch import (
     launch_merge,
     launch_options,
     schedule_arguments,
@@ -204,7 +202,8 @@ def decode_shadow(
         raise ValueError(f"workspace: made for fewer than {num_seqs} sequences, or for other launch parameters")
     early = config.early_launch and has_dependent_launch(query.device)
     columns = MIN_ROWS if config.heads_first else MIN_COLUMNS
-    unit = schedule_unit(config.tile, block_size)
+    # pages, if the tiles of either kernel consist of them
+    unit = max(schedule_unit(tile, block_size) for tile in (config.tile, exact_config.tile))
     step = step_arguments(
         query,
         kv_cache,

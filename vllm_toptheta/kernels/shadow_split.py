@@ -19,7 +19,7 @@ from vllm_toptheta.kernels.schedule import (
     units_of_piece,
     work_of_step,
 )
-from vllm_toptheta.kernels.split import attend_all
+from vllm_toptheta.kernels.survivors import attend_all
 from vllm_toptheta.kernels.tiles import scales_at, thresholds_at
 
 

@@ -1,0 +1,204 @@
+"""A piece of a sequence by all of its keys, on the device: those that reach the threshold are kept, or every one is.
+
+The scan streams keys, keeps a running maximum and two sums of exponentials (survivors and others) for every row of its
+tile separately, so that the loop has no reduction, and appends survivors to a list of that row: their positions, and
+the scores of the group's heads (`DISCARDED` where a head does not keep the key). The gather puts the lists in order,
+one behind the other, walks them in dense tiles and weighs the values. Scan and gather alternate.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.tiles import (
+    DISCARDED,
+    LOG2_E,
+    load_blocks,
+    load_values,
+    store_where,
+    tile_rows,
+    tile_scores,
+)
+
+CHUNK_TILES = 16  # tiles scanned between two looks at how long the lists are
+LIST_DEPTH = CHUNK_TILES + 6  # survivors that a lane of the tile has room for; less of it full is not worth a gather
+ORDERED_AT_ONCE = tl.constexpr(16)  # layers of the lists that are ordered at a time
+
+
+@triton.jit
+def attend_all(
+    query,  # [D_PAD, G_PAD]
+    key_base,
+    block_row,
+    start,
+    end,
+    stride_kv_block,
+    stride_kv_token,
+    scale,
+    soft_cap,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """Keep every key from `start` to `end`: weighted values [D_PAD, G_PAD], maxima, kept and lost sums, rows read."""
+    value_base = key_base + HEAD_SIZE
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    maximum = tl.full((G_PAD,), DISCARDED, dtype=tl.float32)
+    kept_sum = tl.zeros((G_PAD,), dtype=tl.float32)
+    lost_sum = tl.zeros((G_PAD,), dtype=tl.float32)
+    rows_read = end - start
+    blocks = load_blocks(block_row, start, end, BLOCK_SIZE, TILE)
+    for tile_start in tl.range(start, end, TILE, num_stages=STAGES):
+        positions = tile_start + tl.arange(0, TILE)
+        valid = positions < end
+        row = tile_rows(blocks, tile_start, stride_kv_block, stride_kv_token, BLOCK_SIZE, TILE)
+        # a tile ahead, so that the loads of keys wait for nothing
+        blocks = load_blocks(block_row, tile_start + TILE, end, BLOCK_SIZE, TILE)
+        scores = tile_scores(query, key_base, row, valid, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
+        value = load_values(value_base, row, valid, query.dtype, HEAD_SIZE, D_PAD)
+        scores = tl.where(valid[:, None], scores, DISCARDED)
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+        weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
+        rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+        kept_sum = kept_sum * rescale + tl.sum(weights, axis=0)
+        output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
+        maximum = new_maximum
+    return output, maximum, kept_sum, lost_sum, rows_read
+
+
+@triton.jit
+def _order_survivors(
+    block_row,
+    list_ptr,
+    order_ptr,  # [2, LIST_DEPTH * TILE] int32: entries of the list, and the slots of their tokens
+    list_length,  # [TILE]
+    depth,
+    BLOCK_SIZE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    TILE: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+):
+    """Number the survivors of all lanes one after the other, and look up their slots (block * block_size + offset).
+
+    For all of them at once: tile by tile, the gather would wait for each of these loads behind other programs' keys.
+    """
+    lane = tl.arange(0, TILE)
+    first_index = tl.cumsum(list_length, axis=0) - list_length
+    for first_depth in range(0, depth, ORDERED_AT_ONCE):
+        depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
+        entry = depths[:, None] * TILE + lane[None, :]
+        listed = depths[:, None] < list_length[None, :]
+        position = tl.load(list_ptr + entry * ENTRY + (ENTRY - 1), mask=listed, other=0)
+        block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
+        index = first_index[None, :] + depths[:, None]
+        tl.store(order_ptr + index, entry, mask=listed)
+        tl.store(order_ptr + LIST_DEPTH * TILE + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
+
+
+@triton.jit
+def attend_survivors(
+    query,  # [D_PAD, G_PAD]
+    threshold,  # [G_PAD]
+    key_base,
+    block_row,
+    list_ptr,  # [LIST_DEPTH, TILE, GROUP + 1] int32: a score's bits for each head, the position
+    order_ptr,  # [2, LIST_DEPTH * TILE] int32
+    start,
+    end,
+    open_start,
+    stride_kv_block,
+    stride_kv_token,
+    scale,
+    soft_cap,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D_PAD: tl.constexpr,
+    G_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    LIST_DEPTH: tl.constexpr,
+    SCAN_STAGES: tl.constexpr,
+    GATHER_STAGES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """Like `attend_all`, but for keys that reach the threshold; rows from `open_start` on count as read."""
+    value_base = key_base + HEAD_SIZE
+    offs_g = tl.arange(0, G_PAD)
+    lane = tl.arange(0, TILE)
+    ENTRY: tl.constexpr = GROUP + 1
+    LAYER: tl.constexpr = TILE * ENTRY
+    list_row = list_ptr + (lane * ENTRY)[:, None] + offs_g[None, :]
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    maximum = threshold
+    lane_maximum = tl.zeros((TILE, G_PAD), dtype=tl.float32) + threshold[None, :]
+    lane_kept = tl.zeros((TILE, G_PAD), dtype=tl.float32)
+    lane_lost = tl.zeros((TILE, G_PAD), dtype=tl.float32)  # relative to exp(threshold), so never above 1 a key
+    lane_read = tl.zeros((TILE,), dtype=tl.int32)
+    list_length = tl.zeros((TILE,), dtype=tl.int32)
+    exponent_offset = threshold * -LOG2_E
+    blocks = load_blocks(block_row, start, end, BLOCK_SIZE, TILE)
+    for chunk_start in range(start, end, CHUNK_TILES * TILE):
+        chunk_end = tl.minimum(chunk_start + CHUNK_TILES * TILE, end)
+        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=SCAN_STAGES):
+            positions = tile_start + lane
+            valid = positions < end
+            row = tile_rows(blocks, tile_start, stride_kv_block, stride_kv_token, BLOCK_SIZE, TILE)
+            # a tile ahead, so that the loads of keys wait for nothing
+            blocks = load_blocks(block_row, tile_start + TILE, end, BLOCK_SIZE, TILE)
+            scores = tile_scores(query, key_base, row, valid, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
+            scores = tl.where(valid[:, None], scores, DISCARDED)
+            keep = scores >= threshold[None, :]
+            lane_lost += tl.where(keep, 0.0, tl.exp2(scores * LOG2_E + exponent_offset[None, :]))
+            lane_maximum = tl.maximum(lane_maximum, scores)
+            survives = tl.max(keep.to(tl.int32), axis=1)
+            bits = tl.where(keep, scores, DISCARDED).to(tl.int32, bitcast=True)
+            store_where(
+                list_row + (list_length * LAYER)[:, None],
+                tl.where(offs_g[None, :] == GROUP, positions[:, None], bits),
+                (survives > 0)[:, None] & (offs_g <= GROUP)[None, :],
+                IN_PLACE,
+            )
+            list_length += survives
+            lane_read += tl.where(valid & (positions >= open_start), 1, survives)
+
+        depth = tl.max(list_length, axis=0)
+        if (depth > LIST_DEPTH - CHUNK_TILES) | (chunk_end >= end):
+            # the list was written by other threads
+            tl.debug_barrier()
+            new_maximum = tl.max(lane_maximum, axis=0)
+            rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+            output *= rescale[None, :]
+            lane_kept *= rescale[None, :]
+            maximum = new_maximum
+            _order_survivors(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH)
+            # so was their order
+            tl.debug_barrier()
+            num_listed = tl.sum(list_length, axis=0)
+            for first in tl.range(0, num_listed, TILE, num_stages=GATHER_STAGES):
+                index = first + lane
+                listed = index < num_listed
+                entry = tl.load(order_ptr + index, mask=listed, other=0)
+                slot = tl.load(order_ptr + LIST_DEPTH * TILE + index, mask=listed, other=0)
+                bits = tl.load(
+                    list_ptr + (entry * ENTRY)[:, None] + offs_g[None, :],
+                    mask=listed[:, None] & (offs_g < GROUP)[None, :],
+                    other=0,
+                )
+                row = (slot // BLOCK_SIZE).to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
+                value = load_values(value_base, row, listed, query.dtype, HEAD_SIZE, D_PAD)
+                scores = tl.where(listed[:, None], bits.to(tl.float32, bitcast=True), DISCARDED)
+                weights = tl.exp2((scores - maximum[None, :]) * LOG2_E)
+                lane_kept += weights
+                output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output)
+            list_length = tl.zeros((TILE,), dtype=tl.int32)
+            # the next scan writes over what this gather reads
+            tl.debug_barrier()
+    lost_sum = tl.sum(lane_lost, axis=0) * tl.exp2((threshold - maximum) * LOG2_E)
+    return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, tl.sum(lane_read, axis=0)
