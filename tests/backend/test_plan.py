@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from tests import store_factory
 from tests.shadow_store import make_shadow_store
 from vllm_toptheta import errors, store
+from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import Plan
@@ -102,6 +103,19 @@ def test_shadow_keys_of_every_level(make_config: MakeConfig, shadow_folder: Path
     expected = stored.exp_threshold_scale("k:64", lengths.numpy())[:, 2, 3:6]
     torch.testing.assert_close(scales, torch.from_numpy(expected.copy()))
     assert Plan.resolve(make_config({"thresholds": str(shadow_folder)})).code_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "scans", "is_said"), [("shadow", False, True), ("shadow", True, False), ("values", False, False)]
+)
+def test_a_server_of_short_steps_is_told_so(
+    make_config: MakeConfig, shadow_folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, scans: bool, is_said: bool
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(plan_module.logger, "warning_once", lambda message, *_: warnings.append(message))
+    Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": mode, "guard": "off"})).log(scans=scans)
+    assert [warning for warning in warnings if "long enough for shadow keys" in warning] == warnings
+    assert bool(warnings) == is_said
 
 
 def test_the_guard_does_not_trust_an_estimate(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_toptheta.kernels import tuning
-from vllm_toptheta.kernels.tuning import LaunchConfig, launch_config, save_entry
+from vllm_toptheta.kernels.tuning import LaunchConfig, ShadowConfig, launch_config, save_entry
 
 
 def test_entries_say_only_what_differs(tmp_path: Path) -> None:
@@ -37,3 +37,13 @@ def _copy(folder: Path) -> Path:
     table = folder / "table.json"
     table.write_text(tuning.TABLE.read_text())
     return table
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "length", "scans"),
+    [(1, 15_999, False), (1, 16_000, True), (15, 1000, False), (16, 1000, True), (1000, 999, False)],
+)
+def test_steps_that_are_long_enough_are_scanned(num_seqs: int, length: int, scans: bool) -> None:
+    config = ShadowConfig(few_tokens=500, short_length=1000)
+    assert config.scans(num_seqs, length, num_programs=32) is scans
+    assert config.scanning.scans(1, 1, num_programs=32)

@@ -58,6 +58,11 @@ class StepSplit:
     prefill: FlashAttentionMetadata | None
 
 
+def shadow_config(plan: Plan) -> ShadowConfig:
+    """Launch parameters of mode `shadow`."""
+    return ShadowConfig().scanning if plan.settings.always_shadow else ShadowConfig()
+
+
 class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
     """FlashAttention's metadata with a `StepSplit` attached as `toptheta`."""
 
@@ -71,10 +76,15 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         self.supports_draft_decode_metadata_update = False
         self._init_reorder_batch_threshold(1)
         self.plan = Plan.resolve(vllm_config)
-        if get_tensor_model_parallel_rank() == 0:
-            self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
-        forget_warm_up()
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        if get_tensor_model_parallel_rank() == 0:
+            config = shadow_config(self.plan)
+            num_programs = config.num_programs(kv_cache_spec.num_kv_heads, num_multiprocessors(device))
+            self.plan.log(
+                more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
+                scans=config.scans(max_num_seqs, vllm_config.model_config.max_model_len, num_programs=num_programs),
+            )
+        forget_warm_up()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         requests = request_levels(self.plan, vllm_config, max_num_rows, device)
@@ -323,7 +333,7 @@ class GpuTopThetaImpl(FlashAttentionImpl):
             num_sink=shadow.num_sink,
             num_recent=shadow.num_recent,
             keys_read=counters.keys_read,
-            config=self._shadow_config,
+            config=shadow_config(plan),
             **options,
         )
 
@@ -331,17 +341,12 @@ class GpuTopThetaImpl(FlashAttentionImpl):
         self, num_seqs: int, element_bytes: int, device: torch.device
     ) -> kernels.DecodeWorkspace | ShadowWorkspace:
         """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
-        shadow = None if self.layer_plan is None else self.layer_plan.shadow
+        plan, shadow = self.plan, None if self.layer_plan is None else self.layer_plan.shadow
         sizes = num_seqs, self.num_heads, self.num_kv_heads, self.head_size
         num_sms = num_multiprocessors(device)
         share = current_workspace_manager().get_simultaneous
         config = launch_config(self.head_size, element_bytes, device)
-        if shadow is None:
+        if plan is None or shadow is None:
             return kernels.DecodeWorkspace(*share(*kernels.DecodeWorkspace.spec(*sizes, config, num_sms)))
-        spec = ShadowWorkspace.spec(*sizes, shadow.code_bytes, self._shadow_config, config, num_sms)
+        spec = ShadowWorkspace.spec(*sizes, shadow.code_bytes, shadow_config(plan), config, num_sms)
         return ShadowWorkspace(*share(*spec))
-
-    @property
-    def _shadow_config(self) -> ShadowConfig:
-        always = self.plan is not None and self.plan.settings.always_shadow
-        return ShadowConfig().scanning if always else ShadowConfig()

@@ -144,11 +144,12 @@ class Plan:
         """Whether calibration measured what decoding counts as lost; an estimate, as with shadow keys, is another."""
         return self.curve is not None and self.curve.expectations is not None and self.shadow is None
 
-    def log(self, *, more_memory: float = 0.0) -> None:
+    def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
 
         Args:
             more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
+            scans: Whether a step can be long enough to go by shadow keys.
         """
         if self.curve is None:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
@@ -164,6 +165,11 @@ class Plan:
                 100 * more_memory,
                 "; there is no guard, because what is lost is only estimated" if self.settings.guard != "off" else "",
             )
+            if not scans:
+                logger.warning_once(
+                    "toptheta: no step of this server can be long enough for shadow keys, so all keys are read; mode "
+                    "values does the same in less memory"
+                )
         elif self.guard_state == "unmeasured":
             logger.warning_once("toptheta: the guard is off, because these thresholds came without a measurement")
         logger.info_once(

@@ -106,6 +106,10 @@ class ShadowConfig:
     merge_warps: int = 0
     early_launch: bool = True
 
+    def scans(self, num_seqs: int, length: int, *, num_programs: int) -> bool:
+        """Whether sequences of `length` tokens each are scanned, as `schedule.reads_all_keys` decides on the device."""
+        return num_seqs * length >= self.few_tokens * num_programs and length >= self.short_length
+
     @property
     def scanning(self) -> ShadowConfig:
         """The same, but for scanning every step."""
