@@ -31,6 +31,10 @@ def serve(
     on_missing: Annotated[str | None, typer.Option(help="Without thresholds: error, or dense.")] = None,
     guard: Annotated[str | None, typer.Option(help="Where too much is lost: relax, warn or off.")] = None,
     guard_share: Annotated[float | None, typer.Option(help="Share of tokens that may lose too much.")] = None,
+    always_shadow: Annotated[
+        bool | None,
+        typer.Option("--always-shadow/--no-always-shadow", help="Go by shadow keys also where that is slower."),
+    ] = None,
     per_request: Annotated[
         bool | None,
         typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or another target."),
@@ -53,6 +57,7 @@ def serve(
         "on_missing": on_missing,
         "guard": guard,
         "guard_share": guard_share,
+        "always_shadow": always_shadow,
         "per_request": per_request,
         "page": page,
     }
