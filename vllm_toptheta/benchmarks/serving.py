@@ -77,9 +77,18 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
     """Measure each backend in `rounds` alternating engines.
 
     Raises:
-        BenchmarkError: An engine failed; shows the end of its log.
+        BenchmarkError: Random weights lack a number of keys for mode `shadow`, or an engine failed; shows the end of
+            its log.
     """
     from importlib.metadata import version
+
+    rows, keys = workload.random_rows, workload.random_keys
+    if rows is not None and (keys or 0) <= rows and any(backend.endswith(":shadow") for backend in backends):
+        raise BenchmarkError(
+            "random weights say nothing about which keys mode shadow would read",
+            field="--random-keys",
+            remedy=f"Choose a number above {rows}, the value rows that a kv head reads",
+        )
 
     times = {backend: BackendTimes(backend=backend, ms_per_token=[]) for backend in backends}
     for _ in range(rounds):
