@@ -143,7 +143,7 @@ def _bisect(
 ) -> NDArray[Any]:
     """Return the threshold of each layer and kv head with which `counter` grows by `wanted` per token.
 
-    `numbers` makes thresholds and margins of the logarithms' middle.
+    `numbers` makes thresholds and margins of what is bisected.
     """
     read = np.array(engine.collective_rpc(_take, args=(counter,))[0])
     low, high = np.full(read.shape, np.log(SMALLEST)), np.full(read.shape, np.log(LARGEST))
