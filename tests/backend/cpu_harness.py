@@ -88,6 +88,17 @@ class Harness:
             outputs.append(layer.impl.forward(layer, query, key, value, cache, metadata, output))
         return query, outputs
 
+    def counted(self) -> list[torch.Tensor]:
+        """What the sparse layers counted."""
+        found = []
+        for layer in self.layers:
+            if layer.impl.layer_plan is not None:
+                counters = layer.impl.layer_plan.counters
+                counters.settle()
+                buffers = counters.totals, counters.rows_read, counters.keys_read
+                found += [*buffers, counters.lost_mass, counters.lost_mass_histogram]
+        return [buffer for buffer in found if buffer is not None]
+
     def expected(self, step: Step, query: torch.Tensor, layer: int) -> torch.Tensor:
         """The reference's output of one layer in float32: thresholds for decoding rows, dense otherwise."""
         starts = torch.tensor([0, *step.query_lens]).cumsum(0)
