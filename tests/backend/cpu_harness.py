@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import cpu
-from vllm_toptheta.kernels.cpu import split_cache
+from vllm_toptheta.kernels.cpu.values import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64

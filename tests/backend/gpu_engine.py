@@ -18,7 +18,7 @@ from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
-from vllm_toptheta.kernels.decode import DecodeWorkspace
+from vllm_toptheta.kernels.gpu.values import DecodeWorkspace
 from vllm_toptheta.reference import paged_top_theta_attention
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 
 from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
 from vllm_toptheta.backend import cpu, plugin
-from vllm_toptheta.kernels.cpu import split_cache
+from vllm_toptheta.kernels.cpu.values import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
 
 # (sequence lengths after the step, new tokens of each)

@@ -16,7 +16,7 @@ from vllm_toptheta import store
 from vllm_toptheta.backend import cpu, plugin
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.cpu import split_cache
+from vllm_toptheta.kernels.cpu.values import split_cache
 from vllm_toptheta.kernels.pages import codes_view
 from vllm_toptheta.reference import (
     Compensation,

@@ -22,8 +22,8 @@ from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.shadow_store import make_shadow_store, projection_of
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
 from vllm_toptheta.kernels.pages import codes_view
-from vllm_toptheta.kernels.shadow import ShadowWorkspace
 from vllm_toptheta.reference import (
     Compensation,
     candidate_keys,

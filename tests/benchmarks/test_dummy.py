@@ -12,7 +12,7 @@ import torch
 
 from vllm_toptheta import store
 from vllm_toptheta.benchmarks.dummy import SAMPLED_PAGES, keep, write_model
-from vllm_toptheta.kernels.projection import ShadowProjection
+from vllm_toptheta.kernels.codec import ShadowProjection
 from vllm_toptheta.telemetry.counters import LayerCounters
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, NUM_TOKENS = 2, 2, 2, 64, 4000

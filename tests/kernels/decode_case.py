@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
-from vllm_toptheta.kernels.tuning import LaunchConfig
 from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.cpu.values import values as cpu
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 
 

@@ -15,7 +15,7 @@ import torch
 from tests.kernels.decode_case import Shape, check, make_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
-from vllm_toptheta.kernels.value_sums import close_pages
+from vllm_toptheta.kernels.gpu.value_sums import close_pages
 
 SHAPES = (
     Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, min_sparse_context=130),

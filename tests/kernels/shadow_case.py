@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from tests.kernels.decode_case import DEVICE, Case, Shape, error_of_dtype, make_case, thresholds
-from vllm_toptheta.kernels.decode import DecodeCounters
+from vllm_toptheta.kernels.codec import ShadowProjection
+from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
+from vllm_toptheta.kernels.gpu.values import DecodeCounters
 from vllm_toptheta.kernels.pages import codes_view
-from vllm_toptheta.kernels.projection import ShadowProjection
-from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
-from vllm_toptheta.kernels.tuning import ShadowConfig
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,

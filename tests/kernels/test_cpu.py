@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.cpu.values import values as cpu
 from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
 
 # (num_heads, num_kv_heads, head_size)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels import cpu
-from vllm_toptheta.kernels.cpu_shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.codec import ShadowProjection
+from vllm_toptheta.kernels.cpu.shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.cpu.values import values as cpu
 from vllm_toptheta.kernels.pages import codes_view
-from vllm_toptheta.kernels.projection import ShadowProjection
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.cpu.values import values as cpu
 
 BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 8
 

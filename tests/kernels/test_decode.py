@@ -21,9 +21,9 @@ from tests.kernels.decode_case import (
     make_case,
     reference,
 )
-from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace
-from vllm_toptheta.kernels.merge import _bucket
-from vllm_toptheta.kernels.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.merge import _bucket
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),

@@ -13,12 +13,12 @@ import torch
 from tests.kernels.decode_case import Case, Shape, check, make_case
 from tests.kernels.shadow_case import SCANNING, kernel_projection, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
-from vllm_toptheta.kernels.decode import DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.codes import write_codes
+from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
+from vllm_toptheta.kernels.gpu.value_sums import close_pages
+from vllm_toptheta.kernels.gpu.values import DecodeWorkspace, decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
-from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
-from vllm_toptheta.kernels.shadow_codes import write_codes
-from vllm_toptheta.kernels.tuning import ShadowConfig, num_multiprocessors
-from vllm_toptheta.kernels.value_sums import close_pages
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,10 +17,10 @@ from tests.kernels.shadow_case import (
     kernel_projection,
     make_shadow_case,
 )
-from vllm_toptheta.kernels.projection import ShadowProjection
-from vllm_toptheta.kernels.shadow import ShadowWorkspace
-from vllm_toptheta.kernels.shadow_codes import write_codes
-from vllm_toptheta.kernels.tuning import ShadowConfig, num_multiprocessors
+from vllm_toptheta.kernels.codec import ShadowProjection
+from vllm_toptheta.kernels.gpu.codes import write_codes
+from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_toptheta.kernels import tuning
-from vllm_toptheta.kernels.tuning import LaunchConfig, ShadowConfig, launch_config, save_entry
+from vllm_toptheta.kernels.gpu import tuning
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, save_entry
 
 
 def test_entries_say_only_what_differs(tmp_path: Path) -> None:

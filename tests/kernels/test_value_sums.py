@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Case, Shape, check_closed_pages, make_case
-from vllm_toptheta.kernels import value_sums
-from vllm_toptheta.kernels.value_sums import close_pages
+from vllm_toptheta.kernels.gpu import value_sums
+from vllm_toptheta.kernels.gpu.value_sums import close_pages
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 

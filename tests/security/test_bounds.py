@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels.cpu.values import values as cpu
 from vllm_toptheta.reference import gather_sequence
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16

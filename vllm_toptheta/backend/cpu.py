@@ -36,9 +36,9 @@ from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.kernels import cpu as kernels
-from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
-from vllm_toptheta.kernels.cpu_shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.cpu.prefill import prefill, sparse_prefill
+from vllm_toptheta.kernels.cpu.shadow import decode_shadow, write_codes
+from vllm_toptheta.kernels.cpu.values import values as kernels
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
 
 

@@ -35,12 +35,12 @@ from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import forget_warm_up, request_levels
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.kernels import decode as kernels
+from vllm_toptheta.kernels.gpu import values as kernels
+from vllm_toptheta.kernels.gpu.codes import write_codes
+from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.value_sums import close_pages
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
-from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
-from vllm_toptheta.kernels.shadow_codes import write_codes
-from vllm_toptheta.kernels.tuning import ShadowConfig, launch_config, num_multiprocessors
-from vllm_toptheta.kernels.value_sums import close_pages
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 

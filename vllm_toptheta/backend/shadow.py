@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_toptheta.backend.levels import Levels
-from vllm_toptheta.kernels.projection import ShadowProjection
+from vllm_toptheta.kernels.codec import ShadowProjection
 from vllm_toptheta.store import ShadowKeys
 from vllm_toptheta.store.shadow import MAX_LOG_SCALE
 

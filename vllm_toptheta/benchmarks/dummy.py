@@ -189,7 +189,7 @@ def _fit_projections(worker: Any) -> None:
     """Project keys on their principal components, written where the captured graphs read them."""
     import torch
 
-    from vllm_toptheta.kernels.projection import ShadowProjection
+    from vllm_toptheta.kernels.codec import ShadowProjection
     from vllm_toptheta.reference import fit_projection
 
     for layer in _sparse_layers(worker):

@@ -19,7 +19,7 @@ from rich.table import Table
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
-    from vllm_toptheta.kernels.tuning import LaunchConfig
+    from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
 COPY_BYTES = 1 << 30
@@ -198,7 +198,7 @@ def tune(
     from triton.runtime.errors import OutOfResources
 
     from vllm_toptheta.benchmarks.registry import toptheta
-    from vllm_toptheta.kernels.tuning import card_name
+    from vllm_toptheta.kernels.gpu.tuning import card_name
 
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
@@ -222,7 +222,7 @@ def tune(
 
 def candidates() -> list[LaunchConfig]:
     """Launch parameters worth trying; the first is the default."""
-    from vllm_toptheta.kernels.tuning import LaunchConfig
+    from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
     two: dict[str, Any] = {"programs_per_sm": 2, "max_registers": None}
     return [

@@ -24,9 +24,9 @@ from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.variants import Variant
-from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.value_sums import close_pages
+from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
-from vllm_toptheta.kernels.value_sums import close_pages
 from vllm_toptheta.store import ThresholdCurve, ThresholdStore, read_architecture
 
 if TYPE_CHECKING:

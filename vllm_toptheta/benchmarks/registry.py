@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
-from vllm_toptheta.kernels.tuning import LaunchConfig
 
 Call = Callable[[], Any]
 KEEPS_EVERYTHING = 2**31 - 1  # as min_sparse_context

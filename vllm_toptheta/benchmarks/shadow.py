@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from vllm_toptheta.benchmarks.kernels import CACHE_BYTES, KernelWorkload, parse_spec, time_in_graph
 from vllm_toptheta.benchmarks.shadow_inputs import ShadowInputs, message, moved, random_inputs, wrong
 from vllm_toptheta.errors import BenchmarkError
-from vllm_toptheta.kernels.tuning import ShadowConfig
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 
 LONG_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "1q1s128k", "32q1s8k")
 # on both sides of where scanning begins
@@ -158,7 +158,7 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
     import torch
 
     from vllm_toptheta.benchmarks.registry import flash_attention_3, toptheta
-    from vllm_toptheta.kernels.decode import DecodeCounters
+    from vllm_toptheta.kernels.gpu.values import DecodeCounters
 
     lens = parse_spec(spec)
     workload = KernelWorkload(specs=[spec], block_size=block_size)

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec
-from vllm_toptheta.kernels.tuning import ShadowConfig
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_toptheta.benchmarks.registry import Inputs
-    from vllm_toptheta.kernels.projection import ShadowProjection
-    from vllm_toptheta.kernels.shadow import ShadowWorkspace
+    from vllm_toptheta.kernels.codec import ShadowProjection
+    from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
     from vllm_toptheta.reference import KeyProjection
 
 CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
@@ -45,9 +45,9 @@ class ShadowInputs:
         """Write the shadow keys of a step whose pages have room for them, and calibrate on its first sequences."""
         import torch
 
+        from vllm_toptheta.kernels.codec import ShadowProjection
+        from vllm_toptheta.kernels.gpu.codes import write_codes
         from vllm_toptheta.kernels.pages import codes_view
-        from vllm_toptheta.kernels.projection import ShadowProjection
-        from vllm_toptheta.kernels.shadow_codes import write_codes
         from vllm_toptheta.reference import fit_projection
 
         _, num_kv_heads, _, width = inputs.kv_cache.shape
@@ -81,8 +81,8 @@ class ShadowInputs:
         import torch
 
         from vllm_toptheta.benchmarks.registry import LONGEST
+        from vllm_toptheta.kernels.gpu.shadow import decode_shadow
         from vllm_toptheta.kernels.pages import value_sum_view
-        from vllm_toptheta.kernels.shadow import decode_shadow
 
         inputs = self.inputs
         rules = torch.tensor([[0, 0, 1, LONGEST]] * len(inputs.query), dtype=torch.int32, device="cuda")
@@ -110,7 +110,7 @@ class ShadowInputs:
     def workspace(self, config: ShadowConfig) -> ShadowWorkspace:
         import torch
 
-        from vllm_toptheta.kernels.shadow import ShadowWorkspace
+        from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
 
         num_seqs, num_heads, head_size = self.inputs.query.shape
         sizes = num_seqs, num_heads, self.inputs.kv_cache.shape[1], head_size, self.projection.code_bytes
@@ -121,7 +121,7 @@ def wrong(num_channels: int, config: ShadowConfig, block_size: int) -> str | Non
     """What is wrong with the kernels' answers against the fp32 reference, or None."""
     import torch
 
-    from vllm_toptheta.kernels.decode import DecodeCounters
+    from vllm_toptheta.kernels.gpu.values import DecodeCounters
 
     try:
         shadow = ShadowInputs.build(random_inputs(parse_spec(CHECKED_SPEC), block_size, num_channels), num_channels)
@@ -264,8 +264,8 @@ def moved(inputs: Inputs) -> Inputs:
 def _write_value_sums(inputs: Inputs) -> None:
     import torch
 
+    from vllm_toptheta.kernels.gpu.value_sums import close_pages
     from vllm_toptheta.kernels.pages import value_sum_view
-    from vllm_toptheta.kernels.value_sums import close_pages
 
     starts = torch.zeros(len(inputs.seq_lens) + 1, dtype=torch.int32, device="cuda")
     starts[1:] = inputs.seq_lens.cumsum(0)

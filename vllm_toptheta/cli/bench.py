@@ -40,7 +40,7 @@ def bench_tune(
 ) -> None:
     """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
     from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
-    from vllm_toptheta.kernels.tuning import save_entry
+    from vllm_toptheta.kernels.gpu.tuning import save_entry
 
     workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype)
     card, best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))

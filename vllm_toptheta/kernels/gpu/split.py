@@ -15,10 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.rules import curve_of, dense_length_of
-from vllm_toptheta.kernels.schedule import first_of_share, store_piece, units_of_piece, work_of_step
-from vllm_toptheta.kernels.survivors import attend_all, attend_survivors
-from vllm_toptheta.kernels.tiles import thresholds_at
+from vllm_toptheta.kernels.gpu.rules import curve_of, dense_length_of
+from vllm_toptheta.kernels.gpu.schedule import first_of_share, store_piece, units_of_piece, work_of_step
+from vllm_toptheta.kernels.gpu.survivors import attend_all, attend_survivors
+from vllm_toptheta.kernels.gpu.tiles import thresholds_at
 
 
 @triton.jit

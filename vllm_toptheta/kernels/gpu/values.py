@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_toptheta.kernels.arguments import expect
-from vllm_toptheta.kernels.launch import (
+from vllm_toptheta.kernels.gpu.launch import (
     TRITON_DTYPES,
     launch_merge,
     launch_options,
@@ -20,11 +20,11 @@ from vllm_toptheta.kernels.launch import (
     split_arguments,
     step_arguments,
 )
-from vllm_toptheta.kernels.rules import RULE_FIELDS
-from vllm_toptheta.kernels.split import split_kernel
-from vllm_toptheta.kernels.survivors import LIST_DEPTH
-from vllm_toptheta.kernels.tiles import ROW_ALIGNMENT
-from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.rules import RULE_FIELDS
+from vllm_toptheta.kernels.gpu.split import split_kernel
+from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
+from vllm_toptheta.kernels.gpu.tiles import ROW_ALIGNMENT
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_SIZES = (64, 80, 96, 128, 256)

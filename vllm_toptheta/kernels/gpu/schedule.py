@@ -14,7 +14,7 @@ because going through the work in order increases one of the two at every step.
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.rules import dense_length_of
+from vllm_toptheta.kernels.gpu.rules import dense_length_of
 
 
 @triton.jit

@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.merge import merge_kernel
-from vllm_toptheta.kernels.survivors import CHUNK_TILES, LIST_DEPTH
-from vllm_toptheta.kernels.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.merge import merge_kernel
+from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 if TYPE_CHECKING:
-    from vllm_toptheta.kernels.decode import DecodeCounters
+    from vllm_toptheta.kernels.gpu.values import DecodeCounters
 
 MIN_BLOCK_SIZE = 16
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.candidates import attend_candidates
-from vllm_toptheta.kernels.rules import curve_of, dense_length_of, level_of
-from vllm_toptheta.kernels.schedule import (
+from vllm_toptheta.kernels.gpu.candidates import attend_candidates
+from vllm_toptheta.kernels.gpu.rules import curve_of, dense_length_of, level_of
+from vllm_toptheta.kernels.gpu.schedule import (
     first_of_share,
     load_lengths,
     reads_all_keys,
@@ -19,8 +19,8 @@ from vllm_toptheta.kernels.schedule import (
     units_of_piece,
     work_of_step,
 )
-from vllm_toptheta.kernels.survivors import attend_all
-from vllm_toptheta.kernels.tiles import scales_at, thresholds_at
+from vllm_toptheta.kernels.gpu.survivors import attend_all
+from vllm_toptheta.kernels.gpu.tiles import scales_at, thresholds_at
 
 
 # lengths and counts change from batch to batch: one compilation serves them all

@@ -20,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.shadow_products import halves, load_query, products
-from vllm_toptheta.kernels.shadow_query import NO_CODES
-from vllm_toptheta.kernels.tiles import (
+from vllm_toptheta.kernels.gpu.shadow_products import halves, load_query, products
+from vllm_toptheta.kernels.gpu.shadow_query import NO_CODES
+from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
     load_blocks,

@@ -20,11 +20,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.rules import curve_of, dense_length_of, level_of
-from vllm_toptheta.kernels.schedule import load_lengths, reads_all_keys
-from vllm_toptheta.kernels.shadow_codes import DEPTH, encode_tokens
-from vllm_toptheta.kernels.split import split_step
-from vllm_toptheta.kernels.tiles import thresholds_at
+from vllm_toptheta.kernels.gpu.codes import DEPTH, encode_tokens
+from vllm_toptheta.kernels.gpu.rules import curve_of, dense_length_of, level_of
+from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys
+from vllm_toptheta.kernels.gpu.split import split_step
+from vllm_toptheta.kernels.gpu.tiles import thresholds_at
 
 NO_CODES = tl.constexpr(1 << 30)  # a floor above every sum of products of codes
 MIDDLE = tl.constexpr(7.5)

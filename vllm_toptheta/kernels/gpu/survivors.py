@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.tiles import (
+from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
     load_blocks,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.arguments import expect
-from vllm_toptheta.kernels.projection import NUM_LEVELS, ShadowProjection
+from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowProjection
 
 _LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
 TOKENS_PER_STEP = 64

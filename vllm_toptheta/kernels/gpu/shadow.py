@@ -14,8 +14,9 @@ import torch
 import triton
 
 from vllm_toptheta.kernels.arguments import expect
-from vllm_toptheta.kernels.decode import DecodeCounters, DecodeWorkspace, check_step
-from vllm_toptheta.kernels.launch import (
+from vllm_toptheta.kernels.codec import ShadowProjection
+from vllm_toptheta.kernels.gpu.codes import TOKENS_PER_STEP
+from vllm_toptheta.kernels.gpu.launch import (
     launch_merge,
     launch_options,
     schedule_arguments,
@@ -23,17 +24,16 @@ from vllm_toptheta.kernels.launch import (
     split_arguments,
     step_arguments,
 )
-from vllm_toptheta.kernels.projection import ShadowProjection
-from vllm_toptheta.kernels.shadow_codes import TOKENS_PER_STEP
-from vllm_toptheta.kernels.shadow_query import query_kernel
-from vllm_toptheta.kernels.shadow_split import shadow_split_kernel
-from vllm_toptheta.kernels.tuning import (
+from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
+from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
+from vllm_toptheta.kernels.gpu.tuning import (
     LaunchConfig,
     ShadowConfig,
     has_dependent_launch,
     launch_config,
     num_multiprocessors,
 )
+from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, check_step
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 MIN_COLUMNS = 8  # of a product on tensor cores

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_toptheta.kernels.cpu import (
+from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowProjection
+from vllm_toptheta.kernels.cpu.values import (
     ClosedPages,
     DecodeBatch,
     DecodeResult,
@@ -18,7 +19,6 @@ from vllm_toptheta.kernels.cpu import (
     token_rows,
     weigh_values,
 )
-from vllm_toptheta.kernels.projection import NUM_LEVELS, ShadowProjection
 
 MIDDLE = (NUM_LEVELS - 1) / 2
 QUERY_LEVELS = 127

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_toptheta.kernels.cpu import split_cache
+from vllm_toptheta.kernels.cpu.values import split_cache
 
 BLOCK_BYTES = 16 << 20  # that the scores of a block of rows may take
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.rules import dense_length_of, level_of
-from vllm_toptheta.kernels.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
-from vllm_toptheta.kernels.tiles import DISCARDED, LOG2_E
+from vllm_toptheta.kernels.gpu.rules import dense_length_of, level_of
+from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
+from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E
 
 
 @triton.jit

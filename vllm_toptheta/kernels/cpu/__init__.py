@@ -1,0 +1,1 @@
+"""Vectorised torch operations for CPUs."""
