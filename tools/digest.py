@@ -33,7 +33,8 @@ Digests = dict[str, Any]
 
 def fingerprint(output: torch.Tensor, *others: Any) -> str:
     """Of an output and of any tensors beside it, whatever records they stand in and in whatever order."""
-    return _sha([output]) + ":" + _sha(sorted(_tensors(others), key=lambda tensor: _sha([tensor])))
+    found = {(tensor.data_ptr(), tensor.shape): tensor for tensor in _tensors(others)}  # each of them once
+    return _sha([output]) + ":" + _sha(sorted(found.values(), key=lambda tensor: _sha([tensor])))
 
 
 def _tensors(found: Any) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import cpu
-from vllm_toptheta.kernels.cpu.values import split_cache
+from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
@@ -93,10 +93,7 @@ class Harness:
         found = []
         for layer in self.layers:
             if layer.impl.layer_plan is not None:
-                counters = layer.impl.layer_plan.counters
-                counters.settle()
-                buffers = counters.totals, counters.rows_read, counters.keys_read
-                found += [*buffers, counters.lost_mass, counters.lost_mass_histogram]
+                found += layer.impl.layer_plan.counters.settled()
         return [buffer for buffer in found if buffer is not None]
 
     def expected(self, step: Step, query: torch.Tensor, layer: int) -> torch.Tensor:

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.workspace import WorkspaceManager
 
 from tests.kernels.decode_case import DEVICE
 from tests.kernels.paged import empty_cache
-from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
+from vllm_toptheta.backend import gpu
+from vllm_toptheta.backend.gpu import FLOAT8, GpuTopThetaImpl
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.watch import Watch
-from vllm_toptheta.kernels.gpu.values import DecodeWorkspace
 from vllm_toptheta.reference import paged_top_theta_attention
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
@@ -74,19 +76,38 @@ class Engine:
         self.layer = SimpleNamespace(**scales) if float8 else ones
         self.generator = torch.Generator().manual_seed(7)
         self.dense_rows: list[int] = []
+        monkeypatch.setattr(FlashAttentionMetadataBuilder, "__init__", flash_attention_builder)
         monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", self.flash_attention_build)
         monkeypatch.setattr(FlashAttentionImpl, "forward", self.flash_attention_forward)
-        monkeypatch.setattr(GpuTopThetaImpl, "_workspace", self.workspace)
+        if DEVICE == "cpu":
+            monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # what grows there empties a GPU's
+        self.manager = WorkspaceManager(torch.device(DEVICE))
+        monkeypatch.setattr(gpu, "current_workspace_manager", lambda: self.manager)
         plan = plan or make_plan(refusal)
-        self.impl = GpuTopThetaImpl.__new__(GpuTopThetaImpl)
-        self.impl.num_heads, self.impl.num_kv_heads, self.impl.head_size = NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE
-        self.impl.scale, self.impl.logits_soft_cap = SCALE, 0
-        self.impl.kv_cache_dtype = "fp8" if float8 else "auto"
-        self.impl.plan = plan
-        self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
-        self.impl.requests = RequestLevels(plan.levels, len(max_lens), DEVICE)
-        self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
-        self.builder.watch = Watch([self.impl.layer_plan], relaxes=True)
+        monkeypatch.setattr(Plan, "resolve", lambda vllm_config: plan)
+        monkeypatch.setattr(
+            gpu, "request_levels", lambda plan, config, rows, device: RequestLevels(plan.levels, rows, device)
+        )
+        monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(gpu, "forget_warm_up", lambda: None)
+        # vLLM looks for layers of this class; its own constructor would choose the platform's backend
+        attention = Attention.__new__(Attention)
+        torch.nn.Module.__init__(attention)
+        attention.impl = GpuTopThetaImpl(NUM_HEADS, HEAD_SIZE, SCALE, NUM_KV_HEADS, None, None, "auto")
+        self.impl = attention.impl
+        self.impl.kv_cache_dtype = "fp8" if float8 else "auto"  # whether a card has it is not what is tested
+        name = "model.layers.1.self_attn.attn"
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=len(max_lens)),
+            model_config=SimpleNamespace(max_model_len=max(max_lens)),
+            compilation_config=SimpleNamespace(
+                static_forward_context={name: attention}, max_cudagraph_capture_size=None
+            ),
+        )
+        spec = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float16
+        )
+        self.builder = gpu.GpuMetadataBuilder(spec, [name], config, torch.device(DEVICE))
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1
@@ -169,7 +190,15 @@ class Engine:
         )
         return output
 
-    def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> DecodeWorkspace:
-        return DecodeWorkspace.allocate(
-            num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, kv_dtype=torch.float16, device=device
-        )
+    @property
+    def reserved_bytes(self) -> int:
+        """Of vLLM's scratch memory."""
+        return sum(buffer.numel() for buffer in self.manager._current_workspaces if buffer is not None)
+
+
+def flash_attention_builder(
+    builder: Any, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+) -> None:
+    """What our builder needs of its parent's constructor, which asks for a GPU's FlashAttention."""
+    AttentionMetadataBuilder.__init__(builder, kv_cache_spec, layer_names, vllm_config, device)
+    builder._init_reorder_batch_threshold = lambda threshold: None

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 
 from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
 from vllm_toptheta.backend import cpu, plugin
-from vllm_toptheta.kernels.cpu.values import split_cache
+from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.reference import paged_top_theta_attention
 
 # (sequence lengths after the step, new tokens of each)
@@ -59,14 +59,13 @@ def test_layers_equal_the_paged_reference(
         error = (output.float() - expected).abs().max()
         assert error <= 2 * rounding + 1e-5, f"layer {layer}"
     assert harness.layers[0].impl.layer_plan is None
-    counters = harness.layers[1].impl.layer_plan.counters
-    counters.settle()
+    counters = harness.layers[1].impl.layer_plan.counters.settled()
     decodes = [n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1]
     num_short = sum(n <= TARGET_K for n in decodes)
     assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes), len(decodes) > 0, 0]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [len(decodes) - num_short] * NUM_HEADS
     if len(decodes) > num_short:
-        assert counters.rows_read.max() < sum(decodes)
+        assert counters.value_rows_read.max() < sum(decodes)
         assert counters.lost_mass.min() > 0
 
 
@@ -76,8 +75,7 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     step = Step([512], [1], [True])
     query, outputs = harness.run(step)
     torch.testing.assert_close(outputs[1], harness.expected(step, query, 1), rtol=1e-4, atol=1e-5)
-    counters = harness.layers[1].impl.layer_plan.counters
-    counters.settle()
+    counters = harness.layers[1].impl.layer_plan.counters.settled()
     assert not counters.totals.any()
 
 
@@ -103,7 +101,7 @@ def test_prompts_by_thresholds(make_config: Callable[..., VllmConfig], chunks: l
             )
             assert is_dense or expected.lost_mass.max() > 0
             torch.testing.assert_close(outputs[layer], expected.output, rtol=1e-4, atol=2e-5)
-    assert not harness.layers[1].impl.layer_plan.counters.totals.any()  # they count what is decoded
+    assert not harness.layers[1].impl.layer_plan.counters.settled().totals.any()  # they count what is decoded
 
 
 def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig]) -> None:
@@ -127,10 +125,9 @@ def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig
         softmax_scale=SCALE,
     )
     torch.testing.assert_close(outputs[1], expected.output, rtol=1e-4, atol=1e-5)
-    counters = harness.layers[1].impl.layer_plan.counters
-    counters.settle()
+    counters = harness.layers[1].impl.layer_plan.counters.settled()
     assert counters.totals.tolist() == [4, 1, 96 + 96 + 512 + 512, 1, 2]
-    assert counters.rows_read.tolist() == expected.value_rows_read[:4].sum(dim=0).tolist()
+    assert counters.value_rows_read.tolist() == expected.value_rows_read[:4].sum(dim=0).tolist()
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [1] * NUM_HEADS
     torch.testing.assert_close(counters.lost_mass, expected.lost_mass[3].double(), rtol=1e-4, atol=1e-5)
 
@@ -172,8 +169,7 @@ def test_min_context_keeps_a_sequence_dense(make_config: Callable[..., VllmConfi
     harness = Harness(make_config(block_size=16, options={"min_context": 600}), 16, [600, 601])
     harness.run(Step([599, 600], [599, 600], [True, True]))
     harness.run(Step([600, 601], [1, 1], [False, False]))
-    counters = harness.layers[1].impl.layer_plan.counters
-    counters.settle()
+    counters = harness.layers[1].impl.layer_plan.counters.settled()
     assert counters.totals.tolist()[:2] == [2, 1]
 
 

@@ -16,7 +16,7 @@ from vllm_toptheta import store
 from vllm_toptheta.backend import cpu, plugin
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.cpu.values import split_cache
+from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.kernels.pages import codes_view
 from vllm_toptheta.reference import (
     Compensation,
@@ -56,9 +56,7 @@ class ShadowHarness:
 
     @property
     def counters(self) -> Any:
-        counters = self.harness.layers[LAYER].impl.layer_plan.counters
-        counters.settle()
-        return counters
+        return self.harness.layers[LAYER].impl.layer_plan.counters.settled()
 
     def prefill(self, lens: list[int]) -> None:
         """Compute prompts."""
@@ -155,7 +153,7 @@ def test_decoding_equals_the_reference(
     counters = shadow.counters
     assert counters.totals.tolist() == [12, 3 + 2, rows, 3, 0]  # of 100 tokens, and of up to 128
     assert int(counters.keys_read[0]) == keys
-    assert int(counters.rows_read[0]) < int(counters.keys_read[0]) < rows
+    assert int(counters.value_rows_read[0]) < int(counters.keys_read[0]) < rows
     assert float(counters.lost_mass.min()) > 0
 
 

@@ -1,6 +1,6 @@
 """The GPU backend's steps with its kernels in Triton's interpreter; FlashAttention, which needs a GPU, is stood in for.
 
-Runs where `tests/kernels/test_interpreter.py` starts it, or on a GPU.
+Runs with TRITON_INTERPRET=1, or on a GPU.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
         assert engine.dense_rows == []
     layer_plan = engine.impl.layer_plan
     assert layer_plan is not None
-    decoded, dense, cached, steps, asked = layer_plan.counters.totals.tolist()
+    decoded, dense, cached, steps, asked = layer_plan.counters.buffers.totals.tolist()
     assert (decoded, dense, steps, asked) == (2 + 3 * 12, 0, 1 + 12, 0)
-    assert layer_plan.counters.lost_mass_histogram.sum(dim=1).tolist() == [decoded] * NUM_HEADS
-    assert 0 < int(layer_plan.counters.rows_read.max()) < cached
-    assert float(layer_plan.counters.lost_mass.min()) > 0
+    assert layer_plan.counters.buffers.lost_mass_histogram.sum(dim=1).tolist() == [decoded] * NUM_HEADS
+    assert 0 < int(layer_plan.counters.buffers.value_rows_read.max()) < cached
+    assert float(layer_plan.counters.buffers.lost_mass.min()) > 0
 
 
 def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.step([2, 1, 0], [62, 72, 50], [1, 1, 9], [THETA + 0.5, -torch.inf, THETA]).max() < 2e-3
     requests.step([], {"plain"}, ["plain"])
     assert engine.step([0], [51], [1], [THETA]).max() < 2e-3
-    counters = engine.impl.layer_plan.counters
+    counters = engine.impl.layer_plan.counters.buffers
     assert requests.rules is rules  # where captured graphs find it
     assert counters.totals.tolist() == [6, 0, 41 + 71 + 61 + 62 + 72 + 51, 3, 4]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [2] * NUM_HEADS
@@ -62,7 +62,7 @@ def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPa
     engine.impl.requests.rules.fill_(-1)
     engine.step([0], [40], [40])
     assert engine.step([0], [41], [1]).max() < 2e-3
-    assert engine.impl.layer_plan.counters.totals.tolist() == [1, 0, 41, 1, 0]
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [1, 0, 41, 1, 0]
 
 
 def test_float8_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,11 @@ def test_float8_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 12):  # across the ends of pages: 48 and 80
         assert engine.step([0, 1], [40 + step, 70 + step], [1, 1]).max() < 2e-3
         assert engine.dense_rows == []
-    assert 0 < int(engine.impl.layer_plan.counters.rows_read.max()) < int(engine.impl.layer_plan.counters.totals[2])
+    assert (
+        0
+        < int(engine.impl.layer_plan.counters.buffers.value_rows_read.max())
+        < int(engine.impl.layer_plan.counters.buffers.totals[2])
+    )
 
 
 def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,15 +110,15 @@ def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=forward_context))
     )
     assert Worker.compile_or_warm_up_model(worker) == "seconds"
-    assert engine.impl.layer_plan.counters.totals.tolist() == [0, 0, 0, 0, 0]
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [0, 0, 0, 0, 0]
     engine.step([0], [42], [1])
     engine.step([0], [43], [1])
-    assert engine.impl.layer_plan.counters.totals.tolist() == [2, 0, 42 + 43, 2, 0]
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [2, 0, 42 + 43, 2, 0]
 
 
 def test_a_dense_layer_is_flash_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch, [60])
-    engine.impl.layer_plan = None
+    engine.impl.layer_plan = engine.impl.layer = None
     engine.step([0], [40], [40])
     engine.step([0], [41], [1])
     assert engine.dense_rows == [1]

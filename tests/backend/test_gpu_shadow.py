@@ -22,7 +22,7 @@ from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.shadow_store import make_shadow_store, projection_of
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
+from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.pages import codes_view
 from vllm_toptheta.reference import (
     Compensation,
@@ -77,11 +77,6 @@ class ShadowEngine(Engine):
         super().__init__(monkeypatch, max_lens, plan=plan)
         self.keys_read = 0
         codes_view(self.kv_cache, CODE_BYTES).fill_(0xA5)
-
-    def workspace(self, num_seqs: int, element_bytes: int, device: torch.device) -> Any:
-        return ShadowWorkspace.allocate(
-            num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, CODE_BYTES, kv_dtype=torch.float32, device=device
-        )
 
     def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
         output = super().reference(query, block_table, lens, starts, threshold)
@@ -153,11 +148,11 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert engine.dense_rows == []
     engine.check_codes(0, 148)
     engine.check_codes(1, 178)
-    counters = engine.impl.layer_plan.counters
+    counters = engine.impl.layer_plan.counters.buffers
     decoded, dense, cached, steps, asked = counters.totals.tolist()
     assert (decoded, dense, steps, asked) == (2 + 3 * 7, 0, 1 + 7, 0)
     assert int(counters.keys_read[0]) == engine.keys_read
-    assert 0 < int(counters.rows_read[0]) < int(counters.keys_read[0]) < cached
+    assert 0 < int(counters.value_rows_read[0]) < int(counters.keys_read[0]) < cached
     assert float(counters.lost_mass.min()) > 0
 
 
@@ -179,7 +174,7 @@ def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_
     # another order
     engine.impl.requests.step([], names, ["k", "plain"])
     assert engine.step([2, 0], [92, 82], [1, 1], [THETA + 0.5, THETA]).max() < 3e-3
-    counters = engine.impl.layer_plan.counters
+    counters = engine.impl.layer_plan.counters.buffers
     assert counters.totals.tolist() == [5, 0, 81 + 96 + 91 + 92 + 82, 2, 3]
     assert int(counters.keys_read[0]) == engine.keys_read
 
@@ -189,7 +184,7 @@ def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPa
     engine.impl.requests.rules.fill_(-1)
     engine.step([0], [40], [40])
     assert engine.step([0], [41], [1]).max() < 3e-3
-    assert engine.impl.layer_plan.counters.totals.tolist() == [1, 0, 41, 1, 0]
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [1, 0, 41, 1, 0]
 
 
 @pytest.mark.parametrize("is_prompt", [True, False])
@@ -212,7 +207,7 @@ def test_a_page_that_another_sequence_fills_in_the_same_step(
         assert engine.step([1, 0], [99, 96], [1, new]).max() < 3e-3
     else:
         assert engine.step([0, 1], [96, 99], [1, 1]).max() < 3e-3
-    assert int(engine.impl.layer_plan.counters.keys_read[0]) == engine.keys_read
+    assert int(engine.impl.layer_plan.counters.buffers.keys_read[0]) == engine.keys_read
     engine.check_codes(0, 96)
 
 
@@ -232,26 +227,21 @@ def test_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     engine = ShadowEngine(monkeypatch, tmp_path, [60])
     engine.step([0], [40], [40])
     engine.step([0], [41], [1])
-    counters = engine.impl.layer_plan.counters
+    counters = engine.impl.layer_plan.counters.buffers
     assert int(counters.keys_read.min()) > 0
-    counters.zero_()
+    engine.impl.layer_plan.counters.zero_()
     assert not counters.keys_read.any()
 
 
-def test_the_workspace_is_that_of_the_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vllm_toptheta.backend import gpu
-
-    with monkeypatch.context() as patched:
-        original = gpu.GpuTopThetaImpl._workspace
-        engine = ShadowEngine(patched, tmp_path, [60])
-    asked: list[tuple[tuple[int, ...], torch.dtype]] = []
-
-    class Manager:
-        def get_simultaneous(self, *spec: Any) -> list[torch.Tensor]:
-            asked.extend(spec)
-            return [torch.empty(shape, dtype=dtype) for shape, dtype in spec]
-
-    monkeypatch.setattr(gpu, "current_workspace_manager", Manager)
-    workspace = original(engine.impl, 3, 2, torch.device(DEVICE))
-    assert isinstance(workspace, ShadowWorkspace)
-    assert asked[0] == ((3, NUM_HEADS, 2 * CODE_BYTES), torch.int8)
+def test_the_scratch_is_that_of_the_mode_and_reserved_for_the_largest_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [60] * 3)
+    reserved = engine.reserved_bytes
+    scratch = engine.impl._scratch(3, 2, torch.device(DEVICE))
+    assert isinstance(scratch, ShadowScratch)
+    assert scratch.query_codes.shape == (3, NUM_HEADS, 2 * CODE_BYTES)
+    assert scratch.config.scanning == scratch.config  # as the option `always_shadow` says
+    assert engine.reserved_bytes == reserved > 0
+    engine.impl._scratch(4, 2, torch.device(DEVICE))
+    assert engine.reserved_bytes > reserved

@@ -16,6 +16,7 @@ from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
 MakeConfig = Callable[..., VllmConfig]
 
@@ -33,17 +34,18 @@ def test_thresholds_and_dense_layers_come_from_the_store(make_config: MakeConfig
     assert plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0) is None
     layer_plan = plan.for_layer(1, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
-    assert layer_plan.coefficients.shape == (3, 3, 3)  # k:128, dense and k:8
+    assert layer_plan.thresholds.coefficients.shape == (3, 3, 3)  # k:128, dense and k:8
 
 
 def test_theta_is_evaluated_within_the_calibrated_lengths(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
     lengths = torch.tensor([5, 129, 1000, 4096, 8000])
     rules = plan.levels.rules()[COMMON]
-    powers, layer_plan = plan.length_powers(lengths, rules), plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
-    assert powers is not None
+    layer_plan = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert layer_plan is not None
-    thetas = layer_plan.thresholds(powers, torch.zeros(5, dtype=torch.int64))
+    log_lengths = lengths.clamp(*rules[2:].tolist()).float().log()
+    kept = torch.zeros(5, 1, dtype=torch.bool)
+    thetas = thresholds_at(layer_plan.thresholds, log_lengths, torch.zeros(5, dtype=torch.int64), kept)
     expected = 0.4 + 0.1 * lengths.clamp(129, 4096).float().log()
     torch.testing.assert_close(thetas, expected[:, None].expand(-1, 9))
     assert plan.curve is not None
@@ -66,12 +68,14 @@ def test_a_target_by_its_label(make_config: MakeConfig, tmp_path: Path) -> None:
     plan = Plan.resolve(make_config({"thresholds": str(folder), "target": "mass:0.98"}))
     layer_plan = plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0)
     assert layer_plan is not None
-    assert torch.equal(layer_plan.coefficients[COMMON], torch.tensor(stored.curve_of("mass:0.98").coefficients[3]))
+    assert torch.equal(
+        layer_plan.thresholds.coefficients[COMMON], torch.tensor(stored.curve_of("mass:0.98").coefficients[3])
+    )
     # what was calibrated on rows from 9 tokens on is dense below, unless asked for more
-    assert plan.min_sparse_context == 8
+    assert plan.max_dense_len == 8
     longer = make_config({"thresholds": str(folder), "target": "mass:0.98", "min_context": 500})
-    assert Plan.resolve(longer).min_sparse_context == 500
-    assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).min_sparse_context == 64
+    assert Plan.resolve(longer).max_dense_len == 500
+    assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).max_dense_len == 64
 
 
 def test_the_default_target_is_the_best_calibrated_one(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -156,7 +160,9 @@ def test_tensor_parallel_ranks_take_their_heads(
     whole = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert share is not None
     assert whole is not None
-    assert torch.equal(share.coefficients, whole.coefficients[:, rank * heads : (rank + 1) * heads])
+    assert torch.equal(
+        share.thresholds.coefficients, whole.thresholds.coefficients[:, rank * heads : (rank + 1) * heads]
+    )
     assert share.counters.kv_heads == kv_heads
 
 
@@ -173,7 +179,7 @@ def test_missing_thresholds_may_mean_dense(make_config: MakeConfig, tmp_path: Pa
     plan = Plan.resolve(make_config({"thresholds": str(empty), "on_missing": "dense"}))
     assert plan.curve is None
     assert plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0) is None
-    assert plan.length_powers(torch.tensor([100]), plan.levels.rules()[COMMON]) is None
+    assert int(plan.levels.rules()[COMMON, 1]) == 2**31 - 1  # every length is dense
 
 
 def test_a_mistyped_path_is_never_taken_for_missing_thresholds(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 
 from tests import store_factory
 from vllm_toptheta.backend import watch
+from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import RELAXATION, LayerGuard
 from vllm_toptheta.backend.plan import LayerPlan
+from vllm_toptheta.kernels.contract import LayerThresholds
+from vllm_toptheta.kernels.cpu.scratch import Counted
 from vllm_toptheta.reference import top_theta_attention
 from vllm_toptheta.store import save
-from vllm_toptheta.telemetry.counters import LayerCounters
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SEQ_LEN = 4, 2, 64, 300
 EXPECTED = 0.2  # lost mass that 95 % of calibration rows stay below
@@ -31,7 +33,7 @@ class Layer:
         self.generator = torch.Generator().manual_seed(0)
         coefficients = torch.full((1, NUM_HEADS, 1), threshold, device=device)
         self.plan = LayerPlan(
-            coefficients=coefficients,
+            thresholds=LayerThresholds(coefficients),
             constant_terms=coefficients[0, :, 0].clone(),
             denominator_compensation=True,
             value_mean_compensation=True,
@@ -54,14 +56,16 @@ class Layer:
             query = sharpness * torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=self.generator)
             key, value = torch.randn(2, SEQ_LEN, NUM_KV_HEADS, HEAD_SIZE, generator=self.generator)
             result = top_theta_attention(
-                query, key, value, threshold=self.plan.coefficients[0].T, target_k=1, softmax_scale=HEAD_SIZE**-0.5
+                query,
+                key,
+                value,
+                threshold=self.plan.thresholds.coefficients[0].T,
+                target_k=1,
+                softmax_scale=HEAD_SIZE**-0.5,
             )
-            self.plan.counters.add(
-                torch.tensor([1, 0, SEQ_LEN, 1, 0]),
-                is_counted=torch.ones(1, 1, dtype=torch.int64),
-                rows_read=result.value_rows_read,
-                lost_mass=result.lost_mass,
-            )
+            read, one = result.value_rows_read, torch.ones(1, 1, dtype=torch.int64)
+            counted = Counted(torch.tensor([1, 0, SEQ_LEN, 1, 0]), one, read, result.lost_mass, read)
+            self.plan.counters.scratch.add(self.plan.counters.buffers, counted)
             means.append(float(result.lost_mass.mean()))
         return means
 
@@ -80,10 +84,10 @@ def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
     assert np.mean(lost[:16]) > 2 * EXPECTED
     assert np.mean(lost[-100:]) < EXPECTED
     assert 0 < layer.guard.level < len(RELAXATION) - 1
-    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms - layer.guard.relaxation)
+    assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms - layer.guard.relaxation)
     layer.decode(4.0, 16 * 150)
     assert layer.guard.level == 0
-    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms)
+    assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms)
 
 
 def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
@@ -98,7 +102,7 @@ def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(watch.logger, "warning", lambda text, *values: said.append(text % values))
     layer = Layer(relaxes=False)
     layer.decode(1.0, 200)
-    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms)
+    assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms)
     assert said[0].startswith("toptheta: in layer 3, ")
     assert said[0].endswith("with guard=relax, thresholds are lowered by 0.5")
 
@@ -134,10 +138,10 @@ def test_a_captured_graph_sees_the_thresholds_move() -> None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        read.copy_(layer.plan.coefficients[0, :, 0])
+        read.copy_(layer.plan.thresholds.coefficients[0, :, 0])
     for _ in range(17 * 3):
         layer.watch.step()
-        layer.plan.counters.lost_mass_histogram[:, -1] += 1  # as the kernel counts a token that lost nearly all
+        layer.plan.counters.buffers.lost_mass_histogram[:, -1] += 1  # as the kernel counts a token that lost nearly all
         torch.cuda.synchronize()  # no copy is on its way for longer than a step
     graph.replay()
     assert layer.guard.level > 0

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from vllm_toptheta import store
+from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.benchmarks.dummy import SAMPLED_PAGES, keep, write_model
-from vllm_toptheta.kernels.codec import ShadowProjection
-from vllm_toptheta.telemetry.counters import LayerCounters
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.contract import LayerThresholds
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, NUM_TOKENS = 2, 2, 2, 64, 4000
 
@@ -41,10 +42,10 @@ class CountingEngine:
         zeros = torch.zeros(NUM_KV_HEADS, HEAD_SIZE, HEAD_SIZE // 2)
         plan = SimpleNamespace(
             counters=LayerCounters(index, list(range(NUM_KV_HEADS)), GROUP, counts_keys=True),
-            coefficients=torch.zeros(1, num_heads, 1),
+            thresholds=LayerThresholds(torch.zeros(1, num_heads, 1)),
             shadow=SimpleNamespace(
                 margin=torch.zeros(1, num_heads),
-                projection=ShadowProjection.build(zeros, zeros.mT, torch.zeros(NUM_KV_HEADS, HEAD_SIZE)),
+                codec=ShadowCodec.build(zeros, zeros.mT, torch.zeros(NUM_KV_HEADS, HEAD_SIZE)),
             ),
         )
         return SimpleNamespace(
@@ -61,12 +62,12 @@ class CountingEngine:
         """Three tokens."""
         for index in range(NUM_LAYERS):
             plan = self.layers[index].impl.layer_plan
-            theta = plan.coefficients[0].view(NUM_KV_HEADS, GROUP, 1)
+            theta = plan.thresholds.coefficients[0].view(NUM_KV_HEADS, GROUP, 1)
             candidates = (self.shadows[index] >= theta - plan.shadow.margin[0].view(NUM_KV_HEADS, GROUP, 1)).any(1)
             survives = (self.scores[index] >= theta).any(1) & candidates
-            plan.counters.totals[0] += 3
-            plan.counters.keys_read += 3 * candidates.sum(1)
-            plan.counters.rows_read += 3 * survives.sum(1)
+            plan.counters.buffers.totals[0] += 3
+            plan.counters.buffers.keys_read.add_(3 * candidates.sum(1))
+            plan.counters.buffers.value_rows_read.add_(3 * survives.sum(1))
 
 
 def last_read(engine: CountingEngine, counter: str) -> torch.Tensor:
@@ -75,13 +76,13 @@ def last_read(engine: CountingEngine, counter: str) -> torch.Tensor:
     for one in counters:
         one.zero_()
     engine.decode()
-    return torch.stack([getattr(one, counter) for one in counters]) / 3
+    return torch.stack([getattr(one.buffers, counter) for one in counters]) / 3
 
 
 def test_value_rows_are_as_many_as_wanted() -> None:
     engine = CountingEngine()
     keep(engine, engine.decode, rows=100)
-    assert (last_read(engine, "rows_read") - 100).abs().max() <= 3
+    assert (last_read(engine, "value_rows_read") - 100).abs().max() <= 3
     assert not any(bool(layer.impl.layer_plan.shadow.margin.any()) for layer in engine.layers)
     assert engine.resets == 0
 
@@ -90,7 +91,7 @@ def test_keys_and_value_rows_are_as_many_as_wanted() -> None:
     engine = CountingEngine()
     keep(engine, engine.decode, rows=100, keys=400)
     assert (last_read(engine, "keys_read") - 400).abs().max() <= 8
-    assert (last_read(engine, "rows_read") - 100).abs().max() <= 3
+    assert (last_read(engine, "value_rows_read") - 100).abs().max() <= 3
     assert all(bool((layer.impl.layer_plan.shadow.margin > 0).all()) for layer in engine.layers)
 
 
@@ -99,7 +100,7 @@ def test_keys_are_projected_where_they_vary_most_and_encoded_anew() -> None:
     keep(engine, engine.decode, rows=100, keys=400)
     assert engine.resets == 1
     for layer, keys in zip(engine.layers, engine.keys, strict=True):
-        projection = layer.impl.layer_plan.shadow.projection
+        projection = layer.impl.layer_plan.shadow.codec
         sampled = keys[1:].transpose(0, 1).flatten(1, 2)
         centred = sampled - projection.key_mean[:, None]
         kept = centred @ projection.encoder @ projection.decoder

@@ -12,8 +12,20 @@ from typing import Any
 
 import torch
 
+from vllm_toptheta.kernels.contract import (
+    Counters,
+    DecodeStep,
+    Layer,
+    LayerCache,
+    LayerCall,
+    LayerThresholds,
+    ShadowLayer,
+    TailStep,
+)
+from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
+from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
-from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
 
@@ -43,7 +55,7 @@ class Shape:
     exact: bool = True
     value_mean: bool = True
     degree: int = 0
-    min_sparse_context: int = 0
+    max_dense_len: int = 0
     target_k: int = 20
     num_channels: int = 0  # of shadow keys
     seed: int = 0
@@ -72,44 +84,74 @@ class Case:
         return 32, 40_000
 
     def run(
-        self, config: LaunchConfig | None = None, workspace: DecodeWorkspace | None = None, **options: Any
-    ) -> tuple[torch.Tensor, DecodeCounters]:
+        self, config: LaunchConfig | None = None, scratch: Scratch | None = None, **options: Any
+    ) -> tuple[torch.Tensor, Counters]:
         """Output and counters of the kernel, whose memory starts out as NaN."""
-        shape = self.shape
-        heads = shape.num_heads, shape.num_kv_heads
-        if workspace is None:
-            workspace = DecodeWorkspace.allocate(
-                len(shape.lens),
-                *heads,
-                shape.head_size,
-                kv_dtype=self.kv_cache.dtype,
-                device=DEVICE,
-                config=config,
-            )
-            for buffer in vars(workspace).values():
+        if scratch is None:
+            scratch = self.scratch(config)
+            for buffer in scratch[1:]:
                 buffer.view(torch.int32).fill_(0x7FFF_FFFF)  # NaN
-        counters = DecodeCounters.allocate(*heads, DEVICE)
-        output = torch.full_like(self.query, torch.nan, dtype=shape.dtype)
-        k_scale, v_scale = self.scales or (None, None)
-        arguments: dict[str, Any] = {
-            "output": output,
-            "workspace": workspace,
-            "coefficients": self.coefficients,
-            "min_length": self.length_range[0],
-            "max_length": self.length_range[1],
-            "min_sparse_context": shape.min_sparse_context,
-            "softmax_scale": self.softmax_scale,
-            "logits_soft_cap": shape.soft_cap,
-            "q_scale": self.q_scale,
-            "k_scale": k_scale,
-            "v_scale": v_scale,
-            "denominator_compensation": shape.exact,
-            "value_sum": self.value_sum if shape.value_mean else None,
-            "counters": counters,
-            "config": config,
-        }
-        decode(self.query, self.kv_cache, self.block_table, self.seq_lens, **(arguments | options))
+        counters = Counters.allocate(self.shape.num_heads, self.shape.num_kv_heads, DEVICE)
+        output = torch.full_like(self.query, torch.nan, dtype=self.shape.dtype)
+        decode(*self.records(**({"output": output, "counters": counters} | options)), scratch)
         return output, counters
+
+    def scratch(self, config: LaunchConfig | None = None) -> Scratch:
+        """One for this step."""
+        shape = self.shape
+        sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size)
+        return Scratch.allocate(sizes, kv_dtype=self.kv_cache.dtype, device=DEVICE, config=config)
+
+    def records(
+        self,
+        output: torch.Tensor,
+        *,
+        counters: Counters | None = None,
+        coefficients: torch.Tensor | None = None,
+        rules: torch.Tensor | None = None,
+        max_dense_len: int | None = None,
+        shadow: ShadowLayer | None = None,
+        codes: torch.Tensor | None = None,
+    ) -> tuple[DecodeStep, LayerCall]:
+        """What the kernels take, by default by this case's own thresholds."""
+        shape = self.shape
+        coefficients = self.coefficients if coefficients is None else coefficients
+        step = DecodeStep(
+            self.block_table,
+            self.seq_lens,
+            max_dense_len=shape.max_dense_len if max_dense_len is None else max_dense_len,
+            length_range=self.length_range,
+            rules=rules,
+        )
+        layer = Layer(
+            self.softmax_scale,
+            shape.soft_cap,
+            denominator_compensation=shape.exact,
+            value_mean_compensation=shape.value_mean,
+            thresholds=LayerThresholds(coefficients[None] if coefficients.dim() == 2 else coefficients),
+            shadow=shadow,
+            counters=counters,
+        )
+        return step, LayerCall(self.query, output, self.cache(codes), layer, self.q_scale)
+
+    def cache(self, codes: torch.Tensor | None = None) -> LayerCache:
+        """The pages and their tails."""
+        value_sum = self.value_sum if self.shape.value_mean else None
+        return LayerCache(self.kv_cache, value_sum, codes, *(self.scales or (None, None)))
+
+    def write_tails(
+        self,
+        before: list[int],
+        after: list[int],
+        shadow: ShadowLayer | None = None,
+        codes: torch.Tensor | None = None,
+    ) -> None:
+        """Write the tails of a step in which the sequences grow from `before` to `after`."""
+        lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
+        query_lens = [end - start for start, end in zip(before, after, strict=True)]
+        starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
+        step = TailStep(self.block_table, lens, starts, max(query_lens))
+        write_tails(step, self.cache(codes), Layer(self.softmax_scale, shadow=shadow))
 
     def new_query(self, row: int) -> torch.Tensor:
         """Query of a sequence, [1, num_heads, head_size] float32, scale applied."""
@@ -193,7 +235,7 @@ def reference(case: Case, row: int, **changes: Any) -> Any:
     key, value = case.sequence(row)
     query = case.new_query(row)
     options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
-    if shape.lens[row] <= shape.min_sparse_context:
+    if shape.lens[row] <= shape.max_dense_len:
         return dense_attention(query, key, value, **options)
     return top_theta_attention(
         query,
@@ -206,7 +248,7 @@ def reference(case: Case, row: int, **changes: Any) -> Any:
     )
 
 
-def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
+def check(case: Case, output: torch.Tensor, counters: Counters) -> None:
     """Compare with the reference: rows read exactly, lost mass, then the output."""
     shape = case.shape
     rows_read = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
@@ -220,7 +262,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
             continue
         result = reference(case, row)
         survivors = result.survivors[0].view(shape.num_kv_heads, -1, length).any(1)
-        is_dense = length <= shape.min_sparse_context
+        is_dense = length <= shape.max_dense_len
         if shape.value_mean and not is_dense:  # the open page is read for the mean
             survivors[:, length // shape.block_size * shape.block_size :] = True
         rows_read += survivors.sum(1)
@@ -232,7 +274,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
             histogram.scatter_add_(1, torch.bucketize(lost, edges)[:, None], torch.ones_like(histogram[:, :1]))
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
-    assert counters.rows_read.tolist() == rows_read.tolist()
+    assert counters.value_rows_read.tolist() == rows_read.tolist()
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
     # rounding may move what lies at an edge from one bucket to the next
     misplaced = (counters.lost_mass_histogram - histogram).abs().sum(dim=1)
@@ -240,7 +282,7 @@ def check(case: Case, output: torch.Tensor, counters: DecodeCounters) -> None:
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == histogram.sum(dim=1).tolist()
     assert counters.totals.tolist() == [
         sum(length > 0 for length in shape.lens),
-        sum(0 < length <= shape.min_sparse_context for length in shape.lens),
+        sum(0 < length <= shape.max_dense_len for length in shape.lens),
         sum(shape.lens),
         1,
         0,
@@ -287,7 +329,7 @@ def _place_thresholds(case: Case, generator: torch.Generator) -> None:
     offsets = thresholds(case)
     relative: list[torch.Tensor] = []
     for row, length in enumerate(shape.lens):
-        if length > shape.min_sparse_context:
+        if length > shape.max_dense_len:
             key, _ = case.sequence(row)
             scores = causal_scores(
                 case.new_query(row),

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_toptheta.kernels.cpu.values import values as cpu
+from vllm_toptheta.kernels.contract import Layer, LayerCache, ShadowLayer, TailStep
+from vllm_toptheta.kernels.cpu.batch import prepare_tails
+from vllm_toptheta.kernels.cpu.cache import split_cache, write_kv
+from vllm_toptheta.kernels.cpu.tails import write_tails
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 
 
@@ -66,7 +69,7 @@ class PagedSequences:
     @property
     def interleaved(self) -> torch.Tensor:
         """The cache as the reference reads it: a token's key and value side by side, a copy."""
-        return torch.cat(cpu.split_cache(self.kv_cache), dim=-1)
+        return torch.cat(split_cache(self.kv_cache), dim=-1)
 
     @property
     def value_sum(self) -> torch.Tensor:
@@ -85,8 +88,15 @@ class PagedSequences:
         )
         shape = (len(slots), self.kv_cache.shape[1], head_size)
         key, value = torch.randn(2, *shape, generator=generator).to(self.kv_cache.dtype)
-        cpu.write_kv(key, value, self.kv_cache, slots)
-        pages = cpu.ClosedPages.of_step(self.block_table, before, after, block_size)
-        if pages is not None:
-            cpu.close_pages(self.kv_cache, self.value_sum, pages)
+        write_kv(key, value, self.kv_cache, slots)
         self.seq_lens = after
+        self.write_tails(before)
+
+    def write_tails(
+        self, before: torch.Tensor, shadow: ShadowLayer | None = None, codes: torch.Tensor | None = None
+    ) -> None:
+        """Write the tails of a step that began when the sequences were as long as `before` says."""
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), (self.seq_lens - before).cumsum(0)]).int()
+        step = TailStep(self.block_table, self.seq_lens.int(), starts, max_query_len=0)
+        cache = LayerCache(self.kv_cache, self.value_sum, codes)
+        write_tails(prepare_tails(step, self.kv_cache.shape[2]), cache, Layer(1.0, shadow=shadow))

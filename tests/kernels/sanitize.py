@@ -15,16 +15,15 @@ import torch
 from tests.kernels.decode_case import Shape, check, make_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
-from vllm_toptheta.kernels.gpu.value_sums import close_pages
 
 SHAPES = (
-    Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, min_sparse_context=130),
+    Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, max_dense_len=130),
     Shape((700, 17), num_heads=16, num_kv_heads=1, head_size=80, block_size=32, layout="HND"),
     Shape((900, 16), kv_dtype=torch.float8_e4m3fn, dtype=torch.bfloat16, head_size=128, soft_cap=20.0),
 )
 SHADOW_SHAPES = (
     Shape((64, 0, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, num_channels=64),
-    Shape((900, 16), head_size=128, dtype=torch.bfloat16, num_channels=32, min_sparse_context=100),
+    Shape((900, 16), head_size=128, dtype=torch.bfloat16, num_channels=32, max_dense_len=100),
 )
 THRESHOLD = 1.0  # where none is placed: about one key in six survives
 
@@ -35,15 +34,16 @@ if __name__ == "__main__":
         output, counters = case.run()
         if is_checked:
             check(case, output, counters)
-        starts = torch.zeros(len(shape.lens) + 1, dtype=torch.int32, device="cuda")
-        starts[1:] = case.seq_lens.cumsum(0)
-        close_pages(case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts)
+        case.write_tails([0] * len(shape.lens), list(shape.lens))
         torch.cuda.synchronize()
-        sys.stdout.write(f"{shape.lens}: rows read {counters.rows_read.tolist()}\n")
+        sys.stdout.write(f"{shape.lens}: rows read {counters.value_rows_read.tolist()}\n")
     for shape in SHADOW_SHAPES:
         shadow = make_shadow_case(shape, threshold=None if is_checked else THRESHOLD)
         output, counters, keys_read = shadow.run()
+        shadow.write_tails([0] * len(shape.lens), list(shape.lens))
         if is_checked:
             check_shadow(shadow, output, counters, keys_read)
         torch.cuda.synchronize()
-        sys.stdout.write(f"{shape.lens}: keys read {keys_read.tolist()}, rows read {counters.rows_read.tolist()}\n")
+        sys.stdout.write(
+            f"{shape.lens}: keys read {keys_read.tolist()}, rows read {counters.value_rows_read.tolist()}\n"
+        )

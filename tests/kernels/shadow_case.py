@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from tests.kernels.decode_case import DEVICE, Case, Shape, error_of_dtype, make_case, thresholds
-from vllm_toptheta.kernels.codec import ShadowProjection
-from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, ShadowLayer
+from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, Sizes
+from vllm_toptheta.kernels.gpu.shadow import decode
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
-from vllm_toptheta.kernels.gpu.values import DecodeCounters
 from vllm_toptheta.kernels.pages import codes_view
 from vllm_toptheta.reference import (
     Compensation,
@@ -48,56 +49,52 @@ class ShadowCase:
     reads_all_keys: bool = False
 
     def run(
-        self, config: ShadowConfig = SCANNING, workspace: ShadowWorkspace | None = None, **options: Any
-    ) -> tuple[torch.Tensor, DecodeCounters, torch.Tensor]:
+        self, config: ShadowConfig = SCANNING, scratch: ShadowScratch | None = None, **options: Any
+    ) -> tuple[torch.Tensor, Counters, torch.Tensor]:
         """Output, counters and exact keys read; the kernels' memory starts out as NaN."""
-        case, shape = self.case, self.case.shape
-        heads = shape.num_heads, shape.num_kv_heads
-        if workspace is None:
-            workspace = ShadowWorkspace.allocate(
-                len(shape.lens),
-                *heads,
-                shape.head_size,
-                shape.num_channels // 2,
-                kv_dtype=case.kv_cache.dtype,
-                device=DEVICE,
-                config=config,
-            )
-            for buffer in vars(workspace).values():
+        case = self.case
+        if scratch is None:
+            scratch = self.scratch(config)
+            for buffer in scratch[2:]:
                 buffer.view(torch.uint8).fill_(0x7F)
-        counters = DecodeCounters.allocate(*heads, DEVICE)
-        keys_read = torch.zeros(shape.num_kv_heads, dtype=torch.int64, device=DEVICE)
-        output = torch.full_like(case.query, torch.nan, dtype=shape.dtype)
-        arguments = self.arguments(
-            output=output, workspace=workspace, counters=counters, keys_read=keys_read, config=config
-        )
-        arguments |= options
-        decode_shadow(case.query, case.kv_cache, self.codes, case.block_table, case.seq_lens, **arguments)
-        return output, counters, keys_read
+        else:
+            scratch = scratch._replace(config=config)
+        counters = Counters.allocate(case.shape.num_heads, case.shape.num_kv_heads, DEVICE, counts_keys=True)
+        output = torch.full_like(case.query, torch.nan, dtype=case.shape.dtype)
+        decode(*self.records(**({"output": output, "counters": counters} | options)), scratch)
+        assert counters.keys_read is not None
+        return output, counters, counters.keys_read
 
-    def arguments(self, **options: Any) -> dict[str, Any]:
-        """Keywords of `decode_shadow`."""
-        case, shape = self.case, self.case.shape
-        k_scale, v_scale = case.scales or (None, None)
-        return {
-            "projection": kernel_projection(self.projection),
-            "coefficients": case.coefficients,
-            "margin": self.margin,
-            "log_scale": self.log_scale,
-            "min_length": case.length_range[0],
-            "max_length": case.length_range[1],
-            "min_sparse_context": shape.min_sparse_context,
-            "num_sink": NUM_SINK,
-            "num_recent": NUM_RECENT,
-            "softmax_scale": case.softmax_scale,
-            "logits_soft_cap": shape.soft_cap,
-            "q_scale": case.q_scale,
-            "k_scale": k_scale,
-            "v_scale": v_scale,
-            "denominator_compensation": shape.exact,
-            "value_sum": case.value_sum if shape.value_mean else None,
-            "config": SCANNING,
-        } | options
+    def scratch(self, config: ShadowConfig = SCANNING) -> ShadowScratch:
+        """One for this step."""
+        shape = self.case.shape
+        sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size, shape.num_channels // 2)
+        return ShadowScratch.allocate(sizes, kv_dtype=self.case.kv_cache.dtype, device=DEVICE, config=config)
+
+    def records(
+        self,
+        output: torch.Tensor,
+        *,
+        margin: torch.Tensor | None = None,
+        log_scale: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[DecodeStep, LayerCall]:
+        """What the kernels take, as for `Case.records`."""
+        layer = self.layer
+        if margin is not None and log_scale is not None:
+            layer = layer._replace(margin=margin, log_unread_ratio=log_scale)
+        return self.case.records(output, shadow=layer, codes=self.codes, **options)
+
+    @property
+    def layer(self) -> ShadowLayer:
+        """The shadow keys, at one level."""
+        return ShadowLayer(
+            kernel_projection(self.projection), self.margin[None], self.log_scale[None], NUM_SINK, NUM_RECENT
+        )
+
+    def write_tails(self, before: list[int], after: list[int]) -> None:
+        """As `Case.write_tails`."""
+        self.case.write_tails(before, after, self.layer, self.codes)
 
     def ratio(self, row: int) -> torch.Tensor:
         """r of a sequence, `[num_heads]`."""
@@ -126,7 +123,7 @@ class ShadowCase:
         case, shape = self.case, self.case.shape
         key, value = case.sequence(row)
         options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
-        if shape.lens[row] <= shape.min_sparse_context:
+        if shape.lens[row] <= shape.max_dense_len:
             return dense_attention(case.new_query(row), key, value, **options)
         exact = shape.exact if exact is None else exact
         return top_theta_attention(
@@ -143,8 +140,8 @@ class ShadowCase:
         )
 
 
-def kernel_projection(projection: KeyProjection) -> ShadowProjection:
-    return ShadowProjection.build(projection.encoder, projection.decoder, projection.key_mean)
+def kernel_projection(projection: KeyProjection) -> ShadowCodec:
+    return ShadowCodec.build(projection.encoder, projection.decoder, projection.key_mean)
 
 
 def random_projection(shape: Shape) -> KeyProjection:
@@ -187,7 +184,7 @@ def make_shadow_case(shape: Shape, threshold: float | None = None, margin: float
 def check(
     shadow: ShadowCase,
     output: torch.Tensor,
-    counters: DecodeCounters,
+    counters: Counters,
     keys_read: torch.Tensor,
     *,
     all_values: bool = False,
@@ -203,7 +200,7 @@ def check(
             assert not output[row].any()
             continue
         result = shadow.reference(row)
-        is_dense = length <= shape.min_sparse_context
+        is_dense = length <= shape.max_dense_len
         survivors = result.survivors[0].view(shape.num_kv_heads, -1, length).any(1)
         if all_values and not is_dense:
             survivors = shadow.candidates(row)
@@ -215,7 +212,7 @@ def check(
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert keys_read.tolist() == keys.tolist()
-    assert counters.rows_read.tolist() == rows.tolist()
+    assert counters.value_rows_read.tolist() == rows.tolist()
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-3, atol=1e-5 * len(shape.lens))
     assert worst <= allowed + 1e-3, f"error {worst}, allowed {allowed} + 1e-3"
     check_codes(shadow)
@@ -239,7 +236,7 @@ def _near_integers(shadow: ShadowCase) -> torch.Tensor:
     case, cap = shadow.case, shadow.case.shape.soft_cap
     near = torch.zeros(case.shape.num_heads, dtype=torch.bool, device=DEVICE)
     for row, length in enumerate(case.shape.lens):
-        if length > case.shape.min_sparse_context:
+        if length > case.shape.max_dense_len:
             query = quantize_query(case.new_query(row), shadow.projection, softmax_scale=case.softmax_scale)
             wanted = thresholds(case)[row] - shadow.margin
             if cap is not None:

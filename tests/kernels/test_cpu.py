@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.cpu_case import decode
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels.cpu.values import values as cpu
+from vllm_toptheta.kernels.cpu.cache import write_kv
 from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
 
 # (num_heads, num_kv_heads, head_size)
@@ -60,15 +61,8 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
     threshold = threshold_between_scores(paged, query, 20, soft_cap)
     scale = query.shape[-1] ** -0.5
     exact, value_mean = "sdc" in compensation, "vmc" in compensation
-    result = cpu.decode(
-        query,
-        paged.kv_cache,
-        cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, block_size),
-        threshold=threshold,
-        softmax_scale=scale,
-        logits_soft_cap=soft_cap,
-        denominator_compensation=exact,
-        value_sum=paged.value_sum if value_mean else None,
+    result = decode(
+        query, paged, threshold, logits_soft_cap=soft_cap, denominator_compensation=exact, value_mean=value_mean
     )
     for row, length in enumerate(paged.seq_lens.tolist()):
         key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
@@ -96,8 +90,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
 def test_decode_that_keeps_everything_is_dense(threshold: float | None, dtype: torch.dtype) -> None:
     paged, query = sequences([1, 31, 32, 100], "gqa 3", 32, dtype)
     limit = None if threshold is None else torch.full(query.shape[:2], threshold)
-    batch = cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, 32)
-    result = cpu.decode(query, paged.kv_cache, batch, threshold=limit, softmax_scale=0.125, value_sum=paged.value_sum)
+    result = decode(query, paged, limit)
     for row, length in enumerate(paged.seq_lens.tolist()):
         key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = dense_attention(query[row : row + 1], key, value, softmax_scale=0.125)
@@ -109,15 +102,7 @@ def test_decode_that_keeps_everything_is_dense(threshold: float | None, dtype: t
 @pytest.mark.parametrize("exact", [True, False])
 def test_decode_without_survivors_is_the_mean_value(exact: bool) -> None:
     paged, query = sequences([5, 48, 90], "gqa 3", 16, torch.float32)
-    result = cpu.decode(
-        query,
-        paged.kv_cache,
-        cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, 16),
-        threshold=torch.full(query.shape[:2], torch.inf),
-        softmax_scale=0.125,
-        denominator_compensation=exact,
-        value_sum=paged.value_sum,
-    )
+    result = decode(query, paged, torch.full(query.shape[:2], torch.inf), denominator_compensation=exact)
     for row, length in enumerate(paged.seq_lens.tolist()):
         _, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = value.mean(0).repeat_interleave(3, dim=0)
@@ -126,26 +111,17 @@ def test_decode_without_survivors_is_the_mean_value(exact: bool) -> None:
     assert result.value_rows_read[:, 0].tolist() == [5, 0, 10]  # only the open page, for the mean
 
 
-@pytest.mark.parametrize("threshold", [None, 0.0])
-def test_decode_in_a_sliding_window_reads_nothing_outside(threshold: float | None) -> None:
+def test_decode_in_a_sliding_window_reads_nothing_outside() -> None:
     window = 20
     paged, query = sequences([7, 20, 75], "gqa 3", 16, torch.float32)
-    limit = None if threshold is None else torch.full(query.shape[:2], threshold)
-    result = cpu.decode(
-        query,
-        paged.kv_cache,
-        cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, 16),
-        threshold=limit,
-        softmax_scale=0.125,
-        sliding_window=window,
-    )
+    result = decode(query, paged, None, sliding_window=window)
     for row, length in enumerate(paged.seq_lens.tolist()):
         key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = top_theta_attention(
             query[row : row + 1],
             key[-window:],
             value[-window:],
-            threshold=-torch.inf if limit is None else limit[row : row + 1],
+            threshold=-torch.inf,
             target_k=0,
             softmax_scale=0.125,
             compensation=Compensation(value_mean=False),
@@ -158,7 +134,7 @@ def test_padding_slots_are_not_written() -> None:
     paged, _ = sequences([16], "mha", 16, torch.float32)
     before = paged.interleaved
     key = torch.ones(3, 2, 64)
-    cpu.write_kv(key, key, paged.kv_cache, torch.tensor([-1, 16 * int(paged.block_table[0, 0]) + 5, -1]))
+    write_kv(key, key, paged.kv_cache, torch.tensor([-1, 16 * int(paged.block_table[0, 0]) + 5, -1]))
     changed = ~torch.isclose(before, paged.interleaved, equal_nan=True)
     assert changed.nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[int(paged.block_table[0, 0]), 5]]
 
@@ -193,7 +169,5 @@ def test_value_sums_do_not_depend_on_how_the_tokens_came(steps: list[list[int]],
 def test_closing_a_page_twice_changes_nothing() -> None:
     paged, _ = sequences([64], "mha", 16, torch.float32)
     before = paged.value_sum.clone()
-    pages = cpu.ClosedPages.of_step(paged.block_table, torch.tensor([40]), torch.tensor([64]), 16)
-    assert pages is not None
-    cpu.close_pages(paged.kv_cache, paged.value_sum, pages)
+    paged.write_tails(torch.tensor([40]))
     torch.testing.assert_close(paged.value_sum, before, rtol=1e-6, atol=1e-6, equal_nan=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.test_cpu import TOLERANCE, sequences
-from vllm_toptheta.kernels.cpu.values import prefill as cpu_prefill
+from vllm_toptheta.kernels.cpu import prefill as cpu_prefill
 from vllm_toptheta.reference import Compensation, dense_attention, gather_sequence, top_theta_attention
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.cpu_case import Decoded, decode
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels.codec import ShadowProjection
-from vllm_toptheta.kernels.cpu.shadow import decode_shadow, write_codes
-from vllm_toptheta.kernels.cpu.values import values as cpu
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.contract import ShadowLayer
 from vllm_toptheta.kernels.pages import codes_view
 from vllm_toptheta.reference import (
     Compensation,
@@ -48,21 +48,23 @@ class Case:
     scale: torch.Tensor
     soft_cap: float | None
 
-    def run(self, **options: Any) -> cpu.DecodeResult:
-        paged = self.paged
-        arguments: dict[str, Any] = {
-            "projection": built(self.projection),
-            "threshold": self.threshold,
-            "margin": self.margin,
-            "scale": self.scale,
-            "num_sink": NUM_SINK,
-            "num_recent": NUM_RECENT,
-            "softmax_scale": self.query.shape[-1] ** -0.5,
-            "logits_soft_cap": self.soft_cap,
-            "value_sum": paged.value_sum,
-        }
-        batch = cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, paged.kv_cache.shape[2])
-        return decode_shadow(self.query, paged.kv_cache, self.codes, batch, **(arguments | options))
+    def run(
+        self, *, threshold: torch.Tensor | None = None, margin: torch.Tensor | None = None, **options: Any
+    ) -> Decoded:
+        return decode(
+            self.query,
+            self.paged,
+            self.threshold if threshold is None else threshold,
+            codes=self.codes,
+            shadow_layer=self.layer(self.margin if margin is None else margin),
+            logits_soft_cap=self.soft_cap,
+            **options,
+        )
+
+    def layer(self, margin: torch.Tensor) -> ShadowLayer:
+        """The shadow keys; every sequence is a level."""
+        ratio = torch.stack([self.scale.log(), torch.zeros_like(self.scale)], dim=-1)
+        return ShadowLayer(built(self.projection), margin, ratio, NUM_SINK, NUM_RECENT)
 
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         length = int(self.paged.seq_lens[row])
@@ -83,8 +85,13 @@ class Case:
         )
 
 
-def built(projection: KeyProjection) -> ShadowProjection:
-    return ShadowProjection.build(projection.encoder, projection.decoder, projection.key_mean)
+def built(projection: KeyProjection) -> ShadowCodec:
+    return ShadowCodec.build(projection.encoder, projection.decoder, projection.key_mean)
+
+
+def shadow_keys(projection: KeyProjection) -> ShadowLayer:
+    """What writing codes needs to know."""
+    return ShadowLayer(built(projection), torch.empty(0), torch.empty(0), 0, 0)
 
 
 def make_case(
@@ -110,9 +117,7 @@ def make_case(
     for lens in ([0, 10, 40, 100, 128], LENS):
         before = paged.seq_lens
         paged.append(lens, generator)
-        pages = cpu.ClosedPages.of_step(paged.block_table, before, paged.seq_lens, block_size)
-        if pages is not None:
-            write_codes(paged.kv_cache, codes, pages, projection=built(projection))
+        paged.write_tails(before, shadow_keys(projection), codes)
     query = torch.randn(len(LENS), num_heads, head_size, generator=generator).to(dtype)
     margin, scale = 0.3 * torch.rand(2, len(LENS), num_heads, generator=generator)
     rows = []
@@ -133,10 +138,8 @@ def make_case(
 def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None, compensation: str) -> None:
     case = make_case(shape, block_size, dtype, soft_cap)
     estimated, value_mean = "sdc" in compensation, "vmc" in compensation
-    options = {"denominator_compensation": estimated} | ({} if value_mean else {"value_sum": None})
-    result = case.run(**options)
+    result = case.run(denominator_compensation=estimated, value_mean=value_mean)
     group = case.query.shape[1] // case.paged.kv_cache.shape[1]
-    assert result.keys_read is not None
     for row, length in enumerate(LENS):
         candidates = case.candidates(row)
         expected, with_r = (
@@ -166,7 +169,6 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
 def test_thresholds_below_every_score_give_dense_attention(threshold: float) -> None:
     case = make_case("gqa 3")
     result = case.run(threshold=torch.full_like(case.threshold, threshold), margin=torch.full_like(case.margin, 1e4))
-    assert result.keys_read is not None
     for row, length in enumerate(LENS):
         expected = dense_attention(case.query[row : row + 1], *case.sequence(row), softmax_scale=0.125)
         torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
@@ -179,7 +181,6 @@ def test_thresholds_below_every_score_give_dense_attention(threshold: float) -> 
 def test_without_survivors_the_output_is_the_mean_value(threshold: float, estimated: bool) -> None:
     case = make_case("mha")
     result = case.run(threshold=torch.full_like(case.threshold, threshold), denominator_compensation=estimated)
-    assert result.keys_read is not None
     for row in range(len(LENS)):
         expected = case.sequence(row)[1].mean(0)
         torch.testing.assert_close(result.output[row], expected, **TOLERANCE)
@@ -200,9 +201,5 @@ def test_codes_are_the_references_however_the_tokens_came() -> None:
             assert float((stored != expected).float().mean()) < 1e-4
     assert bool((case.codes[table[2, 3]] == 0xA5).all())  # an open page
     written = case.codes.clone()
-    pages = cpu.ClosedPages.of_step(
-        case.paged.block_table, torch.zeros(len(LENS), dtype=torch.int64), case.paged.seq_lens, 16
-    )
-    assert pages is not None
-    write_codes(case.paged.kv_cache, case.codes, pages, projection=built(case.projection))
+    case.paged.write_tails(torch.zeros(len(LENS), dtype=torch.int64), shadow_keys(case.projection), case.codes)
     assert torch.equal(case.codes, written)

@@ -21,9 +21,10 @@ from tests.kernels.decode_case import (
     make_case,
     reference,
 )
+from vllm_toptheta.kernels.contract import Counters
 from vllm_toptheta.kernels.gpu.merge import _bucket
+from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
-from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -43,14 +44,14 @@ SHAPES = {
     "block size that is no power of two": Shape(LENS, block_size=48),
     "soft cap": Shape(LENS, soft_cap=5.0),
     "threshold curve": Shape(LENS, degree=2),
-    "short sequences kept": Shape(LENS, min_sparse_context=130),
-    "everything kept": Shape(LENS, min_sparse_context=1000),
+    "short sequences kept": Shape(LENS, max_dense_len=130),
+    "everything kept": Shape(LENS, max_dense_len=1000),
     "survivors only in Z": Shape(LENS, exact=False),
     "no value mean": Shape(LENS, value_mean=False),
     "neither": Shape(LENS, exact=False, value_mean=False),
     "float8_e4m3fn": Shape(LENS, kv_dtype=torch.float8_e4m3fn),
     "float8_e4m3fn queries too": Shape(LENS, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn),
-    "float8_e5m2": Shape(LENS, kv_dtype=torch.float8_e5m2, min_sparse_context=100),
+    "float8_e5m2": Shape(LENS, kv_dtype=torch.float8_e5m2, max_dense_len=100),
 }
 # few programs, so that sequences are split in the middle and programs cross from one to the next
 FEW = LaunchConfig(programs_per_sm=1, min_work=1)
@@ -77,8 +78,8 @@ def test_every_sequence_follows_its_own_rule(config: LaunchConfig | None) -> Non
     # the same tensors with other thresholds, in gaps between scores too
     cases = {
         common: make_case(shape),
-        dense: make_case(replace(shape, min_sparse_context=10**6)),
-        other: make_case(replace(shape, target_k=5, min_sparse_context=64)),
+        dense: make_case(replace(shape, max_dense_len=10**6)),
+        other: make_case(replace(shape, target_k=5, max_dense_len=64)),
     }
     # a curve that has the right value at 200 tokens only, where its rule clamps every length
     at_200 = torch.tensor(200.0, device=DEVICE).log()
@@ -90,7 +91,7 @@ def test_every_sequence_follows_its_own_rule(config: LaunchConfig | None) -> Non
     rule = {common: [common, 0, 1, 999], dense: [dense, 2**31 - 1, 1, 1], other: [other, 64, 200, 200]}
     garbage = [[7, 7, 7, 7]] * 3  # of rows behind the last
     rules = torch.tensor([rule[level] for level in levels] + garbage, dtype=torch.int32, device=DEVICE)
-    output, counters = cases[common].run(config, coefficients=coefficients, rules=rules, min_sparse_context=-1)
+    output, counters = cases[common].run(config, coefficients=coefficients, rules=rules, max_dense_len=-1)
     rows_read, tokens = 0, 0
     lost_mass = torch.zeros(4, dtype=torch.float64, device=DEVICE)
     for row, (length, level) in enumerate(zip(lens, levels, strict=True)):
@@ -106,25 +107,26 @@ def test_every_sequence_follows_its_own_rule(config: LaunchConfig | None) -> Non
         if level == common:
             tokens += 1
             lost_mass += result.lost_mass[0]
-    assert counters.rows_read.tolist() == rows_read.tolist()
+    assert counters.value_rows_read.tolist() == rows_read.tolist()
     assert counters.totals.tolist() == [7, 0, sum(lens), 1, 5]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [tokens] * 4 == [2] * 4
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5)
     # one rule for all is what the arguments say
     uniform = torch.tensor([[common, 64, 32, 40_000]] * len(lens), dtype=torch.int32, device=DEVICE)
     by_rule, ruled = cases[common].run(config, coefficients=coefficients, rules=uniform)
-    plain, counted = cases[common].run(config, coefficients=coefficients[common], min_sparse_context=64)
+    plain, counted = cases[common].run(config, coefficients=coefficients[common], max_dense_len=64)
     assert torch.equal(by_rule, plain)
-    assert all(torch.equal(one, two) for one, two in zip(vars(ruled).values(), vars(counted).values(), strict=True))
+    assert ruled.keys_read is counted.keys_read is None
+    assert all(torch.equal(one, two) for one, two in zip(ruled, counted, strict=True) if one is not None)
 
 
 def test_lists_longer_than_their_room_are_gathered_early() -> None:
     # every key of 33 tiles survives, three times as many as a lane has room for at once
-    shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, min_sparse_context=0)
+    shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, max_dense_len=0)
     case = make_case(shape)
     case.coefficients.fill_(-50.0)
     output, counters = case.run(LaunchConfig(programs_per_sm=1, min_work=1000))
-    assert counters.rows_read.tolist() == [shape.lens[0]]
+    assert counters.value_rows_read.tolist() == [shape.lens[0]]
     assert float(counters.lost_mass.abs().max()) == 0.0
     torch.testing.assert_close(output[0].float(), reference(case, 0).output[0], rtol=0, atol=2e-3)
 
@@ -134,9 +136,9 @@ def test_minus_infinity_is_dense_attention(exact: bool) -> None:
     case = make_case(Shape(LENS, exact=exact))
     case.coefficients.fill_(-torch.inf)
     output, counters = case.run()
-    dense, _ = case.run(min_sparse_context=10**6)
+    dense, _ = case.run(max_dense_len=10**6)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
-    assert counters.rows_read.tolist() == [sum(LENS)] * 2
+    assert counters.value_rows_read.tolist() == [sum(LENS)] * 2
     assert not counters.lost_mass.any()
 
 
@@ -150,7 +152,7 @@ def test_without_survivors_the_output_is_the_mean_value(threshold: float, exact:
         mean = case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
         torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
     assert counters.lost_mass.tolist() == pytest.approx([3.0] * 4)
-    assert counters.rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
+    assert counters.value_rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
 
 
 @pytest.mark.parametrize("lens", [(64, 65), (65, 64), (16, 17), (80, 32, 33, 16)])
@@ -175,7 +177,7 @@ def test_without_survivors_and_value_mean_the_output_is_zero() -> None:
     case.coefficients.fill_(torch.inf)
     output, counters = case.run()
     assert not output.any()
-    assert counters.rows_read.tolist() == [0, 0]
+    assert counters.value_rows_read.tolist() == [0, 0]
 
 
 def test_a_tie_survives() -> None:
@@ -191,31 +193,31 @@ def test_a_tie_survives() -> None:
     for threshold, survivors in ((2.0, 66), (1.0, 133), (0.0, 200)):
         case.coefficients.fill_(threshold)
         _, counters = case.run()
-        assert counters.rows_read.tolist() == [survivors, survivors]
+        assert counters.value_rows_read.tolist() == [survivors, survivors]
 
 
 @pytest.mark.parametrize(("programs", "min_work"), [(1, 1), (2, 4), (7, 1)])
 def test_the_output_hardly_depends_on_how_work_is_shared_out(programs: int, min_work: int) -> None:
-    case = make_case(Shape((400, 3, 0, 65, 128, 1), min_sparse_context=65))
+    case = make_case(Shape((400, 3, 0, 65, 128, 1), max_dense_len=65))
     expected, one = case.run(LaunchConfig(programs_per_sm=1, min_work=10_000))
     output, other = case.run(LaunchConfig(programs_per_sm=programs, min_work=min_work))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-3)
-    assert one.rows_read.tolist() == other.rows_read.tolist()
+    assert one.value_rows_read.tolist() == other.value_rows_read.tolist()
 
 
 def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     case = make_case(Shape(LENS))
-    workspace = DecodeWorkspace.allocate(16, 4, 2, 64, kv_dtype=torch.float16, device=DEVICE)
-    counters = DecodeCounters.allocate(4, 2, DEVICE)
-    first, _ = case.run(workspace=workspace, counters=counters)
-    once = counters.rows_read.clone()
-    again, _ = case.run(workspace=workspace, counters=counters)
+    scratch = Scratch.allocate(Sizes(16, 4, 2, 64), kv_dtype=torch.float16, device=DEVICE)
+    counters = Counters.allocate(4, 2, DEVICE)
+    first, _ = case.run(scratch=scratch, counters=counters)
+    once = counters.value_rows_read.clone()
+    again, _ = case.run(scratch=scratch, counters=counters)
     assert torch.equal(first, again)
-    assert counters.rows_read.tolist() == (2 * once).tolist()
+    assert counters.value_rows_read.tolist() == (2 * once).tolist()
     assert counters.totals.tolist() == [8, 0, 2 * sum(LENS), 2, 0]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [8] * 4
     counters.zero_()
-    assert not any(buffer.any() for buffer in vars(counters).values())
+    assert not any(buffer.any() for buffer in counters if buffer is not None)
 
 
 @triton.jit
@@ -266,14 +268,14 @@ def test_no_sequences_is_no_work() -> None:
         ("block_table", {"block_table": torch.zeros(1, 1, dtype=torch.int64)}),
         ("seq_lens", {"seq_lens": torch.zeros(2, dtype=torch.int32)}),
         ("coefficients", {"coefficients": torch.zeros(3, 1)}),
-        ("coefficients", {"coefficients": torch.zeros(2, 4, 1)}),  # levels without rules
+        ("coefficients", {"coefficients": torch.zeros(2, 3, 1)}),  # of every level
         ("value_sum", {"value_sum": torch.zeros(2, 2, 64, dtype=torch.float16)}),
     ],
 )
 def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) -> None:
     case = replace(make_case(Shape((16,))), **{name: tensor.to(DEVICE) for name, tensor in change.items()})
     with pytest.raises(ValueError, match=f"^{field}: "):
-        case.run(workspace=DecodeWorkspace.allocate(1, 4, 2, 64, kv_dtype=torch.float16, device=DEVICE))
+        case.run(scratch=Scratch.allocate(Sizes(1, 4, 2, 64), kv_dtype=torch.float16, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -292,8 +294,8 @@ def test_wrong_rules_are_named(rules: torch.Tensor) -> None:
         case.run(rules=rules.to(DEVICE), coefficients=case.coefficients[None])
 
 
-def test_a_workspace_for_fewer_sequences_is_refused() -> None:
+def test_a_scratch_for_fewer_sequences_is_refused() -> None:
     case = make_case(Shape((16, 16, 16)))
-    workspace = DecodeWorkspace.allocate(1, 4, 2, 64, kv_dtype=torch.float16, device=DEVICE)
-    with pytest.raises(ValueError, match="^workspace: "):
-        case.run(workspace=workspace)
+    scratch = Scratch.allocate(Sizes(1, 4, 2, 64), kv_dtype=torch.float16, device=DEVICE)
+    with pytest.raises(ValueError, match="^scratch: "):
+        case.run(scratch=scratch)

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import Case, Shape, check, make_case
-from tests.kernels.shadow_case import SCANNING, kernel_projection, make_shadow_case
+from tests.kernels.shadow_case import SCANNING, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
-from vllm_toptheta.kernels.gpu.codes import write_codes
-from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.contract import Layer, TailStep
+from vllm_toptheta.kernels.gpu.scratch import Scratch
+from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
+from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
-from vllm_toptheta.kernels.gpu.value_sums import close_pages
-from vllm_toptheta.kernels.gpu.values import DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
 
 pytestmark = [
@@ -67,7 +68,7 @@ def random_shape(kind: int, case: int) -> Shape:
         dtype=dtype,
         kv_dtype=kv_dtype,
         query_dtype=query_dtype,
-        min_sparse_context=drawn.choice([0, 0, 300, 5000]),
+        max_dense_len=drawn.choice([0, 0, 300, 5000]),
         target_k=drawn.choice([16, 128, 1000]),
         seed=1000 * kind + case,
         **columns,
@@ -81,55 +82,55 @@ def test_random_shapes(kind: int, case: int) -> None:
     check(step, *step.run())
 
 
-def graph_case() -> tuple[Case, DecodeWorkspace]:
+def graph_case() -> tuple[Case, Scratch]:
     shape = Shape(
         (5000, 40_000, 777, 128, 16, 33, 1000, 2048),
         num_heads=8,
         head_size=128,
         dtype=torch.bfloat16,
-        min_sparse_context=500,
+        max_dense_len=500,
         degree=1,
     )
     case = make_case(shape)
     _, _ = case.run()  # closes the pages that the last tokens fill
-    return case, DecodeWorkspace.allocate(8, 8, 2, 128, kv_dtype=torch.bfloat16, device="cuda")
+    return case, case.scratch()
 
 
 def test_a_replayed_graph_equals_the_eager_call() -> None:
-    case, workspace = graph_case()
+    case, scratch = graph_case()
     output = torch.full_like(case.query, torch.nan)
     # as the engine captures: lengths of 1, and what they were then must not matter
     lens = case.seq_lens.clone()
     case.seq_lens.fill_(1)
-    case.run(workspace=workspace, output=output)
+    case.run(scratch=scratch, output=output)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case_run(case, workspace, output)
+        case_run(case, scratch, output)
     for divisor in (1, 2, 3, 7):
         case.seq_lens.copy_(lens // divisor)
         case.seq_lens[-2:] = 0  # padding
         case.query.normal_()
         output.fill_(torch.nan)
         graph.replay()
-        expected, _ = case.run(workspace=workspace)
+        expected, _ = case.run(scratch=scratch)
         assert torch.equal(output, expected)
         assert not output[-2:].any()
 
 
 def test_a_replayed_graph_follows_rules_that_move() -> None:
-    case, workspace = graph_case()
+    case, scratch = graph_case()
     output = torch.full_like(case.query, torch.nan)
     common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
     rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
     others = case.coefficients + 0.3
     coefficients = torch.stack([case.coefficients, torch.full_like(others, -torch.inf), others])
-    ruled: dict[str, Any] = {"workspace": workspace, "coefficients": coefficients, "rules": rules}
+    ruled: dict[str, Any] = {"scratch": scratch, "coefficients": coefficients, "rules": rules}
     case.run(output=output, **ruled)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case_run(case, workspace, output, coefficients=coefficients, rules=rules)
+        case_run(case, scratch, output, coefficients=coefficients, rules=rules)
     for turn in range(4):
         rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
         rules[:8] = torch.tensor(rows, dtype=torch.int32)
@@ -138,27 +139,14 @@ def test_a_replayed_graph_follows_rules_that_move() -> None:
         expected, counters = case.run(**ruled)
         assert torch.equal(output, expected)
         assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
-        everything, _ = case.run(min_sparse_context=2**31 - 1)
+        everything, _ = case.run(max_dense_len=2**31 - 1)
         for row, rule in enumerate(rows):
             if rule is dense:
                 torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)
 
 
-def case_run(case: Case, workspace: DecodeWorkspace, output: torch.Tensor, **options: Any) -> None:
-    decode(
-        case.query,
-        case.kv_cache,
-        case.block_table,
-        case.seq_lens,
-        output=output,
-        workspace=workspace,
-        **{"coefficients": case.coefficients, **options},
-        min_length=case.length_range[0],
-        max_length=case.length_range[1],
-        min_sparse_context=case.shape.min_sparse_context,
-        softmax_scale=case.softmax_scale,
-        value_sum=case.value_sum,
-    )
+def case_run(case: Case, scratch: Scratch, output: torch.Tensor, **options: Any) -> None:
+    decode(*case.records(output, **options), scratch)
 
 
 def test_page_tails_are_kept_by_a_replayed_graph() -> None:
@@ -166,12 +154,12 @@ def test_page_tails_are_kept_by_a_replayed_graph() -> None:
     expected = case.value_sum.clone()
     starts = torch.arange(9, dtype=torch.int32, device="cuda")
     lens = case.seq_lens.clone()
-    arguments = case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts
-    close_pages(*arguments)
+    arguments = TailStep(case.block_table, case.seq_lens, starts, 1), case.cache(), Layer(1.0)
+    write_tails(*arguments)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        close_pages(*arguments)
+        write_tails(*arguments)
     for length in range(1, 100):
         case.seq_lens.copy_(lens.clamp(max=length))
         blocks = case.block_table[:, (length - 1) // 16].long()[lens >= length]
@@ -182,8 +170,8 @@ def test_page_tails_are_kept_by_a_replayed_graph() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    case, workspace = graph_case()
-    expected, _ = case.run(workspace=workspace)
+    case, scratch = graph_case()
+    expected, _ = case.run(scratch=scratch)
     num_blocks, num_kv_heads, block_size, content = case.kv_cache.shape
     page = padded_page_bytes(num_kv_heads * block_size * content * 2, num_kv_heads, content // 2) // 2
     many = 2**31 // page + num_blocks
@@ -195,12 +183,10 @@ def test_offsets_beyond_32_bits() -> None:
     value_sum[-num_blocks:] = case.value_sum
     table = torch.where(case.block_table < num_blocks, case.block_table + (many - num_blocks), case.block_table)
     moved = replace(case, kv_cache=cache, value_sum=value_sum, block_table=table)
-    output, _ = moved.run(workspace=workspace)
+    output, _ = moved.run(scratch=scratch)
     assert torch.equal(output, expected)
     value_sum[-num_blocks:] = torch.nan
-    starts = torch.zeros(9, dtype=torch.int32, device="cuda")
-    starts[1:] = case.seq_lens.cumsum(0)
-    close_pages(cache, value_sum, table, case.seq_lens, starts)
+    moved.write_tails([0] * 8, case.seq_lens.tolist())
     torch.testing.assert_close(value_sum[-num_blocks:], case.value_sum, rtol=1e-4, atol=1e-2, equal_nan=True)
 
 
@@ -232,30 +218,18 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call(config: ShadowC
     shape = replace(graph_case()[0].shape, num_channels=64)
     shadow = make_shadow_case(shape)
     case = shadow.case
-    starts = torch.zeros(9, dtype=torch.int32, device="cuda")
-    starts[1:] = case.seq_lens.cumsum(0)
     # the shorter lengths below end in other pages
-    write_codes(
-        case.kv_cache,
-        shadow.codes,
-        case.block_table,
-        case.seq_lens,
-        starts,
-        projection=kernel_projection(shadow.projection),
-        max_query_len=40_000,
-    )
-    close_pages(case.kv_cache, case.value_sum, case.block_table, case.seq_lens, starts)
-    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, kv_dtype=torch.bfloat16, device="cuda")
+    shadow.write_tails([0] * 8, list(shape.lens))
+    scratch = shadow.scratch(config)
     output = torch.full_like(case.query, torch.nan)
     lens = case.seq_lens.clone()
     case.seq_lens.fill_(1)
-    arguments = shadow.arguments(workspace=workspace, output=output, counters=None, keys_read=None, config=config)
-    tensors = case.query, case.kv_cache, shadow.codes, case.block_table, case.seq_lens
-    decode_shadow(*tensors, **arguments)
+    records = shadow.records(output)
+    decode_shadow(*records, scratch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode_shadow(*tensors, **arguments)
+        decode_shadow(*records, scratch)
     few_tokens = config.few_tokens * config.num_programs(2, num_multiprocessors(torch.device("cuda")))
     for divisor in (1, 2, 3, 7, 40):
         case.seq_lens.copy_(lens // divisor)
@@ -263,7 +237,7 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call(config: ShadowC
         case.query.normal_()
         output.fill_(torch.nan)
         graph.replay()
-        expected, _, keys_read = shadow.run(config, workspace=workspace)
+        expected, _, keys_read = shadow.run(config, scratch=scratch)
         assert torch.equal(output, expected)
         assert not output[-2:].any()
         num_tokens = int(case.seq_lens.sum())
@@ -274,12 +248,11 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call(config: ShadowC
 def test_a_replayed_graph_with_shadow_keys_follows_rules_that_move() -> None:
     shadow = make_shadow_case(replace(graph_case()[0].shape, num_channels=64))
     case = shadow.case
-    workspace = ShadowWorkspace.allocate(8, 8, 2, 128, 32, kv_dtype=torch.bfloat16, device="cuda")
+    scratch = shadow.scratch()
     output = torch.full_like(case.query, torch.nan)
     common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
     rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
     ruled: dict[str, Any] = {
-        "workspace": workspace,
         "rules": rules,
         "coefficients": torch.stack(
             [case.coefficients, torch.full_like(case.coefficients, -torch.inf), case.coefficients + 0.3]
@@ -287,22 +260,21 @@ def test_a_replayed_graph_with_shadow_keys_follows_rules_that_move() -> None:
         "margin": torch.stack([shadow.margin, torch.zeros_like(shadow.margin), shadow.margin + 0.1]),
         "log_scale": torch.stack([shadow.log_scale, torch.zeros_like(shadow.log_scale), shadow.log_scale - 0.2]),
     }
-    tensors = case.query, case.kv_cache, shadow.codes, case.block_table, case.seq_lens
-    arguments = shadow.arguments(output=output, counters=None, keys_read=None, **ruled)
-    decode_shadow(*tensors, **arguments)
+    records = shadow.records(output, **ruled)
+    decode_shadow(*records, scratch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode_shadow(*tensors, **arguments)
+        decode_shadow(*records, scratch)
     for turn in range(4):
         rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
         rules[:8] = torch.tensor(rows, dtype=torch.int32)
         output.fill_(torch.nan)
         graph.replay()
-        expected, counters, _ = shadow.run(**ruled)
+        expected, counters, _ = shadow.run(scratch=scratch, **ruled)
         assert torch.equal(output, expected)
         assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
-        everything, _, _ = shadow.run(min_sparse_context=2**31 - 1)
+        everything, _, _ = shadow.run(max_dense_len=2**31 - 1)
         for row, rule in enumerate(rows):
             if rule is dense:
                 torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)

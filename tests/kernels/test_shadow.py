@@ -14,12 +14,13 @@ from tests.kernels.shadow_case import (
     ShadowCase,
     check,
     check_codes,
-    kernel_projection,
     make_shadow_case,
 )
-from vllm_toptheta.kernels.codec import ShadowProjection
-from vllm_toptheta.kernels.gpu.codes import write_codes
-from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, Sizes
+from vllm_toptheta.kernels.gpu.shadow import decode
+from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
 
 pytestmark = [
@@ -45,8 +46,8 @@ SHAPES = {
     "block size that is no power of two": Shape(LENS, block_size=48, num_channels=32),
     "soft cap": Shape(LENS, soft_cap=5.0, num_channels=32),
     "threshold curve": Shape(LENS, degree=2, num_channels=32),
-    "short sequences kept": Shape(LENS, min_sparse_context=130, num_channels=32),
-    "everything kept": Shape(LENS, min_sparse_context=1000, num_channels=32),
+    "short sequences kept": Shape(LENS, max_dense_len=130, num_channels=32),
+    "everything kept": Shape(LENS, max_dense_len=1000, num_channels=32),
     "survivors only in Z": Shape(LENS, exact=False, num_channels=32),
     "no value mean": Shape(LENS, value_mean=False, num_channels=32),
     "float8_e4m3fn": Shape(LENS, kv_dtype=torch.float8_e4m3fn, num_channels=32),
@@ -112,7 +113,7 @@ def test_lists_longer_than_their_room_are_walked_early() -> None:
     shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, num_channels=32)
     shadow = make_shadow_case(shape, threshold=-50.0)
     output, counters, keys_read = shadow.run(replace(FEW, min_work=1000, list_depth=8, chunk_tiles=2))
-    assert keys_read.tolist() == counters.rows_read.tolist() == [shape.lens[0]]
+    assert keys_read.tolist() == counters.value_rows_read.tolist() == [shape.lens[0]]
     assert float(counters.lost_mass.abs().max()) == 0.0
     torch.testing.assert_close(output[0].float(), shadow.reference(0).output[0], rtol=0, atol=2e-3)
 
@@ -121,9 +122,9 @@ def test_minus_infinity_is_dense_attention() -> None:
     shadow = make_shadow_case(SHAPES["plain"], threshold=-1.0)
     shadow.case.coefficients.fill_(-torch.inf)
     output, counters, keys_read = shadow.run(FEW)
-    dense, _, _ = shadow.run(FEW, min_sparse_context=10**6)
+    dense, _, _ = shadow.run(FEW, max_dense_len=10**6)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
-    assert keys_read.tolist() == counters.rows_read.tolist() == [sum(LENS)] * 2
+    assert keys_read.tolist() == counters.value_rows_read.tolist() == [sum(LENS)] * 2
     assert not counters.lost_mass.any()
 
 
@@ -136,7 +137,7 @@ def test_without_survivors_the_output_is_the_mean_value(threshold: float) -> Non
         mean = shadow.case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
         torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
     assert counters.lost_mass.tolist() == pytest.approx([3.0] * 4)
-    assert counters.rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
+    assert counters.value_rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
     # sinks, recent ones, and the page of the new token
     assert keys_read.tolist() == [5 + (3 + 16) + (3 + 10)] * 2
 
@@ -151,11 +152,11 @@ def test_a_soft_cap_below_the_threshold_leaves_no_candidates() -> None:
 
 @pytest.mark.parametrize(("programs", "min_work"), [(1, 1), (2, 4), (7, 1)])
 def test_the_output_hardly_depends_on_how_work_is_shared_out(programs: int, min_work: int) -> None:
-    shadow = make_shadow_case(Shape((400, 3, 0, 65, 128, 1), min_sparse_context=65, num_channels=32))
+    shadow = make_shadow_case(Shape((400, 3, 0, 65, 128, 1), max_dense_len=65, num_channels=32))
     expected, one, keys = shadow.run(replace(FEW, min_work=10_000))
     output, other, other_keys = shadow.run(replace(FEW, programs_per_sm=programs, min_work=min_work))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-3)
-    assert one.rows_read.tolist() == other.rows_read.tolist()
+    assert one.value_rows_read.tolist() == other.value_rows_read.tolist()
     assert keys.tolist() == other_keys.tolist()
 
 
@@ -185,17 +186,16 @@ def test_every_sequence_by_its_own_rule() -> None:
     output, counters, keys_read = shadow.run(FEW, **levels)
     other = {
         "coefficients": far,
-        "margin": other_margin,
-        "log_scale": other_scale,
-        "min_length": 100,
-        "max_length": 120,
-        "min_sparse_context": 0,
+        "margin": other_margin[None],
+        "log_scale": other_scale[None],
+        "rules": torch.tensor([[0, 0, 100, 120]] * 6, dtype=torch.int32, device=DEVICE),
     }
+    kept = other | {"rules": torch.tensor([[0, 400, 100, 120]] * 6, dtype=torch.int32, device=DEVICE)}
     runs = {
-        0: {"min_sparse_context": 64},
-        1: {"min_sparse_context": 10**6},
+        0: {"max_dense_len": 64},
+        1: {"max_dense_len": 10**6},
         2: other,
-        4: other | {"min_sparse_context": 400},
+        4: kept,
         5: other,
     }
     total = 0
@@ -231,11 +231,13 @@ def test_a_page_that_another_sequence_fills_in_the_same_step_is_scanned() -> Non
 
 def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
     shadow = make_shadow_case(SHAPES["plain"])
-    workspace = ShadowWorkspace.allocate(16, 4, 2, 64, 16, kv_dtype=torch.float16, device=DEVICE, config=FEW)
-    keys_read = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    first, _, _ = shadow.run(FEW, workspace, keys_read=keys_read)
+    sizes = Sizes(16, 4, 2, 64, code_bytes=16)
+    scratch = ShadowScratch.allocate(sizes, kv_dtype=torch.float16, device=DEVICE, config=FEW)
+    counters = Counters.allocate(4, 2, DEVICE, counts_keys=True)
+    first, _, _ = shadow.run(FEW, scratch, counters=counters)
+    keys_read = counters.keys_read
     once = keys_read.clone()
-    again, _, _ = shadow.run(FEW, workspace, keys_read=keys_read)
+    again, _, _ = shadow.run(FEW, scratch, counters=counters)
     assert torch.equal(first, again)
     assert keys_read.tolist() == (2 * once).tolist()
 
@@ -243,11 +245,11 @@ def test_a_repeated_call_gives_the_same_bits_and_counts_twice() -> None:
 def test_counting_is_optional() -> None:
     shadow = make_shadow_case(SHAPES["plain"])
     expected, _, _ = shadow.run(FEW)
-    output, untouched, _ = shadow.run(FEW, counters=None, keys_read=None)
+    output, untouched, _ = shadow.run(FEW, counters=None)
     assert torch.equal(output, expected)
     assert not untouched.totals.any()
     with pytest.raises(ValueError, match="^keys_read: "):
-        shadow.run(FEW, keys_read=None)
+        shadow.run(FEW, counters=Counters.allocate(4, 2, DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,9 @@ def test_counting_is_optional() -> None:
         ("codes", {"codes": torch.zeros(2, 2, 16, 8, dtype=torch.uint8)}),
         ("codes", {"codes": torch.zeros(2, 2, 16, 16, dtype=torch.uint8).mT}),
         ("margin", {"margin": torch.zeros(3)}),
-        ("log_scale", {"log_scale": torch.zeros(4, 2, dtype=torch.float64)}),
-        ("log_scale", {"log_scale": torch.zeros(4)}),
-        ("log_scale", {"log_scale": torch.zeros(2, 4).mT}),
+        ("log_unread_ratio", {"log_scale": torch.zeros(4, 2, dtype=torch.float64)}),
+        ("log_unread_ratio", {"log_scale": torch.zeros(4)}),
+        ("log_unread_ratio", {"log_scale": torch.zeros(2, 4).mT}),
     ],
 )
 def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) -> None:
@@ -267,18 +269,22 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
         replace(shadow, **{name: tensor.to(DEVICE) for name, tensor in change.items()}).run(FEW)
 
 
-def test_other_workspaces_and_projections_are_refused() -> None:
+def test_other_scratches_and_codecs_are_refused() -> None:
     shadow = make_shadow_case(Shape((16, 16, 16), num_channels=32))
-    with pytest.raises(ValueError, match="^workspace: "):
-        shadow.run(FEW, ShadowWorkspace.allocate(1, 4, 2, 64, 16, kv_dtype=torch.float16, device=DEVICE, config=FEW))
-    whole = kernel_projection(shadow.projection)
-    one_head = ShadowProjection(*(tensor[:1] for tensor in vars(whole).values()))
-    with pytest.raises(ValueError, match="^projection: "):
-        shadow.run(FEW, projection=one_head)
+    small = ShadowScratch.allocate(Sizes(1, 4, 2, 64, code_bytes=16), kv_dtype=torch.float16, device=DEVICE, config=FEW)
+    with pytest.raises(ValueError, match="^scratch: "):
+        shadow.run(FEW, small)
+    step, call = shadow.records(torch.empty_like(shadow.case.query))
+    one_head = ShadowCodec(*(tensor[:1] for tensor in vars(shadow.layer.codec).values()))
+    other = call._replace(layer=call.layer._replace(shadow=shadow.layer._replace(codec=one_head)))
+    with pytest.raises(ValueError, match="^codec: "):
+        decode(step, other, shadow.scratch(FEW))
+    with pytest.raises(ValueError, match="^shadow: None"):
+        decode(step, call._replace(layer=call.layer._replace(shadow=None)), shadow.scratch(FEW))
     with pytest.raises(ValueError, match="^encoder: projects to 48 channels, expected one of 32, 64$"):
-        ShadowProjection.build(torch.zeros(2, 64, 48), torch.zeros(2, 48, 64), torch.zeros(2, 64))
+        ShadowCodec.build(torch.zeros(2, 64, 48), torch.zeros(2, 48, 64), torch.zeros(2, 64))
     with pytest.raises(ValueError, match="^decoder: "):
-        ShadowProjection.build(torch.zeros(2, 64, 32), torch.zeros(2, 64, 32), torch.zeros(2, 64))
+        ShadowCodec.build(torch.zeros(2, 64, 32), torch.zeros(2, 64, 32), torch.zeros(2, 64))
 
 
 CODE_SHAPES = {
@@ -292,20 +298,7 @@ CODE_SHAPES = {
 
 def step(shadow: ShadowCase, before: list[int], after: list[int]) -> None:
     """The sequences grow from `before` to `after`."""
-    case = shadow.case
-    lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
-    query_lens = [end - start for start, end in zip(before, after, strict=True)]
-    starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
-    write_codes(
-        case.kv_cache,
-        shadow.codes,
-        case.block_table,
-        lens,
-        starts,
-        projection=kernel_projection(shadow.projection),
-        k_scale=None if case.scales is None else case.scales[0],
-        max_query_len=max(query_lens),
-    )
+    shadow.write_tails(before, after)
 
 
 @pytest.mark.parametrize("name", CODE_SHAPES)
@@ -343,6 +336,6 @@ def test_wrong_arguments_of_the_writer_are_named(field: str) -> None:
         "query_start_loc": torch.zeros(3, dtype=torch.int32, device=DEVICE),
     }
     arguments[field] = arguments[field].double()
-    projection = kernel_projection(shadow.projection)
+    cache = LayerCache(shadow.case.kv_cache, codes=arguments.pop("codes"))
     with pytest.raises(ValueError, match=f"^{field}: "):
-        write_codes(shadow.case.kv_cache, **arguments, projection=projection, max_query_len=64)
+        write_tails(TailStep(**arguments, max_query_len=64), cache, Layer(1.0, shadow=shadow.layer))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Case, Shape, check_closed_pages, make_case
+from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
 from vllm_toptheta.kernels.gpu import value_sums
-from vllm_toptheta.kernels.gpu.value_sums import close_pages
+from vllm_toptheta.kernels.gpu.tails import write_tails
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 
@@ -24,9 +25,7 @@ SHAPES = {
 
 def step(case: Case, before: list[int], after: list[int]) -> None:
     """The sequences grow from `before` to `after`."""
-    lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
-    starts = torch.tensor([0, *after], device=DEVICE) - torch.tensor([0, *before], device=DEVICE)
-    close_pages(case.kv_cache, case.value_sum, case.block_table, lens, starts.cumsum(0).int())
+    case.write_tails(before, after)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -87,5 +86,6 @@ def test_wrong_arguments_are_named(field: str) -> None:
         "query_start_loc": torch.zeros(3, dtype=torch.int32, device=DEVICE),
     }
     arguments[field] = arguments[field].double()
+    cache = LayerCache(case.kv_cache, arguments.pop("value_sum"))
     with pytest.raises(ValueError, match=f"^{field}: "):
-        close_pages(case.kv_cache, **arguments)
+        write_tails(TailStep(**arguments, max_query_len=64), cache, Layer(1.0))

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import cpu_case
+from tests.kernels.cpu_case import Decoded
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels.cpu.values import values as cpu
 from vllm_toptheta.reference import gather_sequence
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 64, 16
@@ -37,16 +38,9 @@ def cached(lens: list[int], seed: int) -> tuple[PagedSequences, torch.Tensor]:
     return paged, torch.randn(len(lens), NUM_HEADS, HEAD_SIZE, generator=generator)
 
 
-def decode(paged: PagedSequences, query: torch.Tensor, threshold: torch.Tensor, compensation: str) -> cpu.DecodeResult:
-    return cpu.decode(
-        query,
-        paged.kv_cache,
-        cpu.DecodeBatch.of_step(paged.block_table, paged.seq_lens, BLOCK_SIZE),
-        threshold=threshold,
-        softmax_scale=HEAD_SIZE**-0.5,
-        denominator_compensation="sdc" in compensation,
-        value_sum=paged.value_sum if "vmc" in compensation else None,
-    )
+def decode(paged: PagedSequences, query: torch.Tensor, threshold: torch.Tensor, compensation: str) -> Decoded:
+    has_denominator, has_mean = "sdc" in compensation, "vmc" in compensation
+    return cpu_case.decode(query, paged, threshold, denominator_compensation=has_denominator, value_mean=has_mean)
 
 
 @pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none"])

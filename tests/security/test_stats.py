@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.telemetry.counters import LayerCounters
+from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry.stats import Stats
 
 OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard", "levels"}

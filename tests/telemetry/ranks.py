@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.telemetry.counters import LayerCounters
+from vllm_toptheta.backend.counters import LayerCounters
+from vllm_toptheta.kernels.cpu.scratch import Counted
 from vllm_toptheta.telemetry.reader import STATS_RPC
 
 
 def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
     """The report of a worker with these layers."""
-    for layer in counters:
-        layer.settle()
-    totals = counters[0].totals.tolist() if counters else [0] * 5
+    totals = counters[0].settled().totals.tolist() if counters else [0] * 5
     decode_tokens, dense_tokens, _, decode_steps, asked_tokens = totals
     return {
         "mode": "values",
@@ -58,12 +57,15 @@ def counted(
     tokens = len(rows_read)
     order = torch.arange(tokens)
     is_sparse = (order >= num_short).long()[:, None]
-    counters.add(
-        torch.tensor([tokens, num_short, 100 * tokens, 1, num_asked]),
-        is_counted=is_sparse * (order < tokens - num_asked).long()[:, None],
-        rows_read=torch.tensor(rows_read),
-        lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
-        keys_read=None if keys_read is None else torch.tensor(keys_read),
+    counters.scratch.add(
+        counters.buffers,
+        Counted(
+            torch.tensor([tokens, num_short, 100 * tokens, 1, num_asked]),
+            is_counted=is_sparse * (order < tokens - num_asked).long()[:, None],
+            value_rows_read=torch.tensor(rows_read),
+            lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
+            keys_read=torch.tensor(rows_read if keys_read is None else keys_read),
+        ),
     )
     return counters
 

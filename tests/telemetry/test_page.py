@@ -21,8 +21,8 @@ from fastapi import FastAPI
 
 from tests.browser import CHROMIUM, WHY_NOT, Page, new_page
 from tests.telemetry.ranks import Engine, counted, rank
+from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry import reader
-from vllm_toptheta.telemetry.counters import LayerCounters
 from vllm_toptheta.telemetry.endpoint import StatsEndpoint
 
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT), pytest.mark.timeout(180)]

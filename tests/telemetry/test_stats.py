@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.telemetry.ranks import counted, rank
-from vllm_toptheta.telemetry.counters import MAX_PENDING, LayerCounters
+from vllm_toptheta.backend.counters import LayerCounters
+from vllm_toptheta.kernels.cpu.scratch import MAX_PENDING, Counted
 from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
 
 
@@ -58,19 +59,16 @@ def test_steps_are_counted_many_at_once() -> None:
     masses = torch.rand(3 * MAX_PENDING + 5, 1, 2, generator=torch.Generator().manual_seed(0))
     counts = []
     for step, lost_mass in enumerate(masses):
-        together.add(
-            torch.tensor([1, step % 2, 10, 1, 0]),
-            is_counted=torch.tensor([[1 - step % 2]]),
-            rows_read=torch.tensor([[step]]),
-            lost_mass=lost_mass,
-        )
-        counts.append(int(together.totals[0]))
+        totals, rows_read = torch.tensor([1, step % 2, 10, 1, 0]), torch.tensor([[step]])
+        step_counted = Counted(totals, torch.tensor([[1 - step % 2]]), rows_read, lost_mass, rows_read)
+        together.scratch.add(together.buffers, step_counted)
+        counts.append(int(together.buffers.totals[0]))
     # while they are pending, the buffers stand still
     assert sorted(set(counts)) == [0, MAX_PENDING, 2 * MAX_PENDING, 3 * MAX_PENDING]
     histogram = together.histogram()
     sparse = masses[::2].flatten()
-    assert together.totals.tolist() == [len(masses), len(masses) // 2, 10 * len(masses), len(masses), 0]
-    assert together.rows_read.tolist() == [sum(range(len(masses)))]
+    assert together.buffers.totals.tolist() == [len(masses), len(masses) // 2, 10 * len(masses), len(masses), 0]
+    assert together.buffers.value_rows_read.tolist() == [sum(range(len(masses)))]
     assert histogram["counts"] == [
         int(((sparse <= edge) & (sparse > below)).sum())
         for below, edge in zip((-1.0, *LOST_MASS_EDGES), LOST_MASS_EDGES, strict=False)
@@ -99,12 +97,8 @@ def test_tokens_of_requests_with_a_level_of_their_own_count_neither() -> None:
 def test_buckets_are_powers_of_two_that_include_their_upper_edge() -> None:
     counters = LayerCounters(1, [0], num_queries_per_kv=4)
     masses = torch.tensor([[0.0, 2.0**-9, 2.0**-8, 1.0], [0.3, 0.5, 0.51, 1.0]])
-    counters.add(
-        torch.tensor([2, 0, 9, 1, 0]),
-        is_counted=torch.ones(2, 1, dtype=torch.int64),
-        rows_read=torch.tensor([[1], [1]]),
-        lost_mass=masses,
-    )
+    ones = torch.ones(2, 1, dtype=torch.int64)
+    counters.scratch.add(counters.buffers, Counted(torch.tensor([2, 0, 9, 1, 0]), ones, ones, masses, ones))
     assert LOST_MASS_EDGES[0] == 2.0**-9
     assert LOST_MASS_EDGES[-1] == 1.0
     assert counters.histogram()["counts"] == [2, 1, 0, 0, 0, 0, 0, 0, 2, 3]

@@ -8,7 +8,6 @@ token side by side, head by head), so it shares nothing with vLLM's own CPU kern
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,28 +27,38 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_toptheta.backend.compat import install_page_tails
-from vllm_toptheta.backend.levels import COMMON, DENSE
+from vllm_toptheta.backend.levels import DENSE
 from vllm_toptheta.backend.pages import more_memory
-from vllm_toptheta.backend.plan import LayerPlan, Plan
-from vllm_toptheta.backend.requests import RequestLevels
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall, TailStep
+from vllm_toptheta.kernels.cpu import shadow, values
+from vllm_toptheta.kernels.cpu.batch import prepare_decode, prepare_tails
+from vllm_toptheta.kernels.cpu.cache import write_kv
 from vllm_toptheta.kernels.cpu.prefill import prefill, sparse_prefill
-from vllm_toptheta.kernels.cpu.shadow import decode_shadow, write_codes
-from vllm_toptheta.kernels.cpu.values import values as kernels
-from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+from vllm_toptheta.kernels.cpu.scratch import CpuScratch
+from vllm_toptheta.kernels.cpu.tails import write_tails
+from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens of one sequence that are not decoded: part of a prompt, or computed again after a preemption."""
+    """Tokens of one sequence that are not decoded: part of a prompt, or computed again after a preemption.
 
-    tokens: slice  # in the step's flat token axis
-    block_table: torch.Tensor  # [max_blocks] int32
+    Attributes:
+        tokens: Where they stand in the step's flat token axis.
+        block_table: [max_blocks] int32.
+        seq_len: Cached tokens, these included.
+        rule: [4] int64, see `kernels.contract`.
+    """
+
+    tokens: slice
+    block_table: torch.Tensor
     seq_len: int
-    rule: torch.Tensor  # [4] int64, see `kernels.rules`
+    rule: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,28 +66,16 @@ class StepMetadata(AttentionMetadata):
     """One step, prepared once for all layers.
 
     Attributes:
-        decodes: The sequences that decode, or None.
+        decode: The sequences that decode, or None.
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
-        length_powers: [num_decodes, degree + 1] float32, see `Plan.length_powers`; None if no threshold applies.
-        log_lengths: [num_decodes] float32, see `Plan.log_lengths`.
-        levels: [num_decodes] int64, whose thresholds apply, or the one of all.
-        is_dense: [num_decodes, 1] bool, sequences that keep every key.
-        is_counted: [num_decodes, 1] int64, 1 where thresholds of level 0 apply.
-        totals: [5] int64, what the step adds to `LayerCounters.totals`.
         prefills: Everything that is not decoding.
-        closed_pages: Pages that become full, or None.
+        tails: All sequences.
     """
 
-    decodes: kernels.DecodeBatch | None
+    decode: DecodeStep | None
     decode_tokens: torch.Tensor | slice
-    length_powers: torch.Tensor | None
-    log_lengths: torch.Tensor
-    levels: torch.Tensor | int
-    is_dense: torch.Tensor
-    is_counted: torch.Tensor
-    totals: torch.Tensor
     prefills: list[PrefillChunk]
-    closed_pages: kernels.ClosedPages | None
+    tails: TailStep
 
 
 class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -89,14 +86,17 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = Plan.resolve(vllm_config)
-        if get_tensor_model_parallel_rank() == 0:
+        rank = get_tensor_model_parallel_rank()
+        if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         self.requests = request_levels(self.plan, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
-            if isinstance(layer.impl, CpuTopThetaImpl):
-                layer.impl.bind(self.plan, extract_layer_index(name), self.requests)
-                layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
+            impl = layer.impl
+            if isinstance(impl, CpuTopThetaImpl):
+                layer_idx = extract_layer_index(name)
+                impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
+                layer_plans += [impl.layer_plan] if impl.layer_plan else []
         self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
@@ -105,46 +105,29 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.watch.step()
         common = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1]
         query_lens = starts.diff()
-        seq_lens = common.seq_lens[: common.num_reqs].long()
+        seq_lens = common.seq_lens[: common.num_reqs]
         block_table = common.block_table_tensor[: common.num_reqs]
         is_decode = query_lens == 1
         if common.is_prefilling is not None:
             # the last token of a prompt is dense too, also when it is the only one left to compute
             is_decode &= ~common.is_prefilling[: common.num_reqs]
-        rules = self.requests.rules.long()
-        decode_rows = torch.nonzero(is_decode).flatten()
+        rules = self.requests.rules
+        rows = torch.nonzero(is_decode).flatten()
         prefills = [
             PrefillChunk(
-                slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]), rules[row]
+                slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]), rules[row].long()
             )
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
-        lengths = seq_lens[decode_rows]
-        levels, dense_lengths, _, _ = rules[decode_rows].unbind(dim=1)
-        is_dense, is_common = lengths <= dense_lengths, levels == COMMON
+        decode = DecodeStep(block_table[rows], seq_lens[rows], rules=rules[rows]) if len(rows) else None
+        tails = TailStep(block_table, seq_lens, starts, max_query_len=int(query_lens.max()))
         return StepMetadata(
-            decodes=(
-                kernels.DecodeBatch.of_step(block_table[decode_rows], lengths, block_size) if len(decode_rows) else None
-            ),
-            decode_tokens=starts[:-1][decode_rows] if prefills else slice(0, len(decode_rows)),
-            length_powers=None if bool(is_dense.all()) else self.plan.length_powers(lengths, rules[decode_rows]),
-            log_lengths=self.plan.log_lengths(lengths, rules[decode_rows]),
-            levels=COMMON if bool(is_common.all()) else levels,
-            is_dense=is_dense[:, None],
-            is_counted=(~is_dense & is_common).long()[:, None],
-            totals=torch.tensor(
-                [
-                    len(lengths),
-                    int((is_dense & is_common).sum()),
-                    int(lengths.sum()),
-                    len(lengths) > 0,
-                    int((~is_common).sum()),
-                ]
-            ),
+            decode=None if decode is None else prepare_decode(decode, block_size),
+            decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
             prefills=prefills,
-            closed_pages=kernels.ClosedPages.of_step(block_table, seq_lens - query_lens, seq_lens, block_size),
+            tails=prepare_tails(tails, block_size),
         )
 
 
@@ -187,7 +170,7 @@ class CpuTopThetaBackend(AttentionBackend):
         return False
 
 
-class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
+class CpuTopThetaImpl(SparseLayer, AttentionImpl[StepMetadata]):
     """One layer's attention on one rank."""
 
     def __init__(
@@ -204,38 +187,20 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **unsupported: Any,
     ) -> None:
-        refused = {
-            "ALiBi": alibi_slopes is not None,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            **{f"layer option {name}": value is not None for name, value in unsupported.items()},
-        }
-        if reasons := [reason for reason, applies in refused.items() if applies]:
-            raise UnsupportedError(
-                f"attention backend toptheta does not support {', '.join(reasons)}",
-                remedy="Serve this model without --attention-backend toptheta",
-            )
-        install_page_tails(Plan.code_bytes_of)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.sliding_window = sliding_window
-        self.logits_soft_cap = logits_soft_cap or None
-        self.plan: Plan | None = None
-        self.layer_plan: LayerPlan | None = None  # None in a dense layer
-        self.requests: RequestLevels | None = None
-
-    def bind(self, plan: Plan, layer: int, requests: RequestLevels) -> None:
-        """Take this layer's share of the plan; vLLM may build its metadata builders more than once."""
-        if self.plan is None:
-            self.plan, self.requests = plan, requests
-            if self.sliding_window is None:
-                self.layer_plan = plan.for_layer(
-                    layer,
-                    num_heads=self.num_heads,
-                    num_kv_heads=self.num_kv_heads,
-                    rank=get_tensor_model_parallel_rank(),
-                )
+        self.logits_soft_cap = logits_soft_cap
+        self._uncounted = CpuScratch()  # of a dense layer
+        self.prepare(
+            {
+                "ALiBi": alibi_slopes is not None,
+                "KV sharing between layers": kv_sharing_target_layer_name is not None,
+                **{f"layer option {name}": value is not None for name, value in unsupported.items()},
+            }
+        )
 
     def do_kv_cache_update(
         self,
@@ -246,7 +211,7 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         tokens = len(slot_mapping)
-        kernels.write_kv(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+        write_kv(key[:tokens], value[:tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -273,124 +238,40 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("attention backend toptheta does not quantise its output")
-        if attn_metadata is None:
+        if attn_metadata is None or self.layer is None:
             return output.zero_()
         step = attn_metadata
-        uses_mean = self.layer_plan is not None and self.layer_plan.value_mean_compensation
-        value_sum = value_sum_view(kv_cache) if uses_mean else None
-        if value_sum is not None and step.closed_pages is not None:
-            kernels.close_pages(kv_cache, value_sum, step.closed_pages)
-        shadow = None if self.layer_plan is None else self.layer_plan.shadow
-        if shadow is not None and step.closed_pages is not None:
-            # before anything is decoded: a sequence may stand on pages that another one fills in this very step
-            codes = codes_view(kv_cache, shadow.code_bytes)
-            write_codes(kv_cache, codes, step.closed_pages, projection=shadow.projection)
-        if step.decodes is not None:
-            decoded = self._decode(query[step.decode_tokens], kv_cache, step, step.decodes, value_sum)
-            output[step.decode_tokens] = decoded.to(output.dtype)
+        cache = LayerCache.of(kv_cache, self.layer)
+        write_tails(step.tails, cache, self.layer)
+        if step.decode is not None:
+            decoded = query[step.decode_tokens]
+            call = LayerCall(decoded, torch.empty(decoded.shape, dtype=torch.float32), cache, self.layer)
+            scratch = self._uncounted if self.layer_plan is None else self.layer_plan.counters.scratch
+            (values if self.layer.shadow is None else shadow).decode(step.decode, call, scratch)
+            output[step.decode_tokens] = call.output.to(output.dtype)
         for chunk in step.prefills:
-            output[chunk.tokens] = self._prefill(query[chunk.tokens], kv_cache, chunk).to(output.dtype)
+            output[chunk.tokens] = self._prefill(query[chunk.tokens], kv_cache, chunk, self.layer).to(output.dtype)
         return output
 
-    def _prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+    def _prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, chunk: PrefillChunk, layer: Layer) -> torch.Tensor:
         """[num_tokens, num_heads, head_size] for tokens of a prompt."""
-        attend = partial(
-            prefill,
-            query,
-            kv_cache,
-            chunk.block_table,
-            seq_len=chunk.seq_len,
-            softmax_scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-        )
-        plan, layer_plan = self.plan, self.layer_plan
-        if plan is None or layer_plan is None or plan.settings.prefill == "dense":
-            return attend(sliding_window=self.sliding_window)
+        scores: dict[str, Any] = {
+            "seq_len": chunk.seq_len,
+            "softmax_scale": layer.softmax_scale,
+            "logits_soft_cap": layer.logits_soft_cap,
+        }
+        level, max_dense_len, shortest, longest = chunk.rule.tolist()
+        is_sparse = self.plan is not None and self.plan.settings.prefill != "dense" and level != DENSE
+        if layer.thresholds is None or not is_sparse:
+            return prefill(query, kv_cache, chunk.block_table, sliding_window=layer.sliding_window, **scores)
         lengths = torch.arange(chunk.seq_len - len(query) + 1, chunk.seq_len + 1)
-        level, dense_length, _, _ = chunk.rule.tolist()
-        powers = plan.length_powers(lengths, chunk.rule)
-        if powers is None or level == DENSE:
-            return attend()
-        threshold = layer_plan.thresholds(powers, level)
-        threshold[lengths <= dense_length] = -torch.inf
+        log_lengths = lengths.clamp(shortest, longest).float().log()
         return sparse_prefill(
             query,
             kv_cache,
             chunk.block_table,
-            seq_len=chunk.seq_len,
-            threshold=threshold,
-            softmax_scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-            denominator_compensation=layer_plan.denominator_compensation,
-            value_mean_compensation=layer_plan.value_mean_compensation,
-        )
-
-    def _decode(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: StepMetadata,
-        decodes: kernels.DecodeBatch,
-        value_sum: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[num_decodes, num_heads, head_size] float32 for the step's decoding sequences."""
-        layer_plan = self.layer_plan
-        if layer_plan is None or step.length_powers is None:
-            # also where all sequences are too short for thresholds
-            result = kernels.decode(
-                query,
-                kv_cache,
-                decodes,
-                softmax_scale=self.scale,
-                logits_soft_cap=self.logits_soft_cap,
-                sliding_window=self.sliding_window,
-            )
-        else:
-            threshold = layer_plan.thresholds(step.length_powers, step.levels).masked_fill(step.is_dense, -torch.inf)
-            result = self._decode_sparsely(query, kv_cache, step, decodes, layer_plan, threshold, value_sum)
-        if layer_plan is not None:
-            keys_read = None
-            if layer_plan.shadow is not None:
-                keys_read = result.value_rows_read if result.keys_read is None else result.keys_read
-            layer_plan.counters.add(
-                step.totals,
-                is_counted=step.is_counted,
-                rows_read=result.value_rows_read,
-                lost_mass=result.lost_mass,
-                keys_read=keys_read,
-            )
-        return result.output
-
-    def _decode_sparsely(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        step: StepMetadata,
-        decodes: kernels.DecodeBatch,
-        layer_plan: LayerPlan,
-        threshold: torch.Tensor,
-        value_sum: torch.Tensor | None,
-    ) -> kernels.DecodeResult:
-        """Decode by thresholds, [num_decodes, num_heads], -inf for sequences that keep every key."""
-        options: dict[str, Any] = {
-            "threshold": threshold,
-            "softmax_scale": self.scale,
-            "logits_soft_cap": self.logits_soft_cap,
-            "denominator_compensation": layer_plan.denominator_compensation,
-            "value_sum": value_sum,
-        }
-        shadow = layer_plan.shadow
-        if shadow is None:
-            return kernels.decode(query, kv_cache, decodes, **options)
-        return decode_shadow(
-            query,
-            kv_cache,
-            codes_view(kv_cache, shadow.code_bytes),
-            decodes,
-            projection=shadow.projection,
-            margin=shadow.margin[step.levels].expand_as(threshold),
-            scale=shadow.scales(step.log_lengths, step.levels),
-            num_sink=shadow.num_sink,
-            num_recent=shadow.num_recent,
-            **options,
+            threshold=thresholds_at(layer.thresholds, log_lengths, level, (lengths <= max_dense_len)[:, None]),
+            denominator_compensation=layer.denominator_compensation,
+            value_mean_compensation=layer.value_mean_compensation,
+            **scores,
         )

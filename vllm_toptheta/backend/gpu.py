@@ -26,21 +26,18 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_toptheta.backend.compat import NAME, install_page_tails, without_decodes
+from vllm_toptheta.backend.compat import NAME, without_decodes
 from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
-from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.pages import more_memory
-from vllm_toptheta.backend.plan import LayerPlan, Plan
-from vllm_toptheta.backend.requests import RequestLevels
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import forget_warm_up, request_levels
-from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.kernels.gpu import values as kernels
-from vllm_toptheta.kernels.gpu.codes import write_codes
-from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace, decode_shadow
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
+from vllm_toptheta.kernels.gpu import shadow, values
+from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes
+from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors
-from vllm_toptheta.kernels.gpu.value_sums import close_pages
-from vllm_toptheta.kernels.pages import codes_view, value_sum_view
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
@@ -51,10 +48,14 @@ class StepSplit:
 
     Attributes:
         num_decodes: Sequences with one new token, and as many tokens.
-        prefill: FlashAttention's metadata of everything behind them, or None.
+        decode: Those sequences.
+        tails: All sequences.
+        prefill: FlashAttention's metadata of everything behind those that decode, or None.
     """
 
     num_decodes: int
+    decode: DecodeStep
+    tails: TailStep
     prefill: FlashAttentionMetadata | None
 
 
@@ -77,7 +78,8 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1)
         self.plan = Plan.resolve(vllm_config)
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-        if get_tensor_model_parallel_rank() == 0:
+        rank = get_tensor_model_parallel_rank()
+        if rank == 0:
             config = shadow_config(self.plan)
             num_programs = config.num_programs(kv_cache_spec.num_kv_heads, num_multiprocessors(device))
             self.plan.log(
@@ -87,12 +89,16 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         forget_warm_up()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        requests = request_levels(self.plan, vllm_config, max_num_rows, device)
+        self.requests = request_levels(self.plan, vllm_config, max_num_rows, device)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
-            if isinstance(layer.impl, GpuTopThetaImpl):
-                layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs, requests)
-                layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
+            impl = layer.impl
+            if isinstance(impl, GpuTopThetaImpl):
+                window = None if impl.sliding_window == (-1, -1) else impl.sliding_window[0] + 1
+                layer_idx = extract_layer_index(name)
+                impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
+                impl.reserve(max_num_seqs, device)
+                layer_plans += [impl.layer_plan] if impl.layer_plan else []
         self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
@@ -108,7 +114,19 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
             prefill = super().build(0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True)
         elif num_prefills:
             prefill = metadata
-        metadata.toptheta = StepSplit(num_decodes, prefill)
+        curve = self.plan.curve
+        metadata.toptheta = StepSplit(
+            num_decodes,
+            DecodeStep(
+                metadata.block_table[:num_decodes],
+                metadata.seq_lens[:num_decodes],
+                max_dense_len=self.plan.max_dense_len,
+                length_range=(1, 1) if curve is None else (curve.min_length, curve.max_length),
+                rules=self.requests.rules if self.plan.levels.refusal is None else None,
+            ),
+            TailStep(metadata.block_table, metadata.seq_lens, metadata.query_start_loc, metadata.max_query_len),
+            prefill,
+        )
         return metadata
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
@@ -132,7 +150,7 @@ class GpuTopThetaBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size in kernels.HEAD_SIZES
+        return head_size in values.HEAD_SIZES
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
@@ -177,49 +195,28 @@ class GpuTopThetaBackend(FlashAttentionBackend):
         return False
 
 
-class GpuTopThetaImpl(FlashAttentionImpl):
+class GpuTopThetaImpl(SparseLayer, FlashAttentionImpl):
     """One layer's attention on one rank."""
 
     supports_dcp = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        refused = {
-            "ALiBi": self.alibi_slopes is not None,
-            "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
-        }
-        if reasons := [reason for reason, applies in refused.items() if applies]:
-            raise UnsupportedError(
-                f"attention backend toptheta does not support {', '.join(reasons)}",
-                remedy="Serve this model without --attention-backend toptheta",
-            )
-        install_page_tails(Plan.code_bytes_of)
-        self.plan: Plan | None = None
-        self.layer_plan: LayerPlan | None = None  # None in a dense layer
-        self.requests: RequestLevels | None = None
+        FlashAttentionImpl.__init__(self, *args, **kwargs)
+        self.prepare(
+            {
+                "ALiBi": self.alibi_slopes is not None,
+                "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
+            }
+        )
 
-    def bind(self, plan: Plan, layer: int, device: torch.device, max_num_seqs: int, requests: RequestLevels) -> None:
-        """Take this layer's share of the plan; vLLM may build its metadata builders more than once.
-
-        Args:
-            plan: The model's plan.
-            layer: This layer's index in the model.
-            device: Where the thresholds go.
-            max_num_seqs: Sequences of the largest batch, for which the workspace is reserved.
-            requests: What this rank's requests ask for.
-        """
-        if self.plan is None:
-            self.plan, self.requests = plan, requests
-            if self.sliding_window == (-1, -1):
-                self.layer_plan = plan.for_layer(
-                    layer,
-                    num_heads=self.num_heads,
-                    num_kv_heads=self.num_kv_heads,
-                    rank=get_tensor_model_parallel_rank(),
-                    device=device,
-                )
+    def reserve(self, max_num_seqs: int, device: torch.device) -> None:
+        """Have vLLM's scratch memory grow to what a batch of `max_num_seqs` sequences needs."""
         if self.layer_plan is not None:
-            self._workspace(max_num_seqs, 1 if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else 2, device)
+            self._scratch(max_num_seqs, 1 if self._is_quantized else 2, device)
+
+    @property
+    def _is_quantized(self) -> bool:
+        return self.kv_cache_dtype in FLOAT8_CACHE_DTYPES
 
     def forward(
         self,
@@ -237,35 +234,22 @@ class GpuTopThetaImpl(FlashAttentionImpl):
 
         Args and shapes are `FlashAttentionImpl.forward`'s.
         """
-        if attn_metadata is None or self.layer_plan is None:
+        if attn_metadata is None or self.layer_plan is None or self.layer is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         split: StepSplit = attn_metadata.toptheta
         decodes = split.num_decodes
         # FlashAttention and vLLM's own kernels get the bytes, as always
-        pages = kv_cache.view(FLOAT8) if self.kv_cache_dtype in FLOAT8_CACHE_DTYPES else kv_cache
+        cache = LayerCache.of(
+            kv_cache.view(FLOAT8) if self._is_quantized else kv_cache,
+            self.layer,
+            k_scale=layer._k_scale if self._is_quantized else None,
+            v_scale=layer._v_scale if self._is_quantized else None,
+        )
         if split.prefill is not None:
             # tails also of the pages that decoded tokens fill: another sequence may stand on them in this very step
-            if self.layer_plan.value_mean_compensation:
-                close_pages(
-                    pages,
-                    value_sum_view(pages),
-                    attn_metadata.block_table,
-                    attn_metadata.seq_lens,
-                    attn_metadata.query_start_loc,
-                )
-            shadow = self.layer_plan.shadow
-            if shadow is not None:
-                write_codes(
-                    pages,
-                    codes_view(pages, shadow.code_bytes),
-                    attn_metadata.block_table,
-                    attn_metadata.seq_lens,
-                    attn_metadata.query_start_loc,
-                    projection=shadow.projection,
-                    max_query_len=attn_metadata.max_query_len,
-                )
+            write_tails(split.tails, cache, self.layer)
             super().forward(
                 layer,
                 query[decodes:],
@@ -278,75 +262,26 @@ class GpuTopThetaImpl(FlashAttentionImpl):
                 output_block_scale,
             )
         if decodes:
-            self._decode(layer, query[:decodes], pages, attn_metadata, output[:decodes])
+            q_scale = layer._q_scale if self._is_quantized else None
+            self._decode(split.decode, LayerCall(query[:decodes], output[:decodes], cache, self.layer, q_scale))
         return output
 
-    def _decode(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: FlashAttentionMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        plan, layer_plan, requests = self.plan, self.layer_plan, self.requests
-        if plan is None or plan.curve is None or layer_plan is None or requests is None:
-            raise UnsupportedError("a dense layer reached the sparse decode")
-        can_ask = plan.levels.refusal is None
-        levels = slice(None) if can_ask else COMMON
-        num_seqs = len(query)
-        counters = layer_plan.counters
-        is_quantized = kv_cache.dtype == FLOAT8
-        block_table, seq_lens = metadata.block_table[:num_seqs], metadata.seq_lens[:num_seqs]
-        options: dict[str, Any] = {
-            "output": output,
-            "workspace": self._workspace(num_seqs, kv_cache.element_size(), query.device),
-            "coefficients": layer_plan.coefficients[levels],
-            "rules": requests.rules if can_ask else None,
-            "min_length": plan.curve.min_length,
-            "max_length": plan.curve.max_length,
-            "min_sparse_context": plan.min_sparse_context,
-            "softmax_scale": self.scale,
-            "logits_soft_cap": self.logits_soft_cap or None,
-            "q_scale": layer._q_scale if is_quantized else None,
-            "k_scale": layer._k_scale if is_quantized else None,
-            "v_scale": layer._v_scale if is_quantized else None,
-            "denominator_compensation": layer_plan.denominator_compensation,
-            "value_sum": value_sum_view(kv_cache) if layer_plan.value_mean_compensation else None,
-            "counters": kernels.DecodeCounters(
-                counters.rows_read, counters.lost_mass, counters.lost_mass_histogram, counters.totals
-            ),
-        }
-        shadow = layer_plan.shadow
-        if shadow is None:
-            kernels.decode(query, kv_cache, block_table, seq_lens, **options)
-            return
-        decode_shadow(
-            query,
-            kv_cache,
-            codes_view(kv_cache, shadow.code_bytes),
-            block_table,
-            seq_lens,
-            projection=shadow.projection,
-            margin=shadow.margin[levels],
-            log_scale=shadow.log_scale[levels],
-            num_sink=shadow.num_sink,
-            num_recent=shadow.num_recent,
-            keys_read=counters.keys_read,
-            config=shadow_config(plan),
-            **options,
-        )
+    def _decode(self, step: DecodeStep, call: LayerCall) -> None:
+        scratch = self._scratch(len(call.query), call.cache.kv_cache.element_size(), call.query.device)
+        if isinstance(scratch, ShadowScratch):
+            shadow.decode(step, call, scratch)
+        else:
+            values.decode(step, call, scratch)
 
-    def _workspace(
-        self, num_seqs: int, element_bytes: int, device: torch.device
-    ) -> kernels.DecodeWorkspace | ShadowWorkspace:
+    def _scratch(self, num_seqs: int, element_bytes: int, device: torch.device) -> Scratch | ShadowScratch:
         """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
-        plan, shadow = self.plan, None if self.layer_plan is None else self.layer_plan.shadow
-        sizes = num_seqs, self.num_heads, self.num_kv_heads, self.head_size
+        plan, layer = self.plan, self.layer
         num_sms = num_multiprocessors(device)
         share = current_workspace_manager().get_simultaneous
         config = launch_config(self.head_size, element_bytes, device)
-        if plan is None or shadow is None:
-            return kernels.DecodeWorkspace(*share(*kernels.DecodeWorkspace.spec(*sizes, config, num_sms)))
-        spec = ShadowWorkspace.spec(*sizes, shadow.code_bytes, shadow_config(plan), config, num_sms)
-        return ShadowWorkspace(*share(*spec))
+        sizes = Sizes(num_seqs, self.num_heads, self.num_kv_heads, self.head_size)
+        if plan is None or layer is None or layer.shadow is None:
+            return Scratch(config, *share(*Scratch.spec(sizes, config, num_sms)))
+        sizes = sizes._replace(code_bytes=layer.shadow.codec.code_bytes)
+        chosen = shadow_config(plan)
+        return ShadowScratch(chosen, config, *share(*ShadowScratch.spec(sizes, chosen, config, num_sms)))

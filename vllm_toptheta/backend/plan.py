@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.levels import COMMON, Levels
-from vllm_toptheta.backend.shadow import ShadowPlan
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
-from vllm_toptheta.telemetry.counters import LayerCounters
 
 # below vLLM's own logger, so that its format and level apply
 logger = init_logger("vllm.toptheta")
@@ -25,8 +26,7 @@ class LayerPlan:
     """What one sparse layer needs to know on one rank.
 
     Attributes:
-        coefficients: [num_levels, num_heads, degree + 1] float32, of theta in ascending powers of ln n; the guard moves
-            the constant terms of level 0.
+        thresholds: theta; the guard moves the constant terms of level 0.
         constant_terms: [num_heads] float32, those of the calibrated thresholds of level 0.
         denominator_compensation: Whether the softmax denominator is that of all keys.
         value_mean_compensation: Whether the lost mass is given to the mean value.
@@ -37,25 +37,26 @@ class LayerPlan:
         shadow: What mode `shadow` needs; None in mode `values`.
     """
 
-    coefficients: torch.Tensor
+    thresholds: LayerThresholds
     constant_terms: torch.Tensor
     denominator_compensation: bool
     value_mean_compensation: bool
     counters: LayerCounters
     expected_lost_mass: torch.Tensor | None
     guard: LayerGuard | None
-    shadow: ShadowPlan | None = None
+    shadow: ShadowLayer | None = None
 
-    def thresholds(self, powers: torch.Tensor, levels: torch.Tensor | int) -> torch.Tensor:
-        """theta(n) of every head, [num_tokens, num_heads] float32.
-
-        Args:
-            powers: [num_tokens, degree + 1] float32, from `Plan.length_powers`.
-            levels: [num_tokens] integer, or the one of all tokens.
-        """
-        if isinstance(levels, int):
-            return powers @ self.coefficients[levels].T
-        return torch.bmm(self.coefficients[levels], powers[:, :, None])[:, :, 0]
+    def layer(self, *, softmax_scale: float, logits_soft_cap: float | None) -> Layer:
+        """What kernels are told of the layer."""
+        return Layer(
+            softmax_scale=softmax_scale,
+            logits_soft_cap=logits_soft_cap,
+            denominator_compensation=self.denominator_compensation,
+            value_mean_compensation=self.value_mean_compensation,
+            thresholds=self.thresholds,
+            shadow=self.shadow,
+            counters=self.counters.buffers,
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Plan:
         return 0 if self.shadow is None else self.shadow.section.num_channels // 2
 
     @property
-    def min_sparse_context(self) -> int:
+    def max_dense_len(self) -> int:
         """The longest context, in tokens, that still stays dense."""
         return max(self.settings.min_context, self.curve.dense_length if self.curve else 0)
 
@@ -206,7 +207,7 @@ class Plan:
         # all zeros: the layer was not measured, because it was dense when the others were
         is_guarded = expected is not None and bool(expected.any()) and self.settings.guard != "off"
         return LayerPlan(
-            coefficients=coefficients,
+            thresholds=LayerThresholds(coefficients),
             constant_terms=coefficients[COMMON, :, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
@@ -215,27 +216,32 @@ class Plan:
             guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
             shadow=None
             if self.shadow is None
-            else ShadowPlan.of_layer(self.shadow, self.levels, layer, heads=heads, kv_heads=kv_heads, device=device),
+            else _shadow_layer(self.shadow, self.levels, layer, heads=heads, kv_heads=kv_heads, device=device),
         )
 
-    def length_powers(self, seq_lens: torch.Tensor, rules: torch.Tensor) -> torch.Tensor | None:
-        """Powers of ln n for `LayerPlan.thresholds`, [num_seqs, degree + 1] float32; None without thresholds.
 
-        Args:
-            seq_lens: [num_seqs] integer, tokens; clamped to the lengths that each sequence's rule names.
-            rules: [num_seqs, 4] integer, or a single rule (`kernels.rules`).
-        """
-        if self.curve is None:
-            return None
-        return self.log_lengths(seq_lens, rules)[:, None] ** torch.arange(self.curve.coefficients.shape[-1])
+def _shadow_layer(
+    keys: ShadowKeys, levels: Levels, layer: int, *, heads: slice, kv_heads: list[int], device: torch.device | str
+) -> ShadowLayer:
+    """A layer's share of what a store holds; zeros at the dense level.
 
-    def log_lengths(self, seq_lens: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
-        """ln n for `ShadowPlan.scales`, [num_seqs] float32.
-
-        Args:
-            seq_lens, rules: As for `length_powers`.
-        """
-        return seq_lens.clamp(rules[..., 2], rules[..., 3]).float().log()
+    Args:
+        keys: Of the store.
+        levels: What requests can ask for.
+        layer: Index in the model.
+        heads: The rank's query heads.
+        kv_heads: The kv heads that they belong to.
+        device: Where the tensors go.
+    """
+    stored = keys.projection(layer)
+    parts = (stored.encoder, stored.decoder, stored.key_mean)
+    return ShadowLayer(
+        codec=ShadowCodec.build(*(torch.from_numpy(part[kv_heads].copy()).to(device) for part in parts)),
+        margin=levels.stack(lambda curve: keys.margin(curve.label)[layer, heads]).to(device),
+        log_unread_ratio=levels.stack(lambda curve: keys.log_scale(curve.label)[layer, heads]).to(device),
+        num_sink=keys.section.num_sink,
+        num_recent=keys.section.num_recent,
+    )
 
 
 def _settings(vllm_config: Any) -> Settings:

@@ -68,9 +68,7 @@ class Watch:
                 self._observe(layer, histogram)
 
     def _start_copy(self) -> None:
-        for layer in self._layers:
-            layer.plan.counters.settle()
-        histograms = torch.stack([layer.plan.counters.lost_mass_histogram for layer in self._layers])
+        histograms = torch.stack([layer.plan.counters.settled().lost_mass_histogram for layer in self._layers])
         if not histograms.is_cuda:
             self._copy = histograms
         elif not torch.cuda.is_current_stream_capturing():
@@ -90,7 +88,7 @@ class Watch:
         if not layer.guard.observe(share):
             return
         if self.relaxes:
-            layer.plan.coefficients[COMMON, :, 0] = layer.plan.constant_terms - layer.guard.relaxation
+            layer.plan.thresholds.coefficients[COMMON, :, 0] = layer.plan.constant_terms - layer.guard.relaxation
         logger.warning(
             "toptheta: in layer %d, %.0f %% of the tokens lost more than 95 %% of the calibration text did: %s%s",
             layer.plan.counters.layer,

@@ -83,7 +83,7 @@ def _stats(worker: Any) -> dict[str, Any] | None:
     counters = [impl.layer_plan.counters for impl in impls if impl.layer_plan]
     layers = [record for layer in counters for record in layer.heads()]
     # every layer decodes every token
-    totals = counters[0].totals.tolist() if counters else [0] * 5
+    totals = counters[0].settled().totals.tolist() if counters else [0] * 5
     decode_tokens, dense_tokens, _, decode_steps, asked_tokens = totals
     requests = next(impl.requests for impl in impls if impl.plan is not None)
     return {
@@ -91,7 +91,7 @@ def _stats(worker: Any) -> dict[str, Any] | None:
         "guard": plan.guard_state,
         "target": plan.curve and plan.curve.label,
         "compensation": plan.settings.compensation,
-        "min_context": plan.min_sparse_context,
+        "min_context": plan.max_dense_len,
         "levels": plan.levels.labels,
         "thresholds": plan.model_id,
         "calibrated_lengths": plan.curve and (plan.curve.min_length, plan.curve.max_length),

@@ -128,7 +128,7 @@ def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float 
     _bisect(
         engine,
         decode,
-        "rows_read",
+        "value_rows_read",
         rows,
         lambda thetas: (thetas, None if floors is None else np.maximum(thetas - floors, 0)),
     )
@@ -168,9 +168,9 @@ def _take(worker: Any, counter: str) -> list[list[float]]:
     taken = []
     for layer in _sparse_layers(worker):
         counters = layer.impl.layer_plan.counters
-        counters.settle()
-        tokens = max(1, int(counters.totals[0]))
-        taken.append([count / tokens for count in getattr(counters, counter).tolist()])
+        counted = counters.settled()
+        tokens = max(1, int(counted.totals[0]))
+        taken.append([count / tokens for count in getattr(counted, counter).tolist()])
         counters.zero_()
     return taken
 
@@ -180,20 +180,21 @@ def _set_numbers(worker: Any, thetas: list[list[float]], margins: list[list[floa
     for index, layer in enumerate(_sparse_layers(worker)):
         plan = layer.impl.layer_plan
         group = plan.counters.num_queries_per_kv
-        plan.coefficients[0, :, 0].copy_(plan.coefficients.new_tensor(thetas[index]).repeat_interleave(group))
+        coefficients = plan.thresholds.coefficients
+        coefficients[0, :, 0].copy_(coefficients.new_tensor(thetas[index]).repeat_interleave(group))
         if margins is not None:
-            plan.shadow.margin[0].copy_(plan.coefficients.new_tensor(margins[index]).repeat_interleave(group))
+            plan.shadow.margin[0].copy_(coefficients.new_tensor(margins[index]).repeat_interleave(group))
 
 
 def _fit_projections(worker: Any) -> None:
     """Project keys on their principal components, written where the captured graphs read them."""
     import torch
 
-    from vllm_toptheta.kernels.codec import ShadowProjection
+    from vllm_toptheta.kernels.codec import ShadowCodec
     from vllm_toptheta.reference import fit_projection
 
     for layer in _sparse_layers(worker):
-        served = layer.impl.layer_plan.shadow.projection
+        served = layer.impl.layer_plan.shadow.codec
         num_kv_heads, head_size, num_channels = served.encoder.shape
         # block 0 is nobody's, and the first sequence has the next ones
         pages = layer.kv_cache[1 : 1 + SAMPLED_PAGES, ..., :head_size].double()
@@ -204,6 +205,6 @@ def _fit_projections(worker: Any) -> None:
             torch.eye(head_size, device=keys.device).expand(num_kv_heads, -1, -1),
             num_channels=num_channels,
         )
-        projection = ShadowProjection.build(fitted.encoder, fitted.decoder, fitted.key_mean)
-        for name, tensor in vars(projection).items():
+        codec = ShadowCodec.build(fitted.encoder, fitted.decoder, fitted.key_mean)
+        for name, tensor in vars(codec).items():
             getattr(served, name).copy_(tensor)

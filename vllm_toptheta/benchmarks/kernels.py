@@ -269,7 +269,7 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int]) -> BatchRepor
         built = [toptheta(inputs, **options) for inputs in copies]
         built[0][0]()
         if options.get("count", True):
-            share = float(built[0][1].rows_read.sum()) / (sum(lens) * workload.num_kv_heads)
+            share = float(built[0][1].value_rows_read.sum()) / (sum(lens) * workload.num_kv_heads)
         times[name] = time_in_graph([call for call, _ in built]), share
     return BatchReport(
         spec=spec,

@@ -24,9 +24,19 @@ from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.variants import Variant
-from vllm_toptheta.kernels.gpu.value_sums import close_pages
-from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
-from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.kernels.contract import (
+    Counters,
+    DecodeStep,
+    Layer,
+    LayerCache,
+    LayerCall,
+    LayerThresholds,
+    TailStep,
+)
+from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
+from vllm_toptheta.kernels.gpu.tails import write_tails
+from vllm_toptheta.kernels.gpu.values import decode
+from vllm_toptheta.kernels.pages import padded_page_bytes
 from vllm_toptheta.store import ThresholdCurve, ThresholdStore, read_architecture
 
 if TYPE_CHECKING:
@@ -94,35 +104,25 @@ class KernelRoute(DenseRoute):
         num_kv_heads = key.shape[1]
         kv_cache = _paged(key, value)
         pages = torch.arange(len(kv_cache), dtype=torch.int32, device=query.device)[None]
-        close_pages(
-            kv_cache,
-            value_sum_view(kv_cache),
-            pages,
-            torch.tensor([seq_len], dtype=torch.int32, device=query.device),
-            torch.tensor([0, seq_len], dtype=torch.int32, device=query.device),
-        )
-        counters = DecodeCounters.allocate(num_heads, num_kv_heads, query.device)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        decode(
-            query.contiguous(),
-            kv_cache,
+        counters = Counters.allocate(num_heads, num_kv_heads, query.device)
+        coefficients = torch.tensor(self.curve.coefficients[layer_idx], device=query.device)
+        thresholds = LayerThresholds(coefficients[None])
+        layer = Layer(softmax_scale, soft_cap, thresholds=thresholds, counters=counters)
+        cache = LayerCache.of(kv_cache, layer)
+        whole = torch.tensor([0, seq_len], dtype=torch.int32, device=query.device)
+        write_tails(TailStep(pages, whole[1:], whole, seq_len), cache, layer)
+        step = DecodeStep(
             pages.expand(seq_len, -1),
             torch.arange(1, seq_len + 1, dtype=torch.int32, device=query.device),
-            output=output,
-            workspace=DecodeWorkspace.allocate(
-                seq_len, num_heads, num_kv_heads, head_size, kv_dtype=key.dtype, device=query.device
-            ),
-            coefficients=torch.tensor(self.curve.coefficients[layer_idx], device=query.device),
-            min_length=self.curve.min_length,
-            max_length=self.curve.max_length,
-            min_sparse_context=self.curve.dense_length,
-            softmax_scale=softmax_scale,
-            logits_soft_cap=soft_cap,
-            value_sum=value_sum_view(kv_cache),
-            counters=counters,
+            max_dense_len=self.curve.dense_length,
+            length_range=(self.curve.min_length, self.curve.max_length),
         )
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        sizes = Sizes(seq_len, num_heads, num_kv_heads, head_size)
+        scratch = Scratch.allocate(sizes, kv_dtype=key.dtype, device=query.device)
+        decode(step, LayerCall(query.contiguous(), output, cache, layer), scratch)
         dense_rows = num_kv_heads * sum(range(min(self.curve.dense_length, seq_len) + 1))
-        self.rows_read += int(counters.rows_read.sum()) - dense_rows
+        self.rows_read += int(counters.value_rows_read.sum()) - dense_rows
         self.rows_cached += num_kv_heads * int(counters.totals[2]) - dense_rows
         return output
 

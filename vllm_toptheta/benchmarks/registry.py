@@ -9,12 +9,24 @@ from typing import Any
 
 import torch
 
+from vllm_toptheta.kernels.contract import (
+    Counters,
+    DecodeStep,
+    Layer,
+    LayerCache,
+    LayerCall,
+    LayerThresholds,
+    ShadowLayer,
+    TailStep,
+)
+from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
+from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
-from vllm_toptheta.kernels.gpu.values import DecodeCounters, DecodeWorkspace, decode
+from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 
 Call = Callable[[], Any]
-KEEPS_EVERYTHING = 2**31 - 1  # as min_sparse_context
+KEEPS_EVERYTHING = 2**31 - 1  # as max_dense_len
 LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
 FILL_BLOCKS = 4096  # pages filled with random numbers at a time
@@ -113,6 +125,22 @@ class Inputs:
         scores = torch.einsum("hgd,nhd->hgn", query, keys).flatten(0, 1) * self.softmax_scale
         return scores.topk(min(target_k, len(keys))).values[:, -1]
 
+    def step(self, *, max_dense_len: int = 0, per_request: bool = True) -> DecodeStep:
+        """The step; with `per_request` every sequence has a rule, although all rules say the same."""
+        step = DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST))
+        if not per_request:
+            return step
+        rule = [0, max_dense_len, 1, LONGEST]
+        return step._replace(rules=torch.tensor([rule] * len(self.seq_lens), dtype=torch.int32, device="cuda"))
+
+    def write_tails(self, shadow: ShadowLayer | None = None) -> None:
+        """Write the value sums of all full pages, and their codes if there is a codec."""
+        starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device="cuda")
+        starts[1:] = self.seq_lens.cumsum(0)
+        layer = Layer(self.softmax_scale, thresholds=LayerThresholds(self.coefficients[None]), shadow=shadow)
+        step = TailStep(self.block_table, self.seq_lens, starts, self.max_seq_len)
+        write_tails(step, LayerCache.of(self.kv_cache, layer), layer)
+
     @property
     def softmax_scale(self) -> float:
         return float(self.query.shape[-1] ** -0.5)
@@ -131,7 +159,7 @@ def toptheta(
     per_request: bool = True,
     count: bool = True,
     config: LaunchConfig | None = None,
-) -> tuple[Call, DecodeCounters]:
+) -> tuple[Call, Counters]:
     """Our kernel, by default as it is served, and what it adds to.
 
     Args:
@@ -143,33 +171,17 @@ def toptheta(
     """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
-    counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
-    workspace = DecodeWorkspace.allocate(
-        num_seqs,
-        num_heads,
-        num_kv_heads,
-        head_size,
-        kv_dtype=inputs.kv_cache.dtype,
-        device="cuda",
-        config=config,
+    counters = Counters.allocate(num_heads, num_kv_heads, "cuda")
+    sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
+    scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device="cuda", config=config)
+    layer = Layer(
+        inputs.softmax_scale,
+        thresholds=LayerThresholds(inputs.coefficients[None]),
+        counters=counters if count else None,
     )
-    dense_length = KEEPS_EVERYTHING if keep_everything else 0
-    arguments: dict[str, Any] = {
-        "output": torch.empty_like(inputs.query),
-        "workspace": workspace,
-        "coefficients": inputs.coefficients,
-        "min_length": 1,
-        "max_length": LONGEST,
-        "min_sparse_context": dense_length,
-        "softmax_scale": inputs.softmax_scale,
-        "value_sum": value_sum_view(inputs.kv_cache),
-        "counters": counters if count else None,
-        "config": config,
-    }
-    if per_request:
-        rules = torch.tensor([[0, dense_length, 1, LONGEST]] * num_seqs, dtype=torch.int32, device="cuda")
-        arguments |= {"coefficients": inputs.coefficients[None], "rules": rules}
-    return lambda: decode(inputs.query, inputs.kv_cache, inputs.block_table, inputs.seq_lens, **arguments), counters
+    step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else 0, per_request=per_request)
+    call = LayerCall(inputs.query, torch.empty_like(inputs.query), LayerCache.of(inputs.kv_cache, layer), layer)
+    return lambda: decode(step, call, scratch), counters
 
 
 def flash_attention_3(inputs: Inputs, *, num_splits: int = 0) -> Call:

@@ -158,7 +158,7 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
     import torch
 
     from vllm_toptheta.benchmarks.registry import flash_attention_3, toptheta
-    from vllm_toptheta.kernels.gpu.values import DecodeCounters
+    from vllm_toptheta.kernels.contract import Counters, LayerThresholds
 
     lens = parse_spec(spec)
     workload = KernelWorkload(specs=[spec], block_size=block_size)
@@ -177,7 +177,7 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
             yield _row(spec, block_size, "FlashAttention-3", microseconds=baseline, ratio=1.0)
             built = [toptheta(inputs) for inputs in copies]
             built[0][0]()
-            rows_read = float(built[0][1].rows_read.sum()) / num_tokens
+            rows_read = float(built[0][1].value_rows_read.sum()) / num_tokens
             values = time_in_graph([call for call, _ in built])
             yield _row(
                 spec, block_size, "values", microseconds=values, ratio=baseline / values, rows_read_share=rows_read
@@ -188,16 +188,15 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
             if variant.num_channels != num_channels:
                 continue
             try:
-                workspace = shadows[0].workspace(variant.config)
-                counters = DecodeCounters.allocate(workload.num_heads, workload.num_kv_heads, "cuda")
-                keys_read = torch.zeros(workload.num_kv_heads, dtype=torch.int64, device="cuda")
-                options: dict[str, Any] = {"counters": counters, "keys_read": keys_read}
-                shadows[0].call(variant.config, workspace, **options)()
-                shares = float(keys_read.sum()) / num_tokens, float(counters.rows_read.sum()) / num_tokens
-                calls = [shadow.call(variant.config, workspace, **options) for shadow in shadows]
+                scratch = shadows[0].scratch(variant.config)
+                counters = Counters.allocate(workload.num_heads, workload.num_kv_heads, "cuda", counts_keys=True)
+                shadows[0].call(scratch, counters=counters)()
+                read = [float(found.sum()) / num_tokens for found in counters[:2] if found is not None]
+                calls = [shadow.call(scratch, counters=counters) for shadow in shadows]
                 microseconds = time_in_graph(calls)
-                options["coefficients"] = torch.full_like(first.coefficients[None], torch.inf)
-                calls = [shadow.call(variant.config.scanning, workspace, **options) for shadow in shadows]
+                nothing = LayerThresholds(torch.full_like(first.coefficients[None], torch.inf))
+                scanning = scratch._replace(config=variant.config.scanning)
+                calls = [shadow.call(scanning, counters=counters, thresholds=nothing) for shadow in shadows]
                 yield _row(
                     spec,
                     block_size,
@@ -206,8 +205,8 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
                     scan_microseconds=time_in_graph(calls),
                     ratio=baseline / microseconds,
                     ratio_to_values=None if values is None else values / microseconds,
-                    keys_read_share=shares[0],
-                    rows_read_share=shares[1],
+                    rows_read_share=read[0],
+                    keys_read_share=read[1],
                 )
             except Exception as error:  # whatever a compiler or a launch may raise
                 yield _row(spec, block_size, name, error=message(error))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_toptheta.benchmarks.registry import Inputs
-    from vllm_toptheta.kernels.codec import ShadowProjection
-    from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
+    from vllm_toptheta.kernels.contract import ShadowLayer
+    from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
     from vllm_toptheta.reference import KeyProjection
 
 CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
@@ -35,8 +35,7 @@ class ShadowInputs:
     """A step with shadow keys, and what was calibrated on it."""
 
     inputs: Inputs
-    codes: torch.Tensor
-    projection: ShadowProjection
+    shadow: ShadowLayer
     margin: torch.Tensor
     ratio: torch.Tensor
 
@@ -45,9 +44,8 @@ class ShadowInputs:
         """Write the shadow keys of a step whose pages have room for them, and calibrate on its first sequences."""
         import torch
 
-        from vllm_toptheta.kernels.codec import ShadowProjection
-        from vllm_toptheta.kernels.gpu.codes import write_codes
-        from vllm_toptheta.kernels.pages import codes_view
+        from vllm_toptheta.kernels.codec import ShadowCodec
+        from vllm_toptheta.kernels.contract import ShadowLayer
         from vllm_toptheta.reference import fit_projection
 
         _, num_kv_heads, _, width = inputs.kv_cache.shape
@@ -60,81 +58,61 @@ class ShadowInputs:
             identity,
             num_channels=num_channels,
         )
-        projection = ShadowProjection.build(fitted.encoder, fitted.decoder, fitted.key_mean)
-        codes = codes_view(inputs.kv_cache, projection.code_bytes)
-        starts = torch.zeros(len(inputs.seq_lens) + 1, dtype=torch.int32, device="cuda")
-        starts[1:] = inputs.seq_lens.cumsum(0)
-        write_codes(
-            inputs.kv_cache,
-            codes,
-            inputs.block_table,
-            inputs.seq_lens,
-            starts,
-            projection=projection,
-            max_query_len=inputs.max_seq_len,
-        )
         margin, ratio = _calibrate(inputs, fitted)
-        return cls(inputs, codes, projection, margin, ratio)
+        log_ratio = torch.stack([ratio.log(), torch.zeros_like(ratio)], dim=1)
+        codec = ShadowCodec.build(fitted.encoder, fitted.decoder, fitted.key_mean)
+        shadow = ShadowLayer(codec, margin[None], log_ratio[None], NUM_SINK, NUM_RECENT)
+        inputs.write_tails(shadow)
+        return cls(inputs, shadow, margin, ratio)
 
-    def call(self, config: ShadowConfig, workspace: ShadowWorkspace, **options: Any) -> Callable[[], None]:
-        """The kernels on this step, as they are served: every sequence has a rule, although all rules say the same."""
+    def call(self, scratch: ShadowScratch, **changes: Any) -> Callable[[], None]:
+        """The kernels on this step, as they are served: every sequence has a rule, although all rules say the same.
+
+        Args:
+            scratch: Made by `scratch`.
+            changes: Other fields of the layer, or `output`.
+        """
         import torch
 
-        from vllm_toptheta.benchmarks.registry import LONGEST
-        from vllm_toptheta.kernels.gpu.shadow import decode_shadow
-        from vllm_toptheta.kernels.pages import value_sum_view
+        from vllm_toptheta.kernels.contract import Layer, LayerCache, LayerCall, LayerThresholds
+        from vllm_toptheta.kernels.gpu.shadow import decode
 
         inputs = self.inputs
-        rules = torch.tensor([[0, 0, 1, LONGEST]] * len(inputs.query), dtype=torch.int32, device="cuda")
-        arguments: dict[str, Any] = {
-            "output": torch.empty_like(inputs.query),
-            "workspace": workspace,
-            "projection": self.projection,
-            "coefficients": inputs.coefficients[None],
-            "rules": rules,
-            "margin": self.margin[None],
-            "log_scale": torch.stack([self.ratio.log(), torch.zeros_like(self.ratio)], dim=1)[None],
-            "min_length": 1,
-            "max_length": LONGEST,
-            "min_sparse_context": 0,
-            "num_sink": NUM_SINK,
-            "num_recent": NUM_RECENT,
-            "softmax_scale": inputs.softmax_scale,
-            "value_sum": value_sum_view(inputs.kv_cache),
-            "config": config,
-        }
-        arguments |= options
-        tensors = inputs.query, inputs.kv_cache, self.codes, inputs.block_table, inputs.seq_lens
-        return lambda: decode_shadow(*tensors, **arguments)
+        output = changes.pop("output", None)
+        thresholds = LayerThresholds(inputs.coefficients[None])
+        layer = Layer(inputs.softmax_scale, thresholds=thresholds, shadow=self.shadow)._replace(**changes)
+        output = torch.empty_like(inputs.query) if output is None else output
+        call = LayerCall(inputs.query, output, LayerCache.of(inputs.kv_cache, layer), layer)
+        step = inputs.step()
+        return lambda: decode(step, call, scratch)
 
-    def workspace(self, config: ShadowConfig) -> ShadowWorkspace:
+    def scratch(self, config: ShadowConfig) -> ShadowScratch:
+        """For this step."""
         import torch
 
-        from vllm_toptheta.kernels.gpu.shadow import ShadowWorkspace
+        from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, Sizes
 
         num_seqs, num_heads, head_size = self.inputs.query.shape
-        sizes = num_seqs, num_heads, self.inputs.kv_cache.shape[1], head_size, self.projection.code_bytes
-        return ShadowWorkspace.allocate(*sizes, kv_dtype=torch.bfloat16, device="cuda", config=config)
+        num_kv_heads = self.inputs.kv_cache.shape[1]
+        sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size, self.shadow.codec.code_bytes)
+        return ShadowScratch.allocate(sizes, kv_dtype=torch.bfloat16, device="cuda", config=config)
 
 
 def wrong(num_channels: int, config: ShadowConfig, block_size: int) -> str | None:
     """What is wrong with the kernels' answers against the fp32 reference, or None."""
     import torch
 
-    from vllm_toptheta.kernels.gpu.values import DecodeCounters
+    from vllm_toptheta.kernels.contract import Counters
 
     try:
         shadow = ShadowInputs.build(random_inputs(parse_spec(CHECKED_SPEC), block_size, num_channels), num_channels)
         num_heads, num_kv_heads = shadow.inputs.query.shape[1], shadow.inputs.kv_cache.shape[1]
-        keys_read = torch.zeros(num_kv_heads, dtype=torch.int64, device="cuda")
         output = torch.full_like(shadow.inputs.query, torch.nan)
-        counters = DecodeCounters.allocate(num_heads, num_kv_heads, "cuda")
-        _write_value_sums(shadow.inputs)
-        workspace = shadow.workspace(config)
-        shadow.call(config.scanning, workspace, output=output, counters=counters, keys_read=keys_read)()
+        counters = Counters.allocate(num_heads, num_kv_heads, "cuda", counts_keys=True)
+        shadow.call(shadow.scratch(config.scanning), output=output, counters=counters)()
         expected, candidates = _expected(shadow)
         error = float((output.float() - expected).abs().max())
-        off = abs(int(keys_read.sum()) - candidates) / candidates
+        off = abs(int(counters.keys_read.sum()) - candidates) / candidates
     except Exception as error_of_run:  # whatever a compiler or a launch may raise
         return message(error_of_run)
     # floors near an integer may fall to either side
@@ -151,7 +129,8 @@ def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
 
     inputs = shadow.inputs
     num_heads, num_kv_heads = inputs.query.shape[1], inputs.kv_cache.shape[1]
-    fitted = KeyProjection(shadow.projection.encoder, shadow.projection.decoder, shadow.projection.key_mean)
+    codec = shadow.shadow.codec
+    fitted = KeyProjection(codec.encoder, codec.decoder, codec.key_mean)
     outputs, num_candidates = [], 0
     for row, query in enumerate(inputs.query.split(1)):
         key, value = inputs.sequence(row)
@@ -259,17 +238,6 @@ def moved(inputs: Inputs) -> Inputs:
     memory = torch.empty(len(cache) * cache.stride(0), dtype=cache.dtype, device="cuda")
     memory.copy_(torch.as_strided(cache, (len(memory),), (1,)))
     return replace(inputs, kv_cache=memory.as_strided(cache.shape, cache.stride()), query=inputs.query.clone())
-
-
-def _write_value_sums(inputs: Inputs) -> None:
-    import torch
-
-    from vllm_toptheta.kernels.gpu.value_sums import close_pages
-    from vllm_toptheta.kernels.pages import value_sum_view
-
-    starts = torch.zeros(len(inputs.seq_lens) + 1, dtype=torch.int32, device="cuda")
-    starts[1:] = inputs.seq_lens.cumsum(0)
-    close_pages(inputs.kv_cache, value_sum_view(inputs.kv_cache), inputs.block_table, inputs.seq_lens, starts)
 
 
 def message(error: BaseException) -> str:

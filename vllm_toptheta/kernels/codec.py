@@ -1,4 +1,4 @@
-"""What keys are projected on to become shadow keys; no Triton, so that CPUs can use it too."""
+"""How keys become codes of shadow keys and back; no Triton, so that CPUs can use it too."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NUM_LEVELS = 16  # of a channel
 
 
 @dataclass(frozen=True)
-class ShadowProjection:
-    """What a layer's keys are projected on; float32, contiguous.
+class ShadowCodec:
+    """How the keys of a layer become codes, and what codes stand for; float32, contiguous.
 
     Attributes:
         encoder: [num_kv_heads, head_size, num_channels], from keys to steps.
@@ -28,7 +28,7 @@ class ShadowProjection:
     key_mean: torch.Tensor
 
     @classmethod
-    def build(cls, encoder: torch.Tensor, decoder: torch.Tensor, key_mean: torch.Tensor) -> ShadowProjection:
+    def build(cls, encoder: torch.Tensor, decoder: torch.Tensor, key_mean: torch.Tensor) -> ShadowCodec:
         """From the three tensors that a calibration finds.
 
         Raises:

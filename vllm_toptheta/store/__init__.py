@@ -20,7 +20,7 @@ from vllm_toptheta.store.schema import (
     Provenance,
     TextSource,
 )
-from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection, ShadowSection
+from vllm_toptheta.store.shadow import ShadowCodec, ShadowKeys, ShadowSection
 from vllm_toptheta.store.target import Target, TargetSpec
 from vllm_toptheta.store.thresholds import ThresholdStore
 
@@ -34,7 +34,7 @@ __all__ = [
     "ModelIdentity",
     "Provenance",
     "ShadowKeys",
-    "ShadowProjection",
+    "ShadowCodec",
     "ShadowSection",
     "Target",
     "TargetSpec",

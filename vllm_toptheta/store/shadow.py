@@ -58,7 +58,7 @@ class ShadowSection(StrictModel):
 
 
 @dataclass(frozen=True, eq=False)
-class ShadowProjection:
+class ShadowCodec:
     """What the keys of one layer are projected on; views, read-only.
 
     Attributes:
@@ -104,7 +104,7 @@ class ShadowKeys:
         assert self.manifest.shadow is not None  # noqa: S101 - what an instance is made from
         return self.manifest.shadow
 
-    def projection(self, layer_idx: int) -> ShadowProjection:
+    def projection(self, layer_idx: int) -> ShadowCodec:
         """Return what the keys of a layer are projected on.
 
         Args:
@@ -113,7 +113,7 @@ class ShadowKeys:
         Raises:
             IndexError: There is no such layer.
         """
-        return ShadowProjection(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
+        return ShadowCodec(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
 
     def margin(self, target: str) -> NDArray[np.float32]:
         """Return how far below theta the score of a shadow may be for its key to be a candidate.

@@ -1,6 +1,6 @@
 """Attention of a prompt's tokens over the paged KV cache in torch operations, for CPUs: dense, or by thresholds.
 
-The cache and its layout are those of `kernels.cpu`; the chunk's own keys and values are in it already.
+The cache is laid out as `cpu.cache` says; the chunk's own keys and values are in it already.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_toptheta.kernels.cpu.values import split_cache
+from vllm_toptheta.kernels.cpu.cache import split_cache
 
 BLOCK_BYTES = 16 << 20  # that the scores of a block of rows may take
 
@@ -29,7 +29,7 @@ def prefill(
 
     Args:
         query: [num_tokens, num_heads, head_size].
-        kv_cache: See the module's head.
+        kv_cache: See the head of `cpu.cache`.
         block_table: [max_blocks] integer, the sequence's blocks.
         seq_len: Cached tokens, the chunk included.
         softmax_scale: Factor on q . k.
@@ -84,11 +84,11 @@ def sparse_prefill(
 ) -> torch.Tensor:
     """Causal Top-Theta attention of a chunk of one sequence's tokens, the last ones cached.
 
-    Every row is what `kernels.cpu.decode` would make of it: the token's scores against its own threshold.
+    Every row is what `values.decode` would make of it: the token's scores against its own threshold.
 
     Args:
         query: [num_tokens, num_heads, head_size].
-        kv_cache: See the head of `kernels.cpu`.
+        kv_cache: See the head of `cpu.cache`.
         block_table: [max_blocks] integer, the sequence's blocks.
         seq_len: Cached tokens, the chunk included.
         threshold: [num_tokens, num_heads] float32, scaled logits; minus infinity keeps every key.

@@ -7,7 +7,7 @@ A shadow key is 4 bits of each of `num_channels` projections of a key, in steps:
 Byte j of a key's codes holds channel j in its lower half and channel j + num_channels // 2 in its upper half, so that a
 mask and a shift take whole words apart. A page's codes are written when the page is full, by whichever step fills it,
 from the keys in the page and nothing else: a step repeated writes the same bytes. `write_codes` does so for steps that
-fill any number of pages, `shadow.decode_shadow` for the page that a decoded token fills.
+fill any number of pages, `shadow.decode` for the page that a decoded token fills.
 
 vLLM shares the pages of a prefix as soon as they are scheduled, so a sequence may stand on pages that another one fills
 in the same step. Codes depend on no other page, and all of a step are written before any of them is scanned.
@@ -15,12 +15,11 @@ in the same step. Codes depend on no other page, and all of a step are written b
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.arguments import expect
-from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowProjection
+from vllm_toptheta.kernels.codec import NUM_LEVELS
+from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
 
 _LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
 TOKENS_PER_STEP = 64
@@ -139,72 +138,34 @@ def _write_codes_kernel(
         )
 
 
-def write_codes(
-    kv_cache: torch.Tensor,
-    codes: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    *,
-    projection: ShadowProjection,
-    k_scale: torch.Tensor | None = None,
-    max_query_len: int,
-) -> None:
-    """Write the shadow keys of every page that this step's tokens fill.
-
-    One launch whose grid depends on shapes and `max_query_len` only, nothing allocated: the call can be captured in a
-    CUDA graph. The tokens' keys must have been written. Sequences without tokens in this step are left alone.
-
-    Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis, which
-            is dense; any other strides, any float dtype.
-        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, pages of a head dense, written
-            (`pages.codes_view`).
-        block_table: [num_seqs, max_blocks] int32, last axis dense.
-        seq_lens: [num_seqs] int32, cached tokens including this step's.
-        query_start_loc: [num_seqs + 1] int32, where the tokens of each sequence start in this step.
-        projection: Of the layer.
-        k_scale: One float32, factor on stored keys; None for 1.
-        max_query_len: About how many tokens a sequence has in this step, for the number of programs.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as described; the message starts with the argument's name.
-    """
-    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
-    head_size, num_seqs, code_bytes = content // 2, len(seq_lens), projection.code_bytes
-    expect("codes", codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8)
-    expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
-    expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    expect("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
-    if tuple(projection.encoder.shape[:2]) != (num_kv_heads, head_size):
-        raise ValueError(f"projection: of {list(projection.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
-    if kv_cache.stride(-1) != 1:
-        raise ValueError(f"kv_cache: last axis has stride {kv_cache.stride(-1)}, expected 1")
-    if codes.stride()[2:] != (code_bytes, 1):
-        raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(code_bytes, 1)}")
-    if num_seqs == 0:
+def write_codes(step: TailStep, cache: LayerCache, layer: Layer) -> None:
+    """Write the shadow keys of every page that this step's tokens fill; see `tails.write_tails`."""
+    shadow, codes, kv_cache = layer.shadow, cache.codes, cache.kv_cache
+    if shadow is None or codes is None:
         return
-    num_programs = triton.cdiv(max_query_len + block_size - 1, TOKENS_PER_STEP)
+    _, num_kv_heads, block_size, content = kv_cache.shape
+    head_size, num_seqs = content // 2, len(step.seq_lens)
+    num_programs = triton.cdiv(step.max_query_len + block_size - 1, TOKENS_PER_STEP)
     _write_codes_kernel[(num_seqs, num_kv_heads, num_programs)](
         kv_cache_ptr=kv_cache,
         codes_ptr=codes,
-        encoder_ptr=projection.encoder,
-        code_offset_ptr=projection.code_offset,
-        block_table_ptr=block_table,
-        seq_lens_ptr=seq_lens,
-        query_start_loc_ptr=query_start_loc,
-        k_scale_ptr=k_scale,
+        encoder_ptr=shadow.codec.encoder,
+        code_offset_ptr=shadow.codec.code_offset,
+        block_table_ptr=step.block_table,
+        seq_lens_ptr=step.seq_lens,
+        query_start_loc_ptr=step.query_start_loc,
+        k_scale_ptr=cache.k_scale,
         stride_kv_block=kv_cache.stride(0),
         stride_kv_head=kv_cache.stride(1),
         stride_kv_token=kv_cache.stride(2),
         stride_code_block=codes.stride(0),
         stride_code_head=codes.stride(1),
-        stride_table_seq=block_table.stride(0),
+        stride_table_seq=step.block_table.stride(0),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        CODE_BYTES=code_bytes,
+        CODE_BYTES=shadow.codec.code_bytes,
         TOKENS=TOKENS_PER_STEP,
-        HAS_K_SCALE=k_scale is not None,
+        HAS_K_SCALE=cache.k_scale is not None,
         num_warps=4,
     )

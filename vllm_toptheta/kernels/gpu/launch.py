@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.merge import merge_kernel
+from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch
 from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
-
-if TYPE_CHECKING:
-    from vllm_toptheta.kernels.gpu.values import DecodeCounters
 
 MIN_BLOCK_SIZE = 16
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -26,43 +25,31 @@ def schedule_unit(tile: int, block_size: int) -> int:
     return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
 
 
-def step_arguments(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    partial_output: torch.Tensor,
-    partial_stats: torch.Tensor,
-    min_sparse_context: int,
-    rules: torch.Tensor | None,
-    value_sum: torch.Tensor | None,
-    counters: DecodeCounters | None,
-    unit: int,
-) -> dict[str, Any]:
-    """What every kernel of a step that leaves or joins pieces takes; the arguments are those of `decode`."""
-    num_seqs, num_heads, head_size = query.shape
+def step_arguments(step: DecodeStep, call: LayerCall, scratch: Scratch | ShadowScratch, *, unit: int) -> dict[str, Any]:
+    """What every kernel of a step that leaves or joins pieces takes."""
+    num_seqs, num_heads, head_size = call.query.shape
+    kv_cache = call.cache.kv_cache
     return {
-        "block_table_ptr": block_table,
-        "seq_lens_ptr": seq_lens,
-        "rules_ptr": rules,
-        "partial_output_ptr": partial_output,
-        "partial_stats_ptr": partial_stats,
+        "block_table_ptr": step.block_table,
+        "seq_lens_ptr": step.seq_lens,
+        "rules_ptr": step.rules,
+        "partial_output_ptr": scratch.partial_output,
+        "partial_stats_ptr": scratch.partial_stats,
         "kv_cache_ptr": kv_cache,
         "stride_kv_block": kv_cache.stride(0),
         "stride_kv_head": kv_cache.stride(1),
         "stride_kv_token": kv_cache.stride(2),
-        "stride_table_seq": block_table.stride(0),
+        "stride_table_seq": step.block_table.stride(0),
         "num_seqs": num_seqs,
-        "min_sparse_context": min_sparse_context,
+        "min_sparse_context": step.max_dense_len,
         "BLOCK_SIZE": kv_cache.shape[2],
         "HEAD_SIZE": head_size,
         "GROUP": num_heads // kv_cache.shape[1],
         "D_PAD": triton.next_power_of_2(head_size),
         "UNIT": unit,
         "SEQ_BLOCK": sequence_block(num_seqs),
-        "VALUE_MEAN": value_sum is not None,
-        "COUNT": counters is not None,
+        "VALUE_MEAN": call.cache.value_sum is not None,
+        "COUNT": call.layer.counters is not None,
     }
 
 
@@ -72,37 +59,28 @@ def schedule_arguments(config: LaunchConfig, unit: int) -> dict[str, Any]:
 
 
 def split_arguments(
-    query: torch.Tensor,
-    *,
-    output: torch.Tensor,
-    survivors: torch.Tensor,
-    order: torch.Tensor,
-    coefficients: torch.Tensor,
-    min_length: int,
-    max_length: int,
-    softmax_scale: float,
-    logits_soft_cap: float | None,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    counters: DecodeCounters | None,
-    config: LaunchConfig,
+    step: DecodeStep, call: LayerCall, scratch: Scratch | ShadowScratch, config: LaunchConfig
 ) -> dict[str, Any]:
-    """What `split_step` takes beside `step_arguments` and `schedule_arguments`; the arguments are those of `decode`."""
-    group = survivors.shape[-1] - 1
+    """What `split_step` takes beside `step_arguments` and `schedule_arguments`."""
+    layer, query = call.layer, call.query
+    if layer.thresholds is None:
+        raise ValueError("thresholds: None")
+    coefficients = layer.thresholds.coefficients
+    group = scratch.survivors.shape[-1] - 1
     return {
         "query_ptr": query,
         "coefficients_ptr": coefficients,
-        "q_scale_ptr": q_scale,
-        "k_scale_ptr": k_scale,
-        "list_ptr": survivors,
-        "order_ptr": order,
-        "rows_read_ptr": None if counters is None else counters.rows_read,
+        "q_scale_ptr": call.q_scale,
+        "k_scale_ptr": call.cache.k_scale,
+        "list_ptr": scratch.survivors,
+        "order_ptr": scratch.order,
+        "rows_read_ptr": None if layer.counters is None else layer.counters.value_rows_read,
         "stride_query_seq": query.stride(0),
         "stride_query_head": query.stride(1),
-        "min_length": min_length,
-        "max_length": max_length,
-        "softmax_scale": softmax_scale,
-        "soft_cap": logits_soft_cap or 0.0,
+        "min_length": step.length_range[0],
+        "max_length": step.length_range[1],
+        "softmax_scale": layer.softmax_scale,
+        "soft_cap": layer.logits_soft_cap or 0.0,
         "NUM_COEFFICIENTS": coefficients.shape[-1],
         "G_PAD": max(config.min_group, triton.next_power_of_2(group + 1)),
         "TILE": config.tile,
@@ -112,10 +90,10 @@ def split_arguments(
         "SCAN_STAGES": config.scan_stages,
         "DENSE_STAGES": config.dense_stages,
         "GATHER_STAGES": config.gather_stages,
-        "SOFT_CAP": logits_soft_cap is not None,
-        "COMPUTE": TRITON_DTYPES[output.dtype],
-        "HAS_Q_SCALE": q_scale is not None,
-        "HAS_K_SCALE": k_scale is not None,
+        "SOFT_CAP": layer.logits_soft_cap is not None,
+        "COMPUTE": TRITON_DTYPES[call.output.dtype],
+        "HAS_Q_SCALE": call.q_scale is not None,
+        "HAS_K_SCALE": call.cache.k_scale is not None,
         "IN_PLACE": query.is_cuda,
     }
 
@@ -128,18 +106,15 @@ def launch_options(num_warps: int, max_registers: int | None = None, *, is_early
 
 def launch_merge(
     step: dict[str, Any],
+    call: LayerCall,
     *,
-    output: torch.Tensor,
-    value_sum: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    counters: DecodeCounters | None,
-    denominator_compensation: bool,
     num_programs: int,
     num_warps: int,
     is_early: bool,
     choice: dict[str, Any] | None = None,
 ) -> None:
     """Join the pieces that a kernel with the arguments `step` has left, or another one, where there is a `choice`."""
+    output, value_sum, v_scale, counters = call.output, call.cache.value_sum, call.cache.v_scale, call.layer.counters
     num_seqs, num_heads, _ = output.shape
     piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
     merge_kernel[(num_heads, num_seqs)](
@@ -159,7 +134,7 @@ def launch_merge(
         PIECE_BLOCK=piece_block,
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         HAS_V_SCALE=v_scale is not None,
-        EXACT_DENOMINATOR=denominator_compensation,
+        EXACT_DENOMINATOR=call.layer.denominator_compensation,
         CHOOSES=choice is not None,
         EARLY_MERGE=is_early,
         **(choice or NO_CHOICE),

@@ -2,7 +2,7 @@
 
 A page's sum is its predecessor's sum plus its own rows, written by whichever step fills the page, never by adding one
 token at a time. So a step repeated, or a token rejected and replaced, leaves the same sums, up to rounding.
-`kernels.decode` does the same for the page that a decoded token fills.
+`merge.merge_kernel` does the same for the page that a decoded token fills.
 
 vLLM shares the pages of a prefix as soon as they are scheduled, so a sequence may stand on pages that another one fills
 in the same step. Their sums cannot be read while they are written: it adds up their rows itself.
@@ -10,11 +10,10 @@ in the same step. Their sums cannot be read while they are written: it adds up t
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.arguments import expect
+from vllm_toptheta.kernels.contract import LayerCache, TailStep
 
 TOKENS_PER_STEP = 128
 SEQS_PER_STEP = 128
@@ -111,53 +110,30 @@ def _close_pages_kernel(
         running += tl.sum(page_sums, axis=0)
 
 
-def close_pages(
-    kv_cache: torch.Tensor,
-    value_sum: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-) -> None:
-    """Write the running value sum of every page that this step's tokens fill.
+def write_value_sums(step: TailStep, cache: LayerCache) -> None:
+    """Write the running value sum of every page that this step's tokens fill; see `tails.write_tails`.
 
-    One launch whose grid depends on shapes only, nothing allocated: the call can be captured in a CUDA graph. The
-    tokens' keys and values must have been written. Sequences without tokens in this step are left alone.
-
-    Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], keys in front of values on the last axis, which
-            is dense; any other strides, any float dtype. The sums are of the stored values, without a scale.
-        value_sum: [num_blocks, num_kv_heads, head_size] float32, last axis dense, written (`kernels.pages`).
-        block_table: [num_seqs, max_blocks] int32, last axis dense.
-        seq_lens: [num_seqs] int32, cached tokens including this step's.
-        query_start_loc: [num_seqs + 1] int32, where the tokens of each sequence start in this step.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as described; the message starts with the argument's name.
+    The sums are of the stored values, without a scale.
     """
-    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
-    head_size, num_seqs = content // 2, len(seq_lens)
-    expect("value_sum", value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
-    expect("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32)
-    expect("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    expect("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
-    if kv_cache.stride(-1) != 1:
-        raise ValueError(f"kv_cache: last axis has stride {kv_cache.stride(-1)}, expected 1")
-    if num_seqs == 0:
+    kv_cache, value_sum = cache.kv_cache, cache.value_sum
+    if value_sum is None:
         return
+    _, num_kv_heads, block_size, content = kv_cache.shape
+    head_size, num_seqs = content // 2, len(step.seq_lens)
     block_pad = triton.next_power_of_2(block_size)
     _close_pages_kernel[(num_seqs, num_kv_heads, triton.cdiv(head_size, HEAD_SLICE))](
         kv_cache_ptr=kv_cache,
         value_sum_ptr=value_sum,
-        block_table_ptr=block_table,
-        seq_lens_ptr=seq_lens,
-        query_start_loc_ptr=query_start_loc,
+        block_table_ptr=step.block_table,
+        seq_lens_ptr=step.seq_lens,
+        query_start_loc_ptr=step.query_start_loc,
         num_seqs=num_seqs,
         stride_kv_block=kv_cache.stride(0),
         stride_kv_head=kv_cache.stride(1),
         stride_kv_token=kv_cache.stride(2),
         stride_sum_block=value_sum.stride(0),
         stride_sum_head=value_sum.stride(1),
-        stride_table_seq=block_table.stride(0),
+        stride_table_seq=step.block_table.stride(0),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         BLOCK_PAD=block_pad,

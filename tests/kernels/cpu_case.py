@@ -1,0 +1,81 @@
+"""Decode steps of the CPU kernels, and what each of their sequences read and lost."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.kernels.paged import PagedSequences
+from vllm_toptheta.kernels.contract import (
+    Counters,
+    DecodeStep,
+    Layer,
+    LayerCache,
+    LayerCall,
+    LayerThresholds,
+    ShadowLayer,
+)
+from vllm_toptheta.kernels.cpu import shadow, values
+from vllm_toptheta.kernels.cpu.batch import prepare_decode
+from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
+
+
+class Decoded(NamedTuple):
+    """What a step computed.
+
+    Attributes:
+        output: [num_seqs, num_heads, head_size] float32.
+        value_rows_read, keys_read: [num_seqs, num_kv_heads] int64.
+        lost_mass: [num_seqs, num_heads] float32.
+    """
+
+    output: torch.Tensor
+    value_rows_read: torch.Tensor
+    lost_mass: torch.Tensor
+    keys_read: torch.Tensor
+
+
+class _Recording(CpuScratch):
+    """Keeps what a step counts, sequence by sequence."""
+
+    def add(self, counters: Counters | None, counted: Counted) -> None:
+        self.counted = counted
+
+
+def decode(
+    query: torch.Tensor,
+    paged: PagedSequences,
+    threshold: torch.Tensor | None,
+    *,
+    codes: torch.Tensor | None = None,
+    shadow_layer: ShadowLayer | None = None,
+    value_mean: bool = True,
+    **layer: Any,
+) -> Decoded:
+    """One new token per sequence, with thresholds of its own.
+
+    Args:
+        query: [num_seqs, num_heads, head_size].
+        paged: The sequences.
+        threshold: [num_seqs, num_heads] float32, or None for a dense layer.
+        codes, shadow_layer: In mode `shadow`; margins and r of every sequence stand at a level of its own.
+        value_mean: Whether the lost mass is given to the mean value.
+        layer: Further fields of `Layer`.
+    """
+    num_seqs = len(query)
+    rules = torch.tensor([[row, 0, 1, 2**31 - 1] for row in range(num_seqs)], dtype=torch.int32)
+    step = DecodeStep(paged.block_table, paged.seq_lens.int(), rules=rules)
+    thresholds = None if threshold is None else LayerThresholds(threshold[..., None].contiguous())
+    described = Layer(
+        **{"softmax_scale": query.shape[-1] ** -0.5, "value_mean_compensation": value_mean, **layer},
+        thresholds=thresholds,
+        shadow=shadow_layer,
+    )
+    cache = LayerCache(paged.kv_cache, paged.value_sum if value_mean and threshold is not None else None, codes)
+    call = LayerCall(query, torch.full(query.shape, torch.nan), cache, described)
+    scratch = _Recording()
+    kernel = values if shadow_layer is None else shadow
+    kernel.decode(prepare_decode(step, paged.kv_cache.shape[2]), call, scratch)
+    counted = scratch.counted
+    return Decoded(call.output, counted.value_rows_read, counted.lost_mass, counted.keys_read)

@@ -1,0 +1,302 @@
+"""What the backend hands to the kernels, and what they hand back: the same records on GPUs and on CPUs, in all modes.
+
+    decode(step, call, scratch)        one new token per sequence; writes `call.output` and adds to the layer's counters
+    write_tails(step, cache, layer)    the tails of all pages that a step's tokens fill
+
+`kernels.gpu` and `kernels.cpu` have both, `decode` once for each mode (`values`, `shadow`). A `DecodeStep` is made once
+for all layers, a `Layer` once for all steps; a `LayerCall` brings the two together with this step's tensors.
+
+What each sequence is decoded by, where sequences differ, are the `rules` of a step, four int32 a row: the level, which
+says whose coefficients apply; the length up to which the sequence keeps every key; and the two lengths between which
+its thresholds follow its own. Level 0 is the common one, and only its sequences enter the statistics of what was lost.
+Without rules, all sequences are at level 0 and share `max_dense_len` and `length_range`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+
+RULE_FIELDS = 4  # level, longest dense length, shortest and longest calibrated length
+NUM_BUCKETS = 10  # of the lost mass
+NUM_TOTALS = 5
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class DecodeStep(NamedTuple):
+    """One step of the engine, for all layers.
+
+    Attributes:
+        block_table: [num_seqs, max_blocks] int32, physical block of each logical block, last axis dense; entries behind
+            a sequence's end are not read.
+        seq_lens: [num_seqs] int32, cached tokens of each sequence including the new one; 0 is padding, whose output
+            rows are zero.
+        max_dense_len: Sequences of at most that many tokens keep every key; of no effect with `rules`.
+        length_range: Lengths, in tokens, to which n is clamped in theta(n) and r(n); of no effect with `rules`.
+        rules: [at least num_seqs, RULE_FIELDS] int32, contiguous; None if all sequences are at level 0.
+        prepared: `cpu.batch.Batch`, what CPUs work out once for all layers; None on GPUs.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    max_dense_len: int = 0
+    length_range: tuple[int, int] = (1, 2**31 - 1)
+    rules: torch.Tensor | None = None
+    prepared: Any = None
+
+
+class TailStep(NamedTuple):
+    """One step of the engine whose tokens may fill any number of pages.
+
+    Attributes:
+        block_table, seq_lens: As of `DecodeStep`; all tokens of the step are counted.
+        query_start_loc: [num_seqs + 1] int32, where the tokens of each sequence start in this step.
+        max_query_len: About how many tokens a sequence has in this step, for the number of programs on GPUs.
+        prepared: `cpu.batch.ClosedPages`, or None if no page becomes full; None on GPUs.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    max_query_len: int
+    prepared: Any = None
+
+
+class LayerThresholds(NamedTuple):
+    """When a key survives in a layer.
+
+    Attributes:
+        coefficients: [num_levels, num_heads, num_terms] float32, contiguous, ascending powers of ln n: theta(n) in
+            scaled logits. Without rules, those of level 0 apply.
+    """
+
+    coefficients: torch.Tensor
+
+
+class ShadowLayer(NamedTuple):
+    """What a layer's shadow keys are, and how they are judged.
+
+    Attributes:
+        codec: What codes are written with.
+        margin: [num_levels, num_heads] float32, contiguous, scaled logits, after the soft cap if there is one: how far
+            a shadow may fall below the threshold.
+        log_unread_ratio: [num_levels, num_heads, 2] float32, contiguous: ln r = c_0 + c_1 ln n.
+        num_sink, num_recent: Tokens at either end that are always candidates.
+    """
+
+    codec: ShadowCodec
+    margin: torch.Tensor
+    log_unread_ratio: torch.Tensor
+    num_sink: int
+    num_recent: int
+
+
+class Counters(NamedTuple):
+    """What decoding read and lost in a layer since the buffers were zeroed; decoding adds to them.
+
+    Attributes:
+        value_rows_read: [num_kv_heads] int64, value rows fetched; a sequence's open page counts as read.
+        keys_read: [num_kv_heads] int64, exact keys fetched; None in mode `values`, which fetches all.
+        lost_mass: [num_heads] float64, sum over tokens at level 0 of the softmax mass of the keys that did not survive.
+        lost_mass_histogram: [num_heads, num_buckets] int64, tokens at level 0 not kept dense by their lost mass: bucket
+            num_buckets - 1 - i holds what lies in (2^-(i + 1), 2^-i], and bucket 0 also everything below.
+        totals: [5] int64: tokens decoded, those among them at level 0 and kept dense, cached rows summed over tokens,
+            steps that decoded, tokens at other levels.
+    """
+
+    value_rows_read: torch.Tensor
+    keys_read: torch.Tensor | None
+    lost_mass: torch.Tensor
+    lost_mass_histogram: torch.Tensor
+    totals: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, num_heads: int, num_kv_heads: int, device: torch.device | str = "cpu", *, counts_keys: bool = False
+    ) -> Counters:
+        """Zeroed counters of a layer."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            value_rows_read=zeros(num_kv_heads),
+            keys_read=zeros(num_kv_heads) if counts_keys else None,
+            lost_mass=zeros(num_heads, dtype=torch.float64),
+            lost_mass_histogram=zeros(num_heads, NUM_BUCKETS),
+            totals=zeros(NUM_TOTALS),
+        )
+
+    def zero_(self) -> None:
+        """Start counting anew."""
+        for buffer in self:
+            if buffer is not None:
+                buffer.zero_()
+
+
+class Layer(NamedTuple):
+    """A layer on one rank, fixed once it is bound.
+
+    Attributes:
+        softmax_scale: Factor on q . k.
+        logits_soft_cap: Cap c of c * tanh(s / c), or None.
+        sliding_window: Number of most recent keys that are seen, or None for all; only where there are no thresholds.
+        denominator_compensation: Whether the softmax denominator is that of all keys instead of the survivors.
+        value_mean_compensation: Whether the lost mass is given to the mean value.
+        thresholds: None in a dense layer.
+        shadow: None in mode `values`.
+        counters: None counts nothing.
+    """
+
+    softmax_scale: float
+    logits_soft_cap: float | None = None
+    sliding_window: int | None = None
+    denominator_compensation: bool = True
+    value_mean_compensation: bool = True
+    thresholds: LayerThresholds | None = None
+    shadow: ShadowLayer | None = None
+    counters: Counters | None = None
+
+
+class LayerCache(NamedTuple):
+    """A layer's pages and the views of their tails.
+
+    Attributes:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]. On GPUs keys in front of values on the last
+            axis, which is dense, strides of blocks and tokens multiples of 16 elements, and of the output's dtype or
+            float8; CPUs fill a page as `cpu.cache.split_cache` says.
+        value_sum: [num_blocks, num_kv_heads, head_size] float32, last axis dense: running sums of the stored values of
+            full pages (`kernels.pages`); None without the value-mean compensation.
+        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, pages of a head dense: shadow keys of full
+            pages (`kernels.pages`); None in mode `values`.
+        k_scale, v_scale: One float32 each, factors on stored keys and values; None for 1.
+    """
+
+    kv_cache: torch.Tensor
+    value_sum: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kv_cache: torch.Tensor,
+        layer: Layer,
+        *,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> LayerCache:
+        """The cache of a layer, with the tails that the layer has.
+
+        Raises:
+            ValueError: The pages have no room for them.
+        """
+        has_sums = layer.thresholds is not None and layer.value_mean_compensation
+        return cls(
+            kv_cache,
+            value_sum_view(kv_cache) if has_sums else None,
+            None if layer.shadow is None else codes_view(kv_cache, layer.shadow.codec.code_bytes),
+            k_scale,
+            v_scale,
+        )
+
+
+class LayerCall(NamedTuple):
+    """A layer in a step.
+
+    Attributes:
+        query: [num_seqs, num_heads, head_size], last axis dense, of the output's dtype or float8.
+        output: The same shape, last axis dense, written. On GPUs bfloat16 or float16, the dtype of the products; on
+            CPUs float32.
+        cache: The layer's pages; on GPUs, decoding writes the tail of a page that its token fills.
+        layer: The layer.
+        q_scale: One float32, factor on the query; None for 1.
+    """
+
+    query: torch.Tensor
+    output: torch.Tensor
+    cache: LayerCache
+    layer: Layer
+    q_scale: torch.Tensor | None = None
+
+
+def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise a ValueError unless a tensor has this shape and dtype."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
+
+
+def check(step: DecodeStep, call: LayerCall) -> None:
+    """See that the tensors of a layer's step fit each other.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
+            name.
+    """
+    layer, kv_cache = call.layer, call.cache.kv_cache
+    num_seqs, num_heads, head_size = call.query.shape
+    num_kv_heads, content = kv_cache.shape[1], kv_cache.shape[3]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query: {num_heads} heads over {num_kv_heads} kv heads, expected groups of equal size")
+    if content != 2 * head_size:
+        raise ValueError(f"kv_cache: last axis is {content}, expected {2 * head_size}")
+    expect("block_table", step.block_table, (num_seqs, step.block_table.shape[1]), torch.int32)
+    expect("seq_lens", step.seq_lens, (num_seqs,), torch.int32)
+    expect("output", call.output, (num_seqs, num_heads, head_size), call.output.dtype)
+    for name, tensor in (("query", call.query), ("kv_cache", kv_cache)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
+    if step.rules is not None:
+        expect("rules", step.rules, (max(num_seqs, len(step.rules)), RULE_FIELDS), torch.int32)
+        _expect_contiguous("rules", step.rules)
+    if layer.thresholds is not None:
+        coefficients = layer.thresholds.coefficients
+        expect("coefficients", coefficients, (len(coefficients), num_heads, coefficients.shape[-1]), torch.float32)
+        _expect_contiguous("coefficients", coefficients)
+        if layer.shadow is not None:
+            _check_shadow(layer.shadow, layer.counters, (len(coefficients), num_heads), num_kv_heads)
+    check_tails(call.cache, layer)
+
+
+def _check_shadow(
+    shadow: ShadowLayer, counters: Counters | None, levels_and_heads: tuple[int, int], num_kv_heads: int
+) -> None:
+    expect("margin", shadow.margin, levels_and_heads, torch.float32)
+    expect("log_unread_ratio", shadow.log_unread_ratio, (*levels_and_heads, 2), torch.float32)
+    _expect_contiguous("margin", shadow.margin)
+    _expect_contiguous("log_unread_ratio", shadow.log_unread_ratio)
+    if counters is not None:
+        if counters.keys_read is None:
+            raise ValueError("keys_read: None, expected counters with one where there are shadow keys")
+        expect("keys_read", counters.keys_read, (num_kv_heads,), torch.int64)
+
+
+def check_tails(cache: LayerCache, layer: Layer) -> None:
+    """See that the tails of a layer's pages fit its cache.
+
+    Raises:
+        ValueError: As for `check`.
+    """
+    num_blocks, num_kv_heads, block_size, content = cache.kv_cache.shape
+    head_size = content // 2
+    if cache.value_sum is not None:
+        expect("value_sum", cache.value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
+    if layer.shadow is not None:
+        codec, codes = layer.shadow.codec, cache.codes
+        if codes is None:
+            raise ValueError("codes: None, expected those of a layer with shadow keys")
+        expect("codes", codes, (num_blocks, num_kv_heads, block_size, codec.code_bytes), torch.uint8)
+        if codes.stride()[2:] != (codec.code_bytes, 1):
+            raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(codec.code_bytes, 1)}")
+        if tuple(codec.encoder.shape[:2]) != (num_kv_heads, head_size):
+            raise ValueError(f"codec: of {list(codec.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
+
+
+def _expect_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: not contiguous")

@@ -1,0 +1,137 @@
+"""What CPUs work out once a step, for all layers: where the tokens stand, and by which rule a sequence is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_toptheta.kernels.contract import DecodeStep, TailStep
+from vllm_toptheta.kernels.cpu.cache import NULL_BLOCK
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of a decode step.
+
+    Attributes:
+        seq_lens: [num_seqs] int64, cached tokens including the new one; at least 1.
+        blocks: [num_seqs, max_blocks] int64, physical blocks; `NULL_BLOCK` behind a sequence's end.
+        visible: [num_seqs, max_len] bool, positions that hold a token; max_len = max_blocks * block_size.
+        min_len: Length of the shortest sequence.
+        is_open: [num_seqs, max_len] bool, tokens of the last page where that is not full.
+        last_full: [num_seqs] int64, physical block of the last full page; meaningless where there is none.
+        has_full: [num_seqs] bool, whether there is one.
+        levels: [num_seqs] int64, whose thresholds apply, or the one of all.
+        is_dense: [num_seqs, 1] bool, sequences that keep every key.
+        keeps_everything: Whether all of them do.
+        log_lengths: [num_seqs] float32, ln n, clamped as each sequence's rule says.
+        is_counted: [num_seqs, 1] int64, 1 where thresholds of level 0 apply.
+        totals: [5] int64, what the step adds to `Counters.totals`.
+    """
+
+    seq_lens: torch.Tensor
+    blocks: torch.Tensor
+    visible: torch.Tensor
+    min_len: int
+    is_open: torch.Tensor
+    last_full: torch.Tensor
+    has_full: torch.Tensor
+    levels: torch.Tensor | int
+    is_dense: torch.Tensor
+    keeps_everything: bool
+    log_lengths: torch.Tensor
+    is_counted: torch.Tensor
+    totals: torch.Tensor
+
+    @classmethod
+    def of_step(cls, step: DecodeStep, block_size: int) -> Batch:
+        """Work it out; sequences have at least one token."""
+        seq_lens = step.seq_lens.long()
+        num_blocks = -(-seq_lens // block_size)
+        index = torch.arange(int(num_blocks.max()))
+        blocks = step.block_table[:, : len(index)].long().where(index < num_blocks[:, None], NULL_BLOCK)
+        position = torch.arange(len(index) * block_size)
+        num_full = seq_lens // block_size
+        visible = position < seq_lens[:, None]
+        levels, max_dense_lens, shortest, longest = _rules(step, len(seq_lens)).unbind(dim=1)
+        is_dense, is_common = seq_lens <= max_dense_lens, levels == 0
+        totals = (
+            len(seq_lens),
+            int((is_dense & is_common).sum()),
+            int(seq_lens.sum()),
+            1,
+            int((~is_common).sum()),
+        )
+        return cls(
+            seq_lens=seq_lens,
+            blocks=blocks,
+            visible=visible,
+            min_len=int(seq_lens.min()),
+            is_open=visible & (position >= (num_full * block_size)[:, None]),
+            last_full=blocks.gather(1, (num_full - 1).clamp(min=0)[:, None]).flatten(),
+            has_full=num_full > 0,
+            levels=0 if bool(is_common.all()) else levels,
+            is_dense=is_dense[:, None],
+            keeps_everything=bool(is_dense.all()),
+            log_lengths=seq_lens.clamp(shortest, longest).float().log(),
+            is_counted=(~is_dense & is_common).long()[:, None],
+            totals=torch.tensor(totals),
+        )
+
+    def within(self, sliding_window: int) -> torch.Tensor:
+        """[num_seqs, max_len] bool: positions among a sequence's last `sliding_window` tokens, or behind its end."""
+        return torch.arange(self.visible.shape[1]) >= (self.seq_lens - sliding_window)[:, None]
+
+
+def _rules(step: DecodeStep, num_seqs: int) -> torch.Tensor:
+    """[num_seqs, 4] int64."""
+    if step.rules is None:
+        return torch.tensor([0, step.max_dense_len, *step.length_range]).expand(num_seqs, -1)
+    return step.rules[:num_seqs].long()
+
+
+@dataclass(frozen=True)
+class ClosedPages:
+    """Pages that become full in a step; a row for each sequence that fills at least one.
+
+    Attributes:
+        blocks: [num_rows, max_pages] int64, physical blocks in the sequence's order, `NULL_BLOCK` where padded.
+        valid: [num_rows, max_pages] bool, False where padded.
+        previous: [num_rows] int64, the block before the first of the row; meaningless for a sequence's first block.
+        is_first: [num_rows] bool, the row starts with a sequence's first block.
+    """
+
+    blocks: torch.Tensor
+    valid: torch.Tensor
+    previous: torch.Tensor
+    is_first: torch.Tensor
+
+    @classmethod
+    def of_step(cls, step: TailStep, block_size: int) -> ClosedPages | None:
+        """The pages that fill up; None if there is none."""
+        seq_lens = step.seq_lens.long()
+        first, end = (seq_lens - step.query_start_loc.long().diff()) // block_size, seq_lens // block_size
+        rows = torch.nonzero(end > first).flatten()
+        if not len(rows):
+            return None
+        first, end = first[rows], end[rows]
+        page = first[:, None] + torch.arange(int((end - first).max()))
+        valid = page < end[:, None]
+        table = step.block_table[rows].long()
+        return cls(
+            blocks=table.gather(1, page.clamp(max=table.shape[1] - 1)).where(valid, NULL_BLOCK),
+            valid=valid,
+            previous=table.gather(1, (first - 1).clamp(min=0)[:, None]).flatten(),
+            is_first=first == 0,
+        )
+
+
+def prepare_decode(step: DecodeStep, block_size: int) -> DecodeStep:
+    """The step with what all layers need of it."""
+    return step._replace(prepared=Batch.of_step(step, block_size))
+
+
+def prepare_tails(step: TailStep, block_size: int) -> TailStep:
+    """The step with what all layers need of it."""
+    return step._replace(prepared=ClosedPages.of_step(step, block_size))

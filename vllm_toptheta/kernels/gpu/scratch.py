@@ -1,0 +1,111 @@
+"""Scratch memory of a decode step on GPUs; what it holds before and after means nothing.
+
+One scratch serves any number of layers, one after the other, and any batch of at most the sequences that it was made
+for. It names the launch parameters that it was made for too, since they set its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors
+
+Spec = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of every buffer, in the order of the fields
+
+
+class Sizes(NamedTuple):
+    """What the sizes of a scratch depend on, beside launch parameters.
+
+    Attributes:
+        max_num_seqs: Sequences of the largest batch.
+        num_heads, num_kv_heads, head_size: Of a layer on this rank.
+        code_bytes: Bytes of a shadow key; 0 in mode `values`.
+    """
+
+    max_num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    code_bytes: int = 0
+
+
+class Scratch(NamedTuple):
+    """Of mode `values`; see `split.split_kernel` for the buffers."""
+
+    config: LaunchConfig
+    survivors: torch.Tensor
+    order: torch.Tensor
+    partial_output: torch.Tensor
+    partial_stats: torch.Tensor
+
+    @staticmethod
+    def spec(sizes: Sizes, config: LaunchConfig, num_sms: int) -> Spec:
+        """The buffers for a GPU of `num_sms` multiprocessors."""
+        num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
+        num_programs = config.num_programs(num_kv_heads, num_sms)
+        num_lists, num_pieces = num_programs * num_kv_heads, (num_programs + sizes.max_num_seqs) * num_kv_heads
+        return (
+            ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
+            ((num_lists, 2, LIST_DEPTH * config.tile), torch.int32),
+            ((num_pieces, group, sizes.head_size), torch.float32),
+            ((num_pieces, 3, group), torch.float32),
+        )
+
+    @classmethod
+    def allocate(
+        cls, sizes: Sizes, *, kv_dtype: torch.dtype, device: torch.device | str, config: LaunchConfig | None = None
+    ) -> Scratch:
+        """A scratch of its own, by the launch parameters of the table unless others are given."""
+        config = config or launch_config(sizes.head_size, kv_dtype.itemsize, device)
+        return cls(config, *_allocate(cls.spec(sizes, config, num_multiprocessors(torch.device(device))), device))
+
+
+class ShadowScratch(NamedTuple):
+    """Of mode `shadow`; see `shadow_query.query_kernel` and `shadow_split.shadow_split_kernel` for the buffers.
+
+    Steps of which all keys are read need that of mode `values`, and `values_config` says how they are launched.
+    """
+
+    config: ShadowConfig
+    values_config: LaunchConfig
+    query_codes: torch.Tensor
+    floors: torch.Tensor
+    candidates: torch.Tensor
+    candidate_order: torch.Tensor
+    survivors: torch.Tensor
+    order: torch.Tensor
+    partial_output: torch.Tensor
+    partial_stats: torch.Tensor
+
+    @staticmethod
+    def spec(sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int) -> Spec:
+        """As `Scratch.spec`."""
+        values = Scratch.spec(sizes, values_config, num_sms)
+        num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        return (
+            ((sizes.max_num_seqs, sizes.num_heads, 2 * sizes.code_bytes), torch.int8),
+            ((sizes.max_num_seqs, sizes.num_heads), torch.int32),
+            ((num_lists, config.list_depth, config.tile), torch.int32),
+            ((num_lists, config.list_depth * config.tile), torch.int32),
+            *values[:2],
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[2:]),
+        )
+
+    @classmethod
+    def allocate(
+        cls, sizes: Sizes, *, kv_dtype: torch.dtype, device: torch.device | str, config: ShadowConfig | None = None
+    ) -> ShadowScratch:
+        """As `Scratch.allocate`; steps of which all keys are read are launched by the table."""
+        config = config or ShadowConfig()
+        values_config = launch_config(sizes.head_size, kv_dtype.itemsize, device)
+        spec = cls.spec(sizes, config, values_config, num_multiprocessors(torch.device(device)))
+        return cls(config, values_config, *_allocate(spec, device))
+
+
+def _allocate(spec: Spec, device: torch.device | str) -> Iterable[torch.Tensor]:
+    return (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in spec)
