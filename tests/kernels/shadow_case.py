@@ -186,8 +186,6 @@ def check(
     output: torch.Tensor,
     counters: Counters,
     keys_read: torch.Tensor,
-    *,
-    all_values: bool = False,
 ) -> None:
     """Compare with the reference: keys and rows read exactly, lost mass, then the output."""
     case, shape = shadow.case, shadow.case.shape
@@ -202,8 +200,6 @@ def check(
         result = shadow.reference(row)
         is_dense = length <= shape.max_dense_len
         survivors = result.survivors[0].view(shape.num_kv_heads, -1, length).any(1)
-        if all_values and not is_dense:
-            survivors = shadow.candidates(row)
         if shape.value_mean and not is_dense:  # the open page is read for the mean
             survivors[:, length // shape.block_size * shape.block_size :] = True
         rows += survivors.sum(1)

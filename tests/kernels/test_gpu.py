@@ -194,7 +194,7 @@ _NARROW: dict[str, Any] = {"max_registers": 168, "programs_per_sm": 3, "walk_til
 SHADOW_CONFIGS = [
     SCANNING,
     replace(SCANNING, chunk_tiles=4, list_depth=6, **_NARROW),
-    replace(SCANNING, tile=128, all_values=True, **_NARROW),
+    replace(SCANNING, tile=128, **_NARROW),
     ShadowConfig(),
 ]
 
@@ -210,7 +210,7 @@ def test_random_shapes_with_shadow_keys(kind: int, case: int) -> None:
     is_few = sum(shape.lens) < config.few_tokens * programs
     num_decoded = sum(length > 0 for length in shape.lens)
     shadow.reads_all_keys = is_few or sum(shape.lens) < config.short_length * num_decoded
-    check_shadow(shadow, *shadow.run(config), all_values=config.all_values)
+    check_shadow(shadow, *shadow.run(config))
 
 
 @pytest.mark.parametrize("config", [SCANNING, ShadowConfig(few_tokens=64)], ids=["always", "or not"])

@@ -20,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.shadow_products import halves, load_query, products
 from vllm_toptheta.kernels.gpu.shadow_query import NO_CODES
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
@@ -33,6 +32,39 @@ from vllm_toptheta.kernels.gpu.tiles import (
 )
 
 ORDERED_AT_ONCE = tl.constexpr(8)  # layers of the lists that are ordered at a time
+_HALVES_ASM: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }"
+)
+
+
+@triton.jit
+def _halves(codes, PACKED: tl.constexpr):
+    """Lower and upper halves of bytes, int8; `PACKED` takes four at a time where Triton would take them one by one."""
+    if PACKED:
+        lower, upper = tl.inline_asm_elementwise(
+            _HALVES_ASM, "=r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        lower, upper = (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
+    return lower, upper
+
+
+@triton.jit
+def _load_query(
+    query_codes_ptr,  # [num_heads, 2 * CODE_BYTES] int8, from the half's first channel on
+    head,  # [COLUMNS]
+    token,  # [COLUMNS], which token of a row a column is for
+    mask,  # [COLUMNS]
+    CODE_BYTES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+):
+    """Half of the channels of the group's queries, [ROW_BYTES, COLUMNS], 0 where another token's codes are."""
+    byte = tl.arange(0, ROW_BYTES)
+    return tl.load(
+        query_codes_ptr + head[None, :] * (2 * CODE_BYTES) + (byte % CODE_BYTES)[:, None],
+        mask=mask[None, :] & (byte[:, None] // CODE_BYTES == token[None, :]),
+        other=0,
+    )
 
 
 @triton.jit
@@ -94,9 +126,6 @@ def attend_candidates(
     SCAN_STAGES: tl.constexpr,
     WALK_STAGES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
-    FLOAT: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    ALL_VALUES: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     """Weighted values [D_PAD, G_PAD], maxima, kept and lost sums of a piece, and its exact keys and value rows read."""
@@ -111,11 +140,9 @@ def attend_candidates(
     column_head = column % COLUMN_HEADS
     token = column // COLUMN_HEADS
     mask_c = column_head < GROUP
-    lower_query = load_query(query_codes_ptr, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
-    upper_query = load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES, FLOAT)
+    lower_query = _load_query(query_codes_ptr, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
+    upper_query = _load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
     floor = tl.load(floors_ptr + column_head, mask=mask_c, other=NO_CODES)
-    if FLOAT:
-        floor = floor.to(tl.float32)
 
     output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
     maximum = threshold
@@ -139,10 +166,10 @@ def attend_candidates(
             blocks = load_blocks(block_row, (tile_start + TILE) // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
             # behind the end this reads block 0 or the rest of a page: any bytes do
             codes = tl.load(code_base + row[:, None] + byte[None, :])
-            lower, upper = halves(codes, FLOAT, ON_GPU)
-            above = tl.zeros((ROWS, COLUMNS), dtype=floor.dtype) - floor[None, :]
-            above = products(lower, lower_query, above, FLOAT, HEADS_FIRST)
-            above = products(upper, upper_query, above, FLOAT, HEADS_FIRST)
+            lower, upper = _halves(codes, ON_GPU)
+            above = tl.zeros((ROWS, COLUMNS), dtype=tl.int32) - floor[None, :]
+            above = tl.dot(lower, lower_query, acc=above, out_dtype=tl.int32)
+            above = tl.dot(upper, upper_query, acc=above, out_dtype=tl.int32)
             best = tl.reshape(tl.max(tl.reshape(above, (ROWS, ROW_TOKENS, COLUMN_HEADS)), axis=2), (TILE,))
             positions = tile_start + lane
             # few tiles hold a position that is not judged by its codes
@@ -173,7 +200,7 @@ def attend_candidates(
                 slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
                 scores = tile_scores(query, key_base, row, listed, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
                 keep = listed[:, None] & (scores >= threshold[None, :])
-                survives = listed if ALL_VALUES else tl.max(keep.to(tl.int32), axis=1) > 0
+                survives = tl.max(keep.to(tl.int32), axis=1) > 0
                 value = load_values(value_base, row, survives, query.dtype, HEAD_SIZE, D_PAD)
                 scores = tl.where(listed[:, None], scores, DISCARDED)
                 new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))

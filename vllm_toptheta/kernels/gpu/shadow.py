@@ -28,7 +28,6 @@ from vllm_toptheta.kernels.gpu.values import check_kernels
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 MIN_COLUMNS = 8  # of a product on tensor cores
-MIN_ROWS = 16
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
@@ -80,7 +79,6 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     if len(scratch.partial_stats) < num_pieces or len(scratch.floors) < num_seqs:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
-    columns = MIN_ROWS if config.heads_first else MIN_COLUMNS
     # pages, if the tiles of either kernel consist of them
     unit = max(schedule_unit(tile, block_size) for tile in (config.tile, values_config.tile))
     common = step_arguments(step, call, scratch, unit=unit)
@@ -129,12 +127,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         num_sink=shadow.num_sink,
         num_recent=shadow.num_recent,
         ROW_TOKENS=row_tokens,
-        COLUMN_HEADS=max(triton.next_power_of_2(group), columns // row_tokens),
+        COLUMN_HEADS=max(triton.next_power_of_2(group), MIN_COLUMNS // row_tokens),
         WALK_TILE=config.walk_tile,
         WALK_STAGES=config.walk_stages,
-        FLOAT=config.product == "float16",
-        HEADS_FIRST=config.heads_first,
-        ALL_VALUES=config.all_values,
         ON_GPU=call.query.is_cuda,
         EARLY_MERGE=early,
         **scan,

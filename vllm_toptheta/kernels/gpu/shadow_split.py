@@ -97,9 +97,6 @@ def shadow_split_kernel(
     DENSE_STAGES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     COMPUTE: tl.constexpr,
-    FLOAT: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    ALL_VALUES: tl.constexpr,
     HAS_Q_SCALE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     VALUE_MEAN: tl.constexpr,
@@ -218,9 +215,6 @@ def shadow_split_kernel(
                     SCAN_STAGES=SCAN_STAGES,
                     WALK_STAGES=WALK_STAGES,
                     SOFT_CAP=SOFT_CAP,
-                    FLOAT=FLOAT,
-                    HEADS_FIRST=HEADS_FIRST,
-                    ALL_VALUES=ALL_VALUES,
                     ON_GPU=ON_GPU,
                 )
             all_keys_read += keys_read

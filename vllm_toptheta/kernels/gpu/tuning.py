@@ -65,14 +65,10 @@ class ShadowConfig:
         min_group: Columns that the group's heads are padded to where exact keys and values are multiplied.
         max_registers: As for `LaunchConfig`.
         scan_stages: Depth of the scan's software pipeline.
-        product: What codes are multiplied as, `int8` or `float16`; sums are exact with both.
-        heads_first: Let the heads be the rows of the scan's products, and tokens the columns.
         chunk_tiles: Tiles scanned between two looks at how long the lists are.
         list_depth: Candidates that a lane of the tile has room for.
         walk_tile: Candidates per step of the walk.
         walk_stages: Depth of the walk's pipeline.
-        all_values: Read the value rows of all candidates, so that they are waited for together with the keys; counted
-            as read.
         dense_tile: Keys per step where a sequence keeps everything.
         dense_stages: Depth of that loop's pipeline.
         dense_work: Work of a token of such a sequence, relative to one that is scanned.
@@ -89,13 +85,10 @@ class ShadowConfig:
     min_group: int = 8
     max_registers: int | None = None
     scan_stages: int = 3
-    product: str = "int8"
-    heads_first: bool = False
     chunk_tiles: int = 16
     list_depth: int = 32
     walk_tile: int = 128
     walk_stages: int = 1
-    all_values: bool = False
     dense_tile: int = 64
     dense_stages: int = 2
     dense_work: int = 8
