@@ -142,13 +142,15 @@ def calibration() -> Iterator[tuple[str, Callable[[], str]]]:
     from vllm_toptheta import store
     from vllm_toptheta.calibration import CalibrationOptions, calibrate
     from vllm_toptheta.calibration.data import read_text
+    from vllm_toptheta.calibration.options import ShadowOptions
 
     def calibrated(mode: str, head_size: int) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = save_model_dir(folder / "tiny", tiny_model(tiny_config(head_dim=head_size)))
             text = write_text(folder / "words.txt", num_words=600)
-            options = CalibrationOptions.create((16, 8), max_length=200, num_sequences=2, mode=mode)
+            chosen = ShadowOptions(num_sink=4, num_recent=16) if mode == "shadow" else None
+            options = CalibrationOptions.create((16, 8), max_length=200, num_sequences=2, shadow=chosen)
             made = calibrate(model, [read_text(text)], out=folder, options=options, progress=False)
             return json.dumps(store.load(made).manifest.model_dump(mode="json")["tensors"], sort_keys=True)
 
@@ -160,15 +162,20 @@ PARTS = {"values": values, "shadow": shadow, "cpu": cpu, "calibration": calibrat
 
 
 @app.command()
-def run(out: Path, part: list[str] | None = None) -> None:
-    """Write fingerprints to OUT; with `--part`, of these parts only, else of all that run on this machine."""
+def run(out: Path, part: list[str] | None = None, match: str = "", shard: str = "0/1") -> None:
+    """Write fingerprints to OUT.
+
+    By default of all parts that run on this machine, else of each `--part`; of the cases that have `--match` in their
+    names; and of these, with `--shard 2/8`, of every eighth from number 2 on, because kernels take long to compile.
+    """
     on_gpu = torch.cuda.is_available()
     here = [name for name in PARTS if (on_gpu or INTERPRETED if name in ("values", "shadow") else not on_gpu)]
+    cases = [(f"{name}: {case}", digest) for name in part or here for case, digest in PARTS[name]() if match in case]
+    first, step = map(int, shard.split("/"))
     digests = {}
-    for name in part or here:
-        for case, digest in PARTS[name]():
-            digests[f"{name}: {case}"] = digest()
-            sys.stderr.write(f"{name}: {case}: {digests[f'{name}: {case}'][:33]}\n")
+    for name, digest in cases[first::step]:
+        digests[name] = digest()
+        sys.stderr.write(f"{name}: {digests[name][:33]}\n")
     out.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
 

@@ -272,7 +272,7 @@ def test_other_scratches_and_codecs_are_refused() -> None:
     with pytest.raises(ValueError, match="^scratch: "):
         shadow.run(FEW, small)
     step, call = shadow.records(torch.empty_like(shadow.case.query))
-    one_head = ShadowCodec(*(tensor[:1] for tensor in vars(shadow.layer.codec).values()))
+    one_head = ShadowCodec(*(tensor[:1] for tensor in shadow.layer.codec))
     other = call._replace(layer=call.layer._replace(shadow=shadow.layer._replace(codec=one_head)))
     with pytest.raises(ValueError, match="^codec: "):
         decode(step, other, shadow.scratch(FEW))

@@ -13,25 +13,18 @@ from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
 
 def test_counters_add_up_over_steps() -> None:
     counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25)
-    counters.add(
-        torch.tensor([1, 0, 50, 1, 0]),
-        is_counted=torch.tensor([[1]]),
-        rows_read=torch.tensor([[1, 2]]),
-        lost_mass=torch.tensor([[0.0, 0.5, 1.0, 1.0]]),
-    )
+    totals, rows_read = torch.tensor([1, 0, 50, 1, 0]), torch.tensor([[1, 2]])
+    lost_mass = torch.tensor([[0.0, 0.5, 1.0, 1.0]])
+    counters.scratch.add(counters.buffers, Counted(totals, torch.tensor([[1]]), rows_read, lost_mass, rows_read))
     first, second = counters.heads()
     assert (first["layer"], first["kv_head"], second["kv_head"]) == (3, 4, 5)
     assert (first["decode_tokens"], first["dense_tokens"], first["rows_cached"]) == (3, 0, 250)
     assert (first["rows_read"], second["rows_read"]) == (41, 62)
     assert first["lost_mass_mean"] == pytest.approx((4 * 0.25 + 0.5) / 6)
     assert second["lost_mass_mean"] == pytest.approx((4 * 0.25 + 2.0) / 6)
-    assert counters.totals.tolist() == [3, 0, 250, 2, 0]
-    counters.add(
-        torch.tensor([1, 0, 50, 1, 0]),
-        is_counted=torch.tensor([[1]]),
-        rows_read=torch.tensor([[1, 2]]),
-        lost_mass=torch.zeros(1, 4),
-    )
+    assert counters.buffers.totals.tolist() == [3, 0, 250, 2, 0]
+    nothing = torch.zeros(1, 4)
+    counters.scratch.add(counters.buffers, Counted(totals, torch.tensor([[1]]), rows_read, nothing, rows_read))
     counters.zero_()
     assert not any(counters.histogram()["counts"])
     assert counters.heads()[0]["rows_read"] == 0

@@ -206,5 +206,5 @@ def _fit_projections(worker: Any) -> None:
             num_channels=num_channels,
         )
         codec = ShadowCodec.build(fitted.encoder, fitted.decoder, fitted.key_mean)
-        for name, tensor in vars(codec).items():
-            getattr(served, name).copy_(tensor)
+        for target, tensor in zip(served, codec, strict=True):
+            target.copy_(tensor)

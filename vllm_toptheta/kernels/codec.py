@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,7 @@ from vllm_toptheta.channels import channels_for
 NUM_LEVELS = 16  # of a channel
 
 
-@dataclass(frozen=True)
-class ShadowCodec:
+class ShadowCodec(NamedTuple):
     """How the keys of a layer become codes, and what codes stand for; float32, contiguous.
 
     Attributes:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.gpu.records import Piece
 from vllm_toptheta.kernels.gpu.shadow_query import NO_CODES
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
@@ -91,45 +92,35 @@ def _order_candidates(
 
 @triton.jit
 def attend_candidates(
-    query,  # [D_PAD, G_PAD]
-    threshold,  # [G_PAD]
-    ratio,  # [G_PAD], r
-    query_codes_ptr,  # [GROUP, 2 * CODE_BYTES] int8
-    floors_ptr,  # [GROUP] int32
-    key_base,
-    code_base,
-    block_row,
-    list_ptr,  # [LIST_DEPTH, TILE] int32
-    order_ptr,  # [LIST_DEPTH * TILE] int32
-    start,
-    end,
-    num_sink,
-    first_recent,
-    open_start,
-    stride_kv_block,
-    stride_kv_token,
-    stride_code_block,
-    scale,
-    soft_cap,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    ROW_TOKENS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
-    LIST_DEPTH: tl.constexpr,
-    WALK_TILE: tl.constexpr,
-    SCAN_STAGES: tl.constexpr,
-    WALK_STAGES: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    ON_GPU: tl.constexpr,
-):
-    """Weighted values [D_PAD, G_PAD], maxima, kept and lost sums of a piece, and its exact keys and value rows read."""
-    value_base = key_base + HEAD_SIZE
+    query, threshold, ratio, tokens, shadow, first_head, key_base, code_base, block_row, lists, list_index, start, end,
+    first_recent, open_start, scale, soft_cap, shape, tiling, ROW_TOKENS: tl.constexpr, COLUMN_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The `Piece` of the keys from `start` to `end` by their shadows.
+
+    Args:
+        query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling: As for `survivors.attend_all`.
+        threshold: [G_PAD].
+        ratio: [G_PAD], r.
+        shadow: `Shadow`.
+        first_head: int64, the group's first head among those of all sequences, which have codes and floors.
+        code_base: Where the codes of the kv head start.
+        lists: `Lists`, of which number `list_index` (int64) is this program's.
+        list_index: Which.
+        first_recent: Keys from there on are always candidates.
+        open_start: Where the page begins that the sequence's next token goes to.
+        ROW_TOKENS: Tokens whose codes share a row of a product.
+        COLUMN_HEADS: Heads that each of them has columns for.
+    """
+    CODE_BYTES: tl.constexpr = shadow.CODE_BYTES
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    TILE: tl.constexpr = tiling.TILE
+    WALK_TILE: tl.constexpr = tiling.GATHER_TILE
+    LIST_DEPTH: tl.constexpr = tiling.LIST_DEPTH
+    CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
+    query_codes_ptr = shadow.query_codes + first_head * 2 * CODE_BYTES
+    list_ptr = lists.entries + list_index * LIST_DEPTH * TILE
+    order_ptr = lists.order + list_index * LIST_DEPTH * TILE
+    value_base = key_base + shape.HEAD_SIZE
     ROWS: tl.constexpr = TILE // ROW_TOKENS
     ROW_BYTES: tl.constexpr = CODE_BYTES * ROW_TOKENS
     ROW_BLOCK: tl.constexpr = BLOCK_SIZE // ROW_TOKENS
@@ -139,16 +130,16 @@ def attend_candidates(
     column = tl.arange(0, COLUMNS)
     column_head = column % COLUMN_HEADS
     token = column // COLUMN_HEADS
-    mask_c = column_head < GROUP
+    mask_c = column_head < shape.GROUP
     lower_query = _load_query(query_codes_ptr, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
     upper_query = _load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
-    floor = tl.load(floors_ptr + column_head, mask=mask_c, other=NO_CODES)
+    floor = tl.load(shadow.floors + first_head + column_head, mask=mask_c, other=NO_CODES)
 
-    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
     maximum = threshold
     # added up by lane, so that the walk reduces nothing but the maximum
-    lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
+    lane_kept = tl.zeros((WALK_TILE, tiling.G_PAD), dtype=tl.float32)
+    lane_lost = tl.zeros((WALK_TILE, tiling.G_PAD), dtype=tl.float32)
     lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
     keys_read = tl.zeros((), dtype=tl.int32)
     # what the merge reads of the open page, for the mean
@@ -158,30 +149,30 @@ def attend_candidates(
     list_length = tl.zeros((TILE,), dtype=tl.int32)
     row_end = tl.cdiv(end, ROW_TOKENS)
     blocks = load_blocks(block_row, start // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
-    for chunk_start in range(start, end, CHUNK_TILES * TILE):
-        chunk_end = tl.minimum(chunk_start + CHUNK_TILES * TILE, end)
-        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=SCAN_STAGES):
-            row = tile_rows(blocks, tile_start // ROW_TOKENS, stride_code_block, ROW_BYTES, ROW_BLOCK, ROWS)
+    for chunk_start in range(start, end, CHUNK):
+        chunk_end = tl.minimum(chunk_start + CHUNK, end)
+        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=tiling.SCAN_STAGES):
+            row = tile_rows(blocks, tile_start // ROW_TOKENS, shadow.stride_block, ROW_BYTES, ROW_BLOCK, ROWS)
             # a tile ahead, so that the loads of codes wait for nothing
             blocks = load_blocks(block_row, (tile_start + TILE) // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
             # behind the end this reads block 0 or the rest of a page: any bytes do
             codes = tl.load(code_base + row[:, None] + byte[None, :])
-            lower, upper = _halves(codes, ON_GPU)
+            lower, upper = _halves(codes, tiling.ON_GPU)
             above = tl.zeros((ROWS, COLUMNS), dtype=tl.int32) - floor[None, :]
             above = tl.dot(lower, lower_query, acc=above, out_dtype=tl.int32)
             above = tl.dot(upper, upper_query, acc=above, out_dtype=tl.int32)
             best = tl.reshape(tl.max(tl.reshape(above, (ROWS, ROW_TOKENS, COLUMN_HEADS)), axis=2), (TILE,))
             positions = tile_start + lane
             # few tiles hold a position that is not judged by its codes
-            if (tile_start < num_sink) | (tile_start + TILE > tl.minimum(first_recent, end)):
-                always = (positions < num_sink) | (positions >= first_recent)
+            if (tile_start < shadow.num_sink) | (tile_start + TILE > tl.minimum(first_recent, end)):
+                always = (positions < shadow.num_sink) | (positions >= first_recent)
                 best = tl.where(positions < end, tl.where(always, 0, best), -1)
             is_candidate = (best >= 0).to(tl.int32)
-            store_where(list_ptr + list_length * TILE + lane, positions, is_candidate > 0, ON_GPU)
+            store_where(list_ptr + list_length * TILE + lane, positions, is_candidate > 0, tiling.ON_GPU)
             list_length += is_candidate
 
         depth = tl.max(list_length, axis=0)
-        if (depth > LIST_DEPTH - CHUNK_TILES) | (chunk_end >= end):
+        if (depth > LIST_DEPTH - tiling.CHUNK_TILES) | (chunk_end >= end):
             # the list was written by other threads
             tl.debug_barrier()
             _order_candidates(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, TILE)
@@ -191,17 +182,17 @@ def attend_candidates(
             keys_read += num_listed
             offs_w = tl.arange(0, WALK_TILE)
             slot = tl.load(order_ptr + offs_w, mask=offs_w < num_listed, other=0)
-            for first in tl.range(0, num_listed, WALK_TILE, num_stages=WALK_STAGES):
+            for first in tl.range(0, num_listed, WALK_TILE, num_stages=tiling.GATHER_STAGES):
                 listed = first + offs_w < num_listed
                 block = slot // BLOCK_SIZE
-                row = block.to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
+                row = block.to(tl.int64) * tokens.stride_block + slot % BLOCK_SIZE * tokens.stride_token
                 # a tile ahead, so that the loads of keys wait for nothing
                 ahead = first + WALK_TILE + offs_w
                 slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
-                scores = tile_scores(query, key_base, row, listed, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
+                scores = tile_scores(query, key_base, row, listed, scale, soft_cap, shape)
                 keep = listed[:, None] & (scores >= threshold[None, :])
                 survives = tl.max(keep.to(tl.int32), axis=1) > 0
-                value = load_values(value_base, row, survives, query.dtype, HEAD_SIZE, D_PAD)
+                value = load_values(value_base, row, survives, query.dtype, shape)
                 scores = tl.where(listed[:, None], scores, DISCARDED)
                 new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
                 exponentials = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
@@ -218,4 +209,4 @@ def attend_candidates(
     num_unread = (end - start - keys_read).to(tl.float32)
     lost_sum = tl.sum(lane_lost, axis=0) + ratio * num_unread * tl.exp2((threshold - maximum) * LOG2_E)
     rows_read += tl.sum(lane_read, axis=0)
-    return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, keys_read, rows_read
+    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, rows_read, keys_read)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.codec import NUM_LEVELS
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.records import Shadow, Tokens
 
 _LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
 TOKENS_PER_STEP = 64
@@ -34,51 +35,43 @@ def _codes_of(steps):
 
 @triton.jit
 def encode_tokens(
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
-    encoder_ptr,  # [num_kv_heads, head_size, 2 * CODE_BYTES] float32
-    code_offset_ptr,  # [num_kv_heads, 2 * CODE_BYTES] float32
-    block_row,  # [max_blocks] int32
-    k_scale_ptr,  # [1] float32
-    kv_head,  # int64
-    first,
-    end,
-    stride_kv_block,
-    stride_kv_head,
-    stride_kv_token,
-    stride_code_block,
-    stride_code_head,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
+    tokens, shadow, k_scale_ptr, block_row, kv_head, first, end, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
     D_PAD: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_K_SCALE: tl.constexpr,
-):
-    """Write the codes of the tokens from `first` to `end`, at most TOKENS."""
+):  # fmt: skip
+    """Write the codes of the tokens from `first` to `end`, at most `shadow.TOKENS`.
+
+    Args:
+        tokens, shadow: `Tokens`, `Shadow`.
+        k_scale_ptr: [1] float32, or None.
+        block_row: [max_blocks] int32, of the sequence.
+        kv_head: int64.
+        first, end: Positions.
+    """
+    CODE_BYTES: tl.constexpr = shadow.CODE_BYTES
+    TOKENS: tl.constexpr = shadow.TOKENS
     offs_c = tl.arange(0, CODE_BYTES)
     position = first + tl.arange(0, TOKENS)
     valid = position < end
     block = tl.load(block_row + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    row = block * stride_kv_block + kv_head * stride_kv_head + position % BLOCK_SIZE * stride_kv_token
-    offset = code_offset_ptr + kv_head * 2 * CODE_BYTES + offs_c
+    row = block * tokens.stride_block + kv_head * tokens.stride_head + position % BLOCK_SIZE * tokens.stride_token
+    offset = shadow.code_offset + kv_head * 2 * CODE_BYTES + offs_c
     lower = tl.zeros((TOKENS, CODE_BYTES), dtype=tl.float32) + tl.load(offset)[None, :]
     upper = tl.zeros((TOKENS, CODE_BYTES), dtype=tl.float32) + tl.load(offset + CODE_BYTES)[None, :]
     for first_channel in range(0, D_PAD, DEPTH):
         offs_d = first_channel + tl.arange(0, DEPTH)
         mask_d = offs_d < HEAD_SIZE
         key = tl.load(
-            kv_cache_ptr + row[:, None] + offs_d[None, :], mask=valid[:, None] & mask_d[None, :], other=0.0
+            tokens.kv_cache + row[:, None] + offs_d[None, :], mask=valid[:, None] & mask_d[None, :], other=0.0
         ).to(tl.float32)
-        if HAS_K_SCALE:
+        if k_scale_ptr is not None:
             key *= tl.load(k_scale_ptr)
-        encoder = encoder_ptr + (kv_head * HEAD_SIZE + offs_d[:, None]) * (2 * CODE_BYTES) + offs_c[None, :]
+        encoder = shadow.encoder + (kv_head * HEAD_SIZE + offs_d[:, None]) * (2 * CODE_BYTES) + offs_c[None, :]
         # as exact as float32, on tensor cores
         lower += tl.dot(key, tl.load(encoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
         upper += tl.dot(key, tl.load(encoder + CODE_BYTES, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
-    target = block * stride_code_block + kv_head * stride_code_head + position % BLOCK_SIZE * CODE_BYTES
+    target = block * shadow.stride_block + kv_head * shadow.stride_head + position % BLOCK_SIZE * CODE_BYTES
     tl.store(
-        codes_ptr + target[:, None] + offs_c[None, :],
+        shadow.codes + target[:, None] + offs_c[None, :],
         (_codes_of(lower) | (_codes_of(upper) << 4)).to(tl.uint8),
         mask=valid[:, None],
     )
@@ -86,86 +79,40 @@ def encode_tokens(
 
 @triton.jit(do_not_specialize=("stride_table_seq",))
 def _write_codes_kernel(
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    codes_ptr,  # [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8
-    encoder_ptr,  # [num_kv_heads, head_size, 2 * CODE_BYTES] float32
-    code_offset_ptr,  # [num_kv_heads, 2 * CODE_BYTES] float32
-    block_table_ptr,  # [num_seqs, max_blocks] int32
-    seq_lens_ptr,  # [num_seqs] int32
+    tokens,  # Tokens
+    shadow,  # Shadow
     query_start_loc_ptr,  # [num_seqs + 1] int32
-    k_scale_ptr,  # [1] float32
-    stride_kv_block,
-    stride_kv_head,
-    stride_kv_token,
-    stride_code_block,
-    stride_code_head,
+    k_scale_ptr,  # [1] float32, or None
     stride_table_seq,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D_PAD: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_K_SCALE: tl.constexpr,
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + seq)
+    seq_len = tl.load(tokens.seq_lens + seq)
     query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
     start = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE * BLOCK_SIZE
     end = seq_len // BLOCK_SIZE * BLOCK_SIZE
-    for first in range(start + tl.program_id(2) * TOKENS, end, tl.num_programs(2) * TOKENS):
-        encode_tokens(
-            kv_cache_ptr,
-            codes_ptr,
-            encoder_ptr,
-            code_offset_ptr,
-            block_table_ptr + seq * stride_table_seq,
-            k_scale_ptr,
-            kv_head,
-            first,
-            end,
-            stride_kv_block,
-            stride_kv_head,
-            stride_kv_token,
-            stride_code_block,
-            stride_code_head,
-            BLOCK_SIZE=BLOCK_SIZE,
-            HEAD_SIZE=HEAD_SIZE,
-            D_PAD=D_PAD,
-            CODE_BYTES=CODE_BYTES,
-            TOKENS=TOKENS,
-            HAS_K_SCALE=HAS_K_SCALE,
-        )
+    for first in range(start + tl.program_id(2) * shadow.TOKENS, end, tl.num_programs(2) * shadow.TOKENS):
+        block_row = tokens.block_table + seq * stride_table_seq
+        encode_tokens(tokens, shadow, k_scale_ptr, block_row, kv_head, first, end, BLOCK_SIZE, HEAD_SIZE, D_PAD)
 
 
 def write_codes(step: TailStep, cache: LayerCache, layer: Layer) -> None:
     """Write the shadow keys of every page that this step's tokens fill; see `tails.write_tails`."""
-    shadow, codes, kv_cache = layer.shadow, cache.codes, cache.kv_cache
-    if shadow is None or codes is None:
+    if layer.shadow is None or cache.codes is None:
         return
-    _, num_kv_heads, block_size, content = kv_cache.shape
-    head_size, num_seqs = content // 2, len(step.seq_lens)
+    _, num_kv_heads, block_size, content = cache.kv_cache.shape
     num_programs = triton.cdiv(step.max_query_len + block_size - 1, TOKENS_PER_STEP)
-    _write_codes_kernel[(num_seqs, num_kv_heads, num_programs)](
-        kv_cache_ptr=kv_cache,
-        codes_ptr=codes,
-        encoder_ptr=shadow.codec.encoder,
-        code_offset_ptr=shadow.codec.code_offset,
-        block_table_ptr=step.block_table,
-        seq_lens_ptr=step.seq_lens,
-        query_start_loc_ptr=step.query_start_loc,
-        k_scale_ptr=cache.k_scale,
-        stride_kv_block=kv_cache.stride(0),
-        stride_kv_head=kv_cache.stride(1),
-        stride_kv_token=kv_cache.stride(2),
-        stride_code_block=codes.stride(0),
-        stride_code_head=codes.stride(1),
-        stride_table_seq=step.block_table.stride(0),
+    _write_codes_kernel[(len(step.seq_lens), num_kv_heads, num_programs)](
+        Tokens.of(step, cache),
+        Shadow.of(layer.shadow, cache.codes, tokens_at_once=TOKENS_PER_STEP),
+        step.query_start_loc,
+        cache.k_scale,
+        step.block_table.stride(0),
         BLOCK_SIZE=block_size,
-        HEAD_SIZE=head_size,
-        D_PAD=triton.next_power_of_2(head_size),
-        CODE_BYTES=shadow.codec.code_bytes,
-        TOKENS=TOKENS_PER_STEP,
-        HAS_K_SCALE=cache.k_scale is not None,
+        HEAD_SIZE=content // 2,
+        D_PAD=triton.next_power_of_2(content // 2),
         num_warps=4,
     )

@@ -1,4 +1,4 @@
-"""The last of the Triton kernels behind `decode.decode` and `shadow.decode_shadow`: it joins what was left in pieces.
+"""The last of the Triton kernels of both modes: it joins what was left in pieces.
 
 It adds the value mean from the page tails, and in passing it writes the tail of a page that has just become full
 (`value_sums.py` says what that is), so that decoding needs no launch for it.
@@ -6,23 +6,28 @@ It adds the value mean from the page tails, and in passing it writes the tail of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.rules import dense_length_of, level_of
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
+from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens
+from vllm_toptheta.kernels.gpu.rules import level_of, max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
 from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E
+from vllm_toptheta.kernels.gpu.tuning import launch_options
 
 
 @triton.jit
-def _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK: tl.constexpr):
-    """Add a step to `DecodeCounters.totals`; one program does."""
+def _count_tokens(totals_ptr, tokens, num_seqs, max_dense_len, SEQ_BLOCK: tl.constexpr):
+    """Add a step to `Counters.totals`; one program does."""
     index = tl.arange(0, SEQ_BLOCK)
-    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
+    seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
     decoded = seq_lens > 0
-    level = level_of(rules_ptr, index, num_seqs)
-    dense_lengths = dense_length_of(rules_ptr, index, num_seqs, min_sparse_context)
-    dense = decoded & (level == 0) & (seq_lens <= dense_lengths)
+    level = level_of(tokens.rules, index, num_seqs)
+    max_dense_lens = max_dense_len_of(tokens.rules, index, num_seqs, max_dense_len)
+    dense = decoded & (level == 0) & (seq_lens <= max_dense_lens)
     asked = decoded & (level != 0)
     field = tl.arange(0, 8)
     count = tl.where(field == 0, tl.sum(decoded.to(tl.int64), axis=0), 0)
@@ -36,88 +41,73 @@ def _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_cont
 
 @triton.jit
 def _bucket(lost_mass, NUM_BUCKETS: tl.constexpr):
-    """Bucket of a lost mass, see `DecodeCounters`: the exponent of the smallest power of two that is not below it."""
+    """Bucket of a lost mass (`contract.Counters`): the exponent of the smallest power of two that is not below it."""
     # a float32's exponent stands above 23 bits, which carry into it unless all of them are 0
     exponent = ((lost_mass.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
     return tl.minimum(tl.maximum(exponent + NUM_BUCKETS - 1, 0), NUM_BUCKETS - 1)
 
 
 @triton.jit
-def _fills(
-    block, block_table_ptr, seq_lens_ptr, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr, SEQ_BLOCK: tl.constexpr
-):
+def _fills(block, tokens, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr, SEQ_BLOCK: tl.constexpr):
     """Whether a sequence of the step fills a block with its token.
 
     vLLM shares a page as soon as the token that fills it is scheduled, so a prompt of which one token is left may stand
     on it in the same step.
     """
     index = tl.arange(0, SEQ_BLOCK)
-    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
+    seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
     is_filling = (seq_lens > 0) & (seq_lens % BLOCK_SIZE == 0)
-    last = block_table_ptr + index.to(tl.int64) * stride_table_seq + seq_lens // BLOCK_SIZE - 1
+    last = tokens.block_table + index.to(tl.int64) * stride_table_seq + seq_lens // BLOCK_SIZE - 1
     return tl.max((tl.load(last, mask=is_filling, other=-1) == block).to(tl.int32), axis=0) > 0
 
 
+# lengths and counts change from batch to batch: one compilation serves them all
 @triton.jit(
     do_not_specialize=(
         "stride_table_seq",
         "num_seqs",
         "num_kv_heads",
         "num_programs",
-        "num_exact_programs",
-        "min_sparse_context",
+        "num_values_programs",
+        "max_dense_len",
         "few_tokens",
         "short_length",
     )
 )
 def merge_kernel(
+    tokens,  # Tokens
+    pieces,  # Pieces
+    counts,  # Counts
     output_ptr,  # [num_seqs, num_heads, head_size]
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
-    block_table_ptr,  # [num_seqs, max_blocks] int32
-    seq_lens_ptr,  # [num_seqs] int32
-    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
-    v_scale_ptr,  # [1] float32
-    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
-    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32
-    lost_mass_ptr,  # [num_heads] float64
-    histogram_ptr,  # [num_heads, NUM_BUCKETS] int64
-    totals_ptr,  # [5] int64: decoded tokens, those kept dense, cached rows, steps, tokens above level 0
+    v_scale_ptr,  # [1] float32, or None
     stride_output_seq,
     stride_output_head,
-    stride_kv_block,
-    stride_kv_head,
-    stride_kv_token,
     stride_sum_block,
     stride_sum_head,
     stride_table_seq,
     num_seqs,
     num_kv_heads,
     num_programs,
-    num_exact_programs,
-    min_sparse_context,
+    num_values_programs,
+    max_dense_len,
     few_tokens,
     short_length,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK_PAD: tl.constexpr,
-    UNIT: tl.constexpr,
-    MIN_WORK: tl.constexpr,
-    SEQ_BLOCK: tl.constexpr,
-    DENSE_WORK: tl.constexpr,
-    EXACT_MIN_WORK: tl.constexpr,
-    EXACT_DENSE_WORK: tl.constexpr,
+    shape,  # Shape
+    schedule,  # Schedule
+    values_schedule,  # Schedule of a step of which all keys are read
     PIECE_BLOCK: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
-    HAS_V_SCALE: tl.constexpr,
-    EXACT_DENOMINATOR: tl.constexpr,
-    VALUE_MEAN: tl.constexpr,
-    COUNT: tl.constexpr,
-    CHOOSES: tl.constexpr,
+    DENOMINATOR_COMPENSATION: tl.constexpr,
+    CHOOSES: tl.constexpr,  # whether the pieces come from one kernel or the other
     EARLY_MERGE: tl.constexpr,
 ):
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    GROUP: tl.constexpr = shape.GROUP
+    D_PAD: tl.constexpr = shape.D_PAD
+    SEQ_BLOCK: tl.constexpr = schedule.SEQ_BLOCK
     head = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1)
     row = seq.to(tl.int64)
@@ -126,39 +116,37 @@ def merge_kernel(
     offs_d = tl.arange(0, D_PAD)
     mask_d = offs_d < HEAD_SIZE
     output_row = output_ptr + row * stride_output_seq + head * stride_output_head + offs_d
-    if COUNT and (head == 0) & (seq == 0):
-        _count_tokens(totals_ptr, seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, SEQ_BLOCK)
-    seq_len = tl.load(seq_lens_ptr + seq)
-    dense_length = dense_length_of(rules_ptr, seq, num_seqs, min_sparse_context)
-    level = level_of(rules_ptr, seq, num_seqs)
+    if counts.totals is not None and (head == 0) & (seq == 0):
+        _count_tokens(counts.totals, tokens, num_seqs, max_dense_len, SEQ_BLOCK)
+    seq_len = tl.load(tokens.seq_lens + seq)
+    max_dense_len_here = max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
+    level = level_of(tokens.rules, seq, num_seqs)
     if seq_len <= 0:
         tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
 
-    is_dense = seq_len <= dense_length
-    if VALUE_MEAN:
+    is_dense = seq_len <= max_dense_len_here
+    if shape.VALUE_MEAN:
         # issued first: nothing of this waits for the pieces
         last_page = (seq_len - 1) // BLOCK_SIZE
         num_open = seq_len - last_page * BLOCK_SIZE
         closes = num_open == BLOCK_SIZE
         num_rows = tl.where(is_dense & (num_open < BLOCK_SIZE), 0, num_open)
-        table = block_table_ptr + row * stride_table_seq + last_page
+        table = tokens.block_table + row * stride_table_seq + last_page
         block = tl.load(table).to(tl.int64)
         previous = tl.load(table - 1, mask=last_page > 0, other=0).to(tl.int64)
         value_sum_row = value_sum_ptr + kv_head * stride_sum_head + offs_d
         offs_b = tl.arange(0, BLOCK_PAD)
-        head_values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
+        head_values = tokens.kv_cache + kv_head * tokens.stride_head + HEAD_SIZE
         value_sum = tl.load(value_sum_row + previous * stride_sum_block, mask=mask_d, other=0.0)
-        page = head_values + block * stride_kv_block
+        page = head_values + block * tokens.stride_block
         values = tl.load(
-            page + offs_b[:, None] * stride_kv_token + offs_d[None, :],
+            page + offs_b[:, None] * tokens.stride_token + offs_d[None, :],
             mask=(offs_b < num_rows)[:, None] & mask_d[None, :],
             other=0.0,
         )
         num_summed = last_page
-        if (last_page > 0) & _fills(
-            previous, block_table_ptr, seq_lens_ptr, num_seqs, stride_table_seq, BLOCK_SIZE, SEQ_BLOCK
-        ):
+        if (last_page > 0) & _fills(previous, tokens, num_seqs, stride_table_seq, BLOCK_SIZE, SEQ_BLOCK):
             # its sum is being written, and what was read of it means nothing; that of the page before was there in time
             num_summed -= 1
             before = tl.load(table - 2, mask=num_summed > 0, other=0).to(tl.int64)
@@ -166,7 +154,10 @@ def merge_kernel(
             value_sum = tl.where(num_summed > 0, value_sum, 0.0)
             value_sum += tl.sum(
                 tl.load(
-                    head_values + previous * stride_kv_block + offs_b[:, None] * stride_kv_token + offs_d[None, :],
+                    head_values
+                    + previous * tokens.stride_block
+                    + offs_b[:, None] * tokens.stride_token
+                    + offs_d[None, :],
                     mask=(offs_b < BLOCK_SIZE)[:, None] & mask_d[None, :],
                     other=0.0,
                 ).to(tl.float32),
@@ -176,16 +167,13 @@ def merge_kernel(
         value_sum = tl.where(last_page > 0, value_sum, 0.0)
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
-    min_work, dense_work = MIN_WORK, DENSE_WORK
+    min_work, dense_work = schedule.MIN_WORK, schedule.DENSE_WORK
     if CHOOSES:
-        # the pieces come from one kernel or the other
-        is_exact = reads_all_keys(load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK), few_tokens, short_length)
-        num_programs = tl.where(is_exact, num_exact_programs, num_programs)
-        min_work = tl.where(is_exact, EXACT_MIN_WORK, MIN_WORK)
-        dense_work = tl.where(is_exact, EXACT_DENSE_WORK, DENSE_WORK)
-    work, share = work_of_step(
-        seq_lens_ptr, rules_ptr, num_seqs, min_sparse_context, num_programs, min_work, dense_work, UNIT, SEQ_BLOCK
-    )
+        reads_all = reads_all_keys(load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK), few_tokens, short_length)
+        num_programs = tl.where(reads_all, num_values_programs, num_programs)
+        min_work = tl.where(reads_all, values_schedule.MIN_WORK, schedule.MIN_WORK)
+        dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
+    work, share = work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule)
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1
@@ -199,15 +187,17 @@ def merge_kernel(
     last_program = last_work // share
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
-        first_unit, last_unit = units_of_piece(program, share, work_before, seq_len, is_dense, dense_work, UNIT)
+        first_unit, last_unit = units_of_piece(
+            program, share, work_before, seq_len, is_dense, dense_work, schedule.UNIT
+        )
         mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
-        stats = partial_stats_ptr + piece * 3 * GROUP + group_index
+        stats = pieces.stats + piece * 3 * GROUP + group_index
         maxima = tl.load(stats, mask=mask_p, other=DISCARDED)
         kept = tl.load(stats + GROUP, mask=mask_p, other=0.0)
         lost = tl.load(stats + 2 * GROUP, mask=mask_p, other=0.0)
         partial = tl.load(
-            partial_output_ptr + (piece * GROUP + group_index)[:, None] * HEAD_SIZE + offs_d[None, :],
+            pieces.output + (piece * GROUP + group_index)[:, None] * HEAD_SIZE + offs_d[None, :],
             mask=mask_p[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -222,22 +212,90 @@ def merge_kernel(
     total = kept_sum + lost_sum
     # scores far below the threshold leave no trace in either sum
     lost_mass = tl.where(total > 0.0, lost_sum / tl.where(total > 0.0, total, 1.0), 1.0)
-    if EXACT_DENOMINATOR:
+    if DENOMINATOR_COMPENSATION:
         known_lost = lost_mass
         result = weighted / tl.where(total > 0.0, total, 1.0)
     else:
         # nothing is known to be lost, unless no key survived at all
         known_lost = tl.where(kept_sum > 0.0, 0.0, 1.0)
         result = weighted / tl.where(kept_sum > 0.0, kept_sum, 1.0)
-    if VALUE_MEAN:
+    if shape.VALUE_MEAN:
         result += known_lost * (value_sum / seq_len)
         if closes & (group_index == 0):
             tl.store(value_sum_row + block * stride_sum_block, value_sum, mask=mask_d)
-    if HAS_V_SCALE:
+    if v_scale_ptr is not None:
         result *= tl.load(v_scale_ptr)
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
-    if COUNT:
+    if counts.lost_mass is not None:
         is_common = level == 0
-        tl.atomic_add(lost_mass_ptr + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
-        bucket = histogram_ptr + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
-        tl.atomic_add(bucket, 1, mask=is_common & (seq_len > dense_length), sem="relaxed")
+        tl.atomic_add(counts.lost_mass + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
+        bucket = counts.lost_mass_histogram + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
+        tl.atomic_add(bucket, 1, mask=is_common & (seq_len > max_dense_len_here), sem="relaxed")
+
+
+class Choice(NamedTuple):
+    """When the pieces are those of a step of which all keys are read.
+
+    Attributes:
+        few_tokens, short_length: See `schedule.reads_all_keys`.
+        num_programs: Programs of each kv head, then.
+        schedule: How it is shared out, then.
+    """
+
+    few_tokens: int
+    short_length: int
+    num_programs: int
+    schedule: Schedule
+
+
+def launch_merge(
+    step: DecodeStep,
+    call: LayerCall,
+    pieces: Pieces,
+    schedule: Schedule,
+    *,
+    num_programs: int,
+    num_warps: int,
+    is_early: bool,
+    choice: Choice | None = None,
+) -> None:
+    """Join what `num_programs` programs of each kv head have left, or those of another kernel by `choice`."""
+    output, cache, counters = call.output, call.cache, call.layer.counters
+    num_seqs, num_heads, _ = output.shape
+    chosen = choice or Choice(0, 0, num_programs, schedule)
+    piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
+    merge_kernel[(num_heads, num_seqs)](
+        Tokens.of(step, cache),
+        pieces,
+        Counts.of(counters),
+        output,
+        cache.value_sum,
+        cache.v_scale,
+        output.stride(0),
+        output.stride(1),
+        0 if cache.value_sum is None else cache.value_sum.stride(0),
+        0 if cache.value_sum is None else cache.value_sum.stride(1),
+        step.block_table.stride(0),
+        num_seqs,
+        cache.kv_cache.shape[1],
+        num_programs,
+        chosen.num_programs,
+        step.max_dense_len,
+        chosen.few_tokens,
+        chosen.short_length,
+        Shape.of(call),
+        schedule,
+        chosen.schedule,
+        PIECE_BLOCK=piece_block,
+        BLOCK_PAD=triton.next_power_of_2(cache.kv_cache.shape[2]),
+        NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
+        DENOMINATOR_COMPENSATION=call.layer.denominator_compensation,
+        CHOOSES=choice is not None,
+        EARLY_MERGE=is_early,
+        **launch_options(num_warps or merge_warps, is_early=is_early),
+    )
+
+
+def _merge_shape(programs_per_seq: float) -> tuple[int, int]:
+    """Pieces that a program of the merge reads at a time, all of a sequence's where lengths are even, and its warps."""
+    return next(((size, warps) for size, warps in ((4, 1), (16, 2)) if programs_per_seq + 2 <= size), (64, 4))

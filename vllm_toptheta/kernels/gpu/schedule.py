@@ -14,7 +14,23 @@ because going through the work in order increases one of the two at every step.
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.rules import dense_length_of
+from vllm_toptheta.kernels.gpu.records import Schedule, constants
+from vllm_toptheta.kernels.gpu.rules import max_dense_len_of
+
+MIN_BLOCK_SIZE = 16
+
+
+def unit_of(tile: int, block_size: int) -> int:
+    """Tokens of a unit of work: a page where pages fill a tile, because then block numbers are loaded page by page."""
+    return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
+
+
+def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int) -> Schedule:
+    """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth."""
+    # few sizes, because each is compiled
+    room = next((size for size in (32, 128, 512) if num_seqs <= size), triton.next_power_of_2(num_seqs))
+    schedule: Schedule = constants(Schedule, unit, max(1, min_tokens // unit), dense_work, room)
+    return schedule
 
 
 @triton.jit
@@ -32,21 +48,15 @@ def reads_all_keys(seq_lens, few_tokens, short_length):
 
 
 @triton.jit
-def work_of_step(
-    seq_lens_ptr,  # [num_seqs] int32
-    rules_ptr,  # [num_seqs, RULE_FIELDS] int32, or None
-    num_seqs,
-    min_sparse_context,
-    num_programs,
-    min_work,
-    dense_work,
-    UNIT: tl.constexpr,
-    SEQ_BLOCK: tl.constexpr,
-):
-    """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole."""
-    seq_lens = load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK)
-    dense_lengths = dense_length_of(rules_ptr, tl.arange(0, SEQ_BLOCK), num_seqs, min_sparse_context)
-    work = tl.cdiv(seq_lens, UNIT) * tl.where(seq_lens <= dense_lengths, dense_work, 1)
+def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule):
+    """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole.
+
+    `min_work` and `dense_work` are those of `schedule`, or of another one.
+    """
+    seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
+    seq = tl.arange(0, schedule.SEQ_BLOCK)
+    max_dense_lens = max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
+    work = tl.cdiv(seq_lens, schedule.UNIT) * tl.where(seq_lens <= max_dense_lens, dense_work, 1)
     return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), min_work)
 
 
@@ -80,29 +90,17 @@ def first_of_share(work, share, program):
 
 
 @triton.jit
-def store_piece(
-    partial_output_ptr,  # [num_pieces * num_kv_heads, GROUP, head_size] float32
-    partial_stats_ptr,  # [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept and lost sum
-    piece,  # int64
-    output,  # [D_PAD, G_PAD]
-    maximum,  # [G_PAD]
-    kept_sum,  # [G_PAD]
-    lost_sum,  # [G_PAD]
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-):
-    """Leave a piece to the merge."""
-    offs_g = tl.arange(0, G_PAD)
-    offs_d = tl.arange(0, D_PAD)
-    mask_g = offs_g < GROUP
-    stats = partial_stats_ptr + piece * 3 * GROUP + offs_g
-    tl.store(stats, maximum, mask=mask_g)
-    tl.store(stats + GROUP, kept_sum, mask=mask_g)
-    tl.store(stats + 2 * GROUP, lost_sum, mask=mask_g)
+def store_piece(pieces, index, piece, shape, tiling):
+    """Leave `piece` to the merge, as number `index` (int64)."""
+    offs_g = tl.arange(0, tiling.G_PAD)
+    offs_d = tl.arange(0, shape.D_PAD)
+    mask_g = offs_g < shape.GROUP
+    stats = pieces.stats + index * 3 * shape.GROUP + offs_g
+    tl.store(stats, piece.maximum, mask=mask_g)
+    tl.store(stats + shape.GROUP, piece.kept_sum, mask=mask_g)
+    tl.store(stats + 2 * shape.GROUP, piece.lost_sum, mask=mask_g)
     tl.store(
-        partial_output_ptr + (piece * GROUP + offs_g[None, :]) * HEAD_SIZE + offs_d[:, None],
-        output,
-        mask=mask_g[None, :] & (offs_d < HEAD_SIZE)[:, None],
+        pieces.output + (index * shape.GROUP + offs_g[None, :]) * shape.HEAD_SIZE + offs_d[:, None],
+        piece.output,
+        mask=mask_g[None, :] & (offs_d < shape.HEAD_SIZE)[:, None],
     )

@@ -6,25 +6,18 @@ below its own score, and the softmax denominator knows keys that were not read b
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.codes import TOKENS_PER_STEP
-from vllm_toptheta.kernels.gpu.launch import (
-    launch_merge,
-    launch_options,
-    schedule_arguments,
-    schedule_unit,
-    split_arguments,
-    step_arguments,
-)
+from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
+from vllm_toptheta.kernels.gpu.records import Counts, Lists, Pieces, Queries, Shadow, Shape, Tiling, Tokens, constants
+from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
 from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
-from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, num_multiprocessors
-from vllm_toptheta.kernels.gpu.values import check_kernels
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, has_dependent_launch, launch_options, num_multiprocessors
+from vllm_toptheta.kernels.gpu.values import DENSE_WORK, check_kernels, tiling_of
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 MIN_COLUMNS = 8  # of a product on tensor cores
@@ -59,97 +52,107 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     check_kernels(call)
     num_seqs, num_heads, _ = call.query.shape
     _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
-    shadow, codes, counters = call.layer.shadow, call.cache.codes, call.layer.counters
+    shadow, codes = call.layer.shadow, call.cache.codes
     if shadow is None or codes is None:
         raise ValueError("shadow: None, expected a layer with shadow keys")
-    code_bytes = shadow.codec.code_bytes
-    row_tokens = max(1, MIN_ROW_BYTES // code_bytes)
+    row_tokens = max(1, MIN_ROW_BYTES // shadow.codec.code_bytes)
     if codes.stride(0) % 16 or codes.data_ptr() % 16:
         raise ValueError(f"codes: strides {codes.stride()}, expected blocks at multiples of 16 bytes")
     if block_size % row_tokens:
         raise ValueError(f"codes: pages of {block_size} tokens, expected a multiple of {row_tokens}")
     if num_seqs == 0:
         return
-    group = num_heads // num_kv_heads
     config, values_config = scratch.config, scratch.values_config
     num_sms = num_multiprocessors(call.query.device)
     num_programs = config.num_programs(num_kv_heads, num_sms)
-    num_exact_programs = values_config.num_programs(num_kv_heads, num_sms)
-    num_pieces = (max(num_programs, num_exact_programs) + num_seqs) * num_kv_heads
+    num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
+    num_pieces = (max(num_programs, num_values_programs) + num_seqs) * num_kv_heads
     if len(scratch.partial_stats) < num_pieces or len(scratch.floors) < num_seqs:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
     # pages, if the tiles of either kernel consist of them
-    unit = max(schedule_unit(tile, block_size) for tile in (config.tile, values_config.tile))
-    common = step_arguments(step, call, scratch, unit=unit)
-    exact = split_arguments(step, call, scratch, values_config)
-    exact_schedule = schedule_arguments(values_config, unit)
-    shadows: dict[str, Any] = {
-        "query_codes_ptr": scratch.query_codes,
-        "floors_ptr": scratch.floors,
-        "codes_ptr": codes,
-        "keys_read_ptr": None if counters is None else counters.keys_read,
-        "stride_code_block": codes.stride(0),
-        "stride_code_head": codes.stride(1),
-        "few_tokens": config.few_tokens * num_programs,
-        "short_length": config.short_length,
-        "CODE_BYTES": code_bytes,
-        "EARLY_SPLIT": early,
-    }
-    query_kernel[(num_kv_heads, num_exact_programs)](
-        margin_ptr=shadow.margin,
-        decoder_ptr=shadow.codec.decoder,
-        key_mean_ptr=shadow.codec.key_mean,
-        encoder_ptr=shadow.codec.encoder,
-        code_offset_ptr=shadow.codec.code_offset,
-        TOKENS=min(TOKENS_PER_STEP, triton.next_power_of_2(block_size)),
-        **exact,
-        **exact_schedule,
-        **shadows,
-        **common,
+    unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
+    values_schedule = schedule_of(
+        unit, min_tokens=values_config.min_work * values_config.tile, dense_work=DENSE_WORK, num_seqs=num_seqs
+    )
+    schedule = schedule_of(
+        unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
+    )
+    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call), Shape.of(call)
+    pieces = Pieces(scratch.partial_output, scratch.partial_stats)
+    shadows = Shadow.of(
+        shadow,
+        codes,
+        tokens_at_once=min(TOKENS_PER_STEP, triton.next_power_of_2(block_size)),
+        query_codes=scratch.query_codes,
+        floors=scratch.floors,
+    )
+    few_tokens = config.few_tokens * num_programs
+    numbers = (
+        num_seqs,
+        step.max_dense_len,
+        *step.length_range,
+        step.block_table.stride(0),
+        few_tokens,
+        config.short_length,
+    )
+    query_kernel[(num_kv_heads, num_values_programs)](
+        tokens,
+        queries,
+        shadows,
+        Lists(scratch.survivors, scratch.order),
+        pieces,
+        Counts.of(call.layer.counters),
+        *numbers,
+        shape,
+        values_schedule,
+        tiling_of(values_config, call),
+        EARLY_SPLIT=early,
         **launch_options(values_config.num_warps, values_config.max_registers),
     )
-    schedule = {"MIN_WORK": max(1, config.min_work * config.tile // unit), "DENSE_WORK": config.dense_work}
-    scan: dict[str, Any] = {
-        "list_ptr": scratch.candidates,
-        "order_ptr": scratch.candidate_order,
-        "G_PAD": max(config.min_group, triton.next_power_of_2(group)),
-        "TILE": config.tile,
-        "DENSE_TILE": config.dense_tile,
-        "CHUNK_TILES": config.chunk_tiles,
-        "LIST_DEPTH": config.list_depth,
-        "SCAN_STAGES": config.scan_stages,
-        "DENSE_STAGES": config.dense_stages,
-    }
-    both = {name: value for name, value in exact.items() if name not in (*scan, "GATHER_STAGES", "IN_PLACE")}
     shadow_split_kernel[(num_kv_heads, num_programs)](
-        log_scale_ptr=shadow.log_unread_ratio,
-        num_sink=shadow.num_sink,
-        num_recent=shadow.num_recent,
+        tokens,
+        queries,
+        shadows,
+        Lists(scratch.candidates, scratch.candidate_order),
+        pieces,
+        Counts.of(call.layer.counters),
+        *numbers,
+        shape,
+        schedule,
+        _tiling(config, call),
         ROW_TOKENS=row_tokens,
-        COLUMN_HEADS=max(triton.next_power_of_2(group), MIN_COLUMNS // row_tokens),
-        WALK_TILE=config.walk_tile,
-        WALK_STAGES=config.walk_stages,
-        ON_GPU=call.query.is_cuda,
+        COLUMN_HEADS=max(triton.next_power_of_2(num_heads // num_kv_heads), MIN_COLUMNS // row_tokens),
+        EARLY_SPLIT=early,
         EARLY_MERGE=early,
-        **scan,
-        **both,
-        **schedule,
-        **shadows,
-        **common,
         **launch_options(config.num_warps, config.max_registers, is_early=early),
     )
     launch_merge(
-        common | schedule,
+        step,
         call,
+        pieces,
+        schedule,
         num_programs=num_programs,
         num_warps=config.merge_warps,
         is_early=early,
-        choice={
-            "few_tokens": shadows["few_tokens"],
-            "num_exact_programs": num_exact_programs,
-            "short_length": config.short_length,
-            "EXACT_MIN_WORK": exact_schedule["MIN_WORK"],
-            "EXACT_DENSE_WORK": exact_schedule["DENSE_WORK"],
-        },
+        choice=Choice(few_tokens, config.short_length, num_values_programs, values_schedule),
     )
+
+
+def _tiling(config: ShadowConfig, call: LayerCall) -> Tiling:
+    """The scan of the shadow keys of a call, and the walk of its candidates."""
+    group = call.query.shape[1] // call.cache.kv_cache.shape[1]
+    tiling: Tiling = constants(
+        Tiling,
+        config.tile,
+        config.scan_stages,
+        max(config.min_group, triton.next_power_of_2(group)),
+        config.chunk_tiles,
+        config.list_depth,
+        config.dense_tile,
+        config.dense_stages,
+        config.walk_tile,
+        config.walk_stages,
+        call.query.is_cuda,
+    )
+    return tiling

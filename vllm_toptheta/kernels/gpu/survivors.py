@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_toptheta.kernels.gpu.records import Piece
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
@@ -27,40 +28,33 @@ ORDERED_AT_ONCE = tl.constexpr(16)  # layers of the lists that are ordered at a 
 
 
 @triton.jit
-def attend_all(
-    query,  # [D_PAD, G_PAD]
-    key_base,
-    block_row,
-    start,
-    end,
-    stride_kv_block,
-    stride_kv_token,
-    scale,
-    soft_cap,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
-    """Keep every key from `start` to `end`: weighted values [D_PAD, G_PAD], maxima, kept and lost sums, rows read."""
-    value_base = key_base + HEAD_SIZE
-    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
-    maximum = tl.full((G_PAD,), DISCARDED, dtype=tl.float32)
-    kept_sum = tl.zeros((G_PAD,), dtype=tl.float32)
-    lost_sum = tl.zeros((G_PAD,), dtype=tl.float32)
+def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling):
+    """The `Piece` of the keys from `start` to `end`, all of which are kept.
+
+    Args:
+        query: [D_PAD, G_PAD].
+        tokens: `Tokens`.
+        key_base, block_row: Where the keys of the kv head, and the blocks of the sequence, start.
+        start, end: Positions in the sequence.
+        scale, soft_cap, shape: As for `tile_scores`.
+        tiling: `Tiling`.
+    """
+    TILE: tl.constexpr = tiling.DENSE_TILE
+    value_base = key_base + shape.HEAD_SIZE
+    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
+    maximum = tl.full((tiling.G_PAD,), DISCARDED, dtype=tl.float32)
+    kept_sum = tl.zeros((tiling.G_PAD,), dtype=tl.float32)
+    lost_sum = tl.zeros((tiling.G_PAD,), dtype=tl.float32)
     rows_read = end - start
-    blocks = load_blocks(block_row, start, end, BLOCK_SIZE, TILE)
-    for tile_start in tl.range(start, end, TILE, num_stages=STAGES):
+    blocks = load_blocks(block_row, start, end, shape.BLOCK_SIZE, TILE)
+    for tile_start in tl.range(start, end, TILE, num_stages=tiling.DENSE_STAGES):
         positions = tile_start + tl.arange(0, TILE)
         valid = positions < end
-        row = tile_rows(blocks, tile_start, stride_kv_block, stride_kv_token, BLOCK_SIZE, TILE)
+        row = tile_rows(blocks, tile_start, tokens.stride_block, tokens.stride_token, shape.BLOCK_SIZE, TILE)
         # a tile ahead, so that the loads of keys wait for nothing
-        blocks = load_blocks(block_row, tile_start + TILE, end, BLOCK_SIZE, TILE)
-        scores = tile_scores(query, key_base, row, valid, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
-        value = load_values(value_base, row, valid, query.dtype, HEAD_SIZE, D_PAD)
+        blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
+        scores = tile_scores(query, key_base, row, valid, scale, soft_cap, shape)
+        value = load_values(value_base, row, valid, query.dtype, shape)
         scores = tl.where(valid[:, None], scores, DISCARDED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
         weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
@@ -68,7 +62,7 @@ def attend_all(
         kept_sum = kept_sum * rescale + tl.sum(weights, axis=0)
         output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
         maximum = new_maximum
-    return output, maximum, kept_sum, lost_sum, rows_read
+    return Piece(output, maximum, kept_sum, lost_sum, rows_read, rows_read)
 
 
 @triton.jit
@@ -102,57 +96,47 @@ def _order_survivors(
 
 @triton.jit
 def attend_survivors(
-    query,  # [D_PAD, G_PAD]
-    threshold,  # [G_PAD]
-    key_base,
-    block_row,
-    list_ptr,  # [LIST_DEPTH, TILE, GROUP + 1] int32: a score's bits for each head, the position
-    order_ptr,  # [2, LIST_DEPTH * TILE] int32
-    start,
-    end,
-    open_start,
-    stride_kv_block,
-    stride_kv_token,
-    scale,
-    soft_cap,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    D_PAD: tl.constexpr,
-    G_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
-    LIST_DEPTH: tl.constexpr,
-    SCAN_STAGES: tl.constexpr,
-    GATHER_STAGES: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
-    """Like `attend_all`, but for keys that reach the threshold; rows from `open_start` on count as read."""
-    value_base = key_base + HEAD_SIZE
-    offs_g = tl.arange(0, G_PAD)
-    lane = tl.arange(0, TILE)
-    ENTRY: tl.constexpr = GROUP + 1
+    query, threshold, tokens, key_base, block_row, lists, list_index, start, end, open_start, scale, soft_cap, shape,
+    tiling,
+):  # fmt: skip
+    """Like `attend_all`, but of keys that reach the threshold; rows from `open_start` on count as read.
+
+    Args:
+        query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling: As for `attend_all`.
+        threshold: [G_PAD].
+        lists: `Lists`, of which number `list_index` (int64) is this program's.
+        list_index: Which.
+        open_start: Where the page begins that the sequence's next token goes to.
+    """
+    TILE: tl.constexpr = tiling.TILE
+    LIST_DEPTH: tl.constexpr = tiling.LIST_DEPTH
+    CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
+    ENTRY: tl.constexpr = shape.GROUP + 1
     LAYER: tl.constexpr = TILE * ENTRY
+    list_ptr = lists.entries + list_index * LIST_DEPTH * LAYER
+    order_ptr = lists.order + list_index * 2 * LIST_DEPTH * TILE
+    value_base = key_base + shape.HEAD_SIZE
+    offs_g = tl.arange(0, tiling.G_PAD)
+    lane = tl.arange(0, TILE)
     list_row = list_ptr + (lane * ENTRY)[:, None] + offs_g[None, :]
-    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
     maximum = threshold
-    lane_maximum = tl.zeros((TILE, G_PAD), dtype=tl.float32) + threshold[None, :]
-    lane_kept = tl.zeros((TILE, G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((TILE, G_PAD), dtype=tl.float32)  # relative to exp(threshold), so never above 1 a key
+    lane_maximum = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32) + threshold[None, :]
+    lane_kept = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32)
+    lane_lost = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32)  # relative to exp(threshold), so never above 1 a key
     lane_read = tl.zeros((TILE,), dtype=tl.int32)
     list_length = tl.zeros((TILE,), dtype=tl.int32)
     exponent_offset = threshold * -LOG2_E
-    blocks = load_blocks(block_row, start, end, BLOCK_SIZE, TILE)
-    for chunk_start in range(start, end, CHUNK_TILES * TILE):
-        chunk_end = tl.minimum(chunk_start + CHUNK_TILES * TILE, end)
-        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=SCAN_STAGES):
+    blocks = load_blocks(block_row, start, end, shape.BLOCK_SIZE, TILE)
+    for chunk_start in range(start, end, CHUNK):
+        chunk_end = tl.minimum(chunk_start + CHUNK, end)
+        for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=tiling.SCAN_STAGES):
             positions = tile_start + lane
             valid = positions < end
-            row = tile_rows(blocks, tile_start, stride_kv_block, stride_kv_token, BLOCK_SIZE, TILE)
+            row = tile_rows(blocks, tile_start, tokens.stride_block, tokens.stride_token, shape.BLOCK_SIZE, TILE)
             # a tile ahead, so that the loads of keys wait for nothing
-            blocks = load_blocks(block_row, tile_start + TILE, end, BLOCK_SIZE, TILE)
-            scores = tile_scores(query, key_base, row, valid, scale, soft_cap, HEAD_SIZE, D_PAD, SOFT_CAP)
+            blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
+            scores = tile_scores(query, key_base, row, valid, scale, soft_cap, shape)
             scores = tl.where(valid[:, None], scores, DISCARDED)
             keep = scores >= threshold[None, :]
             lane_lost += tl.where(keep, 0.0, tl.exp2(scores * LOG2_E + exponent_offset[None, :]))
@@ -161,15 +145,15 @@ def attend_survivors(
             bits = tl.where(keep, scores, DISCARDED).to(tl.int32, bitcast=True)
             store_where(
                 list_row + (list_length * LAYER)[:, None],
-                tl.where(offs_g[None, :] == GROUP, positions[:, None], bits),
-                (survives > 0)[:, None] & (offs_g <= GROUP)[None, :],
-                IN_PLACE,
+                tl.where(offs_g[None, :] == shape.GROUP, positions[:, None], bits),
+                (survives > 0)[:, None] & (offs_g <= shape.GROUP)[None, :],
+                tiling.ON_GPU,
             )
             list_length += survives
             lane_read += tl.where(valid & (positions >= open_start), 1, survives)
 
         depth = tl.max(list_length, axis=0)
-        if (depth > LIST_DEPTH - CHUNK_TILES) | (chunk_end >= end):
+        if (depth > LIST_DEPTH - tiling.CHUNK_TILES) | (chunk_end >= end):
             # the list was written by other threads
             tl.debug_barrier()
             new_maximum = tl.max(lane_maximum, axis=0)
@@ -177,22 +161,25 @@ def attend_survivors(
             output *= rescale[None, :]
             lane_kept *= rescale[None, :]
             maximum = new_maximum
-            _order_survivors(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH)
+            _order_survivors(
+                block_row, list_ptr, order_ptr, list_length, depth, shape.BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH
+            )
             # so was their order
             tl.debug_barrier()
             num_listed = tl.sum(list_length, axis=0)
-            for first in tl.range(0, num_listed, TILE, num_stages=GATHER_STAGES):
+            for first in tl.range(0, num_listed, TILE, num_stages=tiling.GATHER_STAGES):
                 index = first + lane
                 listed = index < num_listed
                 entry = tl.load(order_ptr + index, mask=listed, other=0)
                 slot = tl.load(order_ptr + LIST_DEPTH * TILE + index, mask=listed, other=0)
                 bits = tl.load(
                     list_ptr + (entry * ENTRY)[:, None] + offs_g[None, :],
-                    mask=listed[:, None] & (offs_g < GROUP)[None, :],
+                    mask=listed[:, None] & (offs_g < shape.GROUP)[None, :],
                     other=0,
                 )
-                row = (slot // BLOCK_SIZE).to(tl.int64) * stride_kv_block + slot % BLOCK_SIZE * stride_kv_token
-                value = load_values(value_base, row, listed, query.dtype, HEAD_SIZE, D_PAD)
+                row = (slot // shape.BLOCK_SIZE).to(tl.int64) * tokens.stride_block
+                row += slot % shape.BLOCK_SIZE * tokens.stride_token
+                value = load_values(value_base, row, listed, query.dtype, shape)
                 scores = tl.where(listed[:, None], bits.to(tl.float32, bitcast=True), DISCARDED)
                 weights = tl.exp2((scores - maximum[None, :]) * LOG2_E)
                 lane_kept += weights
@@ -201,4 +188,4 @@ def attend_survivors(
             # the next scan writes over what this gather reads
             tl.debug_barrier()
     lost_sum = tl.sum(lane_lost, axis=0) * tl.exp2((threshold - maximum) * LOG2_E)
-    return output, maximum, tl.sum(lane_kept, axis=0), lost_sum, tl.sum(lane_read, axis=0)
+    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, tl.sum(lane_read, axis=0), end - start)

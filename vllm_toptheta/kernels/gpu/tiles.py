@@ -5,41 +5,59 @@ Scores are in natural units, exponentials are taken in base 2.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 ROW_ALIGNMENT = tl.constexpr(16)  # elements
 LOG2_E = tl.constexpr(1.4426950408889634)
 DISCARDED = tl.constexpr(-2.0e30)  # score of a key that a head does not see or keep
-HIGHEST = tl.constexpr(1.0e30)  # magnitude of a threshold
-MAX_LOG_SCALE = tl.constexpr(math.log(1e6))  # that of the store: keeps sums over discarded keys finite
 
 
 @triton.jit
-def tile_scores(
-    query,  # [D_PAD, G_PAD]
-    key_base,
-    row,  # [TILE] int64, where each token's keys and values start
-    valid,  # [TILE]
-    scale,
-    soft_cap,
-    HEAD_SIZE: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
-    """Scores of a tile of keys, [TILE, G_PAD] float32."""
-    offs_d = tl.arange(0, D_PAD)
+def tile_scores(query, key_base, row, valid, scale, soft_cap, shape):
+    """Scores of a tile of keys, [TILE, G_PAD] float32.
+
+    Args:
+        query: [D_PAD, G_PAD].
+        key_base: Where the keys of the kv head start.
+        row: [TILE] int64, where each token's keys and values start.
+        valid: [TILE].
+        scale: Factor on q . k.
+        soft_cap: Of the scores, or None.
+        shape: `Shape`.
+    """
+    offs_d = tl.arange(0, shape.D_PAD)
     mask = valid[:, None]
-    if D_PAD != HEAD_SIZE:
-        mask = mask & (offs_d < HEAD_SIZE)[None, :]
+    if shape.D_PAD != shape.HEAD_SIZE:
+        mask = mask & (offs_d < shape.HEAD_SIZE)[None, :]
     key = tl.load(key_base + row[:, None] + offs_d[None, :], mask=mask, other=0.0)
     scores = tl.dot(key.to(query.dtype), query) * scale
-    if SOFT_CAP:
+    if soft_cap is not None:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / soft_cap)) + 1.0))
     return scores
+
+
+@triton.jit
+def load_query(queries, seq, head, mask_g, shape):
+    """The queries of a sequence's group, [D_PAD, G_PAD], in the dtype of products."""
+    offs_d = tl.arange(0, shape.D_PAD)
+    return tl.load(
+        queries.query + seq.to(tl.int64) * queries.stride_seq + head[None, :] * queries.stride_head + offs_d[:, None],
+        mask=mask_g[None, :] & (offs_d < shape.HEAD_SIZE)[:, None],
+        other=0.0,
+    ).to(shape.COMPUTE)
+
+
+@triton.jit
+def score_scale(queries):
+    """Factor on products of stored queries and keys."""
+    scale = queries.softmax_scale
+    if queries.q_scale is not None:
+        scale = scale * tl.load(queries.q_scale)
+    if queries.k_scale is not None:
+        scale = scale * tl.load(queries.k_scale)
+    return scale
 
 
 @triton.jit
@@ -67,51 +85,13 @@ def tile_rows(blocks, start, stride_kv_block, stride_kv_token, BLOCK_SIZE: tl.co
 
 
 @triton.jit
-def load_values(value_base, row, mask, dtype: tl.constexpr, HEAD_SIZE: tl.constexpr, D_PAD: tl.constexpr):
+def load_values(value_base, row, mask, dtype: tl.constexpr, shape):
     """Value rows that start at `row`, [TILE, D_PAD]."""
-    offs_d = tl.arange(0, D_PAD)
+    offs_d = tl.arange(0, shape.D_PAD)
     mask = mask[:, None]
-    if D_PAD != HEAD_SIZE:
-        mask = mask & (offs_d < HEAD_SIZE)[None, :]
+    if shape.D_PAD != shape.HEAD_SIZE:
+        mask = mask & (offs_d < shape.HEAD_SIZE)[None, :]
     return tl.load(value_base + row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-
-
-@triton.jit
-def thresholds_at(
-    coefficients_ptr,  # [num_heads, degree + 1] float32
-    head,  # [G_PAD]
-    head_mask,
-    seq_len,
-    min_length,
-    max_length,
-    NUM_COEFFICIENTS: tl.constexpr,
-):
-    """Thresholds at `seq_len`, [G_PAD] float32; rows behind the group's last head keep nothing."""
-    log_length = tl.log(tl.minimum(tl.maximum(seq_len, min_length), max_length).to(tl.float32))
-    threshold = tl.zeros_like(head).to(tl.float32)
-    for power in tl.static_range(NUM_COEFFICIENTS - 1, -1, -1):
-        coefficient = tl.load(coefficients_ptr + head * NUM_COEFFICIENTS + power, mask=head_mask, other=0.0)
-        threshold = threshold * log_length + coefficient
-    # finite, so that differences of two of them are no NaN, and above what is discarded
-    threshold = tl.minimum(tl.maximum(threshold, -HIGHEST), HIGHEST)
-    return tl.where(head_mask, threshold, HIGHEST)
-
-
-@triton.jit
-def scales_at(
-    log_scale_ptr,  # [num_heads, 2] float32
-    head,  # [G_PAD]
-    head_mask,
-    seq_len,
-    min_length,
-    max_length,
-):
-    """r at `seq_len`, [G_PAD] float32, from ln r = c_0 + c_1 ln n; 0 behind the group's last head."""
-    log_length = tl.log(tl.minimum(tl.maximum(seq_len, min_length), max_length).to(tl.float32))
-    constant = tl.load(log_scale_ptr + head * 2, mask=head_mask, other=0.0)
-    slope = tl.load(log_scale_ptr + head * 2 + 1, mask=head_mask, other=0.0)
-    scale = tl.exp(tl.minimum(constant + slope * log_length, MAX_LOG_SCALE))
-    return tl.where(head_mask, scale, 0.0)
 
 
 # the constant is the policy `createpolicy.fractional.L2::evict_last` with fraction 1
@@ -122,14 +102,14 @@ _STORE_ASM: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def store_where(pointer, value, mask, IN_PLACE: tl.constexpr):
-    """Store 32-bit elements; `IN_PLACE` lets every thread store what it holds.
+def store_where(pointer, value, mask, ON_GPU: tl.constexpr):
+    """Store 32-bit elements; on a GPU every thread stores what it holds.
 
     `tl.store` would move the elements to other threads first, for the sake of coalescing, through shared memory and
     several barriers. Few elements pass the mask here, so there is nothing to coalesce. They are asked to stay in the L2
     cache, which keys would flush long before they are read: under a full stream of keys, memory answers late.
     """
-    if IN_PLACE:
+    if ON_GPU:
         tl.inline_asm_elementwise(
             _STORE_ASM,
             "=r,l,r,r",

@@ -10,6 +10,7 @@ import functools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the decode kernel is launched.
+    """How the kernels of mode `values` are launched.
 
     Attributes:
         tile: Keys per step of the scan.
@@ -57,7 +58,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class ShadowConfig:
-    """How the kernels of `shadow.decode_shadow` are launched.
+    """How the kernels of mode `shadow` are launched.
 
     Attributes:
         tile: Shadow keys per step of the scan.
@@ -115,6 +116,12 @@ class ShadowConfig:
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
         """Programs of each kv head."""
         return max(1, self.programs_per_sm * num_sms // num_kv_heads)
+
+
+def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:
+    """Options of a launch; `is_early`: while the kernel before still runs."""
+    registers = {"maxnreg": max_registers} if max_registers else {}
+    return {"num_warps": num_warps, **registers, **({"launch_pdl": True} if is_early else {})}
 
 
 def launch_config(head_size: int, element_bytes: int, device: torch.device | str) -> LaunchConfig:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.contract import LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.records import Tokens
 
 TOKENS_PER_STEP = 128
 SEQS_PER_STEP = 128
@@ -22,8 +23,8 @@ HEAD_SLICE = 64  # channels of a program
 
 @triton.jit
 def _first_unwritten_page(
-    table, first_page, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, num_seqs, stride_table_seq,
-    BLOCK_SIZE: tl.constexpr, SEQS: tl.constexpr,
+    table, first_page, tokens, query_start_loc_ptr, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr,
+    SEQS: tl.constexpr,
 ):  # fmt: skip
     """The first page of a sequence that any sequence fills in this step.
 
@@ -34,30 +35,25 @@ def _first_unwritten_page(
     for start in range(0, num_seqs, SEQS):
         other = start + tl.arange(0, SEQS)
         mask = other < num_seqs
-        seq_lens = tl.load(seq_lens_ptr + other, mask=mask, other=0)
+        seq_lens = tl.load(tokens.seq_lens + other, mask=mask, other=0)
         starts = tl.load(query_start_loc_ptr + other, mask=mask, other=0)
         query_lens = tl.load(query_start_loc_ptr + other + 1, mask=mask, other=0) - starts
         page = tl.maximum(seq_lens - query_lens, 0) // BLOCK_SIZE
         mask &= (page < seq_lens // BLOCK_SIZE) & (page < first_page)
-        theirs = tl.load(block_table_ptr + other.to(tl.int64) * stride_table_seq + page, mask=mask, other=-1)
+        theirs = tl.load(tokens.block_table + other.to(tl.int64) * stride_table_seq + page, mask=mask, other=-1)
         ours = tl.load(table + page, mask=mask, other=-2)
         unwritten = tl.minimum(unwritten, tl.min(tl.where(theirs == ours, page, first_page), axis=0))
     return unwritten
 
 
 @triton.jit(do_not_specialize=("num_seqs", "stride_table_seq"))
-def _close_pages_kernel(
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+def _write_value_sums_kernel(
+    tokens,  # Tokens
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
-    block_table_ptr,  # [num_seqs, max_blocks] int32
-    seq_lens_ptr,  # [num_seqs] int32
     query_start_loc_ptr,  # [num_seqs + 1] int32
-    num_seqs,
-    stride_kv_block,
-    stride_kv_head,
-    stride_kv_token,
     stride_sum_block,
     stride_sum_head,
+    num_seqs,
     stride_table_seq,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -68,7 +64,7 @@ def _close_pages_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + seq)
+    seq_len = tl.load(tokens.seq_lens + seq)
     query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
     first_page = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE
     end_page = seq_len // BLOCK_SIZE
@@ -78,13 +74,12 @@ def _close_pages_kernel(
     offs_d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     offs_b = tl.arange(0, BLOCK_PAD)
     mask_d = offs_d < HEAD_SIZE
-    table = block_table_ptr + seq * stride_table_seq
-    values = kv_cache_ptr + kv_head * stride_kv_head + HEAD_SIZE
+    table = tokens.block_table + seq * stride_table_seq
+    values = tokens.kv_cache + kv_head * tokens.stride_head + HEAD_SIZE
     sums = value_sum_ptr + kv_head * stride_sum_head + offs_d
     unwritten = _first_unwritten_page(
-        table, first_page, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, num_seqs, stride_table_seq,
-        BLOCK_SIZE, SEQS,
-    )  # fmt: skip
+        table, first_page, tokens, query_start_loc_ptr, num_seqs, stride_table_seq, BLOCK_SIZE, SEQS
+    )
     previous = tl.load(table + tl.maximum(unwritten - 1, 0)).to(tl.int64)
     running = tl.load(sums + previous * stride_sum_block, mask=mask_d, other=0.0)
     # a sequence's first page has no predecessor, and what was loaded for it may be anything
@@ -95,8 +90,8 @@ def _close_pages_kernel(
         block = tl.load(table + page, mask=mask_p, other=0).to(tl.int64)
         rows = tl.load(
             values
-            + (block * stride_kv_block)[:, None, None]
-            + (offs_b * stride_kv_token)[None, :, None]
+            + (block * tokens.stride_block)[:, None, None]
+            + (offs_b * tokens.stride_token)[None, :, None]
             + offs_d[None, None, :],
             mask=mask_p[:, None, None] & (offs_b < BLOCK_SIZE)[None, :, None] & mask_d[None, None, :],
             other=0.0,
@@ -121,19 +116,14 @@ def write_value_sums(step: TailStep, cache: LayerCache) -> None:
     _, num_kv_heads, block_size, content = kv_cache.shape
     head_size, num_seqs = content // 2, len(step.seq_lens)
     block_pad = triton.next_power_of_2(block_size)
-    _close_pages_kernel[(num_seqs, num_kv_heads, triton.cdiv(head_size, HEAD_SLICE))](
-        kv_cache_ptr=kv_cache,
-        value_sum_ptr=value_sum,
-        block_table_ptr=step.block_table,
-        seq_lens_ptr=step.seq_lens,
-        query_start_loc_ptr=step.query_start_loc,
-        num_seqs=num_seqs,
-        stride_kv_block=kv_cache.stride(0),
-        stride_kv_head=kv_cache.stride(1),
-        stride_kv_token=kv_cache.stride(2),
-        stride_sum_block=value_sum.stride(0),
-        stride_sum_head=value_sum.stride(1),
-        stride_table_seq=step.block_table.stride(0),
+    _write_value_sums_kernel[(num_seqs, num_kv_heads, triton.cdiv(head_size, HEAD_SLICE))](
+        Tokens.of(step, cache),
+        value_sum,
+        step.query_start_loc,
+        value_sum.stride(0),
+        value_sum.stride(1),
+        num_seqs,
+        step.block_table.stride(0),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         BLOCK_PAD=block_pad,

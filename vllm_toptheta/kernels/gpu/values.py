@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import triton
+
 from vllm_toptheta.kernels.contract import FLOAT8_DTYPES, DecodeStep, LayerCall, check
-from vllm_toptheta.kernels.gpu.launch import (
+from vllm_toptheta.kernels.gpu.merge import launch_merge
+from vllm_toptheta.kernels.gpu.records import (
     TRITON_DTYPES,
-    launch_merge,
-    launch_options,
-    schedule_arguments,
-    schedule_unit,
-    split_arguments,
-    step_arguments,
+    Counts,
+    Lists,
+    Pieces,
+    Queries,
+    Shape,
+    Tiling,
+    Tokens,
+    constants,
 )
+from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.split import split_kernel
+from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tiles import ROW_ALIGNMENT
-from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, has_dependent_launch, launch_options, num_multiprocessors
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
+DENSE_WORK = 2  # of a unit of which keys and values are read, where otherwise it is keys and few values
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
@@ -47,17 +55,58 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     if len(scratch.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early_merge = config.early_merge and has_dependent_launch(call.query.device)
-    unit = schedule_unit(config.tile, block_size)
-    common = step_arguments(step, call, scratch, unit=unit)
-    schedule = schedule_arguments(config, unit)
+    pieces = Pieces(scratch.partial_output, scratch.partial_stats)
+    schedule = schedule_of(
+        unit_of(config.tile, block_size),
+        min_tokens=config.min_work * config.tile,
+        dense_work=DENSE_WORK,
+        num_seqs=num_seqs,
+    )
     split_kernel[(num_kv_heads, num_programs)](
+        Tokens.of(step, call.cache),
+        Queries.of(call),
+        Lists(scratch.survivors, scratch.order),
+        pieces,
+        Counts.of(call.layer.counters),
+        num_seqs,
+        step.max_dense_len,
+        *step.length_range,
+        step.block_table.stride(0),
+        Shape.of(call),
+        schedule,
+        tiling_of(config, call),
         EARLY_MERGE=early_merge,
-        **split_arguments(step, call, scratch, config),
-        **common,
-        **schedule,
         **launch_options(config.num_warps, config.max_registers),
     )
-    launch_merge(common | schedule, call, num_programs=num_programs, num_warps=config.merge_warps, is_early=early_merge)
+    launch_merge(
+        step,
+        call,
+        pieces,
+        schedule,
+        num_programs=num_programs,
+        num_warps=config.merge_warps,
+        is_early=early_merge,
+    )
+
+
+def tiling_of(config: LaunchConfig, call: LayerCall) -> Tiling:
+    """The loops over the keys of a call, all of which are read."""
+    group = call.query.shape[1] // call.cache.kv_cache.shape[1]
+    tiling: Tiling = constants(
+        Tiling,
+        config.tile,
+        config.scan_stages,
+        # one column more than the group has heads, for the position that a list keeps beside their scores
+        max(config.min_group, triton.next_power_of_2(group + 1)),
+        CHUNK_TILES,
+        LIST_DEPTH,
+        config.dense_tile,
+        config.dense_stages,
+        config.tile,
+        config.gather_stages,
+        call.query.is_cuda,
+    )
+    return tiling
 
 
 def check_kernels(call: LayerCall) -> None:

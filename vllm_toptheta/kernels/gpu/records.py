@@ -1,0 +1,290 @@
+"""What the kernels' arguments are bound together in; Triton takes named tuples as it takes their fields one by one.
+
+Fields in capitals are `tl.constexpr` objects, and what they are is compiled in, as is whether a field is None. Of other
+integers Triton compiles in whether they are 1 or multiples of 16, which it can be told not to do for plain arguments
+only: numbers that change from step to step are no fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCache, LayerCall, ShadowLayer, TailStep
+
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Tokens(NamedTuple):
+    """The sequences of a step and where their keys and values stand.
+
+    Attributes:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        block_table: [num_seqs, max_blocks] int32.
+        seq_lens: [num_seqs] int32.
+        rules: [num_seqs, RULE_FIELDS] int32, or None.
+        stride_block, stride_head, stride_token: Of the cache, elements.
+    """
+
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    rules: torch.Tensor | None
+    stride_block: int
+    stride_head: int
+    stride_token: int
+
+    @classmethod
+    def of(cls, step: DecodeStep | TailStep, cache: LayerCache) -> Tokens:
+        """Those of a step in a layer's pages."""
+        rules = step.rules if isinstance(step, DecodeStep) else None
+        strides = cache.kv_cache.stride()
+        return cls(cache.kv_cache, step.block_table, step.seq_lens, rules, *strides[:3])
+
+
+class Queries(NamedTuple):
+    """Queries, and what makes scores and thresholds of them.
+
+    Attributes:
+        query: [num_seqs, num_heads, head_size].
+        coefficients: [num_levels, num_heads, NUM_TERMS] float32.
+        q_scale, k_scale: [1] float32, or None.
+        stride_seq, stride_head: Of the queries, elements.
+        softmax_scale: Factor on q . k.
+        logits_soft_cap: Of the scores, or None.
+    """
+
+    query: torch.Tensor
+    coefficients: torch.Tensor
+    q_scale: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    stride_seq: int
+    stride_head: int
+    softmax_scale: float
+    logits_soft_cap: float | None
+
+    @classmethod
+    def of(cls, call: LayerCall) -> Queries:
+        """Those of a call to a layer with thresholds."""
+        layer, query = call.layer, call.query
+        if layer.thresholds is None:
+            raise ValueError("thresholds: None, and dense layers are not decoded here")
+        return cls(
+            query,
+            layer.thresholds.coefficients,
+            call.q_scale,
+            call.cache.k_scale,
+            query.stride(0),
+            query.stride(1),
+            layer.softmax_scale,
+            layer.logits_soft_cap,
+        )
+
+
+class Lists(NamedTuple):
+    """What a scan keeps for later: a list for every program and kv head.
+
+    Attributes:
+        entries: Of survivors [num_lists, LIST_DEPTH, TILE, GROUP + 1] int32, the bits of a score for each head and the
+            position; of candidates [num_lists, LIST_DEPTH, TILE] int32, positions.
+        order: Of survivors [num_lists, 2, LIST_DEPTH * TILE] int32, entries of the list and the slots of their tokens;
+            of candidates [num_lists, LIST_DEPTH * TILE] int32, slots.
+    """
+
+    entries: torch.Tensor
+    order: torch.Tensor
+
+
+class Pieces(NamedTuple):
+    """What programs leave to the merge.
+
+    Attributes:
+        output: [num_pieces * num_kv_heads, GROUP, head_size] float32, weighted values.
+        stats: [num_pieces * num_kv_heads, 3, GROUP] float32: maximum, kept sum, lost sum.
+    """
+
+    output: torch.Tensor
+    stats: torch.Tensor
+
+
+class Counts(NamedTuple):
+    """What a step adds to, as of `contract.Counters`; None throughout if nothing is counted.
+
+    Triton 3.6 cannot be asked whether a whole tuple is None, where it has a field that is.
+    """
+
+    value_rows_read: torch.Tensor | None = None
+    keys_read: torch.Tensor | None = None
+    lost_mass: torch.Tensor | None = None
+    lost_mass_histogram: torch.Tensor | None = None
+    totals: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, counters: Counters | None) -> Counts:
+        """Those of a layer."""
+        return cls() if counters is None else cls(*counters)
+
+
+class Piece(NamedTuple):
+    """A piece of a sequence, in registers.
+
+    Attributes:
+        output: [D_PAD, G_PAD] float32, weighted values.
+        maximum, kept_sum, lost_sum: [G_PAD] float32.
+        value_rows_read, keys_read: int32.
+    """
+
+    output: Any
+    maximum: Any
+    kept_sum: Any
+    lost_sum: Any
+    value_rows_read: Any
+    keys_read: Any
+
+
+class Shadow(NamedTuple):
+    """Shadow keys of a layer, and what a step compares them with.
+
+    Attributes:
+        codes: [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8.
+        query_codes: [num_seqs, num_heads, 2 * CODE_BYTES] int8.
+        floors: [num_seqs, num_heads] int32.
+        encoder, code_offset, decoder, key_mean: As of `ShadowCodec`.
+        margin: [num_levels, num_heads] float32.
+        log_unread_ratio: [num_levels, num_heads, 2] float32.
+        stride_block, stride_head: Of the codes, bytes.
+        num_sink, num_recent: Tokens at either end that are always candidates.
+        CODE_BYTES: Bytes of a shadow key.
+        TOKENS: Tokens that are encoded at a time.
+    """
+
+    codes: torch.Tensor
+    query_codes: torch.Tensor | None
+    floors: torch.Tensor | None
+    encoder: torch.Tensor
+    code_offset: torch.Tensor
+    decoder: torch.Tensor
+    key_mean: torch.Tensor
+    margin: torch.Tensor
+    log_unread_ratio: torch.Tensor
+    stride_block: int
+    stride_head: int
+    num_sink: int
+    num_recent: int
+    CODE_BYTES: tl.constexpr
+    TOKENS: tl.constexpr
+
+    @classmethod
+    def of(
+        cls,
+        layer: ShadowLayer,
+        codes: torch.Tensor,
+        *,
+        tokens_at_once: int,
+        query_codes: torch.Tensor | None = None,
+        floors: torch.Tensor | None = None,
+    ) -> Shadow:
+        """Those of a layer; without scratch memory for the queries' codes and floors, to be written only."""
+        codec = layer.codec
+        return cls(
+            codes,
+            query_codes,
+            floors,
+            codec.encoder,
+            codec.code_offset,
+            codec.decoder,
+            codec.key_mean,
+            layer.margin,
+            layer.log_unread_ratio,
+            codes.stride(0),
+            codes.stride(1),
+            layer.num_sink,
+            layer.num_recent,
+            tl.constexpr(codec.code_bytes),
+            tl.constexpr(tokens_at_once),
+        )
+
+
+class Shape(NamedTuple):
+    """A layer's sizes, and what is computed of it.
+
+    Attributes:
+        BLOCK_SIZE, HEAD_SIZE, GROUP: Tokens of a page, channels of a head, query heads of a kv head.
+        D_PAD: HEAD_SIZE up to a power of two.
+        COMPUTE: dtype of products.
+        NUM_TERMS: Coefficients of a threshold.
+        VALUE_MEAN: Whether the lost mass is given to the mean value.
+    """
+
+    BLOCK_SIZE: tl.constexpr
+    HEAD_SIZE: tl.constexpr
+    GROUP: tl.constexpr
+    D_PAD: tl.constexpr
+    COMPUTE: tl.constexpr
+    NUM_TERMS: tl.constexpr
+    VALUE_MEAN: tl.constexpr
+
+    @classmethod
+    def of(cls, call: LayerCall) -> Shape:
+        """Those of a call to a layer with thresholds."""
+        _, num_heads, head_size = call.query.shape
+        _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
+        thresholds = call.layer.thresholds
+        return constants(
+            cls,
+            block_size,
+            head_size,
+            num_heads // num_kv_heads,
+            triton.next_power_of_2(head_size),
+            TRITON_DTYPES[call.output.dtype],
+            0 if thresholds is None else thresholds.coefficients.shape[-1],
+            call.cache.value_sum is not None,
+        )
+
+
+class Schedule(NamedTuple):
+    """How a step is shared out (`schedule.py`).
+
+    Attributes:
+        UNIT: Tokens of a unit of work.
+        MIN_WORK: Units that are worth a program.
+        DENSE_WORK: Work of a unit of a sequence that keeps everything.
+        SEQ_BLOCK: Sequences that there is room for.
+    """
+
+    UNIT: tl.constexpr
+    MIN_WORK: tl.constexpr
+    DENSE_WORK: tl.constexpr
+    SEQ_BLOCK: tl.constexpr
+
+
+class Tiling(NamedTuple):
+    """Sizes and depths of a program's loops; see `LaunchConfig`.
+
+    Attributes:
+        TILE, SCAN_STAGES: Of the scan.
+        G_PAD: Columns that the group's heads are padded to.
+        CHUNK_TILES, LIST_DEPTH: Of the lists.
+        DENSE_TILE, DENSE_STAGES: Of the loop that keeps everything.
+        GATHER_TILE, GATHER_STAGES: Of the gather of survivors, or the walk of candidates.
+        ON_GPU: Whether threads store what they hold, by instructions that the interpreter does not know.
+    """
+
+    TILE: tl.constexpr
+    SCAN_STAGES: tl.constexpr
+    G_PAD: tl.constexpr
+    CHUNK_TILES: tl.constexpr
+    LIST_DEPTH: tl.constexpr
+    DENSE_TILE: tl.constexpr
+    DENSE_STAGES: tl.constexpr
+    GATHER_TILE: tl.constexpr
+    GATHER_STAGES: tl.constexpr
+    ON_GPU: tl.constexpr
+
+
+def constants(record: Any, *values: Any) -> Any:
+    """A record all of whose fields are compiled in."""
+    return record(*map(tl.constexpr, values))
