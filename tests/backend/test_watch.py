@@ -86,6 +86,14 @@ def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
     assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms)
 
 
+def test_thresholds_made_in_inference_mode_move_outside_of_it() -> None:
+    with torch.inference_mode():
+        layer = Layer(relaxes=True)
+    layer.decode(1.0, 100)
+    assert layer.guard.level > 0
+    assert torch.equal(layer.plan.coefficients[0, :, 0], layer.plan.constant_terms - layer.guard.relaxation)
+
+
 def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
     layer = Layer(relaxes=True, threshold=9.0)
     layer.decode(1.0, 17 * len(RELAXATION))

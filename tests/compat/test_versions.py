@@ -90,23 +90,38 @@ def test_the_gpu_classes_import_and_fit(release: Release) -> None:
         "assert gpu.GpuTopThetaBackend.get_name() == 'TOPTHETA'\n"
         "for ours, theirs in ((gpu.GpuTopThetaImpl, flash_attn.FlashAttentionImpl),\n"
         "                     (gpu.GpuMetadataBuilder, flash_attn.FlashAttentionMetadataBuilder)):\n"
-        "    for name in ('forward', 'build'):\n"
-        "        if hasattr(theirs, name):\n"
-        "            expected = list(inspect.signature(getattr(theirs, name)).parameters)\n"
-        "            assert list(inspect.signature(getattr(ours, name)).parameters) == expected, name\n"
+        "    name = 'build' if 'Builder' in ours.__name__ else 'forward'\n"
+        "    assert name in vars(ours), name\n"
+        "    expected = list(inspect.signature(getattr(theirs, name)).parameters)\n"
+        "    assert list(inspect.signature(getattr(ours, name)).parameters) == expected, name\n"
         "print(gpu.GpuMetadataBuilder._cudagraph_support.name)\n"
     )
     assert release.run(code) == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
 def test_workers_forget_what_warm_up_counted(release: Release) -> None:
+    """Counters are made in inference mode, where newer versions profile; all versions warm up outside of it."""
     code = (
+        "import torch\n"
+        "from types import SimpleNamespace as S\n"
         "from vllm_toptheta.backend.worker import forget_warm_up\n"
+        "from vllm_toptheta.telemetry.counters import LayerCounters\n"
         "from vllm.v1.worker.gpu_worker import Worker\n"
-        "forget_warm_up()\n"
-        "print(Worker.compile_or_warm_up_model.__module__)\n"
+        "def warm_up(worker):\n"
+        "    with torch.inference_mode():\n"
+        "        counters.totals += 3\n"
+        "    return 'warm'\n"
+        "Worker.compile_or_warm_up_model = warm_up\n"
+        "with torch.inference_mode():\n"
+        "    counters = LayerCounters(0, [0], 2)\n"
+        "impls = [S(layer_plan=S(counters=counters)), S(layer_plan=None)]\n"
+        "layers = {str(i): S(impl=impl, backend=S(name='TOPTHETA')) for i, impl in enumerate(impls)}\n"
+        "context = layers | {'linear': object(), 'other': S(backend=S(name='FLASH_ATTN'))}\n"
+        "worker = S(vllm_config=S(compilation_config=S(static_forward_context=context)))\n"
+        "forget_warm_up(); forget_warm_up()\n"
+        "print(Worker.compile_or_warm_up_model(worker), counters.totals.tolist())\n"
     )
-    assert release.run(code) == "vllm_toptheta.backend.worker"
+    assert release.run(code) == "warm [0, 0, 0, 0, 0]"
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])

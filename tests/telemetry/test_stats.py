@@ -36,6 +36,14 @@ def test_counters_add_up_over_steps() -> None:
     assert counters.heads()[0]["rows_read"] == 0
 
 
+def test_counters_made_in_inference_mode_are_counted_and_zeroed_outside_of_it() -> None:
+    with torch.inference_mode():
+        counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25, keys_read=[[20, 30], [40, 50]])
+    assert counters.heads()[0]["rows_read"] == 40
+    counters.zero_()
+    assert counters.heads()[0]["rows_read"] == 0
+
+
 def test_keys_are_counted_where_some_are_not_read() -> None:
     one = counted(2, [0, 1], [[7, 8], [1, 2]], 0.5, keys_read=[[20, 30], [4, 5]])
     assert [head["keys_read"] for head in one.heads()] == [24, 35]

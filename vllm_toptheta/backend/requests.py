@@ -57,7 +57,8 @@ class RequestLevels:
         if rows != self._rows:
             self._rows = rows
             # in stream order behind the last step's kernels, and the source is copied before this returns
-            self.rules.copy_(self._rules[rows], non_blocking=True)
+            with torch.inference_mode():
+                self.rules.copy_(self._rules[rows], non_blocking=True)
 
     def _add(self, request: Any) -> None:
         self._asked.pop(request.req_id, None)  # an id may come back with other arguments

@@ -67,6 +67,7 @@ class Watch:
             for layer, histogram in zip(self._layers, histograms, strict=True):
                 self._observe(layer, histogram)
 
+    @torch.inference_mode()
     def _start_copy(self) -> None:
         for layer in self._layers:
             layer.plan.counters.settle()
@@ -79,6 +80,7 @@ class Watch:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    @torch.inference_mode()
     def _observe(self, layer: _Watched, histogram: torch.Tensor) -> None:
         window = histogram - layer.seen
         if bool((window < 0).any()):  # the counters were zeroed

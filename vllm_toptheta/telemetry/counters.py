@@ -18,6 +18,8 @@ MAX_PENDING = 64  # steps on the CPU that are counted at once
 class LayerCounters:
     """Sums over the decode tokens that a layer has seen since the server started.
 
+    vLLM makes them in inference mode, where alone they may be written, but warms up and asks for them outside of it.
+
     Attributes:
         layer: The layer's index in the model.
         kv_heads: Global indices of this rank's kv heads.
@@ -77,6 +79,7 @@ class LayerCounters:
         if len(self._pending) == MAX_PENDING:
             self.settle()
 
+    @torch.inference_mode()
     def settle(self) -> None:
         """Count the steps that `add` remembered: many at once cost hardly more than one."""
         if not self._pending:
@@ -92,6 +95,7 @@ class LayerCounters:
         buckets = torch.bucketize(masses, _INNER_EDGES)
         self.lost_mass_histogram.scatter_add_(1, buckets.T, is_counted.expand_as(buckets).T)
 
+    @torch.inference_mode()
     def zero_(self) -> None:
         """Start counting anew."""
         self._pending.clear()
