@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # part of the package -> what it must not import, at any depth of its code
 FORBIDDEN = {
     "errors": {"torch", "transformers", "vllm", "triton", "numpy", "pydantic"},
-    "channels": {"torch", "transformers", "vllm", "triton", "numpy", "pydantic"},
+    "limits": {"torch", "transformers", "vllm", "triton", "numpy", "pydantic"},
     "settings": {"torch", "transformers", "vllm", "triton"},
     "store": {"torch", "transformers", "vllm", "triton"},
     "reference": {"vllm", "triton", "transformers", "vllm_toptheta.kernels", "vllm_toptheta.backend"},

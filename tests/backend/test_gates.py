@@ -14,6 +14,7 @@ from vllm_toptheta import errors
 from vllm_toptheta.backend import gates, plugin
 from vllm_toptheta.backend.cpu import CpuTopThetaImpl
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
 
@@ -77,6 +78,16 @@ def test_shadow_keys_are_for_16_bits(make_config: MakeConfig) -> None:
     gates.check_settings(Settings.load({}), config)
     with pytest.raises(errors.UnsupportedError, match=r"^mode: mode shadow is not supported with --kv-cache-dtype fp8"):
         gates.check_settings(Settings.load({"mode": "shadow"}), config)
+
+
+def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Architecture(num_layers=1, num_heads=34, num_kv_heads=2, head_size=72, rope={})
+    gates.check_kernels(wide)
+    monkeypatch.setattr(type(gates.current_platform), "is_cpu", lambda self: False)
+    gates.check_kernels(Architecture(num_layers=1, num_heads=32, num_kv_heads=2, head_size=80, rope={}))
+    words = "no GPU kernels for heads of 72, only of 64, .* and 17 query heads per kv head, only for up to 16"
+    with pytest.raises(errors.UnsupportedError, match=words):
+        gates.check_kernels(wide)
 
 
 def test_every_reason_is_named_at_once() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.telemetry.ranks import counted, rank
+from vllm_toptheta.limits import LOST_MASS_EDGES
 from vllm_toptheta.telemetry.counters import MAX_PENDING, LayerCounters
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
+from vllm_toptheta.telemetry.stats import merge
 
 
 def test_counters_add_up_over_steps() -> None:

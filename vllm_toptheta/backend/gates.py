@@ -9,7 +9,9 @@ from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.compat import check_version
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.limits import gpus_lack
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # on GPUs; whether a card can is for FlashAttention to say
@@ -74,6 +76,20 @@ def check_settings(settings: Settings, vllm_config: Any) -> None:
             field="mode",
             remedy="Leave --kv-cache-dtype out, or serve in mode values",
         )
+
+
+def check_kernels(architecture: Architecture) -> None:
+    """Refuse thresholds for a model that the platform has no decode kernels for.
+
+    Args:
+        architecture: The model's heads over all ranks.
+
+    Raises:
+        UnsupportedError: Says what GPUs do have kernels for.
+    """
+    missing = gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads)
+    if missing and not current_platform.is_cpu():
+        raise UnsupportedError(f"attention backend toptheta: {missing}", remedy=_REMEDY)
 
 
 def check_layer(attn_selector_config: Any) -> None:

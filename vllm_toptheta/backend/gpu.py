@@ -41,6 +41,7 @@ from vllm_toptheta.kernels.shadow import ShadowWorkspace, decode_shadow
 from vllm_toptheta.kernels.shadow_codes import write_codes
 from vllm_toptheta.kernels.tuning import ShadowConfig, launch_config, num_multiprocessors
 from vllm_toptheta.kernels.value_sums import close_pages
+from vllm_toptheta.limits import HEAD_SIZES
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
@@ -132,7 +133,7 @@ class GpuTopThetaBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size in kernels.HEAD_SIZES
+        return head_size in HEAD_SIZES
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:

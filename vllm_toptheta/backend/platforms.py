@@ -26,7 +26,10 @@ def install(platform: type[Any]) -> None:
         # refused here, a mistake is reported in seconds, before any process is started or weight is read
         if gates.is_selected(vllm_config, toptheta):
             gates.check_engine(vllm_config)
-            gates.check_settings(Plan.resolve(vllm_config).settings, vllm_config)
+            plan = Plan.resolve(vllm_config)
+            gates.check_settings(plan.settings, vllm_config)
+            if plan.curve is not None:
+                gates.check_kernels(plan.architecture)
             admission.install(partial(gates.is_selected, toptheta=toptheta))
 
     platform.check_and_update_config = staticmethod(check)

@@ -8,8 +8,8 @@ import torch
 
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.kernels.projection import ShadowProjection
+from vllm_toptheta.limits import MAX_LOG_SCALE
 from vllm_toptheta.store import ShadowKeys
-from vllm_toptheta.store.shadow import MAX_LOG_SCALE
 
 
 @dataclass(frozen=True)

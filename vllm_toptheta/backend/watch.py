@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import LayerPlan
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
+from vllm_toptheta.limits import LOST_MASS_EDGES
 
 logger = init_logger("vllm.toptheta")
 

@@ -25,11 +25,9 @@ from vllm_toptheta.kernels.split import split_kernel
 from vllm_toptheta.kernels.survivors import LIST_DEPTH
 from vllm_toptheta.kernels.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.tuning import LaunchConfig, has_dependent_launch, launch_config, num_multiprocessors
+from vllm_toptheta.limits import HEAD_SIZES, MAX_QUERIES_PER_KV, NUM_LOST_MASS_BUCKETS
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-HEAD_SIZES = (64, 80, 96, 128, 256)
-MAX_QUERIES_PER_KV = 16
-NUM_BUCKETS = 10  # of the lost mass, where `DecodeCounters` are allocated here
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class DecodeCounters:
         return cls(
             rows_read=torch.zeros(num_kv_heads, dtype=torch.int64, device=device),
             lost_mass=torch.zeros(num_heads, dtype=torch.float64, device=device),
-            lost_mass_histogram=torch.zeros(num_heads, NUM_BUCKETS, dtype=torch.int64, device=device),
+            lost_mass_histogram=torch.zeros(num_heads, NUM_LOST_MASS_BUCKETS, dtype=torch.int64, device=device),
             totals=torch.zeros(5, dtype=torch.int64, device=device),
         )
 

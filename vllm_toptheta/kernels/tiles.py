@@ -5,16 +5,16 @@ Scores are in natural units, exponentials are taken in base 2.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
+
+from vllm_toptheta import limits
 
 ROW_ALIGNMENT = tl.constexpr(16)  # elements
 LOG2_E = tl.constexpr(1.4426950408889634)
 DISCARDED = tl.constexpr(-2.0e30)  # score of a key that a head does not see or keep
 HIGHEST = tl.constexpr(1.0e30)  # magnitude of a threshold
-MAX_LOG_SCALE = tl.constexpr(math.log(1e6))  # that of the store: keeps sums over discarded keys finite
+MAX_LOG_SCALE = tl.constexpr(limits.MAX_LOG_SCALE)
 
 
 @triton.jit

@@ -5,24 +5,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, model_validator
 
-from vllm_toptheta.store.fields import MAX_TOKENS, StrictModel, Tokens
+from vllm_toptheta.limits import MAX_LOG_SCALE
 from vllm_toptheta.store.position import locate
-
-if TYPE_CHECKING:
-    from vllm_toptheta.store.schema import Manifest
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-MAX_LOG_SCALE = math.log(1e6)  # keeps the missing mass of a row finite in float32
+from vllm_toptheta.store.schema import Manifest, ShadowSection
 
 SHADOW_NAMES = (
     "shadow_encoder",
@@ -32,29 +23,6 @@ SHADOW_NAMES = (
     "shadow_scale_coefficients",
     "shadow_candidate_share",
 )
-
-
-class ShadowSection(StrictModel):
-    """What manifest.yaml says of shadow keys."""
-
-    num_channels: int = Field(ge=2, le=1024, description="Directions that a key is projected on, 4 bits each.")
-    num_sink: int = Field(ge=0, le=MAX_TOKENS, description="First keys that are always candidates.")
-    num_recent: int = Field(ge=0, le=MAX_TOKENS, description="Last keys that are always candidates.")
-    block_size: Tokens = Field(
-        description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
-    )
-    candidate_mass: float = Field(
-        gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
-    )
-    candidate_share: Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=64)] = Field(
-        description="Expected candidates over keys for each target, mean of the kv heads of sparse layers."
-    )
-
-    @model_validator(mode="after")
-    def _check_channels(self) -> Self:
-        if self.num_channels % 2:
-            raise ValueError(f"num_channels must be even, got {self.num_channels}")
-        return self
 
 
 @dataclass(frozen=True, eq=False)

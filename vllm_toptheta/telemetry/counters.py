@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
+from vllm_toptheta.limits import LOST_MASS_EDGES, NUM_LOST_MASS_BUCKETS
 
 # what `bucketize` compares with: the last bucket has no upper edge of its own, since no mass exceeds 1
 _INNER_EDGES = torch.tensor(LOST_MASS_EDGES[:-1])
@@ -55,7 +55,7 @@ class LayerCounters:
         if self.counts_keys:
             self.keys_read = torch.zeros_like(self.rows_read)
         self.lost_mass = torch.zeros(num_heads, dtype=torch.float64, device=self.device)
-        self.lost_mass_histogram = torch.zeros(num_heads, len(LOST_MASS_EDGES), dtype=torch.int64, device=self.device)
+        self.lost_mass_histogram = torch.zeros(num_heads, NUM_LOST_MASS_BUCKETS, dtype=torch.int64, device=self.device)
 
     def add(
         self,
