@@ -14,10 +14,10 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAtten
 from tests.kernels.decode_case import DEVICE
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend.gpu import FLOAT8, GpuMetadataBuilder, GpuTopThetaImpl
+from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.kernels.decode import DecodeWorkspace
 from vllm_toptheta.reference import paged_top_theta_attention
 from vllm_toptheta.settings import Settings
@@ -86,7 +86,7 @@ class Engine:
         self.impl.layer_plan = plan.for_layer(1, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, rank=0, device=DEVICE)
         self.impl.requests = RequestLevels(plan.levels, len(max_lens), DEVICE)
         self.builder = GpuMetadataBuilder.__new__(GpuMetadataBuilder)
-        self.builder.watch = Watch([self.impl.layer_plan], relaxes=True)
+        self.builder.guard_monitor = GuardMonitor([self.impl.layer_plan], relaxes=True)
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
         order = torch.randperm(num_blocks - 1, generator=self.generator).int() + 1

@@ -29,11 +29,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_toptheta.backend.compat import install_page_tails
+from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.levels import COMMON, DENSE
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.watch import Watch
 from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
@@ -97,12 +97,12 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             if isinstance(layer.impl, CpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name), self.requests)
                 layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
-        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
-        self.watch.step()
+        self.guard_monitor.step()
         common = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
@@ -149,7 +149,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
 
 class CpuTopThetaBackend(AttentionBackend):
-    """Capabilities; what is not declared here is refused (`gates.check_layer`)."""
+    """Capabilities; what is not declared here is refused (`support_checks.check_layer`)."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     forward_includes_kv_cache_update: bool = False

@@ -27,12 +27,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.compat import NAME, install_page_tails, without_decodes
-from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
+from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.watch import Watch
+from vllm_toptheta.backend.support_checks import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.worker import forget_warm_up, request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import decode as kernels
@@ -94,12 +94,12 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
             if isinstance(layer.impl, GpuTopThetaImpl):
                 layer.impl.bind(self.plan, extract_layer_index(name), device, max_num_seqs, requests)
                 layer_plans += [layer.impl.layer_plan] if layer.impl.layer_plan else []
-        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        self.watch.step()
+        self.guard_monitor.step()
         common = common_attn_metadata
         metadata = super().build(0, common, fast_build)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)

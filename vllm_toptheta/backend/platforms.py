@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from vllm_toptheta.backend import admission, gates
+from vllm_toptheta.backend import admission, support_checks
 from vllm_toptheta.backend.compat import NAME
 from vllm_toptheta.backend.plan import Plan
 
@@ -24,13 +24,13 @@ def install(platform: type[Any]) -> None:
     def check(vllm_config: Any) -> None:
         check_and_update_config(vllm_config)
         # refused here, a mistake is reported in seconds, before any process is started or weight is read
-        if gates.is_selected(vllm_config, toptheta):
-            gates.check_engine(vllm_config)
+        if support_checks.is_selected(vllm_config, toptheta):
+            support_checks.check_engine(vllm_config)
             plan = Plan.resolve(vllm_config)
-            gates.check_settings(plan.settings, vllm_config)
+            support_checks.check_settings(plan.settings, vllm_config)
             if plan.curve is not None:
-                gates.check_kernels(plan.architecture)
-            admission.install(partial(gates.is_selected, toptheta=toptheta))
+                support_checks.check_kernels(plan.architecture)
+            admission.install(partial(support_checks.is_selected, toptheta=toptheta))
 
     platform.check_and_update_config = staticmethod(check)
     if platform.device_type == "cpu":
@@ -44,7 +44,7 @@ def _install_selection(platform: type[Any], toptheta: Any) -> None:
     def select(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
         if selected_backend is not toptheta:
             return get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        gates.check_layer(attn_selector_config)
+        support_checks.check_layer(attn_selector_config)
         return toptheta.get_path()
 
     platform.get_attn_backend_cls = staticmethod(select)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from vllm_toptheta.backend.compat import NAME, follow_batches
-from vllm_toptheta.backend.gates import FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.requests import RequestLevels
+from vllm_toptheta.backend.support_checks import FLOAT8_CACHE_DTYPES
 from vllm_toptheta.telemetry.reader import STATS_RPC
 
 _REQUESTS = "toptheta_requests"  # a runner's `RequestLevels`
