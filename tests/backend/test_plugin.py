@@ -10,6 +10,7 @@ import cloudpickle
 import pytest
 
 from vllm_toptheta.backend import plugin
+from vllm_toptheta.backend.hooks import backend_name
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_register_twice() -> None:
     select = type(current_platform).get_attn_backend_cls
     plugin.register()
     assert type(current_platform).get_attn_backend_cls is select
-    assert AttentionBackendEnum["TOPTHETA"].get_path() == plugin.CPU_BACKEND
+    assert AttentionBackendEnum["TOPTHETA"].get_path() == backend_name.CPU_BACKEND
 
 
 @pytest.mark.parametrize("name", ["toptheta", "TOPTHETA", "TopTheta"])

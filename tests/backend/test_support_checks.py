@@ -12,7 +12,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_toptheta import errors
 from vllm_toptheta.backend import plugin, support_checks
-from vllm_toptheta.backend.cpu import CpuTopThetaImpl
+from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture
 
@@ -128,9 +128,9 @@ def test_layer_features(field: str, value: Any, reason: str) -> None:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
     plain = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
-    support_checks.check_layer(plain)
+    support_checks.check_layer(CpuTopThetaBackend, plain)
     with pytest.raises(errors.UnsupportedError, match=reason):
-        support_checks.check_layer(plain._replace(**{field: value}))
+        support_checks.check_layer(CpuTopThetaBackend, plain._replace(**{field: value}))
 
 
 @pytest.mark.parametrize(

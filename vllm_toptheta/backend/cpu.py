@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -26,20 +26,23 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_toptheta.backend.compat import install_page_tails
+from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
+from vllm_toptheta.backend.hooks import page_tails
 from vllm_toptheta.backend.levels import COMMON, DENSE
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import LayerPlan, Plan
-from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.backend.worker import request_levels
+from vllm_toptheta.backend.requests import RequestLevels, request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels import cpu as kernels
 from vllm_toptheta.kernels.cpu_prefill import prefill, sparse_prefill
 from vllm_toptheta.kernels.cpu_shadow import decode_shadow, write_codes
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class StepMetadata(AttentionMetadata):
     closed_pages: kernels.ClosedPages | None
 
 
-class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
+class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetadata]):
     """Prepares each step, and tells the layers of its KV cache group who they are."""
 
     def __init__(
@@ -91,7 +94,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.plan = Plan.resolve(vllm_config)
         if get_tensor_model_parallel_rank() == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
-        self.requests = request_levels(self.plan, vllm_config, vllm_config.scheduler_config.max_num_seqs)
+        self.requests = request_levels(self.plan.levels, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             if isinstance(layer.impl, CpuTopThetaImpl):
@@ -148,15 +151,10 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         )
 
 
-class CpuTopThetaBackend(AttentionBackend):
-    """Capabilities; what is not declared here is refused (`support_checks.check_layer`)."""
+class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
+    """Heads of any size, 16-bit and 32-bit; vLLM's CPU platform asks through `support_checks.check_layer`."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    forward_includes_kv_cache_update: bool = False
-
-    @staticmethod
-    def get_name() -> str:
-        return "TOPTHETA"
 
     @staticmethod
     def get_impl_cls() -> type[CpuTopThetaImpl]:
@@ -172,23 +170,15 @@ class CpuTopThetaBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
         return (KVCacheLayout.LBHNC,)
 
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
 
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False  # connectors copy pages without their tails
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False
-
-
-class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
+class CpuTopThetaImpl(ImplCapabilities, AttentionImpl[StepMetadata]):
     """One layer's attention on one rank."""
+
+    supports_quant_query_input = False
 
     def __init__(
         self,
@@ -214,7 +204,7 @@ class CpuTopThetaImpl(AttentionImpl[StepMetadata]):
                 f"attention backend toptheta does not support {', '.join(reasons)}",
                 remedy="Serve this model without --attention-backend toptheta",
             )
-        install_page_tails(Plan.code_bytes_of)
+        page_tails.install()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
