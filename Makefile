@@ -35,7 +35,7 @@ test-soak: install ## Load, stop and kill servers, and set off the guard of one
 	python -m pytest -m soak
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/backend/test_watch.py \
+	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/backend/test_guard_monitor.py \
 	    tests/benchmarks
 
 test-gpu-engine: ## Run engines on an NVIDIA GPU, two for tensor parallelism, in the environment at hand

@@ -13,28 +13,39 @@ import vllm_toptheta
 PACKAGE = Path(vllm_toptheta.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# part of the package -> what it must not import, at any depth of its code
-FORBIDDEN = {
-    "errors": {"torch", "transformers", "vllm", "triton", "numpy", "pydantic"},
-    "channels": {"torch", "transformers", "vllm", "triton", "numpy", "pydantic"},
-    "settings": {"torch", "transformers", "vllm", "triton"},
-    "store": {"torch", "transformers", "vllm", "triton"},
-    "reference": {"vllm", "triton", "transformers", "vllm_toptheta.kernels", "vllm_toptheta.backend"},
-    "kernels": {"vllm", "transformers", "vllm_toptheta.reference", "vllm_toptheta.backend", "vllm_toptheta.store"},
-    "calibration": {"vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.kernels"},
-    "evaluation": {"vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.kernels"},
-    "interchange": {"vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.kernels", "vllm_toptheta.evaluation"},
-    "report": {"vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.kernels", "vllm_toptheta.evaluation"},
-    "telemetry": {"triton", "transformers", "vllm_toptheta.backend", "vllm_toptheta.kernels"},
-    "backend": {"transformers", "vllm_toptheta.reference", "vllm_toptheta.calibration", "vllm_toptheta.evaluation"},
-    "benchmarks": {"vllm_toptheta.backend"},
-    "cli": {"vllm", "triton"},
-    "server": {"torch", "transformers", "vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.telemetry"},
-    "soak": {"torch", "transformers", "vllm", "triton", "vllm_toptheta.backend", "vllm_toptheta.telemetry"},
-    "selection": {"torch", "transformers", "vllm", "triton"},
-    "demo_model": {"vllm", "triton"},
+# parts of the package in the order in which they stand on each other -> the parts that each may import
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "limits": set(),
+    "reference": set(),
+    "settings": {"errors"},
+    "store": {"errors", "limits"},
+    "selection": {"errors", "limits", "settings", "store"},
+    "kernels": {"limits"},
+    "telemetry": {"limits", "settings"},
+    "backend": {"errors", "limits", "settings", "store", "selection", "kernels", "telemetry"},
+    "server": {"errors", "limits", "settings", "store", "selection"},
+    "calibration": {"errors", "limits", "reference", "store"},
+    "evaluation": {"errors", "reference", "store", "calibration"},
+    "interchange": {"errors", "reference", "store", "calibration"},
+    "report": {"errors", "reference", "store", "calibration"},
+    "soak": {"errors"},
+    "benchmarks": {"errors", "reference", "store", "kernels", "telemetry", "calibration", "evaluation"},
+    "demo_model": {"errors"},
+    "cli": {
+        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "interchange", "report"),
+        *("soak", "benchmarks", "demo_model"),
+    },
 }
-
+# what is heavy, or runs in few places only -> the parts that may import it, at any depth of their code
+USERS = {
+    "triton": {"kernels", "benchmarks"},
+    "vllm": {"backend", "telemetry", "benchmarks"},
+    "transformers": {"calibration", "evaluation", "demo_model"},
+    "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "selection", "server", "soak"},
+    "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "selection", "server"},
+    "pydantic": ALLOWED.keys() - {"errors", "limits"},
+}
 
 # what benchmarks may use of vLLM: its public interface, and the kernels that ours are compared with
 PEERS = {
@@ -67,16 +78,66 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def test_every_part_has_a_law() -> None:
-    assert {part(module) for module in MODULES} - {"__init__"} == set(FORBIDDEN)
+def name_of(module: Path) -> str:
+    return ".".join((PACKAGE.name, *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def files_imported() -> dict[str, set[str]]:
+    """The modules of the package, and which others each imports, also inside functions and for types only."""
+    names = {name_of(module) for module in MODULES}
+    graph = {}
+    for module in MODULES:
+        found = set(imports(ast.parse(module.read_text()))) & names
+        # `from a import b` is an import of a only where b is no module
+        graph[name_of(module)] = {name for name in found if not any(is_within(other, name) for other in found - {name})}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of more than one module that all import each other, directly or through others."""
+    reached = {}
+    for start in graph:
+        waiting, reached[start] = [start], set()
+        while waiting:
+            new = graph[waiting.pop()] - reached[start]
+            reached[start] |= new
+            waiting += new
+    found: list[set[str]] = []
+    for start in graph:
+        circle = {name for name in reached[start] if start in reached[name]}
+        if len(circle) > 1 and circle not in found:
+            found.append(circle)
+    return found
+
+
+def test_every_part_has_a_law_and_stands_on_those_before_it() -> None:
+    assert {part(module) for module in MODULES} - {"__init__"} == ALLOWED.keys()
+    order = list(ALLOWED)
+    for name, allowed in ALLOWED.items():
+        assert allowed <= set(order[: order.index(name)]), name
+
+
+def test_each_part_imports_what_it_is_allowed_and_the_law_allows_no_more() -> None:
+    needed: dict[str, set[str]] = {name: set() for name in ALLOWED}
+    for module in MODULES:
+        names = imports(ast.parse(module.read_text()))
+        ours = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE.name}.")}
+        needed.setdefault(part(module), set()).update(ours & ALLOWED.keys() - {part(module)})
+    assert needed.pop("__init__") == set()
+    assert needed == ALLOWED
+
+
+def test_no_circles() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}}) == [{"b", "c"}]
+    assert circles(files_imported()) == []
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
 def test_imports(module: Path) -> None:
     tree = ast.parse(module.read_text())
     names = set(imports(tree))
-    broken = {name for name in names for other in FORBIDDEN.get(part(module), set()) if is_within(name, other)}
-    assert not broken
+    users = {package for name in names for package in USERS if is_within(name, package)}
+    assert not {package for package in users if part(module) not in USERS[package]}
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), "absolute imports only"
     if part(module) == "benchmarks":
         assert {name for name in names if is_within(name, "vllm")} <= PEERS

@@ -1,7 +1,40 @@
-"""What parts agree on that know nothing of each other. Imports nothing."""
+"""What kernels exist for, and facts that they share with those who count, store and calibrate."""
 
 from __future__ import annotations
 
 import math
 
-MAX_LOG_SCALE = math.log(1e6)  # of r: keeps sums over keys that are not read finite
+# of GPUs; CPUs take heads of any size in groups of any number
+HEAD_SIZES = (64, 80, 96, 128, 256)
+MAX_QUERIES_PER_KV = 16
+
+# how many channels shadow keys may have: what kernels exist for, and calibration aims at
+CHANNELS = (32, 64, 128)
+
+# upper edges, included, of the buckets that lost masses are counted in
+LOST_MASS_EDGES = tuple(2.0**exponent for exponent in range(-9, 1))
+NUM_LOST_MASS_BUCKETS = len(LOST_MASS_EDGES)
+
+# of ln r: keeps the missing mass of a row finite in float32
+MAX_LOG_SCALE = math.log(1e6)
+
+
+def channels_for(head_size: int) -> tuple[int, ...]:
+    """Numbers of channels that there are kernels for."""
+    return tuple(number for number in CHANNELS if number <= head_size)
+
+
+def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int) -> str:
+    """Why GPUs have no kernels for a model; empty if they have.
+
+    Args:
+        head_size: Numbers of a key or a value.
+        num_heads: Query heads of a layer.
+        num_kv_heads: Key and value heads of a layer.
+    """
+    reasons = []
+    if head_size not in HEAD_SIZES:
+        reasons.append(f"heads of {head_size}, only of {', '.join(map(str, HEAD_SIZES))}")
+    if num_heads // num_kv_heads > MAX_QUERIES_PER_KV:
+        reasons.append(f"{num_heads // num_kv_heads} query heads per kv head, only for up to {MAX_QUERIES_PER_KV}")
+    return f"there are no GPU kernels for {' and '.join(reasons)}" if reasons else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_toptheta import store
-from vllm_toptheta.channels import channels_for
 from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
+from vllm_toptheta.limits import channels_for
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, Manifest, ShadowKeys, ThresholdCurve
 

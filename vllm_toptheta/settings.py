@@ -18,7 +18,7 @@ OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
 # what Kubernetes tells every container about a service that is called toptheta
 _SERVICE_LINK = re.compile(ENV_PREFIX + r"(SERVICE_(HOST|PORT)|PORT)(_|$)")
-ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.compat` reads it
+ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.versions` reads it
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ class Engine:
         plan = plan or make_plan(refusal)
         monkeypatch.setattr(Plan, "resolve", lambda vllm_config: plan)
         monkeypatch.setattr(
-            gpu, "request_levels", lambda plan, config, rows, device: RequestLevels(plan.levels, rows, device)
+            gpu, "request_levels", lambda levels, config, rows, device: RequestLevels(levels, rows, device)
         )
         monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(gpu, "forget_warm_up", lambda: None)
+        monkeypatch.setattr(gpu.warm_up, "install", lambda: None)
         # vLLM looks for layers of this class; its own constructor would choose the platform's backend
         attention = Attention.__new__(Attention)
         torch.nn.Module.__init__(attention)

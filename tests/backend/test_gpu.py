@@ -14,7 +14,7 @@ import torch
 
 from tests.backend.gpu_engine import NUM_HEADS, THETA, Engine, asking
 from tests.kernels.decode_case import RUNS_HERE, WHY_NOT
-from vllm_toptheta.backend.worker import forget_warm_up
+from vllm_toptheta.backend.hooks import warm_up
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 
@@ -97,13 +97,13 @@ def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     engine.step([0], [40], [40])
 
     @functools.wraps(Worker.compile_or_warm_up_model)  # as vLLM's own is wrapped, for tracing
-    def warm_up(worker: Any) -> str:
+    def warms_up(worker: Any) -> str:
         engine.step([0], [41], [1])
         return "seconds"
 
-    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
-    forget_warm_up()
-    forget_warm_up()  # once for each group of layers
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warms_up)
+    warm_up.install()
+    warm_up.install()  # once for each group of layers
     layer = SimpleNamespace(impl=engine.impl, backend=SimpleNamespace(name="TOPTHETA"))
     forward_context = {"model.layers.1.self_attn.attn": layer, "model.layers.0": SimpleNamespace()}
     worker = SimpleNamespace(

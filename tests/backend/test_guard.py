@@ -99,7 +99,7 @@ def test_every_level_keeps_more_than_the_one_before(level: int) -> None:
 
 @pytest.mark.parametrize(("relaxes", "lowered_by"), [(True, 0.5), (False, 0.0)])
 def test_only_a_guard_that_relaxes_reports_lowered_thresholds(relaxes: bool, lowered_by: float) -> None:
-    from vllm_toptheta.backend.worker import _guard_state
+    from vllm_toptheta.backend.rank_report import _guard_state
 
     guard = LayerGuard(LIMIT)
     windows(guard, 0.01, 3)

@@ -10,6 +10,7 @@ import cloudpickle
 import pytest
 
 from vllm_toptheta.backend import plugin
+from vllm_toptheta.backend.hooks import backend_name
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_register_twice() -> None:
     select = type(current_platform).get_attn_backend_cls
     plugin.register()
     assert type(current_platform).get_attn_backend_cls is select
-    assert AttentionBackendEnum["TOPTHETA"].get_path() == plugin.CPU_BACKEND
+    assert AttentionBackendEnum["TOPTHETA"].get_path() == backend_name.CPU_BACKEND
 
 
 @pytest.mark.parametrize("name", ["toptheta", "TOPTHETA", "TopTheta"])
@@ -63,7 +64,7 @@ def test_registration_loads_no_kernel_and_no_transformers() -> None:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     loaded = eval(process.stdout.strip().splitlines()[-1])  # noqa: S307 - our own list of names
     assert "vllm_toptheta.backend.plugin" in loaded
-    data = {f"vllm_toptheta.kernels{name}" for name in ("", ".channels", ".projection")}
+    data = {f"vllm_toptheta.kernels{name}" for name in ("", ".projection")}
     heavy = ("vllm_toptheta.kernels", "vllm_toptheta.calibration")
     assert not [name for name in set(loaded) - data if name.startswith(heavy)]
     assert not [name for name in loaded if name.startswith(("triton", "transformers.models"))]

@@ -97,6 +97,13 @@ def test_requests_are_counted_when_they_come_and_not_when_they_are_resumed() -> 
     assert requests.counts == {"dense": 1, "k:64": 1, "k:128": 1}
 
 
+def test_rules_made_in_inference_mode_are_written_outside_of_it() -> None:
+    with torch.inference_mode():
+        requests = RequestLevels(LEVELS, ROWS)
+    requests.step([new_request("a", "dense")], {"a"}, ["a"])
+    assert requests.rules[0, 0] == DENSE
+
+
 def test_nothing_is_written_while_nobody_asks() -> None:
     requests = RequestLevels(LEVELS, ROWS)
     requests.rules.fill_(-7)

@@ -20,8 +20,12 @@ NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, NUM_TOKENS = 2, 2, 2, 64, 4000
 
 
 class CountingEngine:
-    """Layers whose scores, and those of their shadows, are given; decoding compares them with the thresholds."""
+    """Layers whose scores, and those of their shadows, are given; decoding compares them with the thresholds.
 
+    Made and run in inference mode as vLLM's are, while what `collective_rpc` calls runs outside of it.
+    """
+
+    @torch.inference_mode()
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         scores = 1e-6 * torch.randn(NUM_LAYERS, NUM_KV_HEADS, GROUP, NUM_TOKENS, generator=generator)
@@ -58,6 +62,7 @@ class CountingEngine:
     def reset_prefix_cache(self) -> None:
         self.resets += 1
 
+    @torch.inference_mode()
     def decode(self) -> None:
         """Three tokens."""
         for index in range(NUM_LAYERS):
@@ -70,6 +75,7 @@ class CountingEngine:
             plan.counters.buffers.value_rows_read.add_(3 * survives.sum(1))
 
 
+@torch.inference_mode()
 def last_read(engine: CountingEngine, counter: str) -> torch.Tensor:
     """Of a counter by layer and kv head, per token, with the numbers that are set now."""
     counters = [layer.impl.layer_plan.counters for layer in engine.layers]

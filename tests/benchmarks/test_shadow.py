@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.benchmarks.shadow import VARIANTS, ShadowTime, compare, summary
-from vllm_toptheta.channels import CHANNELS
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
+from vllm_toptheta.limits import CHANNELS
 
 
 def row(kernel: str, ratio: float | None) -> ShadowTime:

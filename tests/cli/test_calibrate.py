@@ -52,6 +52,12 @@ def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     assert manifest.calibration.command.startswith("toptheta calibrate tiny --out out --text words.txt lines.jsonl")
 
 
+def test_a_model_that_gpus_have_no_kernels_for_is_calibrated_with_a_warning(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("--text", write_text(tmp_path / "words.txt", num_words=100), "--k", 8, *SMALL)
+    assert code == 0
+    assert "will serve on CPUs only, because there are no GPU kernels for heads of " in err
+
+
 def test_shadow_keys_are_calibrated_if_they_are_asked_for(run: Run, tmp_path: Path) -> None:
     words = write_text(tmp_path / "words.txt", num_words=100)
     options = ("--channels", 8, "--sink", 4, "--recent", 16, "--candidate-mass", 0.95)

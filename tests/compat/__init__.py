@@ -1,1 +1,1 @@
-"""Tests against vLLM versions other than the installed one: their Python files, unpacked, without their kernels."""
+"""Tests against other vLLM versions as well: their Python files, unpacked, without their kernels."""

@@ -1,4 +1,4 @@
-"""The Python files of a vLLM release, downloaded once into the cache folder."""
+"""The Python files of vLLM releases, downloaded once into the cache folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vllm
 
 from tests.compat.release import Release, release_of
 from vllm_toptheta.demo_model import cache_folder
 
+INSTALLED = "installed"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
 
 
@@ -43,8 +45,9 @@ def unpacked(version: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["0.26.0", "0.33.0"])
+@pytest.fixture(scope="session", params=["0.26.0", INSTALLED, "0.33.0"])
 def release(request: pytest.FixtureRequest) -> Iterator[Release]:
-    """The oldest and the newest supported release."""
-    with release_of(unpacked(request.param)) as started:
+    """The oldest and the newest supported release, and the installed one, in a process of its own like the others."""
+    files = Path(vllm.__file__).parents[1] if request.param == INSTALLED else unpacked(request.param)
+    with release_of(files) as started:
         yield started

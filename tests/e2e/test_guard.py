@@ -20,7 +20,7 @@ from tests.e2e.generate import ENVIRONMENT
 from tests.e2e.server import Server, free_port, running
 from tests.e2e.test_server import metrics
 from vllm_toptheta.backend.guard import FIRST_PATIENCE, RELAXATION
-from vllm_toptheta.backend.watch import WINDOW_STEPS
+from vllm_toptheta.backend.guard_monitor import WINDOW_STEPS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
 

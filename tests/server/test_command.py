@@ -225,9 +225,11 @@ def test_check(
 
 def test_the_check_imports_nothing_heavy(model: Path, thresholds: Path) -> None:
     script = (
-        "import runpy, sys\n"
-        f"sys.argv = ['serve', {str(model)!r}, '--thresholds', {str(thresholds)!r}, '--target-k', '16', '--check']\n"
-        "try:\n    runpy.run_module('vllm_toptheta.server', run_name='__main__')\n"
+        "import sys\n"
+        "from vllm_toptheta.cli import main\n"
+        f"sys.argv = ['toptheta', 'serve', {str(model)!r}, '--thresholds', {str(thresholds)!r}]\n"
+        "sys.argv += ['--target-k', '16', '--check']\n"
+        "try:\n    main()\n"
         "except SystemExit as stop:\n    assert not stop.code\n"
         "print(sorted({'torch', 'vllm', 'transformers', 'triton'} & sys.modules.keys()))\n"
     )

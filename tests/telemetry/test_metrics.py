@@ -9,8 +9,9 @@ from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.telemetry.ranks import counted, rank
+from vllm_toptheta.limits import LOST_MASS_EDGES
 from vllm_toptheta.telemetry.metrics import exposition
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, Stats, merge
+from vllm_toptheta.telemetry.stats import Stats, merge
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 

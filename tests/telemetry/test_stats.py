@@ -8,7 +8,8 @@ import torch
 from tests.telemetry.ranks import counted, rank
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.kernels.cpu.scratch import MAX_PENDING, Counted
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES, merge
+from vllm_toptheta.limits import LOST_MASS_EDGES
+from vllm_toptheta.telemetry.stats import merge
 
 
 def test_counters_add_up_over_steps() -> None:
@@ -27,6 +28,14 @@ def test_counters_add_up_over_steps() -> None:
     counters.scratch.add(counters.buffers, Counted(totals, torch.tensor([[1]]), rows_read, nothing, rows_read))
     counters.zero_()
     assert not any(counters.histogram()["counts"])
+    assert counters.heads()[0]["rows_read"] == 0
+
+
+def test_counters_made_in_inference_mode_are_counted_and_zeroed_outside_of_it() -> None:
+    with torch.inference_mode():
+        counters = counted(3, [4, 5], [[10, 20], [30, 40]], 0.25, keys_read=[[20, 30], [40, 50]])
+    assert counters.heads()[0]["rows_read"] == 40
+    counters.zero_()
     assert counters.heads()[0]["rows_read"] == 0
 
 

@@ -15,6 +15,8 @@ from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 class LayerCounters:
     """Sums over the decode tokens that a layer has seen since the server started.
 
+    vLLM makes them in inference mode, where alone they may be written, but warms up and asks for them outside of it.
+
     Attributes:
         layer: The layer's index in the model.
         kv_heads: Global indices of this rank's kv heads.
@@ -38,11 +40,13 @@ class LayerCounters:
         num_heads = num_kv_heads * self.num_queries_per_kv
         self.buffers = Counters.allocate(num_heads, num_kv_heads, self.device, counts_keys=self.counts_keys)
 
+    @torch.inference_mode()
     def settled(self) -> Counters:
         """The sums, all steps counted."""
         self.scratch.settle(self.buffers)
         return self.buffers
 
+    @torch.inference_mode()
     def zero_(self) -> None:
         """Start counting anew."""
         self.scratch.forget()

@@ -8,7 +8,7 @@ token side by side, head by head), so it shares nothing with vLLM's own CPU kern
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -25,14 +25,15 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
+from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.levels import DENSE
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.requests import request_levels
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.watch import Watch
-from vllm_toptheta.backend.worker import request_levels
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.cpu import shadow, values
@@ -42,6 +43,9 @@ from vllm_toptheta.kernels.cpu.prefill import prefill, sparse_prefill
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 from vllm_toptheta.kernels.cpu.tails import write_tails
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class StepMetadata(AttentionMetadata):
     tails: TailStep
 
 
-class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
+class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetadata]):
     """Prepares each step, and tells the layers of its KV cache group who they are."""
 
     def __init__(
@@ -89,7 +93,7 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
-        self.requests = request_levels(self.plan, vllm_config, vllm_config.scheduler_config.max_num_seqs)
+        self.requests = request_levels(self.plan.levels, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
@@ -97,12 +101,12 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
-        self.watch.step()
+        self.guard_monitor.step()
         common = common_attn_metadata
         block_size = self.kv_cache_spec.block_size
         starts = common.query_start_loc_cpu[: common.num_reqs + 1]
@@ -131,15 +135,10 @@ class CpuMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         )
 
 
-class CpuTopThetaBackend(AttentionBackend):
-    """Capabilities; what is not declared here is refused (`gates.check_layer`)."""
+class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
+    """Heads of any size, 16-bit and 32-bit; vLLM's CPU platform asks through `support_checks.check_layer`."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    forward_includes_kv_cache_update: bool = False
-
-    @staticmethod
-    def get_name() -> str:
-        return "TOPTHETA"
 
     @staticmethod
     def get_impl_cls() -> type[CpuTopThetaImpl]:
@@ -155,23 +154,15 @@ class CpuTopThetaBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
         return (KVCacheLayout.LBHNC,)
 
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
 
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False  # connectors copy pages without their tails
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False
-
-
-class CpuTopThetaImpl(SparseLayer, AttentionImpl[StepMetadata]):
+class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]):
     """One layer's attention on one rank."""
+
+    supports_quant_query_input = False
 
     def __init__(
         self,

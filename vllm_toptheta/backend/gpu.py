@@ -15,7 +15,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -26,18 +26,26 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_toptheta.backend.compat import NAME, without_decodes
-from vllm_toptheta.backend.gates import CACHE_DTYPES, FLOAT8_CACHE_DTYPES
+from vllm_toptheta.backend.capabilities import (
+    CACHE_DTYPES,
+    FLOAT8_CACHE_DTYPES,
+    BackendCapabilities,
+    BuilderCapabilities,
+    ImplCapabilities,
+)
+from vllm_toptheta.backend.guard_monitor import GuardMonitor
+from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.requests import request_levels
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.watch import Watch
-from vllm_toptheta.backend.worker import forget_warm_up, request_levels
+from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, values
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.limits import HEAD_SIZES
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
@@ -64,16 +72,16 @@ def shadow_config(plan: Plan) -> ShadowConfig:
     return ShadowConfig().scanning if plan.settings.always_shadow else ShadowConfig()
 
 
-class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
+class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
     """FlashAttention's metadata with a `StepSplit` attached as `toptheta`."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    supports_update_block_table = False
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # FlashAttention's, which the instance says again
         self.supports_draft_decode_metadata_update = False
         self._init_reorder_batch_threshold(1)
         self.plan = Plan.resolve(vllm_config)
@@ -86,10 +94,10 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
                 scans=config.scans(max_num_seqs, vllm_config.model_config.max_model_len, num_programs=num_programs),
             )
-        forget_warm_up()
+        warm_up.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        self.requests = request_levels(self.plan, vllm_config, max_num_rows, device)
+        self.requests = request_levels(self.plan.levels, vllm_config, max_num_rows, device)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
@@ -99,12 +107,12 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        self.watch = Watch(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        self.watch.step()
+        self.guard_monitor.step()
         common = common_attn_metadata
         metadata = super().build(0, common, fast_build)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
@@ -133,12 +141,8 @@ class GpuMetadataBuilder(FlashAttentionMetadataBuilder):
         return False
 
 
-class GpuTopThetaBackend(FlashAttentionBackend):
-    """Capabilities; vLLM refuses what is not declared here."""
-
-    @staticmethod
-    def get_name() -> str:
-        return NAME
+class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
+    """What is not declared here or in `BackendCapabilities` is as FlashAttention says: dtypes, block sizes, cards."""
 
     @staticmethod
     def get_impl_cls() -> type[GpuTopThetaImpl]:
@@ -150,7 +154,7 @@ class GpuTopThetaBackend(FlashAttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size in values.HEAD_SIZES
+        return head_size in HEAD_SIZES and super().supports_head_size(head_size)
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
@@ -158,47 +162,9 @@ class GpuTopThetaBackend(FlashAttentionBackend):
             kv_cache_dtype
         )
 
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
 
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_per_head_quant_scales(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False  # connectors copy pages without their tails
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False
-
-
-class GpuTopThetaImpl(SparseLayer, FlashAttentionImpl):
+class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
     """One layer's attention on one rank."""
-
-    supports_dcp = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         FlashAttentionImpl.__init__(self, *args, **kwargs)

@@ -9,10 +9,34 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_toptheta.backend.hooks import batch_rows
+from vllm_toptheta.backend.layers import our_impls
 from vllm_toptheta.backend.levels import ARGUMENT, COMMON, DENSE, Levels
 from vllm_toptheta.errors import SettingsError
 
 logger = init_logger("vllm.toptheta")
+
+
+def request_levels(
+    levels: Levels, vllm_config: Any, max_num_rows: int, device: torch.device | str = "cpu"
+) -> RequestLevels:
+    """What the requests of this rank ask for, the same for all of its layers; the first call makes it.
+
+    Args:
+        levels: What can be asked for.
+        vllm_config: The engine's.
+        max_num_rows: Rows of the largest batch, padding included.
+        device: Where the rules go.
+
+    Raises:
+        UnsupportedError: The model runner does not tell which request stands in which row of a batch.
+    """
+    for impl in our_impls(vllm_config):
+        if impl.requests is not None:
+            return impl.requests
+    if levels.refusal is None:
+        batch_rows.install(vllm_config)
+    return RequestLevels(levels, max_num_rows, device)
 
 
 class RequestLevels:
@@ -57,7 +81,8 @@ class RequestLevels:
         if rows != self._rows:
             self._rows = rows
             # in stream order behind the last step's kernels, and the source is copied before this returns
-            self.rules.copy_(self._rules[rows], non_blocking=True)
+            with torch.inference_mode():
+                self.rules.copy_(self._rules[rows], non_blocking=True)
 
     def _add(self, request: Any) -> None:
         self._asked.pop(request.req_id, None)  # an id may come back with other arguments

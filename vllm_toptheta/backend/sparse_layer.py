@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_toptheta.backend.compat import install_page_tails
+from vllm_toptheta.backend.hooks import page_tails
 from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestLevels
 from vllm_toptheta.errors import UnsupportedError
@@ -49,7 +49,7 @@ class SparseLayer:
                 f"attention backend toptheta does not support {', '.join(reasons)}",
                 remedy="Serve this model without --attention-backend toptheta",
             )
-        install_page_tails(Plan.code_bytes_of)
+        page_tails.install()
 
     def bind(
         self,

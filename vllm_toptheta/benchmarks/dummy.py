@@ -4,6 +4,9 @@ Random weights give random scores, for which no calibration on texts exists. So 
 engine: the counters tell how many value rows a kv head reads, and its threshold is bisected until it reads what is
 wanted. In mode `shadow`, what keys are projected on comes from the engine's own pages, and the margins, likewise by
 bisection, from the number of keys that are to be read.
+
+vLLM makes a worker's tensors in inference mode, where alone they may be written, and calls functions that are sent to
+it outside of that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vllm_toptheta import store
@@ -163,6 +167,7 @@ def _sparse_layers(worker: Any) -> list[Any]:
     return [layer for layer in layers if getattr(getattr(layer, "impl", None), "layer_plan", None) is not None]
 
 
+@torch.inference_mode()
 def _take(worker: Any, counter: str) -> list[list[float]]:
     """By how much a counter of each layer's kv heads has grown per token since the last call."""
     taken = []
@@ -175,6 +180,7 @@ def _take(worker: Any, counter: str) -> list[list[float]]:
     return taken
 
 
+@torch.inference_mode()
 def _set_numbers(worker: Any, thetas: list[list[float]], margins: list[list[float]] | None) -> None:
     """One threshold, and one margin, for each layer and kv head, written where the captured graphs read them."""
     for index, layer in enumerate(_sparse_layers(worker)):
@@ -186,10 +192,9 @@ def _set_numbers(worker: Any, thetas: list[list[float]], margins: list[list[floa
             plan.shadow.margin[0].copy_(coefficients.new_tensor(margins[index]).repeat_interleave(group))
 
 
+@torch.inference_mode()
 def _fit_projections(worker: Any) -> None:
     """Project keys on their principal components, written where the captured graphs read them."""
-    import torch
-
     from vllm_toptheta.kernels.codec import ShadowCodec
     from vllm_toptheta.reference import fit_projection
 

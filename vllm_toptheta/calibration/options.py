@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_toptheta.calibration.allot import FIRST_GRID_K, grid_ks
-from vllm_toptheta.channels import channels_for
 from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.limits import channels_for
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
 

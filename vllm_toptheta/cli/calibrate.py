@@ -90,6 +90,8 @@ def calibrate_command(
 
     from vllm_toptheta.calibration import CalibrationOptions, calibrate
     from vllm_toptheta.calibration.sources import builtin_texts, read_dataset, read_file
+    from vllm_toptheta.limits import gpus_lack
+    from vllm_toptheta.store import read_architecture
 
     layers, automatic = _dense_layers(dense_layers)
     targets = [f"k:{number}" for number in words(k or "")] + words(target or "")
@@ -120,6 +122,10 @@ def calibrate_command(
     names = {str(path): path.name for path in (model, out, *files)}
     if dataset is not None and Path(dataset.partition(":")[0]).exists():
         names[dataset] = Path(dataset).name
+    architecture = read_architecture(model)
+    if missing := gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads):
+        # said before hours of work, and no error: nobody knows yet where it will be served
+        typer.echo(f"warning: {model}: these thresholds will serve on CPUs only, because {missing}", err=True)
     folder = calibrate(
         model,
         texts,

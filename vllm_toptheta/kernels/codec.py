@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_toptheta.channels import channels_for
+from vllm_toptheta.limits import channels_for
 
 NUM_LEVELS = 16  # of a channel
 

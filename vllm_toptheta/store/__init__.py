@@ -18,9 +18,10 @@ from vllm_toptheta.store.schema import (
     Measurement,
     ModelIdentity,
     Provenance,
+    ShadowSection,
     TextSource,
 )
-from vllm_toptheta.store.shadow import ShadowCodec, ShadowKeys, ShadowSection
+from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection
 from vllm_toptheta.store.target import Target, TargetSpec
 from vllm_toptheta.store.thresholds import ThresholdStore
 
@@ -34,7 +35,7 @@ __all__ = [
     "ModelIdentity",
     "Provenance",
     "ShadowKeys",
-    "ShadowCodec",
+    "ShadowProjection",
     "ShadowSection",
     "Target",
     "TargetSpec",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vllm_toptheta.errors import TargetOutOfRange
+from vllm_toptheta.store.schema import Manifest
 from vllm_toptheta.store.target import TargetSpec
-
-if TYPE_CHECKING:
-    from vllm_toptheta.store.schema import Manifest
 
 
 class Position(NamedTuple):

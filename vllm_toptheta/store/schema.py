@@ -21,6 +21,7 @@ from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
 from vllm_toptheta.store.fields import (
     MAX_HEADS,
     MAX_LAYERS,
+    MAX_TOKENS,
     PRINTABLE,
     Count,
     Sha256,
@@ -29,7 +30,6 @@ from vllm_toptheta.store.fields import (
     Tokens,
 )
 from vllm_toptheta.store.rope import normalise_rope
-from vllm_toptheta.store.shadow import ShadowSection
 from vllm_toptheta.store.target import Target
 
 SCHEMA_VERSION: Final = 3
@@ -37,6 +37,7 @@ READABLE_VERSIONS: Final = (1, 2, 3)
 
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
 RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ModelIdentity(StrictModel):
@@ -168,6 +169,29 @@ class DenseLayersRule(StrictModel):
     given: Annotated[tuple[int, ...], Field(strict=False, max_length=MAX_LAYERS)]
     max_lost_mass: float = Field(gt=0.0, lt=1.0, description="Mean over heads and lengths, at the target.")
     target: ShortText
+
+
+class ShadowSection(StrictModel):
+    """What is said of shadow keys: what keys are projected on, and which of them are candidates."""
+
+    num_channels: int = Field(ge=2, le=1024, description="Directions that a key is projected on, 4 bits each.")
+    num_sink: int = Field(ge=0, le=MAX_TOKENS, description="First keys that are always candidates.")
+    num_recent: int = Field(ge=0, le=MAX_TOKENS, description="Last keys that are always candidates.")
+    block_size: Tokens = Field(
+        description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
+    )
+    candidate_mass: float = Field(
+        gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
+    )
+    candidate_share: Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=64)] = Field(
+        description="Expected candidates over keys for each target, mean of the kv heads of sparse layers."
+    )
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if self.num_channels % 2:
+            raise ValueError(f"num_channels must be even, got {self.num_channels}")
+        return self
 
 
 class TensorsDigest(StrictModel):

@@ -5,24 +5,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, model_validator
 
-from vllm_toptheta.store.fields import MAX_TOKENS, StrictModel, Tokens
+from vllm_toptheta.limits import MAX_LOG_SCALE
 from vllm_toptheta.store.position import locate
-
-if TYPE_CHECKING:
-    from vllm_toptheta.store.schema import Manifest
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-MAX_LOG_SCALE = math.log(1e6)  # keeps the missing mass of a row finite in float32
+from vllm_toptheta.store.schema import Manifest, ShadowSection
 
 SHADOW_NAMES = (
     "shadow_encoder",
@@ -34,31 +25,8 @@ SHADOW_NAMES = (
 )
 
 
-class ShadowSection(StrictModel):
-    """What manifest.yaml says of shadow keys."""
-
-    num_channels: int = Field(ge=2, le=1024, description="Directions that a key is projected on, 4 bits each.")
-    num_sink: int = Field(ge=0, le=MAX_TOKENS, description="First keys that are always candidates.")
-    num_recent: int = Field(ge=0, le=MAX_TOKENS, description="Last keys that are always candidates.")
-    block_size: Tokens = Field(
-        description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
-    )
-    candidate_mass: float = Field(
-        gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
-    )
-    candidate_share: Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=64)] = Field(
-        description="Expected candidates over keys for each target, mean of the kv heads of sparse layers."
-    )
-
-    @model_validator(mode="after")
-    def _check_channels(self) -> Self:
-        if self.num_channels % 2:
-            raise ValueError(f"num_channels must be even, got {self.num_channels}")
-        return self
-
-
 @dataclass(frozen=True, eq=False)
-class ShadowCodec:
+class ShadowProjection:
     """What the keys of one layer are projected on; views, read-only.
 
     Attributes:
@@ -104,7 +72,7 @@ class ShadowKeys:
         assert self.manifest.shadow is not None  # noqa: S101 - what an instance is made from
         return self.manifest.shadow
 
-    def projection(self, layer_idx: int) -> ShadowCodec:
+    def projection(self, layer_idx: int) -> ShadowProjection:
         """Return what the keys of a layer are projected on.
 
         Args:
@@ -113,7 +81,7 @@ class ShadowKeys:
         Raises:
             IndexError: There is no such layer.
         """
-        return ShadowCodec(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
+        return ShadowProjection(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
 
     def margin(self, target: str) -> NDArray[np.float32]:
         """Return how far below theta the score of a shadow may be for its key to be a candidate.

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-LOST_MASS_EDGES = tuple(2.0**exponent for exponent in range(-9, 1))  # upper edges, included
+from vllm_toptheta.limits import LOST_MASS_EDGES
 
 
 class HeadStats(BaseModel):

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_toptheta.kernels.contract import NUM_BUCKETS, Counters
+from vllm_toptheta.kernels.contract import Counters
+from vllm_toptheta.limits import LOST_MASS_EDGES
 
 MAX_PENDING = 64  # steps that are counted at once
 # what `bucketize` compares with: the last bucket has no upper edge of its own, since no mass exceeds 1
-_INNER_EDGES = torch.tensor([2.0 ** (index + 1 - NUM_BUCKETS) for index in range(NUM_BUCKETS - 1)])
+_INNER_EDGES = torch.tensor(LOST_MASS_EDGES[:-1])
 
 
 class Counted(NamedTuple):

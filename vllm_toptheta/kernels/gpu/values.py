@@ -23,9 +23,8 @@ from vllm_toptheta.kernels.gpu.split import split_kernel
 from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, has_dependent_launch, launch_options, num_multiprocessors
+from vllm_toptheta.limits import HEAD_SIZES, MAX_QUERIES_PER_KV
 
-HEAD_SIZES = (64, 80, 96, 128, 256)
-MAX_QUERIES_PER_KV = 16
 DENSE_WORK = 2  # of a unit of which keys and values are read, where otherwise it is keys and few values
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import store_factory
-from vllm_toptheta.backend import watch
+from vllm_toptheta.backend import guard_monitor
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import RELAXATION, LayerGuard
 from vllm_toptheta.backend.plan import LayerPlan
@@ -41,7 +41,7 @@ class Layer:
             expected_lost_mass=torch.full((NUM_HEADS,), expected),
             guard=LayerGuard(0.25),
         )
-        self.watch = watch.Watch([self.plan], relaxes=relaxes)
+        self.monitor = guard_monitor.GuardMonitor([self.plan], relaxes=relaxes)
 
     @property
     def guard(self) -> LayerGuard:
@@ -52,7 +52,7 @@ class Layer:
         """Mean lost mass of every step of one token."""
         means = []
         for _ in range(num_steps):
-            self.watch.step()
+            self.monitor.step()
             query = sharpness * torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=self.generator)
             key, value = torch.randn(2, SEQ_LEN, NUM_KV_HEADS, HEAD_SIZE, generator=self.generator)
             result = top_theta_attention(
@@ -72,8 +72,8 @@ class Layer:
 
 @pytest.fixture(autouse=True)
 def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "WINDOW_STEPS", 16)
-    monkeypatch.setattr(watch, "MIN_TOKENS", 16)
+    monkeypatch.setattr(guard_monitor, "WINDOW_STEPS", 16)
+    monkeypatch.setattr(guard_monitor, "MIN_TOKENS", 16)
 
 
 def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
@@ -90,6 +90,14 @@ def test_lost_mass_returns_into_range_and_thresholds_return_later() -> None:
     assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms)
 
 
+def test_thresholds_made_in_inference_mode_move_outside_of_it() -> None:
+    with torch.inference_mode():
+        layer = Layer(relaxes=True)
+    layer.decode(1.0, 100)
+    assert layer.guard.level > 0
+    assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms - layer.guard.relaxation)
+
+
 def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
     layer = Layer(relaxes=True, threshold=9.0)
     layer.decode(1.0, 17 * len(RELAXATION))
@@ -99,7 +107,7 @@ def test_where_lower_thresholds_do_not_help_every_key_is_kept() -> None:
 
 def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(watch.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(guard_monitor.logger, "warning", lambda text, *values: said.append(text % values))
     layer = Layer(relaxes=False)
     layer.decode(1.0, 200)
     assert torch.equal(layer.plan.thresholds.coefficients[0, :, 0], layer.plan.constant_terms)
@@ -117,7 +125,7 @@ def test_few_tokens_are_no_window() -> None:
     layer = Layer(relaxes=True)
     layer.decode(1.0, 15)
     for _ in range(500):  # steps of prompts
-        layer.watch.step()
+        layer.monitor.step()
     assert layer.guard.level == 0
 
 
@@ -140,7 +148,7 @@ def test_a_captured_graph_sees_the_thresholds_move() -> None:
     with torch.cuda.graph(graph):
         read.copy_(layer.plan.thresholds.coefficients[0, :, 0])
     for _ in range(17 * 3):
-        layer.watch.step()
+        layer.monitor.step()
         layer.plan.counters.buffers.lost_mass_histogram[:, -1] += 1  # as the kernel counts a token that lost nearly all
         torch.cuda.synchronize()  # no copy is on its way for longer than a step
     graph.replay()

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import LayerPlan
-from vllm_toptheta.telemetry.stats import LOST_MASS_EDGES
+from vllm_toptheta.limits import LOST_MASS_EDGES
 
 logger = init_logger("vllm.toptheta")
 
@@ -26,7 +26,7 @@ MIN_TOKENS = 64  # decoded tokens that make a window
 
 
 @dataclass
-class _Watched:
+class _MonitoredLayer:
     """A layer, and what the guard remembers of it."""
 
     plan: LayerPlan
@@ -35,8 +35,8 @@ class _Watched:
     seen: torch.Tensor  # [num_heads, num_buckets] int64, on the host: the histogram at the end of the last window
 
 
-class Watch:
-    """Watches the sparse layers of one group on one rank.
+class GuardMonitor:
+    """Monitors the sparse layers of one group on one rank.
 
     Args:
         layer_plans: The layers; those without a guard are left alone.
@@ -46,7 +46,7 @@ class Watch:
     def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool) -> None:
         self.relaxes = relaxes
         self._layers = [
-            _watched(plan, plan.guard, plan.expected_lost_mass)
+            _monitored(plan, plan.guard, plan.expected_lost_mass)
             for plan in layer_plans
             if plan.guard is not None and plan.expected_lost_mass is not None
         ]
@@ -67,6 +67,7 @@ class Watch:
             for layer, histogram in zip(self._layers, histograms, strict=True):
                 self._observe(layer, histogram)
 
+    @torch.inference_mode()
     def _start_copy(self) -> None:
         histograms = torch.stack([layer.plan.counters.settled().lost_mass_histogram for layer in self._layers])
         if not histograms.is_cuda:
@@ -77,7 +78,8 @@ class Watch:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def _observe(self, layer: _Watched, histogram: torch.Tensor) -> None:
+    @torch.inference_mode()
+    def _observe(self, layer: _MonitoredLayer, histogram: torch.Tensor) -> None:
         window = histogram - layer.seen
         if bool((window < 0).any()):  # the counters were zeroed
             window = histogram
@@ -98,13 +100,15 @@ class Watch:
         )
 
 
-def _watched(plan: LayerPlan, guard: LayerGuard, expected_lost_mass: torch.Tensor) -> _Watched:
+def _monitored(plan: LayerPlan, guard: LayerGuard, expected_lost_mass: torch.Tensor) -> _MonitoredLayer:
     edges = torch.tensor(LOST_MASS_EDGES)
     # a bucket is above if all of it is: the expected mass is rounded up to an edge
     lower_edges = torch.cat([torch.zeros(1), edges[:-1]])
     # what lies in the lowest bucket is next to nothing, also where nothing is expected to be lost
     is_above = lower_edges >= expected_lost_mass.clamp(min=float(edges[0]))[:, None]
-    return _Watched(plan=plan, guard=guard, is_above=is_above, seen=torch.zeros(is_above.shape, dtype=torch.int64))
+    return _MonitoredLayer(
+        plan=plan, guard=guard, is_above=is_above, seen=torch.zeros(is_above.shape, dtype=torch.int64)
+    )
 
 
 def _consequence(guard: LayerGuard) -> str:

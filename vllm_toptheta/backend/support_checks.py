@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.platforms import current_platform
 
-from vllm_toptheta.backend.compat import check_version
+from vllm_toptheta.backend.capabilities import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, NAME
+from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.limits import gpus_lack
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
 
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
-FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # on GPUs; whether a card can is for FlashAttention to say
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionBackend
+
 MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 _REMEDY = "Remove --attention-backend toptheta, or what is named here"
 
 
-def is_selected(vllm_config: Any, toptheta: Any) -> bool:
-    """Whether any layer kind of `vllm_config` is to run on the enum member `toptheta`."""
+def is_selected(vllm_config: Any) -> bool:
+    """Whether any layer kind of `vllm_config` is to run on our backend."""
     config = vllm_config.attention_config
-    per_kind = getattr(config, "backend_per_kind", None) or {}
-    return vllm_config.model_config is not None and toptheta in (config.backend, *per_kind.values())
+    backends = (config.backend, *(getattr(config, "backend_per_kind", None) or {}).values())
+    return vllm_config.model_config is not None and any(getattr(one, "name", None) == NAME for one in backends)
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -76,17 +80,33 @@ def check_settings(settings: Settings, vllm_config: Any) -> None:
         )
 
 
-def check_layer(attn_selector_config: Any) -> None:
+def check_kernels(architecture: Architecture) -> None:
+    """Refuse thresholds for a model that the platform has no decode kernels for.
+
+    Args:
+        architecture: The model's heads over all ranks.
+
+    Raises:
+        UnsupportedError: Says what GPUs do have kernels for.
+    """
+    missing = gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads)
+    if missing and not current_platform.is_cpu():
+        raise UnsupportedError(f"attention backend toptheta: {missing}", remedy=_REMEDY)
+
+
+def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:
     """Refuse what one attention layer asks for, by the backend's own declarations.
 
     vLLM's GPU platforms make this check themselves; its CPU platform does not.
 
+    Args:
+        backend: Ours for the platform.
+        attn_selector_config: vLLM's `AttentionSelectorConfig` of the layer.
+
     Raises:
         UnsupportedError: Names every reason.
     """
-    from vllm_toptheta.backend.cpu import CpuTopThetaBackend
-
-    _refuse(CpuTopThetaBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict()))
+    _refuse(backend.validate_configuration(device_capability=None, **attn_selector_config._asdict()))
 
 
 def _refuse(reasons: list[str]) -> None:

@@ -11,9 +11,10 @@ import torch
 from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_toptheta import errors
-from vllm_toptheta.backend import gates, plugin
-from vllm_toptheta.backend.cpu import CpuTopThetaImpl
+from vllm_toptheta.backend import plugin, support_checks
+from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
 
@@ -54,29 +55,39 @@ def test_float8_pages_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config:
     config = make_config()
     config.cache_config.cache_dtype = dtype
     with pytest.raises(errors.UnsupportedError, match=r"only auto, float16, bfloat16\."):
-        gates.check_engine(config)
-    monkeypatch.setattr(type(gates.current_platform), "is_cuda", lambda self: True)
+        support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cuda", lambda self: True)
     if dtype == "fp8_e5m2":
         with pytest.raises(errors.UnsupportedError, match="fp8_e5m2 is not supported, only .*, fp8, fp8_e4m3"):
-            gates.check_engine(config)
+            support_checks.check_engine(config)
     else:
-        gates.check_engine(config)
+        support_checks.check_engine(config)
 
 
 def test_prompts_by_thresholds_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
     make_config({"prefill": "threshold"})
-    monkeypatch.setattr(type(gates.current_platform), "is_cpu", lambda self: False)
-    gates.check_settings(Settings.load({}), make_config())
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    support_checks.check_settings(Settings.load({}), make_config())
     with pytest.raises(errors.UnsupportedError, match="prefill: prompts attend by thresholds on CPUs only"):
-        gates.check_settings(Settings.load({"prefill": "threshold"}), make_config())
+        support_checks.check_settings(Settings.load({"prefill": "threshold"}), make_config())
 
 
 def test_shadow_keys_are_for_16_bits(make_config: MakeConfig) -> None:
     config = make_config()
     config.cache_config.cache_dtype = "fp8_e4m3"
-    gates.check_settings(Settings.load({}), config)
+    support_checks.check_settings(Settings.load({}), config)
     with pytest.raises(errors.UnsupportedError, match=r"^mode: mode shadow is not supported with --kv-cache-dtype fp8"):
-        gates.check_settings(Settings.load({"mode": "shadow"}), config)
+        support_checks.check_settings(Settings.load({"mode": "shadow"}), config)
+
+
+def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Architecture(num_layers=1, num_heads=34, num_kv_heads=2, head_size=72, rope={})
+    support_checks.check_kernels(wide)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    support_checks.check_kernels(Architecture(num_layers=1, num_heads=32, num_kv_heads=2, head_size=80, rope={}))
+    words = "no GPU kernels for heads of 72, only of 64, .* and 17 query heads per kv head, only for up to 16"
+    with pytest.raises(errors.UnsupportedError, match=words):
+        support_checks.check_kernels(wide)
 
 
 def test_every_reason_is_named_at_once() -> None:
@@ -95,7 +106,7 @@ def test_every_reason_is_named_at_once() -> None:
         speculative_config=SimpleNamespace(method="eagle3"),
     )
     with pytest.raises(errors.UnsupportedError) as caught:
-        gates.check_engine(config)
+        support_checks.check_engine(config)
     for reason in ("MLA", "hybrid", "encoder-decoder", "sleep-mode", "context parallelism", "speculative"):
         assert reason in str(caught.value)
 
@@ -117,9 +128,9 @@ def test_layer_features(field: str, value: Any, reason: str) -> None:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
     plain = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16)
-    gates.check_layer(plain)
+    support_checks.check_layer(CpuTopThetaBackend, plain)
     with pytest.raises(errors.UnsupportedError, match=reason):
-        gates.check_layer(plain._replace(**{field: value}))
+        support_checks.check_layer(CpuTopThetaBackend, plain._replace(**{field: value}))
 
 
 @pytest.mark.parametrize(

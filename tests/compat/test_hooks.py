@@ -1,0 +1,269 @@
+"""Every hook is installed twice and then called, on the oldest, the newest and the installed vLLM."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compat.release import Release
+
+pytestmark = pytest.mark.compat
+
+# layers of ours and others, as vLLM keeps them in its configuration
+CONFIG = (
+    "import torch\n"
+    "from types import SimpleNamespace as S\n"
+    "def config_of(*impls, **fields):\n"
+    "    layers = {str(i): S(impl=impl, backend=S(name='TOPTHETA')) for i, impl in enumerate(impls)}\n"
+    "    layers |= {'linear': object(), 'other': S(backend=S(name='FLASH_ATTN'))}\n"
+    "    return S(compilation_config=S(static_forward_context=layers), **fields)\n"
+)
+
+
+def test_the_name_is_a_member_of_the_enum(release: Release) -> None:
+    code = (
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends\n"
+        "from vllm_toptheta.backend.hooks import backend_name\n"
+        "backend_name.install(); backend_name.install()\n"
+        "member = Backends.TOPTHETA\n"
+        "print(member.name, member.get_path(), [one.name for one in Backends].count('TOPTHETA'))\n"
+    )
+    assert release.run(code) == "TOPTHETA vllm_toptheta.backend.cpu.CpuTopThetaBackend 1"
+
+
+def test_configurations_are_checked(release: Release) -> None:
+    code = (
+        "from types import SimpleNamespace as S\n"
+        "from vllm.platforms import current_platform\n"
+        "from vllm_toptheta.backend import support_checks\n"
+        "from vllm_toptheta.backend.hooks import config_check, request_validation\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "done, platform = [], type(current_platform)\n"
+        "platform.check_and_update_config = classmethod(lambda cls, config: done.append((cls.__name__, 'theirs')))\n"
+        "config_check.install(); config_check.install()\n"
+        "support_checks.check_engine = lambda config: done.append('engine')\n"
+        "support_checks.check_settings = lambda settings, config: done.append(settings)\n"
+        "support_checks.check_kernels = lambda architecture: done.append(architecture)\n"
+        "request_validation.install = lambda: done.append('requests')\n"
+        "Plan.resolve = lambda config: S(settings='settings', curve='curve', architecture='kernels')\n"
+        "for name in ('FLASH_ATTN', 'TOPTHETA'):\n"
+        "    config = S(attention_config=S(backend=S(name=name)), model_config='model')\n"
+        "    current_platform.check_and_update_config(config)\n"
+        "print(done)\n"
+    )
+    theirs = "('CpuPlatform', 'theirs')"
+    assert release.run(code) == f"[{theirs}, {theirs}, 'engine', 'settings', 'kernels', 'requests']"
+
+
+def test_cpus_select_it(release: Release) -> None:
+    code = (
+        "from vllm.platforms import current_platform\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends\n"
+        "from vllm_toptheta.backend import support_checks\n"
+        "from vllm_toptheta.backend.hooks import backend_name, cpu_selection\n"
+        "checked = []\n"
+        "support_checks.check_layer = lambda backend, config: checked.append((backend.get_name(), config))\n"
+        "theirs = classmethod(lambda cls, selected, config, num_heads=None: f'{cls.__name__} {selected} {num_heads}')\n"
+        "type(current_platform).get_attn_backend_cls = theirs\n"
+        "backend_name.install()\n"
+        "cpu_selection.install(); cpu_selection.install()\n"
+        "select = current_platform.get_attn_backend_cls\n"
+        "assert select(None, 'layer', num_heads=8) == 'CpuPlatform None 8'\n"
+        "assert select(Backends.TOPTHETA, 'layer', num_heads=8).endswith('CpuTopThetaBackend')\n"
+        "print(checked)\n"
+    )
+    assert release.run(code) == "[('TOPTHETA', 'layer')]"
+
+
+def test_pages_have_tails(release: Release) -> None:
+    code = (
+        "import torch\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.model_executor.layers.attention import Attention\n"
+        "from vllm.v1.kv_cache_interface import FullAttentionSpec\n"
+        "from vllm_toptheta.backend.hooks import page_tails\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "plain = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)\n"
+        "layer = Attention.__new__(Attention); torch.nn.Module.__init__(layer)\n"
+        "layer.attn_type, layer.sliding_window, layer.kv_cache_dtype = 'decoder', None, 'auto'\n"
+        "layer.num_kv_heads, layer.head_size, layer.head_size_v = 8, 128, 128\n"
+        "layer.kv_cache_torch_dtype = torch.bfloat16\n"
+        "page_tails.install(); page_tails.install()\n"
+        "Plan.code_bytes_of = lambda config: config.code_bytes\n"
+        "cache = S(block_size=16, cache_dtype='auto')\n"
+        "for name, code_bytes in (('TOPTHETA', 0), ('TOPTHETA', 32), ('FLASH_ATTN', 32)):\n"
+        "    layer.attn_backend = S(get_name=lambda: name, is_mla=lambda: False)\n"
+        "    padded = layer.get_kv_cache_spec(S(cache_config=cache, code_bytes=code_bytes))\n"
+        "    print(padded.page_size_bytes - plain.page_size_bytes, end=' ')\n"
+    )
+    assert release.run(code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32} 0"
+
+
+def test_workers_forget_what_warm_up_counted(release: Release) -> None:
+    """Counters are made in inference mode, where newer versions profile; all versions warm up outside of it."""
+    code = CONFIG + (
+        "from vllm_toptheta.backend.hooks import warm_up\n"
+        "from vllm_toptheta.backend.counters import LayerCounters\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "def warms_up(worker):\n"
+        "    with torch.inference_mode():\n"
+        "        counters.buffers.totals.add_(3)\n"
+        "    return 'warm'\n"
+        "Worker.compile_or_warm_up_model = warms_up\n"
+        "with torch.inference_mode():\n"
+        "    counters = LayerCounters(0, [0], 2)\n"
+        "worker = S(vllm_config=config_of(S(layer_plan=S(counters=counters)), S(layer_plan=None)))\n"
+        "warm_up.install(); warm_up.install()\n"
+        "print(Worker.compile_or_warm_up_model(worker), counters.buffers.totals.tolist())\n"
+    )
+    assert release.run(code) == "warm [0, 0, 0, 0, 0]"
+
+
+def test_the_hook_for_warming_up_finds_its_method(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "from vllm_toptheta.backend.hooks import warm_up\n"
+        "theirs = Worker.compile_or_warm_up_model\n"
+        "warm_up.install(); warm_up.install()\n"
+        "assert Worker.compile_or_warm_up_model.__wrapped__ is theirs\n"
+        "print(list(inspect.signature(theirs).parameters))\n"
+    )
+    assert release.run(code) == "['self']"
+
+
+def test_workers_answer_what_they_counted(release: Release) -> None:
+    """Counters are made in inference mode, and asked for outside of it."""
+    code = CONFIG + (
+        "from vllm.v1.worker.worker_base import WorkerBase\n"
+        "from vllm_toptheta.backend.hooks import worker_stats\n"
+        "from vllm_toptheta.backend.levels import Levels\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "from vllm_toptheta.backend.requests import RequestLevels\n"
+        "from vllm_toptheta.kernels.cpu.scratch import Counted\n"
+        "from vllm_toptheta.settings import Settings\n"
+        "from vllm_toptheta.store import Architecture\n"
+        "from vllm_toptheta.backend.counters import LayerCounters\n"
+        "from vllm_toptheta.telemetry.stats import RankStats\n"
+        "worker_stats.install(); worker_stats.install()\n"
+        "shape = Architecture(num_layers=2, num_heads=2, num_kv_heads=1, head_size=64, rope={})\n"
+        "plan = Plan(Settings.load({}), None, None, 'a test', frozenset(), shape, Levels(None))\n"
+        "with torch.inference_mode():\n"
+        "    counters, requests = LayerCounters(1, [0], 2), RequestLevels(plan.levels, 2)\n"
+        "    one, read = torch.ones(1, 1, dtype=torch.int64), torch.tensor([[4]])\n"
+        "    step = Counted(torch.tensor([1, 0, 9, 1, 0]), one, read, torch.zeros(1, 2), read)\n"
+        "    counters.scratch.add(counters.buffers, step)\n"
+        "impls = [S(plan=plan, layer_plan=S(counters=counters, guard=None), requests=requests),\n"
+        "         S(plan=None, layer_plan=None, requests=None)]\n"
+        "rest = {'cache_config': S(cache_dtype='auto'), 'model_config': S(dtype=torch.float16)}\n"
+        "worker = WorkerBase.__new__(WorkerBase)\n"
+        "worker.vllm_config = config_of()\n"
+        "assert worker.toptheta_stats() is None\n"
+        "worker.vllm_config = config_of(*impls, **rest)\n"
+        "stats = RankStats.model_validate(worker.toptheta_stats())\n"
+        "print(stats.decode_tokens, stats.layers[0].rows_read, stats.value_row_bytes)\n"
+    )
+    assert release.run(code) == "1 4 128"
+
+
+@pytest.mark.parametrize("is_v2", [False, True], ids=["V1 runner", "V2 runner"])
+def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> None:
+    code = CONFIG + (
+        "import importlib, inspect\n"
+        "from vllm_toptheta.backend.hooks import batch_rows\n"
+        "from vllm_toptheta.backend.levels import Levels\n"
+        "from vllm_toptheta.backend.requests import request_levels\n"
+        f"is_v2 = {is_v2}\n"
+        "module, method = (('vllm.v1.worker.gpu.model_runner', 'prepare_inputs') if is_v2\n"
+        "                  else ('vllm.v1.worker.gpu_model_runner', '_prepare_inputs'))\n"
+        "runner_class = importlib.import_module(module).GPUModelRunner\n"
+        "theirs = getattr(runner_class, method)\n"
+        "assert list(inspect.signature(theirs).parameters)[:2] == ['self', 'scheduler_output']\n"
+        "assert f'self.{method}(' in inspect.getsource(runner_class.execute_model)\n"
+        "setattr(runner_class, method, lambda self, scheduler_output, *_: S(req_ids=['b', 'a']) if is_v2 else ())\n"
+        "impls = [S(requests=None), S(requests=None)]\n"
+        "config = config_of(*impls, use_v2_model_runner=is_v2)\n"
+        "with torch.inference_mode():\n"
+        "    impls[1].requests = request_levels(Levels(None), config, 3)\n"
+        "assert request_levels(Levels(None), config, 3) is impls[1].requests  # of another group of layers\n"
+        "batch_rows.install(config)\n"
+        "runner = S(vllm_config=config, requests={'a': 1}, input_batch=S(req_ids=['b', 'a']),\n"
+        "           req_states=S(req_id_to_index={'a': 1}))\n"
+        "new = S(req_id='a', prompt_token_ids=[1], sampling_params=S(extra_args={'toptheta': 'dense'}))\n"
+        "getattr(runner_class, method)(runner, S(scheduled_new_reqs=[new]), None)\n"
+        "print(impls[1].requests.rules[:, 0].tolist(), dict(impls[1].requests.counts))\n"
+    )
+    # level 0 of a model without thresholds is as dense as level 1, which was asked for
+    assert release.run(code) == "[0, 1, 0] {'dense': 1}"
+
+
+def test_a_runner_without_the_method_is_refused(release: Release) -> None:
+    code = CONFIG + (
+        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n"
+        "from vllm_toptheta.backend.hooks import batch_rows\n"
+        "from vllm_toptheta.errors import UnsupportedError\n"
+        "del GPUModelRunner._prepare_inputs\n"
+        "try:\n"
+        "    batch_rows.install(config_of(use_v2_model_runner=False))\n"
+        "except UnsupportedError as error:\n"
+        "    print(error)\n"
+    )
+    assert release.run(code) == (
+        "per_request: vllm.v1.worker.gpu_model_runner does not tell which request stands in which row of a batch. "
+        "Set it to false."
+    )
+
+
+def test_runners_keep_what_is_looked_for(release: Release) -> None:
+    """Names in the sources, of attributes that only a runner with a device has."""
+    v1 = (release.files / "vllm/v1/worker/gpu_model_runner.py").read_text()
+    v2 = (release.files / "vllm/v1/worker/gpu/model_runner.py").read_text()
+    states = (release.files / "vllm/v1/worker/gpu/states.py").read_text()
+    output = (release.files / "vllm/v1/core/sched/output.py").read_text()
+    assert "self.requests: dict[str, CachedRequestState] = {}" in v1
+    assert "req_ids = self.input_batch.req_ids" in v1
+    assert "self.req_id_to_index: dict[str, int] = {}" in states
+    assert "req_ids=req_ids," in v2
+    for field in ("req_id: str", "prompt_token_ids: ", "sampling_params: ", "prefill_token_ids: "):
+        assert f"    {field}" in output
+
+
+def test_requests_are_checked_where_they_come_in(release: Release) -> None:
+    code = (
+        "from types import SimpleNamespace as S\n"
+        "from vllm import SamplingParams\n"
+        "from vllm.exceptions import VLLMValidationError\n"
+        "from vllm_toptheta.backend.hooks import request_validation\n"
+        "from vllm_toptheta.backend.levels import Levels\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "request_validation.install(); request_validation.install()\n"
+        "Plan.resolve = lambda config: S(levels=Levels(None))\n"
+        "from vllm.v1.engine.async_llm import AsyncLLM\n"
+        "from vllm.v1.engine.input_processor import InputProcessor\n"
+        "from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest\n"
+        "from vllm.entrypoints.openai.completion.protocol import CompletionRequest\n"
+        "def processor_of(name):\n"
+        "    return S(vllm_config=S(attention_config=S(backend=S(name=name)), model_config='model'))\n"
+        "processor = processor_of('TOPTHETA')\n"
+        "bad = SamplingParams(extra_args={'toptheta': 'k:64'})\n"
+        "refused = []\n"
+        "def attempt(call):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except VLLMValidationError as error:\n"
+        "        refused.append('can ask for dense, not for' in str(error) or 'beam search' in str(error))\n"
+        "attempt(lambda: InputProcessor._validate_params(processor, bad, ()))\n"
+        "attempt(lambda: AsyncLLM.generate(S(input_processor=processor), 'prompt', bad, 'id'))\n"
+        "engine = S(input_processor=processor)\n"
+        "attempt(lambda: AsyncLLM.generate(engine, prompt='x', sampling_params=bad, request_id='id'))\n"
+        "options = {'vllm_xargs': {'toptheta': 'dense'}, 'use_beam_search': True}\n"
+        "asked = CompletionRequest(prompt='x', **options)\n"
+        "attempt(lambda: asked.to_beam_search_params(4, {}))\n"
+        "chat = ChatCompletionRequest(messages=[{'role': 'user', 'content': 'x'}], **options)\n"
+        "attempt(lambda: chat.to_beam_search_params(4, {}))\n"
+        "CompletionRequest(prompt='x', use_beam_search=True).to_beam_search_params(4, {})\n"
+        "good = SamplingParams(extra_args={'toptheta': 'dense', 'other': 1})\n"
+        "AsyncLLM.generate(engine, 'prompt', good, 'id')\n"
+        "AsyncLLM.generate(S(input_processor=processor_of('FLASH_ATTN')), 'prompt', bad, 'id')\n"
+        "print(refused)\n"
+    )
+    assert release.run(code) == "[True, True, True, True, True]"

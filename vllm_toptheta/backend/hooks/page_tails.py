@@ -1,0 +1,36 @@
+"""Has our layers ask vLLM for longer pages, with a tail for value sums and shadow keys.
+
+Replaces `Attention.get_kv_cache_spec` (0.26 to 0.33), which vLLM asks with the configuration, on which the length of a
+tail depends. The public `AttentionBackend.customize_spec` came with 0.27 and is not told the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_toptheta.backend.capabilities import NAME
+from vllm_toptheta.backend.hooks.patch import replace
+from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.plan import Plan
+
+
+def install() -> None:
+    """Pad our layers' pages; called where layers are built, before vLLM asks what pages they need."""
+    from vllm.model_executor.layers.attention import Attention
+
+    replace(Attention, "get_kv_cache_spec", _padding)
+
+
+def _padding(get_kv_cache_spec: Callable[..., Any]) -> Callable[..., Any]:
+    known: list[tuple[Any, int]] = []  # of the last configuration; a model asks once for every layer
+
+    def get_padded_spec(layer: Any, vllm_config: Any) -> Any:
+        spec = get_kv_cache_spec(layer, vllm_config)
+        if spec is None or layer.attn_backend.get_name() != NAME:
+            return spec
+        if not known or known[0][0] is not vllm_config:
+            known[:] = [(vllm_config, Plan.code_bytes_of(vllm_config))]
+        return with_tail(spec, code_bytes=known[0][1])
+
+    return get_padded_spec

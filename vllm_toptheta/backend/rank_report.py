@@ -1,0 +1,69 @@
+"""What one rank has to say when the API server asks for statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from vllm_toptheta.backend.capabilities import FLOAT8_CACHE_DTYPES
+from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.layers import our_impls
+
+
+def rank_report(vllm_config: Any) -> dict[str, Any] | None:
+    """This rank's report in the fields of `telemetry.stats.RankStats`, or None without a TOPTHETA layer."""
+    impls = our_impls(vllm_config)
+    plan = next((impl.plan for impl in impls if impl.plan is not None), None)
+    if plan is None:
+        return None
+    counters = [impl.layer_plan.counters for impl in impls if impl.layer_plan]
+    layers = [record for layer in counters for record in layer.heads()]
+    # every layer decodes every token
+    totals = counters[0].settled().totals.tolist() if counters else [0] * 5
+    decode_tokens, dense_tokens, _, decode_steps, asked_tokens = totals
+    requests = next(impl.requests for impl in impls if impl.plan is not None)
+    return {
+        "mode": plan.settings.mode,
+        "guard": plan.guard_state,
+        "target": plan.curve and plan.curve.label,
+        "compensation": plan.settings.compensation,
+        "min_context": plan.max_dense_len,
+        "levels": plan.levels.labels,
+        "thresholds": plan.model_id,
+        "calibrated_lengths": plan.curve and (plan.curve.min_length, plan.curve.max_length),
+        "num_layers": plan.architecture.num_layers,
+        "num_kv_heads": plan.architecture.num_kv_heads,
+        "value_row_bytes": plan.architecture.head_size * _element_bytes(vllm_config),
+        "decode_steps": decode_steps,
+        "decode_tokens": decode_tokens,
+        "dense_tokens": dense_tokens,
+        "asked_tokens": asked_tokens,
+        "requests": dict(requests.counts),
+        "layers": layers,
+        "lost_mass": [layer.histogram() for layer in counters],
+        "guarded": [
+            _guard_state(impl.layer_plan.counters.layer, impl.layer_plan.guard, relaxes=plan.settings.guard == "relax")
+            for impl in impls
+            if impl.layer_plan and impl.layer_plan.guard
+        ],
+    }
+
+
+def _guard_state(layer: int, guard: LayerGuard, *, relaxes: bool) -> dict[str, Any]:
+    lowered_by = guard.relaxation if relaxes else 0.0
+    return {
+        "layer": layer,
+        "share_above": guard.share_above,
+        "alarms": guard.alarms,
+        "lowered_by": None if math.isinf(lowered_by) else lowered_by,
+    }
+
+
+def _element_bytes(config: Any) -> int:
+    """Bytes of a cached element."""
+    name = config.cache_config.cache_dtype
+    if name in FLOAT8_CACHE_DTYPES:
+        return 1
+    return config.model_config.dtype.itemsize if name == "auto" else getattr(torch, name).itemsize
