@@ -127,6 +127,12 @@ def test_each_part_imports_what_it_is_allowed_and_the_law_allows_no_more() -> No
     assert needed == ALLOWED
 
 
+def test_triton_stays_with_the_kernels_for_gpus() -> None:
+    for module in (PACKAGE / "kernels").rglob("*.py"):
+        names = set(imports(ast.parse(module.read_text())))
+        assert module.parent.name == "gpu" or not any(is_within(name, "triton") for name in names), module
+
+
 def test_no_circles() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}}) == [{"b", "c"}]
     assert circles(files_imported()) == []

@@ -233,7 +233,7 @@ class Shape(NamedTuple):
         _, num_heads, head_size = call.query.shape
         _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
         thresholds = call.layer.thresholds
-        return constants(
+        shape: Shape = constants(
             cls,
             block_size,
             head_size,
@@ -243,6 +243,7 @@ class Shape(NamedTuple):
             0 if thresholds is None else thresholds.coefficients.shape[-1],
             call.cache.value_sum is not None,
         )
+        return shape
 
 
 class Schedule(NamedTuple):
