@@ -48,8 +48,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
             name.
     """
-    check(step, call)
     check_kernels(call)
+    check(step, call)
     num_seqs, num_heads, _ = call.query.shape
     _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
     shadow, codes = call.layer.shadow, call.cache.codes

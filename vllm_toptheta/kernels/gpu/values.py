@@ -44,8 +44,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
             name.
     """
-    check(step, call)
     check_kernels(call)
+    check(step, call)
     num_seqs, num_kv_heads, block_size = len(call.query), call.cache.kv_cache.shape[1], call.cache.kv_cache.shape[2]
     if num_seqs == 0:
         return
