@@ -111,9 +111,11 @@ def attend_candidates(
         ROW_TOKENS: Tokens whose codes share a row of a product.
         COLUMN_HEADS: Heads that each of them has columns for.
     """
-    CODE_BYTES: tl.constexpr = shadow.CODE_BYTES
+    CODE_BYTES: tl.constexpr = shape.CODE_BYTES
     BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
     TILE: tl.constexpr = tiling.TILE
+    D_PAD: tl.constexpr = shape.D_PAD
+    G_PAD: tl.constexpr = tiling.G_PAD
     WALK_TILE: tl.constexpr = tiling.GATHER_TILE
     LIST_DEPTH: tl.constexpr = tiling.LIST_DEPTH
     CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
@@ -135,11 +137,11 @@ def attend_candidates(
     upper_query = _load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
     floor = tl.load(shadow.floors + first_head + column_head, mask=mask_c, other=NO_CODES)
 
-    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
     maximum = threshold
     # added up by lane, so that the walk reduces nothing but the maximum
-    lane_kept = tl.zeros((WALK_TILE, tiling.G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((WALK_TILE, tiling.G_PAD), dtype=tl.float32)
+    lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
+    lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
     lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
     keys_read = tl.zeros((), dtype=tl.int32)
     # what the merge reads of the open page, for the mean

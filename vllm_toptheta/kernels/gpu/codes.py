@@ -20,7 +20,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.codec import NUM_LEVELS
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
-from vllm_toptheta.kernels.gpu.records import Shadow, Tokens
+from vllm_toptheta.kernels.gpu.records import Shadow, Tokens, next_power_of_2
 
 _LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
 TOKENS_PER_STEP = 64
@@ -36,9 +36,9 @@ def _codes_of(steps):
 @triton.jit
 def encode_tokens(
     tokens, shadow, k_scale_ptr, block_row, kv_head, first, end, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    D_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, CODE_BYTES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes of the tokens from `first` to `end`, at most `shadow.TOKENS`.
+    """Write the codes of the tokens from `first` to `end`, at most TOKENS.
 
     Args:
         tokens, shadow: `Tokens`, `Shadow`.
@@ -47,8 +47,6 @@ def encode_tokens(
         kv_head: int64.
         first, end: Positions.
     """
-    CODE_BYTES: tl.constexpr = shadow.CODE_BYTES
-    TOKENS: tl.constexpr = shadow.TOKENS
     offs_c = tl.arange(0, CODE_BYTES)
     position = first + tl.arange(0, TOKENS)
     valid = position < end
@@ -87,6 +85,8 @@ def _write_codes_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D_PAD: tl.constexpr,
+    CODE_BYTES: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -94,9 +94,12 @@ def _write_codes_kernel(
     query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
     start = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE * BLOCK_SIZE
     end = seq_len // BLOCK_SIZE * BLOCK_SIZE
-    for first in range(start + tl.program_id(2) * shadow.TOKENS, end, tl.num_programs(2) * shadow.TOKENS):
+    for first in range(start + tl.program_id(2) * TOKENS, end, tl.num_programs(2) * TOKENS):
         block_row = tokens.block_table + seq * stride_table_seq
-        encode_tokens(tokens, shadow, k_scale_ptr, block_row, kv_head, first, end, BLOCK_SIZE, HEAD_SIZE, D_PAD)
+        encode_tokens(
+            tokens, shadow, k_scale_ptr, block_row, kv_head, first, end, BLOCK_SIZE, HEAD_SIZE, D_PAD, CODE_BYTES,
+            TOKENS,
+        )  # fmt: skip
 
 
 def write_codes(step: TailStep, cache: LayerCache, layer: Layer) -> None:
@@ -107,12 +110,14 @@ def write_codes(step: TailStep, cache: LayerCache, layer: Layer) -> None:
     num_programs = triton.cdiv(step.max_query_len + block_size - 1, TOKENS_PER_STEP)
     _write_codes_kernel[(len(step.seq_lens), num_kv_heads, num_programs)](
         Tokens.of(step, cache),
-        Shadow.of(layer.shadow, cache.codes, tokens_at_once=TOKENS_PER_STEP),
+        Shadow.of(layer.shadow, cache.codes),
         step.query_start_loc,
         cache.k_scale,
         step.block_table.stride(0),
         BLOCK_SIZE=block_size,
         HEAD_SIZE=content // 2,
-        D_PAD=triton.next_power_of_2(content // 2),
+        D_PAD=next_power_of_2(content // 2),
+        CODE_BYTES=layer.shadow.codec.code_bytes,
+        TOKENS=TOKENS_PER_STEP,
         num_warps=4,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
-from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens
+from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.rules import level_of, max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
 from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E
@@ -93,9 +93,9 @@ def merge_kernel(
     max_dense_len,
     few_tokens,
     short_length,
-    shape,  # Shape
-    schedule,  # Schedule
-    values_schedule,  # Schedule of a step of which all keys are read
+    shape: tl.constexpr,  # Shape
+    schedule: tl.constexpr,  # Schedule
+    values_schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     PIECE_BLOCK: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
@@ -287,7 +287,7 @@ def launch_merge(
         schedule,
         chosen.schedule,
         PIECE_BLOCK=piece_block,
-        BLOCK_PAD=triton.next_power_of_2(cache.kv_cache.shape[2]),
+        BLOCK_PAD=next_power_of_2(cache.kv_cache.shape[2]),
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         DENOMINATOR_COMPENSATION=call.layer.denominator_compensation,
         CHOOSES=choice is not None,

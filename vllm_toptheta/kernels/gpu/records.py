@@ -1,8 +1,10 @@
 """What the kernels' arguments are bound together in; Triton takes named tuples as it takes their fields one by one.
 
-Fields in capitals are `tl.constexpr` objects, and what they are is compiled in, as is whether a field is None. Of other
-integers Triton compiles in whether they are 1 or multiples of 16, which it can be told not to do for plain arguments
-only: numbers that change from step to step are no fields.
+Of integers Triton compiles in whether they are 1 or multiples of 16, which it can be told not to do for plain arguments
+only: numbers that change from step to step are no fields. What is known when a kernel is compiled stands in records of
+integers alone (`Shape`, `Schedule`, `Tiling`), each of which is one `tl.constexpr`: apart, they would be compared one
+by one in every launch. Triton 3.6 takes a field of theirs for a constant everywhere but within a tuple, so a kernel
+gives a name to what it makes tensors of.
 """
 
 from __future__ import annotations
@@ -10,12 +12,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCache, LayerCall, ShadowLayer, TailStep
-
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tokens(NamedTuple):
@@ -157,8 +155,6 @@ class Shadow(NamedTuple):
         log_unread_ratio: [num_levels, num_heads, 2] float32.
         stride_block, stride_head: Of the codes, bytes.
         num_sink, num_recent: Tokens at either end that are always candidates.
-        CODE_BYTES: Bytes of a shadow key.
-        TOKENS: Tokens that are encoded at a time.
     """
 
     codes: torch.Tensor
@@ -174,8 +170,6 @@ class Shadow(NamedTuple):
     stride_head: int
     num_sink: int
     num_recent: int
-    CODE_BYTES: tl.constexpr
-    TOKENS: tl.constexpr
 
     @classmethod
     def of(
@@ -183,7 +177,6 @@ class Shadow(NamedTuple):
         layer: ShadowLayer,
         codes: torch.Tensor,
         *,
-        tokens_at_once: int,
         query_codes: torch.Tensor | None = None,
         floors: torch.Tensor | None = None,
     ) -> Shadow:
@@ -203,8 +196,6 @@ class Shadow(NamedTuple):
             codes.stride(1),
             layer.num_sink,
             layer.num_recent,
-            tl.constexpr(codec.code_bytes),
-            tl.constexpr(tokens_at_once),
         )
 
 
@@ -214,18 +205,20 @@ class Shape(NamedTuple):
     Attributes:
         BLOCK_SIZE, HEAD_SIZE, GROUP: Tokens of a page, channels of a head, query heads of a kv head.
         D_PAD: HEAD_SIZE up to a power of two.
-        COMPUTE: dtype of products.
+        FLOAT16: Whether products are of float16 instead of bfloat16.
         NUM_TERMS: Coefficients of a threshold.
         VALUE_MEAN: Whether the lost mass is given to the mean value.
+        CODE_BYTES: Bytes of a shadow key; 0 without.
     """
 
-    BLOCK_SIZE: tl.constexpr
-    HEAD_SIZE: tl.constexpr
-    GROUP: tl.constexpr
-    D_PAD: tl.constexpr
-    COMPUTE: tl.constexpr
-    NUM_TERMS: tl.constexpr
-    VALUE_MEAN: tl.constexpr
+    BLOCK_SIZE: int
+    HEAD_SIZE: int
+    GROUP: int
+    D_PAD: int
+    FLOAT16: bool
+    NUM_TERMS: int
+    VALUE_MEAN: bool
+    CODE_BYTES: int
 
     @classmethod
     def of(cls, call: LayerCall) -> Shape:
@@ -233,17 +226,17 @@ class Shape(NamedTuple):
         _, num_heads, head_size = call.query.shape
         _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
         thresholds = call.layer.thresholds
-        shape: Shape = constants(
-            cls,
+        shadow = call.layer.shadow
+        return cls(
             block_size,
             head_size,
             num_heads // num_kv_heads,
-            triton.next_power_of_2(head_size),
-            TRITON_DTYPES[call.output.dtype],
+            next_power_of_2(head_size),
+            call.output.dtype == torch.float16,
             0 if thresholds is None else thresholds.coefficients.shape[-1],
             call.cache.value_sum is not None,
+            0 if shadow is None else shadow.codec.code_bytes,
         )
-        return shape
 
 
 class Schedule(NamedTuple):
@@ -256,10 +249,10 @@ class Schedule(NamedTuple):
         SEQ_BLOCK: Sequences that there is room for.
     """
 
-    UNIT: tl.constexpr
-    MIN_WORK: tl.constexpr
-    DENSE_WORK: tl.constexpr
-    SEQ_BLOCK: tl.constexpr
+    UNIT: int
+    MIN_WORK: int
+    DENSE_WORK: int
+    SEQ_BLOCK: int
 
 
 class Tiling(NamedTuple):
@@ -274,18 +267,18 @@ class Tiling(NamedTuple):
         ON_GPU: Whether threads store what they hold, by instructions that the interpreter does not know.
     """
 
-    TILE: tl.constexpr
-    SCAN_STAGES: tl.constexpr
-    G_PAD: tl.constexpr
-    CHUNK_TILES: tl.constexpr
-    LIST_DEPTH: tl.constexpr
-    DENSE_TILE: tl.constexpr
-    DENSE_STAGES: tl.constexpr
-    GATHER_TILE: tl.constexpr
-    GATHER_STAGES: tl.constexpr
-    ON_GPU: tl.constexpr
+    TILE: int
+    SCAN_STAGES: int
+    G_PAD: int
+    CHUNK_TILES: int
+    LIST_DEPTH: int
+    DENSE_TILE: int
+    DENSE_STAGES: int
+    GATHER_TILE: int
+    GATHER_STAGES: int
+    ON_GPU: bool
 
 
-def constants(record: Any, *values: Any) -> Any:
-    """A record all of whose fields are compiled in."""
-    return record(*map(tl.constexpr, values))
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below; Triton's own takes its time to be called on the host."""
+    return 1 << (number - 1).bit_length()

@@ -14,7 +14,7 @@ because going through the work in order increases one of the two at every step.
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.records import Schedule, constants
+from vllm_toptheta.kernels.gpu.records import Schedule, next_power_of_2
 from vllm_toptheta.kernels.gpu.rules import max_dense_len_of
 
 MIN_BLOCK_SIZE = 16
@@ -28,9 +28,8 @@ def unit_of(tile: int, block_size: int) -> int:
 def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int) -> Schedule:
     """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth."""
     # few sizes, because each is compiled
-    room = next((size for size in (32, 128, 512) if num_seqs <= size), triton.next_power_of_2(num_seqs))
-    schedule: Schedule = constants(Schedule, unit, max(1, min_tokens // unit), dense_work, room)
-    return schedule
+    room = next((size for size in (32, 128, 512) if num_seqs <= size), next_power_of_2(num_seqs))
+    return Schedule(unit, max(1, min_tokens // unit), dense_work, room)
 
 
 @triton.jit

@@ -6,12 +6,22 @@ below its own score, and the softmax denominator knows keys that were not read b
 
 from __future__ import annotations
 
-import triton
+import functools
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.codes import TOKENS_PER_STEP
 from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
-from vllm_toptheta.kernels.gpu.records import Counts, Lists, Pieces, Queries, Shadow, Shape, Tiling, Tokens, constants
+from vllm_toptheta.kernels.gpu.records import (
+    Counts,
+    Lists,
+    Pieces,
+    Queries,
+    Shadow,
+    Shape,
+    Tiling,
+    Tokens,
+    next_power_of_2,
+)
 from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
@@ -78,12 +88,12 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     schedule = schedule_of(
         unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
     )
+    on_gpu = call.query.is_cuda
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call), Shape.of(call)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     shadows = Shadow.of(
         shadow,
         codes,
-        tokens_at_once=min(TOKENS_PER_STEP, triton.next_power_of_2(block_size)),
         query_codes=scratch.query_codes,
         floors=scratch.floors,
     )
@@ -106,7 +116,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         *numbers,
         shape,
         values_schedule,
-        tiling_of(values_config, call),
+        tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
+        TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
         EARLY_SPLIT=early,
         **launch_options(values_config.num_warps, values_config.max_registers),
     )
@@ -120,9 +131,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         *numbers,
         shape,
         schedule,
-        _tiling(config, call),
+        _tiling_of(config, shape.GROUP, on_gpu=on_gpu),
         ROW_TOKENS=row_tokens,
-        COLUMN_HEADS=max(triton.next_power_of_2(num_heads // num_kv_heads), MIN_COLUMNS // row_tokens),
+        COLUMN_HEADS=max(next_power_of_2(shape.GROUP), MIN_COLUMNS // row_tokens),
         EARLY_SPLIT=early,
         EARLY_MERGE=early,
         **launch_options(config.num_warps, config.max_registers, is_early=early),
@@ -139,20 +150,18 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     )
 
 
-def _tiling(config: ShadowConfig, call: LayerCall) -> Tiling:
-    """The scan of the shadow keys of a call, and the walk of its candidates."""
-    group = call.query.shape[1] // call.cache.kv_cache.shape[1]
-    tiling: Tiling = constants(
-        Tiling,
-        config.tile,
-        config.scan_stages,
-        max(config.min_group, triton.next_power_of_2(group)),
-        config.chunk_tiles,
-        config.list_depth,
-        config.dense_tile,
-        config.dense_stages,
-        config.walk_tile,
-        config.walk_stages,
-        call.query.is_cuda,
+@functools.cache
+def _tiling_of(config: ShadowConfig, group: int, *, on_gpu: bool) -> Tiling:
+    """The scan of shadow keys, and the walk of candidates, by `group` query heads."""
+    return Tiling(
+        TILE=config.tile,
+        SCAN_STAGES=config.scan_stages,
+        G_PAD=max(config.min_group, next_power_of_2(group)),
+        CHUNK_TILES=config.chunk_tiles,
+        LIST_DEPTH=config.list_depth,
+        DENSE_TILE=config.dense_tile,
+        DENSE_STAGES=config.dense_stages,
+        GATHER_TILE=config.walk_tile,
+        GATHER_STAGES=config.walk_stages,
+        ON_GPU=on_gpu,
     )
-    return tiling

@@ -37,7 +37,7 @@ def _project_queries(
 ):
     """Write the codes and floors of the queries of a sequence and a kv head."""
     HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
-    CODE_BYTES: tl.constexpr = shadow.CODE_BYTES
+    CODE_BYTES: tl.constexpr = shape.CODE_BYTES
     row = seq.to(tl.int64)
     query_ptr = queries.query + row * queries.stride_seq
     query_codes_ptr = shadow.query_codes + row * num_heads * 2 * CODE_BYTES
@@ -118,9 +118,10 @@ def query_kernel(
     stride_table_seq,
     few_tokens,
     short_length,
-    shape,  # Shape
-    schedule,  # Schedule of a step of which all keys are read
-    tiling,  # Tiling of the same
+    shape: tl.constexpr,  # Shape
+    schedule: tl.constexpr,  # Schedule of a step of which all keys are read
+    tiling: tl.constexpr,  # Tiling of the same
+    TOKENS: tl.constexpr,  # that are encoded at a time
     EARLY_SPLIT: tl.constexpr,
 ):
     BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
@@ -152,9 +153,9 @@ def query_kernel(
         seq_len = tl.load(tokens.seq_lens + seq)
         if (seq_len > 0) & (seq_len % BLOCK_SIZE == 0):
             block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
-            for first in range(seq_len - BLOCK_SIZE, seq_len, shadow.TOKENS):
+            for first in range(seq_len - BLOCK_SIZE, seq_len, TOKENS):
                 encode_tokens(
                     tokens, shadow, queries.k_scale, block_row, kv_head, first, seq_len, BLOCK_SIZE, shape.HEAD_SIZE,
-                    shape.D_PAD,
+                    shape.D_PAD, shape.CODE_BYTES, TOKENS,
                 )  # fmt: skip
         seq += tl.num_programs(1)

@@ -50,9 +50,9 @@ def shadow_split_kernel(
     stride_table_seq,
     few_tokens,
     short_length,
-    shape,  # Shape
-    schedule,  # Schedule
-    tiling,  # Tiling
+    shape: tl.constexpr,  # Shape
+    schedule: tl.constexpr,  # Schedule
+    tiling: tl.constexpr,  # Tiling
     ROW_TOKENS: tl.constexpr,
     COLUMN_HEADS: tl.constexpr,
     EARLY_SPLIT: tl.constexpr,

@@ -34,9 +34,9 @@ def split_step(
     min_length,
     max_length,
     stride_table_seq,
-    shape,  # Shape
-    schedule,  # Schedule
-    tiling,  # Tiling
+    shape: tl.constexpr,  # Shape
+    schedule: tl.constexpr,  # Schedule
+    tiling: tl.constexpr,  # Tiling
 ):
     """What a program of a grid [num_kv_heads, num_programs] has to do of a step that reads all keys."""
     kv_head = tl.program_id(0).to(tl.int64)
@@ -104,9 +104,9 @@ def split_kernel(
     min_length,
     max_length,
     stride_table_seq,
-    shape,
-    schedule,
-    tiling,
+    shape: tl.constexpr,
+    schedule: tl.constexpr,
+    tiling: tl.constexpr,
     EARLY_MERGE: tl.constexpr,
 ):
     if EARLY_MERGE:

@@ -40,11 +40,13 @@ def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, 
         tiling: `Tiling`.
     """
     TILE: tl.constexpr = tiling.DENSE_TILE
+    D_PAD: tl.constexpr = shape.D_PAD
+    G_PAD: tl.constexpr = tiling.G_PAD
     value_base = key_base + shape.HEAD_SIZE
-    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
-    maximum = tl.full((tiling.G_PAD,), DISCARDED, dtype=tl.float32)
-    kept_sum = tl.zeros((tiling.G_PAD,), dtype=tl.float32)
-    lost_sum = tl.zeros((tiling.G_PAD,), dtype=tl.float32)
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
+    maximum = tl.full((G_PAD,), DISCARDED, dtype=tl.float32)
+    kept_sum = tl.zeros((G_PAD,), dtype=tl.float32)
+    lost_sum = tl.zeros((G_PAD,), dtype=tl.float32)
     rows_read = end - start
     blocks = load_blocks(block_row, start, end, shape.BLOCK_SIZE, TILE)
     for tile_start in tl.range(start, end, TILE, num_stages=tiling.DENSE_STAGES):
@@ -109,6 +111,8 @@ def attend_survivors(
         open_start: Where the page begins that the sequence's next token goes to.
     """
     TILE: tl.constexpr = tiling.TILE
+    D_PAD: tl.constexpr = shape.D_PAD
+    G_PAD: tl.constexpr = tiling.G_PAD
     LIST_DEPTH: tl.constexpr = tiling.LIST_DEPTH
     CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
     ENTRY: tl.constexpr = shape.GROUP + 1
@@ -116,14 +120,14 @@ def attend_survivors(
     list_ptr = lists.entries + list_index * LIST_DEPTH * LAYER
     order_ptr = lists.order + list_index * 2 * LIST_DEPTH * TILE
     value_base = key_base + shape.HEAD_SIZE
-    offs_g = tl.arange(0, tiling.G_PAD)
+    offs_g = tl.arange(0, G_PAD)
     lane = tl.arange(0, TILE)
     list_row = list_ptr + (lane * ENTRY)[:, None] + offs_g[None, :]
-    output = tl.zeros((shape.D_PAD, tiling.G_PAD), dtype=tl.float32)
+    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
     maximum = threshold
-    lane_maximum = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32) + threshold[None, :]
-    lane_kept = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((TILE, tiling.G_PAD), dtype=tl.float32)  # relative to exp(threshold), so never above 1 a key
+    lane_maximum = tl.zeros((TILE, G_PAD), dtype=tl.float32) + threshold[None, :]
+    lane_kept = tl.zeros((TILE, G_PAD), dtype=tl.float32)
+    lane_lost = tl.zeros((TILE, G_PAD), dtype=tl.float32)  # relative to exp(threshold), so never above 1 a key
     lane_read = tl.zeros((TILE,), dtype=tl.int32)
     list_length = tl.zeros((TILE,), dtype=tl.int32)
     exponent_offset = threshold * -LOG2_E

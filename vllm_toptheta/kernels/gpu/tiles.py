@@ -42,11 +42,12 @@ def tile_scores(query, key_base, row, valid, scale, soft_cap, shape):
 def load_query(queries, seq, head, mask_g, shape):
     """The queries of a sequence's group, [D_PAD, G_PAD], in the dtype of products."""
     offs_d = tl.arange(0, shape.D_PAD)
-    return tl.load(
+    query = tl.load(
         queries.query + seq.to(tl.int64) * queries.stride_seq + head[None, :] * queries.stride_head + offs_d[:, None],
         mask=mask_g[None, :] & (offs_d < shape.HEAD_SIZE)[:, None],
         other=0.0,
-    ).to(shape.COMPUTE)
+    )
+    return query.to(tl.float16 if shape.FLOAT16 else tl.bfloat16)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.contract import LayerCache, TailStep
-from vllm_toptheta.kernels.gpu.records import Tokens
+from vllm_toptheta.kernels.gpu.records import Tokens, next_power_of_2
 
 TOKENS_PER_STEP = 128
 SEQS_PER_STEP = 128
@@ -115,7 +115,7 @@ def write_value_sums(step: TailStep, cache: LayerCache) -> None:
         return
     _, num_kv_heads, block_size, content = kv_cache.shape
     head_size, num_seqs = content // 2, len(step.seq_lens)
-    block_pad = triton.next_power_of_2(block_size)
+    block_pad = next_power_of_2(block_size)
     _write_value_sums_kernel[(num_seqs, num_kv_heads, triton.cdiv(head_size, HEAD_SLICE))](
         Tokens.of(step, cache),
         value_sum,

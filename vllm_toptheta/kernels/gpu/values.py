@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import triton
+import functools
+
+import torch
 
 from vllm_toptheta.kernels.contract import FLOAT8_DTYPES, DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import (
-    TRITON_DTYPES,
     Counts,
     Lists,
     Pieces,
@@ -15,7 +16,7 @@ from vllm_toptheta.kernels.gpu.records import (
     Shape,
     Tiling,
     Tokens,
-    constants,
+    next_power_of_2,
 )
 from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import Scratch
@@ -61,6 +62,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         dense_work=DENSE_WORK,
         num_seqs=num_seqs,
     )
+    shape = Shape.of(call)
     split_kernel[(num_kv_heads, num_programs)](
         Tokens.of(step, call.cache),
         Queries.of(call),
@@ -71,9 +73,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         step.max_dense_len,
         *step.length_range,
         step.block_table.stride(0),
-        Shape.of(call),
+        shape,
         schedule,
-        tiling_of(config, call),
+        tiling_of(config, shape.GROUP, on_gpu=call.query.is_cuda),
         EARLY_MERGE=early_merge,
         **launch_options(config.num_warps, config.max_registers),
     )
@@ -88,24 +90,22 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     )
 
 
-def tiling_of(config: LaunchConfig, call: LayerCall) -> Tiling:
-    """The loops over the keys of a call, all of which are read."""
-    group = call.query.shape[1] // call.cache.kv_cache.shape[1]
-    tiling: Tiling = constants(
-        Tiling,
-        config.tile,
-        config.scan_stages,
+@functools.cache
+def tiling_of(config: LaunchConfig, group: int, *, on_gpu: bool) -> Tiling:
+    """The loops over keys all of which are read, by `group` query heads."""
+    return Tiling(
+        TILE=config.tile,
+        SCAN_STAGES=config.scan_stages,
         # one column more than the group has heads, for the position that a list keeps beside their scores
-        max(config.min_group, triton.next_power_of_2(group + 1)),
-        CHUNK_TILES,
-        LIST_DEPTH,
-        config.dense_tile,
-        config.dense_stages,
-        config.tile,
-        config.gather_stages,
-        call.query.is_cuda,
+        G_PAD=max(config.min_group, next_power_of_2(group + 1)),
+        CHUNK_TILES=CHUNK_TILES,
+        LIST_DEPTH=LIST_DEPTH,
+        DENSE_TILE=config.dense_tile,
+        DENSE_STAGES=config.dense_stages,
+        GATHER_TILE=config.tile,
+        GATHER_STAGES=config.gather_stages,
+        ON_GPU=on_gpu,
     )
-    return tiling
 
 
 def check_kernels(call: LayerCall) -> None:
@@ -119,7 +119,7 @@ def check_kernels(call: LayerCall) -> None:
     num_kv_heads = kv_cache.shape[1]
     if call.layer.thresholds is None:
         raise ValueError("thresholds: None, and dense layers are not decoded here")
-    if dtype not in TRITON_DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"output: dtype is {dtype}, expected bfloat16 or float16")
     if query.dtype not in (dtype, *FLOAT8_DTYPES):
         raise ValueError(f"query: dtype is {query.dtype}, expected {dtype} or float8")
