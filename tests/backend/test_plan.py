@@ -16,7 +16,7 @@ from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
 from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
+from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
 
 MakeConfig = Callable[..., VllmConfig]
 
@@ -96,16 +96,17 @@ def test_shadow_keys_of_every_level(make_config: MakeConfig, shadow_folder: Path
     assert layer_plan is not None
     shadow = layer_plan.shadow
     assert shadow is not None
-    assert (shadow.num_sink, shadow.num_recent, shadow.code_bytes) == (4, 8, 16)
-    assert torch.equal(shadow.projection.encoder, torch.tensor(stored.encoder[2, 1:2]))
+    assert (shadow.num_sink, shadow.num_recent, shadow.codec.code_bytes) == (4, 8, 16)
+    assert torch.equal(shadow.codec.encoder, torch.tensor(stored.encoder[2, 1:2]))
     # the server's own, dense, k:8 and k:128
     assert shadow.margin.shape == (4, 3)
     for level, label in ((0, "k:64"), (2, "k:8"), (3, "k:128")):
         assert torch.equal(shadow.margin[level], torch.tensor(stored.margin(label)[2, 3:6]))
     lengths = torch.tensor([100, 1000, 9000])
-    scales = shadow.scales(plan.log_lengths(lengths, plan.levels.rules()[COMMON]), COMMON)
+    log_lengths = lengths.clamp(*plan.levels.rules()[COMMON, 2:].tolist()).float().log()
+    ratios = unread_ratios_at(shadow, log_lengths, COMMON)
     expected = stored.exp_threshold_scale("k:64", lengths.numpy())[:, 2, 3:6]
-    torch.testing.assert_close(scales, torch.from_numpy(expected.copy()))
+    torch.testing.assert_close(ratios, torch.from_numpy(expected.copy()))
     assert Plan.resolve(make_config({"thresholds": str(shadow_folder)})).code_bytes == 0
 
 
