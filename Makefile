@@ -24,8 +24,12 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 	    exec toptheta serve "$$model" --served-model-name smollm2-135m-instruct \
 	    --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS)
 
+interpreted = tests/kernels/test_decode.py tests/kernels/test_value_sums.py tests/kernels/test_shadow.py \
+    tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/benchmarks/test_quality.py
+
 test: install ## Run the tests: two at a time, but engines, which take all cores, one after the other
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -m "not e2e and not image and not soak"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -p tests.interpreter $(interpreted)
 	python -m pytest -m "e2e and not soak"
 
 test-image: install ## Run the CPU image's steps without a container; needs root, and installs vLLM anew
