@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test test-image test-soak test-gpu test-gpu-engine lint lint-deploy audit format clean
+.PHONY: help install serve test test-nightly test-image test-soak test-gpu test-gpu-engine lint lint-deploy audit format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,9 +24,20 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 	    exec toptheta serve "$$model" --served-model-name smollm2-135m-instruct \
 	    --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS)
 
-test: install ## Run the tests: two at a time, but engines, which take all cores, one after the other
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal -m "not e2e and not image and not soak"
-	python -m pytest -m "e2e and not soak"
+# two tests at a time: more threads than cores slow each other down
+two_at_a_time = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest -n 2
+# tests that share an engine or a server run in one process
+by_group = --dist loadgroup
+interpreted = tests/kernels/test_decode.py tests/kernels/test_value_sums.py tests/kernels/test_shadow.py \
+    tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/benchmarks/test_quality.py
+
+test: install ## Run the tests: without engines, the kernels in Triton's interpreter, then engines and servers
+	$(two_at_a_time) --dist worksteal -m "not e2e and not image and not soak and not nightly"
+	TRITON_INTERPRET=1 $(two_at_a_time) --dist worksteal -p tests.interpreter $(interpreted)
+	$(two_at_a_time) $(by_group) -m "e2e and not soak and not nightly"
+
+test-nightly: install ## Run what takes longer: engines of the demo model, more examples, Chromium
+	$(two_at_a_time) $(by_group) -m nightly
 
 test-image: install ## Run the CPU image's steps without a container; needs root, and installs vLLM anew
 	python -m pytest -m image tests/deploy
@@ -38,9 +49,9 @@ test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
 	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/backend/test_guard_monitor.py \
 	    tests/benchmarks
 
-test-gpu-engine: ## Run engines on an NVIDIA GPU, two for tensor parallelism, in the environment at hand
-	$(PYTHON) -m pytest tests/e2e/test_engine.py tests/e2e/test_shadow.py tests/e2e/test_gpu_engine.py \
-	    tests/e2e/test_gpu_reference.py
+test-gpu-engine: ## Run engines on an NVIDIA GPU, several at a time with ARGS="-n 4 --dist loadgroup", two GPUs for all
+	$(PYTHON) -m pytest $(ARGS) tests/e2e/test_engine.py tests/e2e/test_invariance.py tests/e2e/test_shadow.py \
+	    tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py
 
 lint: install lint-deploy ## Check format, style and types, and deploy/
 	ruff format --check .
@@ -48,7 +59,7 @@ lint: install lint-deploy ## Check format, style and types, and deploy/
 	mypy
 
 lint-deploy: install ## Check deploy/: shell, Dockerfiles, YAML, the schemas of compose files and Kubernetes
-	shellcheck .ci/run deploy/cpu/install.sh
+	shellcheck .ci/run .ci/nightly deploy/cpu/install.sh
 	hadolint deploy/docker/Dockerfile.*
 	yamllint --strict -c deploy/.yamllint.yaml deploy
 	check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml

@@ -89,7 +89,7 @@ class Engine:
             gpu, "request_levels", lambda levels, config, rows, device: RequestLevels(levels, rows, device)
         )
         monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(gpu.warm_up, "install", lambda: None)
+        monkeypatch.setattr(gpu, "warm_up", SimpleNamespace(install=lambda: None))
         # vLLM looks for layers of this class; its own constructor would choose the platform's backend
         attention = Attention.__new__(Attention)
         torch.nn.Module.__init__(attention)

@@ -6,6 +6,7 @@ and both sides compute scores in float32 from the same rounded keys, so survivor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -39,9 +40,16 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("block_size", [16, 128])
-@pytest.mark.parametrize("name", BATCHES)
+# with pages and dtypes of both kinds; large batches take long, and one combination shows most of what can be wrong
+CASES = [
+    pytest.param(
+        *case, marks=[pytest.mark.nightly] if case[0].startswith("large") and case[1:] != (128, "bfloat16") else []
+    )
+    for case in itertools.product(BATCHES, [16, 128], ["float32", "bfloat16"])
+]
+
+
+@pytest.mark.parametrize(("name", "block_size", "dtype"), CASES)
 def test_layers_equal_the_paged_reference(
     make_config: Callable[..., VllmConfig], name: str, block_size: int, dtype: str
 ) -> None:

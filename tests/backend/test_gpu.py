@@ -1,6 +1,6 @@
 """The GPU backend's steps with its kernels in Triton's interpreter; FlashAttention, which needs a GPU, is stood in for.
 
-Runs with TRITON_INTERPRET=1, or on a GPU.
+Runs in the interpreter where `make test` starts it (`tests/interpreter.py`), or on a GPU.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
 
-SEQ_LEN, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, TARGET_K = 70, 6, 2, 64, 8
+SEQ_LEN, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, TARGET_K = 40, 6, 2, 64, 8
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -29,7 +29,7 @@ def test_a_whole_text_on_the_kernel(layer: int, tmp_path: Path) -> None:
     query, key, value = (
         torch.randn(SEQ_LEN, heads, HEAD_SIZE).half().to(DEVICE) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
     )
-    # lengths are clamped from 50 on; layer 0 is dense
+    # lengths are clamped from 30 on; layer 0 is dense
     store = make_store(
         tmp_path / "store",
         coefficients=[0.2, 0.1, 0.0],
@@ -38,7 +38,7 @@ def test_a_whole_text_on_the_kernel(layer: int, tmp_path: Path) -> None:
         num_kv_heads=NUM_KV_HEADS,
         head_size=HEAD_SIZE,
         target_ks=(TARGET_K,),
-        max_length=50,
+        max_length=30,
     )
     variant = Variant(target=f"k:{TARGET_K}")
     attention = SparseAttention(variant, store, max_length=SEQ_LEN, device=DEVICE)

@@ -1,1 +1,1 @@
-"""Tests that start a vLLM engine or server on the CPU, with the demo model."""
+"""Tests that start a vLLM engine or server on the CPU, with the demo model or a random one."""

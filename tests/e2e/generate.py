@@ -1,8 +1,8 @@
-"""Generate greedily with one engine configuration and print the result as JSON; run as a process of its own.
-
-    python -m tests.e2e.generate '{"model": ..., "backend": "toptheta", "prompts": [[1, 2, ...]], "max_tokens": 16}'
+"""Generate greedily with one engine configuration and write what came out as JSON; run as a process of its own.
 
 A vLLM engine takes over its process (logging, signals, threads), and comparing configurations needs several of them.
+Starting one takes longer than most of what it is asked, so an engine serves several calls, each with statistics of its
+own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from tests.e2e.texts import ON_GPU
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -21,46 +24,76 @@ ENVIRONMENT = {
     "VLLM_PLUGINS": "toptheta",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
+    # asking whether there is a GPU would initialise CUDA, and vLLM's engine, a fork, could not do so again
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 # a guard that lowers thresholds makes texts depend on when it looked
 ONLY_WATCHED = {"TOPTHETA_GUARD": "warn"}
+# vLLM would start two more processes, which import as much as the first; servers and several ranks show that it can
+IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+IN_PROCESSES_OF_THEIR_OWN = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
-ON_CPU = {"dtype": "float32", "enforce_eager": True}
+CPU_ENGINE = {"dtype": "float32", "enforce_eager": True}
 # full graphs without compiling the model, which takes a minute; float16 rounds eight times finer than bfloat16; a fixed
 # cache, because an engine that measures free memory cannot bear another process on the card
-ON_GPU = {
+GPU_ENGINE = {
     "dtype": "float16",
     "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 2 << 30,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
 }
 
+COUNTS = ("decode_steps", "decode_tokens", "dense_tokens", "asked_tokens")
+HEAD_COUNTS = ("decode_tokens", "dense_tokens", "asked_tokens", "rows_cached", "rows_read", "keys_read")
 
-def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[str, Any]:
-    """Run `config` in a new process.
+
+class Call(NamedTuple):
+    """One batch of requests; the next one comes when all of them have ended.
+
+    Attributes:
+        prompts: Token ids.
+        max_tokens: Tokens to generate for each.
+        asked: What each prompt asks for in its extra arguments, None for nothing; None if none asks for anything.
+        refused: Whether the engine must refuse it.
+    """
+
+    prompts: list[list[int]]
+    max_tokens: int = 40
+    asked: list[Any] | None = None
+    refused: bool = False
+
+
+def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, **config: Any) -> list[dict[str, Any]]:
+    """Start an engine in a new process, and make the calls one after the other.
 
     Args:
+        calls: What it is asked.
         environment: Added to `ENVIRONMENT`.
-        config: `model`, `prompts` (token ids), `max_tokens`, optionally `backend`, `options` (the backend's), `engine`
-            (further engine arguments), `calls` (batches of prompts given one after the other) and `asked` (what each
-            prompt of a batch asks for in its extra arguments; None for nothing).
+        config: `model`, optionally `backend`, `options` (the backend's) and `engine` (further engine arguments).
 
     Returns:
+        Of each call
         `outputs`: per prompt `token_ids` and `top2` (the two best log-probabilities of each step);
-        `stats`: what the workers report, None on another backend;
+        `refusal`: why the engine refused the call, None if it did not;
+        `stats`: what the workers counted during the call, None on another backend; the first call's include whatever
+        the engine counted before it;
         `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
         `accepted`, `drafted`: speculated tokens;
-        `graph_mode`: vLLM's CUDA graph mode as the engine resolved it, and `python_decodes`: calls of the GPU
-        backend's decode step from Python instead of a graph. Both are known only where the engine runs in the same
-        process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+        `python_decodes`: calls of the GPU backend's decode step from Python instead of a graph, and `graph_mode`:
+        vLLM's CUDA graph mode as the engine resolved it. Both are known only with `IN_THIS_PROCESS`.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         process = subprocess.run(
             [sys.executable, "-m", "tests.e2e.generate", str(result)],
-            input=json.dumps(config),
-            env={**os.environ, **ENVIRONMENT, **ONLY_WATCHED, **(environment or {})},
+            input=json.dumps({"calls": calls, **config}),
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                **ONLY_WATCHED,
+                **({} if ON_GPU else IN_THIS_PROCESS),
+                **(environment or {}),
+            },
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -72,8 +105,7 @@ def generate(environment: dict[str, str] | None = None, **config: Any) -> dict[s
 
 
 def main() -> None:
-    import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     from vllm_toptheta.telemetry.reader import STATS_RPC
 
@@ -87,33 +119,85 @@ def main() -> None:
             "max_model_len": 4096,
             "max_num_seqs": 8,
             "disable_log_stats": False,
-            **(ON_GPU if torch.cuda.is_available() else ON_CPU),
+            **(GPU_ENGINE if ON_GPU else CPU_ENGINE),
             **config.get("engine", {}),
         },
     )
-    python_decodes = _count_python_decodes() if torch.cuda.is_available() else []
-    greedy = {"temperature": 0.0, "max_tokens": config["max_tokens"], "logprobs": 2, "ignore_eos": True}
-    outputs = []
-    for batch in config.get("calls") or [config["prompts"]]:
-        asked = config.get("asked") or [None] * len(batch)
-        sampling = [SamplingParams(**greedy, extra_args={"toptheta": one} if one else None) for one in asked]
-        for output in llm.generate([{"prompt_token_ids": ids} for ids in batch], sampling, use_tqdm=False):
-            best = [
-                sorted((entry.logprob for entry in step.values()), reverse=True) for step in output.outputs[0].logprobs
-            ]
-            outputs.append({"token_ids": list(output.outputs[0].token_ids), "top2": [step[:2] for step in best]})
-    counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    result = {
-        "outputs": outputs,
-        "stats": llm.collective_rpc(STATS_RPC),
-        "preemptions": counters["vllm:num_preemptions"],
-        "prefix_hits": counters["vllm:prefix_cache_hits"],
-        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
-        "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
-        "graph_mode": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
-        "python_decodes": len(python_decodes),
+    python_decodes = _count_python_decodes() if ON_GPU else []
+    results: list[dict[str, Any]] = []
+    stats, counters = None, {"python_decodes": 0}
+    for call in (Call(*fields) for fields in config["calls"]):
+        answer = _answer(llm, call)
+        metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        now = {
+            "preemptions": metrics["vllm:num_preemptions"],
+            "prefix_hits": metrics["vllm:prefix_cache_hits"],
+            "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
+            "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
+            "python_decodes": len(python_decodes),
+        }
+        earlier, stats = stats, llm.collective_rpc(STATS_RPC)
+        results.append(
+            {
+                **answer,
+                "stats": [since(*ranks) for ranks in zip(earlier or [None] * len(stats), stats, strict=True)],
+                **{name: value - counters.get(name, 0) for name, value in now.items()},
+                "graph_mode": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
+            }
+        )
+        counters = now
+    Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+def since(earlier: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a rank counted between two of its reports; all of it without an earlier one."""
+    if earlier is None or now is None:
+        return now
+    asked = {label: count - earlier["requests"].get(label, 0) for label, count in now["requests"].items()}
+    return {
+        **now,
+        **{name: now[name] - earlier[name] for name in COUNTS},
+        "requests": {label: count for label, count in asked.items() if count},
+        "layers": [_since_of_head(*heads) for heads in zip(earlier["layers"], now["layers"], strict=True)],
+        "lost_mass": [
+            {
+                "layer": new["layer"],
+                "counts": [b - a for a, b in zip(old["counts"], new["counts"], strict=True)],
+                "sum": new["sum"] - old["sum"],
+            }
+            for old, new in zip(earlier["lost_mass"], now["lost_mass"], strict=True)
+        ],
     }
-    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+def _since_of_head(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    # a mean over the tokens to which the server's thresholds applied
+    tokens = [head["decode_tokens"] - head["dense_tokens"] - head["asked_tokens"] for head in (earlier, now)]
+    lost_mass = now["lost_mass_mean"] * tokens[1] - earlier["lost_mass_mean"] * tokens[0]
+    return {
+        **now,
+        **{name: now[name] - earlier[name] for name in HEAD_COUNTS if now[name] is not None},
+        "lost_mass_mean": lost_mass / max(1, tokens[1] - tokens[0]),
+    }
+
+
+def _answer(llm: Any, call: Call) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0.0, "max_tokens": call.max_tokens, "logprobs": 2, "ignore_eos": True}
+    asked = call.asked or [None] * len(call.prompts)
+    sampling = [SamplingParams(**greedy, extra_args={"toptheta": one} if one else None) for one in asked]
+    try:
+        answers = llm.generate([{"prompt_token_ids": ids} for ids in call.prompts], sampling, use_tqdm=False)
+    except Exception as error:  # of which class depends on vLLM's version
+        if not call.refused:
+            raise
+        return {"outputs": [], "refusal": str(error)}
+    outputs = []
+    for answer in answers:
+        best = [sorted((entry.logprob for entry in step.values()), reverse=True) for step in answer.outputs[0].logprobs]
+        outputs.append({"token_ids": list(answer.outputs[0].token_ids), "top2": [step[:2] for step in best]})
+    return {"outputs": outputs, "refusal": None}
 
 
 def _count_python_decodes() -> list[int]:
@@ -124,7 +208,7 @@ def _count_python_decodes() -> list[int]:
     decode = GpuTopThetaImpl._decode
 
     def counted(*args: Any) -> None:
-        calls.append(len(args[2]))
+        calls.append(len(args[2].query))
         decode(*args)
 
     GpuTopThetaImpl._decode = counted

@@ -18,7 +18,7 @@ from schemathesis import GenerationMode
 
 from tests.e2e.server import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("server")]
 
 MODEL = "smollm2-135m-instruct"
 MAX_TOKENS = 2  # of an answer that nobody reads
@@ -73,14 +73,15 @@ def without_known_failures(body: Any) -> Any:
     return body
 
 
+@pytest.mark.parametrize("examples", [8, pytest.param(50, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("method", "route", "mode"), CASES)
-def test_no_server_error(document: Any, method: str, route: str, mode: GenerationMode) -> None:
+def test_no_server_error(document: Any, method: str, route: str, mode: GenerationMode, examples: int) -> None:
     operation = document[route][method]
     answers: Counter[int] = Counter()
 
     @seed(0)
     @settings(
-        max_examples=20,
+        max_examples=examples,
         database=None,
         deadline=None,
         phases=[Phase.generate],

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.generate import generate
-from tests.e2e.test_engine import cut
+from tests.e2e.generate import Call, generate
+from tests.e2e.texts import ON_GPU, cut
 from vllm_toptheta import store
 from vllm_toptheta.calibration.model import hidden_states, load_model, routed
 from vllm_toptheta.calibration.route import AttentionRoute
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.e2e,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not ON_GPU, reason="needs a GPU"),
 ]
 
 NUM_PROMPTS, LONGEST, MAX_TOKENS = 20, 7000, 48
@@ -83,14 +83,14 @@ def test_same_text_as_the_reference(model: Path, text_ids: list[int], dtype: str
     lengths = [round(200 * (LONGEST / 200) ** (index / (NUM_PROMPTS - 1))) for index in range(NUM_PROMPTS)]
     prompts = cut(text_ids, lengths)
     engine = {"dtype": dtype, "max_model_len": 8192, "max_num_seqs": NUM_PROMPTS}
-    outputs = generate(
+    (answer,) = generate(
+        [Call(prompts, MAX_TOKENS)],
         model=str(model),
         backend="toptheta",
         options={"target_k": TARGET_K},
-        prompts=prompts,
-        max_tokens=MAX_TOKENS,
         engine=engine,
-    )["outputs"]
+    )
+    outputs = answer["outputs"]
     thresholds = store.load(store.resolve(str(model)))
     models = [load_model(model, dtype=each).cuda() for each in (getattr(torch, dtype), torch.float32)]
     same, gaps, deviations = 0, [], []

@@ -12,6 +12,8 @@ from tests.e2e.server import Server
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.nightly,
+    pytest.mark.xdist_group("server"),
     pytest.mark.timeout(900),
     pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT),
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -15,11 +17,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.server import ROOT, Server, free_port, serve_command, serving
+from tests.e2e.texts import assert_same_text
 from vllm_toptheta.telemetry.reader import MAX_AGE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+on_the_server = pytest.mark.xdist_group("server")
 
 
+@on_the_server
 def test_it_answers(server: Server) -> None:
     question = "What is the capital of France? Answer in one sentence."
     answer = server.post(
@@ -28,6 +33,7 @@ def test_it_answers(server: Server) -> None:
     assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
+@on_the_server
 def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> None:
     log = server.log.read_text()
     (command,) = [line for line in log.splitlines() if line.startswith("VLLM_PLUGINS=")]
@@ -37,6 +43,7 @@ def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> 
     assert "target=rows:128" in log
 
 
+@on_the_server
 def test_a_long_context_reads_few_value_rows(server: Server, text_ids: list[int]) -> None:
     before = server.stats()
     server.post("/v1/completions", prompt=text_ids[:3000], max_tokens=64, temperature=0, ignore_eos=True)
@@ -55,14 +62,29 @@ def test_a_long_context_reads_few_value_rows(server: Server, text_ids: list[int]
     assert read < 0.25 * cached
 
 
+@on_the_server
 def test_streaming_and_many_requests_at_once(server: Server, text_ids: list[int]) -> None:
     prompts = [text_ids[start : start + 50 + 100 * start] for start in range(8)]
-    together = server.post("/v1/completions", prompt=prompts, max_tokens=8, temperature=0, ignore_eos=True)
-    assert len(together["choices"]) == 8
-    body = {"model": "smollm2-135m-instruct", "prompt": prompts[3], "max_tokens": 8, "temperature": 0, "stream": True}
-    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=300) as stream:
-        lines = [line for line in stream.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]"
+    body = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 2}
+    together = server.post("/v1/completions", prompt=prompts, **body)["choices"]
+    assert [choice["index"] for choice in together] == list(range(8))
+    alone = [server.post("/v1/completions", prompt=prompt, **body)["choices"][0] for prompt in prompts]
+    # steps of bfloat16 logits, which are up to 32
+    assert_same_text([output(choice) for choice in together], [output(choice) for choice in alone], rounding=0.25)
+    streamed = {"model": "smollm2-135m-instruct", "prompt": prompts[3], "stream": True, **body}
+    with httpx.stream("POST", server.url + "/v1/completions", json=streamed, timeout=300) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert len(pieces) > 1
+    assert [token for piece in pieces for token in piece["logprobs"]["tokens"]] == alone[3]["logprobs"]["tokens"]
+    assert "".join(piece["text"] for piece in pieces) == alone[3]["text"]
+
+
+def output(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice in the form in which engines' outputs are compared."""
+    best = [sorted(step.values(), reverse=True)[:2] for step in choice["logprobs"]["top_logprobs"]]
+    return {"token_ids": choice["logprobs"]["tokens"], "top2": best}
 
 
 def metrics(text: str) -> dict[tuple[str, str], float]:
@@ -76,6 +98,7 @@ def metrics(text: str) -> dict[tuple[str, str], float]:
     }
 
 
+@on_the_server
 def test_prometheus_scrapes_what_the_statistics_say(server: Server, text_ids: list[int]) -> None:
     server.post("/v1/completions", prompt=text_ids[:600], max_tokens=16, temperature=0, ignore_eos=True)
     server.post("/v1/completions", prompt=text_ids[:20], max_tokens=8, temperature=0, ignore_eos=True)
@@ -93,6 +116,7 @@ def test_prometheus_scrapes_what_the_statistics_say(server: Server, text_ids: li
     assert found["toptheta_lost_mass_count", "2"] == 9 * sparse_tokens  # query heads
 
 
+@pytest.mark.nightly
 def test_two_api_servers_with_a_key_report_the_same_totals(tmp_path: Path, text_ids: list[int]) -> None:
     body = {"model": "smollm2-135m-instruct", "prompt": text_ids[:300], "max_tokens": 8, "ignore_eos": True}
     key = {"Authorization": "Bearer secret"}

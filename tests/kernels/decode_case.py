@@ -32,7 +32,7 @@ from vllm_toptheta.reference import Compensation, causal_scores, dense_attention
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-WHY_NOT = "needs a GPU, or Triton's interpreter: test_interpreter.py starts that"
+WHY_NOT = "needs a GPU, or Triton's interpreter (tests/interpreter.py)"
 
 INNER_EDGES = [2.0**-exponent for exponent in range(9, 0, -1)]  # of the lost mass's histogram
 MIN_GAP = 2e-4  # between a threshold and the nearest score, in scaled logits
