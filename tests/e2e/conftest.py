@@ -131,6 +131,7 @@ class Subject(NamedTuple):
         other: Another target, which requests ask for.
         num_heads: Query heads.
         num_dense: Layers without thresholds, which are the first ones.
+        differing: Share of prompts that have another text at each of the two targets and densely, at least.
         engine: Arguments of every engine.
     """
 
@@ -141,6 +142,7 @@ class Subject(NamedTuple):
     other: str
     num_heads: int
     num_dense: int
+    differing: float
     engine: dict[str, Any]
 
     def stock(self, calls: list[Call], **engine: Any) -> list[dict[str, Any]]:
@@ -191,6 +193,7 @@ def tiny(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
         other="k:128",
         num_heads=TINY["num_attention_heads"],
         num_dense=0,
+        differing=0.75,
         engine={"skip_tokenizer_init": True},
     )
 
@@ -198,7 +201,17 @@ def tiny(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="session")
 def demo(model: Path, text_ids: list[int]) -> Subject:
     """The demo model with the thresholds and shadow keys that the package ships."""
-    return Subject(model, text_ids, thresholds={}, target="rows:128", other="k:32", num_heads=9, num_dense=2, engine={})
+    return Subject(
+        model,
+        text_ids,
+        thresholds={},
+        target="rows:128",
+        other="k:32",
+        num_heads=9,
+        num_dense=2,
+        differing=0.1,
+        engine={},
+    )
 
 
 # in float16, a model that has been trained parts from itself far less often than a random one
