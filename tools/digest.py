@@ -43,8 +43,6 @@ def _tensors(found: Any) -> Iterator[torch.Tensor]:
     elif isinstance(found, (tuple, list)):
         for part in found:
             yield from _tensors(part)
-    elif hasattr(found, "__dict__"):
-        yield from _tensors(list(vars(found).values()))
 
 
 def _sha(tensors: Iterable[torch.Tensor]) -> str:

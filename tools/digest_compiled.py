@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +25,7 @@ from triton.runtime import JITFunction, driver
 
 from tests.kernels import test_shadow, test_value_sums
 from tests.kernels.decode_case import Shape, make_case
-from tests.kernels.shadow_case import SCANNING, make_shadow_case
+from tests.kernels.shadow_case import make_shadow_case
 
 # head sizes, groups, pages and dtypes that differ in what is compiled
 SHAPES = {
@@ -74,8 +73,8 @@ def _steps(shape: Shape) -> dict[str, Any]:
     return {
         "values": case.run,
         "values, rules": lambda: case.run(**ruled),
-        "shadow": lambda: shadow.run(replace(SCANNING)),
-        "shadow, rules": lambda: shadow.run(replace(SCANNING), **shadow_ruled),
+        "shadow": shadow.run,
+        "shadow, rules": lambda: shadow.run(**shadow_ruled),
         "value sums": lambda: test_value_sums.step(case, [0], [40]),
         "codes": lambda: test_shadow.step(shadow, [0], [40]),
     }

@@ -126,7 +126,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
         decode = DecodeStep(block_table[rows], seq_lens[rows], rules=rules[rows]) if len(rows) else None
-        tails = TailStep(block_table, seq_lens, starts, max_query_len=int(query_lens.max()))
+        tails = TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len)
         return StepMetadata(
             decode=None if decode is None else prepare_decode(decode, block_size),
             decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
