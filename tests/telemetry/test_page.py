@@ -39,8 +39,8 @@ def answers(steps: int = 1) -> list[dict[str, Any] | None]:
         counted(3, [0, 1], [[100, 100], [6, 4]], 0.05, num_short=1),
     ]
     for layer in layers:
-        layer.settle()
-        for buffer in (layer.totals, layer.rows_read, layer.lost_mass, layer.lost_mass_histogram):
+        sums = layer.settled()
+        for buffer in (sums.totals, sums.value_rows_read, sums.lost_mass, sums.lost_mass_histogram):
             buffer *= steps
     return [rank(*layers)]
 
