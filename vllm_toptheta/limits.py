@@ -15,6 +15,16 @@ CHANNELS = (32, 64, 128)
 LOST_MASS_EDGES = tuple(2.0**exponent for exponent in range(-9, 1))
 NUM_LOST_MASS_BUCKETS = len(LOST_MASS_EDGES)
 
+# The anchors of a sequence: its first and its last keys. Their exact scores bound the softmax denominator from below
+# before any other key is scored; sequences of no more keys than that are dense.
+NUM_FIRST_ANCHORS = 16
+NUM_LAST_ANCHORS = 128
+NUM_ANCHORS = NUM_FIRST_ANCHORS + NUM_LAST_ANCHORS
+
+# in multiples of the average softmax weight 1 / n; 0 is dense
+DEFAULT_WEIGHT_FLOOR = 3.0
+MAX_WEIGHT_FLOOR = 1000.0
+
 # of ln r: keeps the missing mass of a row finite in float32
 MAX_LOG_SCALE = math.log(1e6)
 

@@ -9,6 +9,7 @@ from vllm_toptheta.reference.attention import (
 )
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
 from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
+from vllm_toptheta.reference.relative import anchor_lse, is_anchor, relative_threshold
 from vllm_toptheta.reference.scores import causal_scores
 from vllm_toptheta.reference.shadow import (
     KeyProjection,
@@ -42,6 +43,7 @@ __all__ = [
     "Placement",
     "ShadowQuery",
     "always_candidates",
+    "anchor_lse",
     "candidate_keys",
     "causal_scores",
     "causal_value_mean",
@@ -49,12 +51,14 @@ __all__ = [
     "encode_keys",
     "fit_projection",
     "gather_sequence",
+    "is_anchor",
     "keep_last",
     "kth_largest_score",
     "kth_largest_scores",
     "pack_codes",
     "paged_top_theta_attention",
     "quantize_query",
+    "relative_threshold",
     "score_threshold",
     "select_survivors",
     "shadow_scores",
