@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "limits": set(),
     "reference": {"limits"},
-    "settings": {"errors"},
+    "settings": {"errors", "limits"},
     "store": {"errors", "limits"},
     "selection": {"errors", "limits", "settings", "store"},
     "kernels": {"limits"},
@@ -30,7 +30,17 @@ ALLOWED: dict[str, set[str]] = {
     "interchange": {"errors", "reference", "store", "calibration"},
     "report": {"errors", "reference", "store", "calibration"},
     "soak": {"errors"},
-    "benchmarks": {"errors", "reference", "store", "kernels", "telemetry", "calibration", "evaluation"},
+    "benchmarks": {
+        "errors",
+        "limits",
+        "reference",
+        "store",
+        "selection",
+        "kernels",
+        "telemetry",
+        "calibration",
+        "evaluation",
+    },
     "demo_model": {"errors"},
     "cli": {
         *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "interchange", "report"),
@@ -43,7 +53,7 @@ USERS = {
     "vllm": {"backend", "telemetry", "benchmarks"},
     "transformers": {"calibration", "evaluation", "demo_model"},
     "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "selection", "server", "soak"},
-    "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "selection", "server"},
+    "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "server"},
     "pydantic": ALLOWED.keys() - {"errors", "limits"},
 }
 

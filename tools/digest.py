@@ -60,30 +60,25 @@ def _dtypes(shape: Shape) -> Iterator[tuple[str, Shape]]:
         yield "bfloat16", replace(shape, dtype=torch.bfloat16)
 
 
-def _rules(case: Case) -> dict[str, Any]:
-    """Options of a step whose sequences are decoded by one rule or another."""
-    common, dense, other = [0, 100, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 60, 1, 30_000]
-    rows = [(common, dense, other)[row % 3] for row in range(len(case.shape.lens))]
-    below = torch.full_like(case.coefficients, -torch.inf)
-    return {
-        "rules": torch.tensor(rows, dtype=torch.int32, device=case.query.device),
-        "coefficients": torch.stack([case.coefficients, below, case.coefficients + 0.3]),
-    }
+def _offsets(case: Case) -> dict[str, Any]:
+    """Options of a step whose sequences ask for one thing or another."""
+    rows = [(0.0, -torch.inf, 0.3)[row % 3] for row in range(len(case.shape.lens))]
+    return {"threshold_offset": torch.tensor(rows, device=case.query.device)}
 
 
 def values() -> Iterator[tuple[str, Callable[[], str]]]:
     """The GPU's kernels of mode `values`."""
     few = test_decode.FEW if INTERPRETED else None
 
-    def decoded(shape: Shape, with_rules: bool) -> str:
+    def decoded(shape: Shape, with_offsets: bool) -> str:
         case = make_case(shape)
-        output, counters = case.run(few, **(_rules(case) if with_rules else {}))
+        output, counters = case.run(few, **(_offsets(case) if with_offsets else {}))
         return fingerprint(output, counters, case.value_sum)
 
     for name, plain in test_decode.SHAPES.items():
         for dtype, shape in _dtypes(plain):
             yield f"{name}, {dtype}", lambda shape=shape: decoded(shape, False)  # type: ignore[misc]
-            yield f"{name}, {dtype}, rules", lambda shape=shape: decoded(shape, True)  # type: ignore[misc]
+            yield f"{name}, {dtype}, offsets", lambda shape=shape: decoded(shape, True)  # type: ignore[misc]
     for name, shape in test_value_sums.SHAPES.items():
         yield f"tails, {name}", lambda shape=shape: _tails(shape)  # type: ignore[misc]
 
@@ -99,14 +94,9 @@ def shadow() -> Iterator[tuple[str, Callable[[], str]]]:
     """The GPU's kernels of mode `shadow`, and the same where they read all keys."""
     scanning = test_shadow.FEW if INTERPRETED else SCANNING
 
-    def decoded(shape: Shape, with_rules: bool, reads_all: bool) -> str:
+    def decoded(shape: Shape, with_offsets: bool, reads_all: bool) -> str:
         step: ShadowCase = make_shadow_case(shape)
-        options = {}
-        if with_rules:
-            options = _rules(step.case)
-            for name in ("margin", "log_scale"):
-                tensor = getattr(step, name)
-                options[name] = torch.stack([tensor, torch.zeros_like(tensor), tensor - 0.1])
+        options = _offsets(step.case) if with_offsets else {}
         config = replace(scanning, few_tokens=2**20 if reads_all else 0)
         ran = step.run(config, **options)
         return fingerprint(ran[0], ran[1:], step.case.value_sum, step.codes)
@@ -114,7 +104,7 @@ def shadow() -> Iterator[tuple[str, Callable[[], str]]]:
     for name, plain in test_shadow.SHAPES.items():
         for dtype, shape in _dtypes(plain):
             yield f"{name}, {dtype}", lambda shape=shape: decoded(shape, False, False)  # type: ignore[misc]
-            yield f"{name}, {dtype}, rules", lambda shape=shape: decoded(shape, True, False)  # type: ignore[misc]
+            yield f"{name}, {dtype}, offsets", lambda shape=shape: decoded(shape, True, False)  # type: ignore[misc]
         yield f"{name}, all keys", lambda plain=plain: decoded(plain, True, True)  # type: ignore[misc]
     for name, shape in test_shadow.CODE_SHAPES.items():
         yield f"tails, {name}", lambda shape=shape: _codes(shape)  # type: ignore[misc]

@@ -26,10 +26,15 @@ from triton.runtime import JITFunction, driver
 from tests.kernels import test_shadow, test_value_sums
 from tests.kernels.decode_case import Shape, make_case
 from tests.kernels.shadow_case import make_shadow_case
+from vllm_toptheta.limits import NUM_ANCHORS
 
 # head sizes, groups, pages and dtypes that differ in what is compiled
 SHAPES = {
     "8B": Shape((40,), num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, num_channels=64),
+    "8B, relative": Shape(
+        (40,), num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, num_channels=64, slope=1.0,
+        max_dense_len=NUM_ANCHORS,
+    ),
     "8B, pages of 32": Shape(
         (40,), num_heads=4, num_kv_heads=1, head_size=128, block_size=32, dtype=torch.bfloat16, num_channels=64
     ),
@@ -65,16 +70,12 @@ def compiled() -> dict[str, Any]:
 
 def _steps(shape: Shape) -> dict[str, Any]:
     case, shadow = make_case(shape), make_shadow_case(shape, threshold=0.0)
-    ruled = {
-        "rules": torch.zeros(1, 4, dtype=torch.int32),
-        "coefficients": case.coefficients[None],
-    }
-    shadow_ruled = ruled | {"margin": shadow.margin[None], "log_scale": shadow.log_scale[None]}
+    offset = {"threshold_offset": torch.zeros(1)}
     return {
         "values": case.run,
-        "values, rules": lambda: case.run(**ruled),
+        "values, offsets": lambda: case.run(**offset),
         "shadow": shadow.run,
-        "shadow, rules": lambda: shadow.run(**shadow_ruled),
+        "shadow, offsets": lambda: shadow.run(**offset),
         "value sums": lambda: test_value_sums.step(case, [0], [40]),
         "codes": lambda: test_shadow.step(shadow, [0], [40]),
     }

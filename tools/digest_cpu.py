@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
         "values": {},
         "values, none": {"compensation": "none"},
         "values, sdc": {"compensation": "sdc"},
-        "values, prompts by thresholds": {"prefill": "threshold"},
+        "values, calibrated": {"target": "k:128"},
         "shadow": {"mode": "shadow"},
     }.items()
     for dtype, block_size in (("float32", 16), ("bfloat16", 32))
@@ -47,7 +47,7 @@ def layers(name: str) -> tuple[torch.Tensor, list[Any]]:
         outputs = []
         for step in STEPS:
             if step is STEPS[-1]:
-                asking(harness, ["dense", None, "k:8", None])
+                asking(harness, ["dense", None, None, None])
             outputs += [output.float().flatten() for output in harness.run(step)[1]]
         tails = [value_sum_view(cache).nan_to_num(0.0) for cache in harness.caches]
         return torch.cat(outputs), [harness.counted(), tails]
@@ -66,6 +66,7 @@ def _harness(options: dict[str, Any], dtype: str, block_size: int) -> Iterator[H
         (folder / "tiny" / "config.json").write_text(json.dumps(CONFIG))
         make = make_shadow_store if options.get("mode") == "shadow" else store_factory.make_store
         make(folder / "acme--tiny", **STORED)
+        stored = {"thresholds": str(folder / "acme--tiny")} if options.keys() & {"target", "mode"} else {}
         config = EngineArgs(
             model=str(folder / "tiny"),
             skip_tokenizer_init=True,
@@ -74,6 +75,6 @@ def _harness(options: dict[str, Any], dtype: str, block_size: int) -> Iterator[H
             max_model_len=8192,
             enforce_eager=True,
             block_size=block_size,
-            additional_config={"toptheta": {"thresholds": str(folder / "acme--tiny"), **options}},
+            additional_config={"toptheta": {**options, **stored}},
         ).create_engine_config()
         yield Harness(config, block_size, [1024] * 4)

@@ -2,16 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from vllm_toptheta import store
-from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
-from vllm_toptheta.limits import channels_for
-from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, Manifest, ShadowKeys, ThresholdCurve
+import numpy as np
+from numpy.typing import NDArray
 
-# closest to dense attention at the rows that it reads (docs/accuracy.md), then what every store has
-DEFAULT_TARGETS = ("rows:128", "k:128")
+from vllm_toptheta import store
+from vllm_toptheta.errors import SettingsError, UnsupportedError
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
+from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
+
+_MAX_DEGREE = 2  # of what is served
+_ANY_LENGTH = 1, 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class ServedThresholds:
+    """theta(n) = a + b ln n + c (ln n)^2 + slope * anchor_lse of every layer and head (`kernels.contract`).
+
+    Attributes:
+        label: What they aim at, `floor:3` or a calibrated `k:128`.
+        coefficients: [num_layers, num_heads, 4] float32, or [4] for all of them: a, b, c and slope.
+        is_relative: Whether the slope is not 0.
+        max_dense_len: Sequences of at most this many tokens keep every key.
+        length_range: Lengths, in tokens, to which n is clamped.
+        weight_floor: Of relative thresholds; None of calibrated ones.
+    """
+
+    label: str
+    coefficients: NDArray[np.float32]
+    is_relative: bool
+    max_dense_len: int
+    length_range: tuple[int, int]
+    weight_floor: float | None = None
+
+    @classmethod
+    def relative(cls, weight_floor: float) -> ServedThresholds:
+        """theta = anchor_lse + ln(weight_floor / n), for a floor above 0."""
+        return cls(
+            label=floor_label(weight_floor),
+            coefficients=np.array([math.log(weight_floor), -1.0, 0.0, 1.0], np.float32),
+            is_relative=True,
+            max_dense_len=NUM_ANCHORS,
+            length_range=_ANY_LENGTH,
+            weight_floor=weight_floor,
+        )
+
+    @classmethod
+    def calibrated(cls, curve: ThresholdCurve) -> ServedThresholds:
+        """Those of a target of a store.
+
+        Raises:
+            UnsupportedError: Its polynomials are longer than what kernels evaluate.
+        """
+        num_layers, num_heads, num_terms = curve.coefficients.shape
+        if num_terms > _MAX_DEGREE + 1:
+            raise UnsupportedError(
+                f"thresholds of degree {num_terms - 1}, and up to {_MAX_DEGREE} are served",
+                field="degree",
+                remedy="Calibrate with a lower --degree",
+            )
+        coefficients = np.zeros((num_layers, num_heads, 4), np.float32)
+        coefficients[..., :num_terms] = curve.coefficients
+        return cls(
+            label=curve.label,
+            coefficients=coefficients,
+            is_relative=False,
+            max_dense_len=curve.dense_length,
+            length_range=(curve.min_length, curve.max_length),
+        )
+
+    def of_heads(self, layer: int, heads: slice) -> NDArray[np.float32]:
+        """[num_heads, 4] float32, a copy, of some heads of a layer."""
+        if self.coefficients.ndim == 1:
+            return np.tile(self.coefficients, (heads.stop - heads.start, 1))
+        return self.coefficients[layer, heads].copy()
 
 
 @dataclass(frozen=True)
@@ -19,24 +86,27 @@ class Selection:
     """What `select` found.
 
     Attributes:
-        curve: theta(n) of every layer and head at the target; None if the model runs dense.
-        model_id: The model that the thresholds were calibrated on; None if there are none.
-        origin: Where the thresholds lie, or why there are none.
+        thresholds: Those of the server; None if the model runs dense.
+        model_id: The model that a store was calibrated on; None where none is used.
+        origin: Where the thresholds come from, or why there are none; for people.
         dense_layers: Layers that read everything.
-        others: theta(n) at the store's other targets.
         shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
     """
 
-    curve: ThresholdCurve | None
+    thresholds: ServedThresholds | None
     model_id: str | None
     origin: str
     dense_layers: frozenset[int]
-    others: tuple[ThresholdCurve, ...] = ()
     shadow: ShadowKeys | None = None
 
 
+def floor_label(weight_floor: float) -> str:
+    """What a floor is called in options, requests and tables."""
+    return f"floor:{weight_floor:g}"
+
+
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
-    """Find the thresholds of a model and check that they were made for its architecture. No network.
+    """Find the thresholds of a model, and check that what was calibrated was made for its architecture. No network.
 
     Args:
         settings: The options in force.
@@ -45,17 +115,34 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
 
     Raises:
         SettingsError: An option does not fit the model.
-        StoreError: Thresholds are missing, damaged, made for another architecture or lack the target, or what the mode
-            needs.
+        StoreError: A store is needed and missing, damaged, made for another architecture, or lacks the target or what
+            the mode needs.
         UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys.
     """
-    try:
-        folder = store.resolve(model, thresholds=settings.thresholds)
-    except StoreNotFound as error:
-        mistyped = settings.thresholds is not None and not settings.thresholds.exists()
-        if settings.on_missing == "error" or mistyped:
-            raise
-        return Selection(None, None, str(error), frozenset(range(architecture.num_layers if architecture else 0)))
+    if settings.weight_floor == 0:
+        num_layers = architecture.num_layers if architecture else 0
+        return Selection(None, None, "weight_floor is 0", frozenset(range(num_layers)))
+    if settings.target is not None:
+        return _calibrated(settings, settings.target, model, architecture)
+    if settings.mode == "shadow":
+        return _shadow(settings, model, architecture)
+    if settings.thresholds is not None:
+        raise SettingsError(
+            "without a target, thresholds are relative to each row, and no store is read",
+            field="thresholds",
+            remedy="Name a calibrated target too, such as k:128, or leave it out",
+        )
+    weight_floor = DEFAULT_WEIGHT_FLOOR if settings.weight_floor is None else settings.weight_floor
+    return Selection(
+        ServedThresholds.relative(weight_floor),
+        None,
+        f"relative to each row, no key of {weight_floor:g} times the average weight is skipped",
+        _dense_layers(settings, (), architecture.num_layers if architecture else None),
+    )
+
+
+def _calibrated(settings: Settings, target: str, model: str, architecture: Architecture | None) -> Selection:
+    folder = store.resolve(model, thresholds=settings.thresholds)
     thresholds = store.load(folder)
     manifest = thresholds.manifest
     if architecture is not None:
@@ -66,20 +153,45 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
             file=folder,
             remedy="Calibrate thresholds that apply before the softmax, as `toptheta calibrate` does",
         )
-    layers = range(manifest.architecture.num_layers)
-    dense_layers = manifest.dense_layers if settings.dense_layers is None else settings.dense_layers
-    if unknown := sorted(set(dense_layers) - set(layers)):
+    dense_layers = _dense_layers(settings, manifest.dense_layers, manifest.architecture.num_layers)
+    served = ServedThresholds.calibrated(thresholds.curve_of(target))
+    return Selection(served, manifest.model.id, str(folder), dense_layers)
+
+
+def _shadow(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
+    folder = store.resolve(model, thresholds=settings.thresholds)
+    thresholds = store.load(folder)
+    manifest, shadow = thresholds.manifest, thresholds.shadow
+    if architecture is not None:
+        manifest.architecture.check(architecture, file=folder)
+    _check_channels(shadow)
+    weight_floor = shadow.section.weight_floor
+    if settings.weight_floor not in (None, weight_floor):
         raise SettingsError(
-            f"the model has no layer {unknown[0]}",
-            field="dense_layers",
-            remedy=f"name layers from 0 to {layers[-1]}",
+            f"these shadow keys were calibrated at a floor of {weight_floor:g}, not of {settings.weight_floor:g}",
+            field="weight_floor",
+            remedy=f"Calibrate again with --weight-floor {settings.weight_floor:g}, or leave the option out",
         )
-    curve = thresholds.curve_of(_target(settings, manifest))
-    others = tuple(thresholds.curve_of(label) for label in manifest.labels if label != curve.label)
-    shadow = thresholds.shadow if settings.mode == "shadow" else None
-    if shadow is not None:
-        _check_channels(shadow)
-    return Selection(curve, manifest.model.id, str(folder), frozenset(dense_layers), others, shadow)
+    dense_layers = _dense_layers(settings, (), manifest.architecture.num_layers)
+    served = ServedThresholds.relative(weight_floor)
+    return Selection(served, manifest.model.id, str(folder), dense_layers, shadow)
+
+
+def _dense_layers(settings: Settings, default: tuple[int, ...], num_layers: int | None) -> frozenset[int]:
+    """The layers that the settings name, or the default ones.
+
+    Raises:
+        SettingsError: The model has no such layer.
+    """
+    layers = default if settings.dense_layers is None else settings.dense_layers
+    unknown = [layer for layer in layers if num_layers is not None and layer >= num_layers]
+    if num_layers is not None and unknown:
+        raise SettingsError(
+            f"the model has no layer {min(unknown)}",
+            field="dense_layers",
+            remedy=f"name layers from 0 to {num_layers - 1}",
+        )
+    return frozenset(layers)
 
 
 def _check_channels(shadow: ShadowKeys) -> None:
@@ -97,12 +209,3 @@ def _check_channels(shadow: ShadowKeys) -> None:
             field="shadow.num_channels",
             remedy=f"Calibrate with {allowed} channels, or serve in mode values" if allowed else "Serve in mode values",
         )
-
-
-def _target(settings: Settings, manifest: Manifest) -> str:
-    """The label of the target that is asked for, or the best one that there is."""
-    if settings.target:
-        return settings.target
-    if settings.target_k:
-        return f"k:{settings.target_k}"
-    return next((label for label in DEFAULT_TARGETS if label in manifest.labels), DEFAULT_TARGETS[-1])

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS
 
 OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
@@ -37,7 +38,8 @@ class Source:
 class Settings(BaseSettings):
     """How the backend decides what to read.
 
-    `--additional-config '{"toptheta": {"target_k": 64}}'` wins over `TOPTHETA_TARGET_K=64`, and that over the default.
+    `--additional-config '{"toptheta": {"weight_floor": 2}}'` wins over `TOPTHETA_WEIGHT_FLOOR=2`, and that over the
+    default.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
@@ -45,19 +47,23 @@ class Settings(BaseSettings):
     mode: Literal["values", "shadow"] = Field(
         "values",
         description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits, "
-        "where thresholds were calibrated with --mode shadow.",
+        "which toptheta calibrate --mode shadow makes for a model.",
     )
-    thresholds: Path | None = Field(
-        None, description="A threshold store, or a directory of stores; the shipped ones if not given."
-    )
-    target_k: int | None = Field(
+    weight_floor: float | None = Field(
         None,
-        ge=1,
-        description="Keys that the thresholds should keep in every query head, about. Without it and target: rows:128 "
-        "where that was calibrated, else 128.",
+        ge=0.0,
+        le=MAX_WEIGHT_FLOOR,
+        allow_inf_nan=False,
+        description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
+        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given, in mode shadow what was calibrated.",
     )
     target: str | None = Field(
-        None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."
+        None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."
+    )
+    thresholds: Path | None = Field(
+        None,
+        description="A threshold store, or a directory of stores, for target and for mode shadow; the shipped ones if "
+        "not given.",
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",
@@ -65,27 +71,29 @@ class Settings(BaseSettings):
         "lost mass (vmc).",
     )
     dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
-        None, description="Layers that read everything, as a list or '0,1'; those of the manifest if not given."
+        None,
+        description="Layers that read everything, as a list or '0,1'. Without, none; with target, the store's.",
     )
     min_context: int = Field(
-        0, ge=0, description="A sequence of at most this many tokens stays dense, as does one too short for the target."
-    )
-    prefill: Literal["dense", "threshold"] = Field(
-        "dense", description="How tokens of a prompt attend; by thresholds only on CPUs."
-    )
-    on_missing: Literal["error", "dense"] = Field(
-        "error", description="What to do when there are no thresholds for the model."
+        0,
+        ge=0,
+        description=f"A sequence of at most this many tokens stays dense; so does one of up to {NUM_ANCHORS}, or too "
+        "short for the target.",
     )
     guard: Literal["off", "warn", "relax"] = Field(
         "relax",
-        description="What to do in layers that lose more than the calibration text did: lower thresholds, or say so. "
+        description="What to do in layers that lose more than max_lost_mass too often: lower thresholds, or say so. "
         "Off in mode shadow, which only estimates what is lost.",
     )
-    guard_share: float = Field(
-        0.25,
+    max_lost_mass: float = Field(
+        0.5,
         gt=0.0,
         lt=1.0,
-        description="Share of a layer's tokens that may lose more than 95 % of those calibrated on.",
+        description="Share of the softmax that a token of a query head may lose to skipped values; counted in powers "
+        "of two.",
+    )
+    guard_share: float = Field(
+        0.5, gt=0.0, lt=1.0, description="Share of a layer's tokens that may lose more than max_lost_mass."
     )
     always_shadow: bool = Field(
         False,
@@ -93,7 +101,7 @@ class Settings(BaseSettings):
         "tokens a step holds, and so on other requests.",
     )
     per_request: bool = Field(
-        True, description="Let requests ask for dense decoding or another target, in vllm_xargs.toptheta."
+        True, description="Let requests ask for dense decoding or another floor, in vllm_xargs.toptheta."
     )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 
@@ -125,7 +133,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 f"expected a mapping, got {type(options).__name__}",
                 field=f"additional_config.{OPTIONS_KEY}",
-                remedy="""write --additional-config '{"toptheta": {"target_k": 128}}'""",
+                remedy="""write --additional-config '{"toptheta": {"weight_floor": 3}}'""",
             )
         known = ", ".join(cls.model_fields)
         variables = {ENV_PREFIX + name.upper() for name in cls.model_fields} | {ALLOW_UNTESTED}
@@ -135,7 +143,7 @@ class Settings(BaseSettings):
                     "unknown environment variable", field=name, remedy=f"known ones are {', '.join(sorted(variables))}"
                 )
         try:
-            return cls(**options)
+            settings = cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
             option, *rest = map(str, first["loc"])
@@ -146,3 +154,26 @@ class Settings(BaseSettings):
                 field=".".join([source.name(option) if given else ENV_PREFIX + option.upper(), *rest]),
                 remedy=f"known options are {known}",
             ) from error
+        settings._check_target(source)
+        return settings
+
+    def _check_target(self, source: Source) -> None:
+        """Refuse options that have no effect beside each other.
+
+        Raises:
+            SettingsError: Names one of them.
+        """
+        if self.target is None:
+            return
+        if self.weight_floor is not None:
+            raise SettingsError(
+                "weight_floor and target are two ways to choose thresholds",
+                field=source.name("weight_floor"),
+                remedy="Give one of them",
+            )
+        if self.mode == "shadow":
+            raise SettingsError(
+                "calibrated targets are served in mode values only",
+                field=source.name("target"),
+                remedy="Leave target out, or choose mode values",
+            )

@@ -73,7 +73,13 @@ def shadow_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_config(model_folder: Path, thresholds_folder: Path) -> Callable[..., VllmConfig]:
+def calibrated(thresholds_folder: Path) -> dict[str, Any]:
+    """Options of calibrated thresholds."""
+    return {"thresholds": str(thresholds_folder), "target": "k:128"}
+
+
+@pytest.fixture
+def make_config(model_folder: Path) -> Callable[..., VllmConfig]:
     """A vLLM configuration for the tiny model on TOPTHETA."""
 
     def make(options: dict[str, Any] | None = None, **engine: Any) -> VllmConfig:
@@ -84,7 +90,7 @@ def make_config(model_folder: Path, thresholds_folder: Path) -> Callable[..., Vl
             "dtype": "float32",
             "max_model_len": 8192,
             "enforce_eager": True,
-            "additional_config": {"toptheta": {"thresholds": str(thresholds_folder), **(options or {})}},
+            "additional_config": {"toptheta": options or {}},
             **engine,
         }
         return EngineArgs(**arguments).create_engine_config()

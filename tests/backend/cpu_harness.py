@@ -1,7 +1,8 @@
-"""Three layers of the CPU backend without an engine, on the thresholds of `conftest.py`."""
+"""Three layers of the CPU backend without an engine, on thresholds as served."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,11 +14,16 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import cpu
 from vllm_toptheta.kernels.cpu.cache import split_cache
-from vllm_toptheta.reference import paged_top_theta_attention
+from vllm_toptheta.reference import (
+    causal_scores,
+    gather_sequence,
+    paged_top_theta_attention,
+    relative_threshold,
+)
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
 SCALE = HEAD_SIZE**-0.5
-TARGET_K = 128
+TARGET_K = 128  # of calibrated thresholds
 
 
 class Step(NamedTuple):
@@ -101,11 +107,9 @@ class Harness:
         starts = torch.tensor([0, *step.query_lens]).cumsum(0)
         threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
         if layer > 0:
-            for row, (length, new, prefilling) in enumerate(
-                zip(step.seq_lens, step.query_lens, step.is_prefilling, strict=True)
-            ):
+            for row, (new, prefilling) in enumerate(zip(step.query_lens, step.is_prefilling, strict=True)):
                 if new == 1 and not prefilling:
-                    threshold[starts[row]] = 0.4 + 0.1 * torch.tensor(float(max(length, 129))).log()
+                    threshold[starts[row]] = self.threshold(step, query, layer, row)
         return paged_top_theta_attention(
             query,
             torch.cat(split_cache(self.caches[layer]), dim=-1),
@@ -113,9 +117,20 @@ class Harness:
             torch.tensor(step.seq_lens),
             starts,
             threshold=threshold,
-            target_k=TARGET_K,
+            target_k=self.builder.plan.max_dense_len,
             softmax_scale=SCALE,
         ).output
+
+    def threshold(self, step: Step, query: torch.Tensor, layer: int, row: int) -> torch.Tensor:
+        """[num_heads]: the reference's threshold of a decoding sequence."""
+        length, floor = step.seq_lens[row], self.builder.plan.thresholds.weight_floor
+        if floor is None:  # those of `conftest.STORED`
+            return torch.full((NUM_HEADS,), 0.4 + 0.1 * math.log(max(length, 129)))
+        cache = torch.cat(split_cache(self.caches[layer]), dim=-1)
+        key, _ = gather_sequence(cache, self.block_table[row], length)
+        token = query[sum(step.query_lens[:row])][None]
+        scores = causal_scores(token.float(), key.float(), softmax_scale=SCALE)
+        return relative_threshold(scores, torch.tensor([length]), floor)[0]
 
 
 def asking(harness: Harness, wishes: list[Any]) -> None:

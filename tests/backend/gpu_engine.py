@@ -18,10 +18,17 @@ from tests.kernels.decode_case import DEVICE
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import gpu
 from vllm_toptheta.backend.gpu import FLOAT8, GpuTopThetaImpl
-from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.requests import RequestLevels
-from vllm_toptheta.reference import paged_top_theta_attention
+from vllm_toptheta.backend.request_choices import RequestChoices
+from vllm_toptheta.backend.requests import RequestOffsets
+from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.reference import (
+    causal_scores,
+    gather_sequence,
+    paged_top_theta_attention,
+    relative_threshold,
+)
+from vllm_toptheta.selection import ServedThresholds
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, ThresholdCurve
 
@@ -30,21 +37,24 @@ SCALES = {"_q_scale": 0.9, "_k_scale": 1.1, "_v_scale": 0.7}  # of a layer with 
 SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
 
 
-def make_plan(refusal: str | None = None) -> Plan:
-    """Two layers in mode `values`, the second of them sparse, with k:8 and k:4."""
-    coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
-    curve = ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096, label="k:8")
-    other = [ThresholdCurve(4, coefficients + 0.5, 5, 4096, label="k:4")]
+def make_plan(weight_floor: float | None = None, *, refusal: str | None = None) -> Plan:
+    """Two layers in mode `values`, the second of them sparse, with k:8 unless a floor is given."""
+    if weight_floor is None:
+        coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
+        curve = ThresholdCurve(TARGET_K, coefficients, TARGET_K + 1, 4096, label="k:8")
+        thresholds = ServedThresholds.calibrated(curve)
+    else:
+        thresholds = ServedThresholds.relative(weight_floor)
     return Plan(
-        settings=Settings.load({"target_k": TARGET_K}),
-        curve=curve,
+        settings=Settings.load({}),
+        thresholds=thresholds,
         model_id="acme/tiny",
         origin="a test",
         dense_layers=frozenset({0}),
         architecture=Architecture(
             num_layers=2, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, rope={}
         ),
-        levels=Levels(curve, tuple(other), refusal=refusal),
+        choices=RequestChoices(thresholds, any_floor=True, refusal=refusal),
     )
 
 
@@ -83,10 +93,10 @@ class Engine:
             monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # what grows there empties a GPU's
         self.manager = WorkspaceManager(torch.device(DEVICE))
         monkeypatch.setattr(gpu, "current_workspace_manager", lambda: self.manager)
-        plan = plan or make_plan(refusal)
+        plan = plan or make_plan(refusal=refusal)
         monkeypatch.setattr(Plan, "resolve", lambda vllm_config: plan)
         monkeypatch.setattr(
-            gpu, "request_levels", lambda levels, config, rows, device: RequestLevels(levels, rows, device)
+            gpu, "request_offsets", lambda choices, config, rows, device: RequestOffsets(choices, rows, device)
         )
         monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(gpu, "warm_up", SimpleNamespace(install=lambda: None))
@@ -117,7 +127,7 @@ class Engine:
         self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
 
     def step(
-        self, rows: list[int], seq_lens: list[int], query_lens: list[int], thetas: list[float] | None = None
+        self, rows: list[int], seq_lens: list[int], query_lens: list[int], offsets: list[float] | None = None
     ) -> torch.Tensor:
         """Run one step over the sequences in `rows`; largest error against the reference's rows."""
         lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
@@ -144,11 +154,25 @@ class Engine:
         self.dense_rows = []
         output = torch.full_like(query, torch.nan, dtype=torch.float16)
         self.impl.forward(self.layer, query, query, query, self.kv_cache, self.builder.build(0, common), output)
-        is_decode = torch.repeat_interleave(news == 1, news)
-        theta = torch.repeat_interleave(torch.tensor(thetas or [THETA] * len(rows)), news)
-        threshold = torch.where(is_decode, theta, -torch.inf)[:, None].expand(-1, NUM_HEADS)
+        threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
+        for row, (start, new, offset) in enumerate(
+            zip(starts.tolist()[:-1], query_lens, offsets or [0.0] * len(rows), strict=True)
+        ):
+            if new == 1:
+                threshold[start] = self.threshold(query[start], block_table[row], seq_lens[row]) + offset
         expected = self.reference(query, block_table, lens, starts, threshold)
         return (output.float() - expected).abs().amax(dim=(1, 2))
+
+    def threshold(self, query: torch.Tensor, block_row: torch.Tensor, length: int) -> torch.Tensor:
+        """[num_heads]: that of a sequence whose request asked for nothing."""
+        weight_floor = self.builder.plan.thresholds.weight_floor
+        if weight_floor is None:
+            return torch.full((NUM_HEADS,), THETA)
+        if length <= NUM_ANCHORS:
+            return torch.full((NUM_HEADS,), -torch.inf)
+        key, _ = gather_sequence(self.kv_cache, block_row, length)
+        scores = causal_scores(query[None].float(), key.float(), softmax_scale=SCALE)
+        return relative_threshold(scores, torch.tensor([length], device=DEVICE), weight_floor)[0].cpu()
 
     def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         values = torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator)
@@ -167,7 +191,7 @@ class Engine:
             lens,
             starts,
             threshold=threshold.to(query.device),
-            target_k=TARGET_K,
+            target_k=0,
             softmax_scale=SCALE,
         ).output
 

@@ -7,7 +7,9 @@ and both sides compute scores in float32 from the same rounded keys, so survivor
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vllm.config import VllmConfig
 from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
 from vllm_toptheta.backend import cpu, plugin
 from vllm_toptheta.kernels.cpu.cache import split_cache
+from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import paged_top_theta_attention
 
 # (sequence lengths after the step, new tokens of each)
@@ -49,12 +52,19 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize(("name", "block_size", "dtype"), CASES)
 def test_layers_equal_the_paged_reference(
-    make_config: Callable[..., VllmConfig], name: str, block_size: int, dtype: str
+    make_config: Callable[..., VllmConfig],
+    calibrated: dict[str, Any],
+    name: str,
+    block_size: int,
+    dtype: str,
+    is_calibrated: bool,
 ) -> None:
     seq_lens, query_lens = BATCHES[name]
-    harness = Harness(make_config(dtype=dtype, block_size=block_size), block_size, seq_lens)
+    options = calibrated if is_calibrated else {"dense_layers": [0]}
+    harness = Harness(make_config(options, dtype=dtype, block_size=block_size), block_size, seq_lens)
     contexts = [length - new for length, new in zip(seq_lens, query_lens, strict=True)]
     if any(contexts):
         harness.run(Step(contexts, contexts, [True] * len(contexts)))
@@ -69,7 +79,7 @@ def test_layers_equal_the_paged_reference(
     assert harness.layers[0].impl.layer_plan is None
     counters = harness.layers[1].impl.layer_plan.counters.settled()
     decodes = [n for n, new in zip(seq_lens, query_lens, strict=True) if new == 1]
-    num_short = sum(n <= TARGET_K for n in decodes)
+    num_short = sum(n <= (TARGET_K if is_calibrated else NUM_ANCHORS) for n in decodes)
     assert counters.totals.tolist() == [len(decodes), num_short, sum(decodes), len(decodes) > 0, 0]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [len(decodes) - num_short] * NUM_HEADS
     if len(decodes) > num_short:
@@ -87,74 +97,47 @@ def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConf
     assert not counters.totals.any()
 
 
-@pytest.mark.parametrize("chunks", [[512], [300, 212]])
-def test_prompts_by_thresholds(make_config: Callable[..., VllmConfig], chunks: list[int]) -> None:
-    harness = Harness(make_config(block_size=16, options={"prefill": "threshold"}), 16, [512])
-    length = 0
-    for chunk in chunks:
-        length += chunk
-        query, outputs = harness.run(Step([length], [chunk], [True]))
-        lengths = torch.arange(length - chunk + 1, length + 1).float()
-        threshold = (0.4 + 0.1 * lengths.clamp(min=129).log())[:, None].expand(-1, NUM_HEADS)
-        for layer, is_dense in enumerate((True, False, False)):
-            expected = paged_top_theta_attention(
-                query,
-                torch.cat(split_cache(harness.caches[layer]), dim=-1),
-                harness.block_table,
-                torch.tensor([length]),
-                torch.tensor([0, chunk]),
-                threshold=torch.full_like(threshold, -torch.inf) if is_dense else threshold,
-                target_k=TARGET_K,
-                softmax_scale=SCALE,
-            )
-            assert is_dense or expected.lost_mass.max() > 0
-            torch.testing.assert_close(outputs[layer], expected.output, rtol=1e-4, atol=2e-5)
-    assert not harness.layers[1].impl.layer_plan.counters.settled().totals.any()  # they count what is decoded
-
-
-def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig]) -> None:
-    harness = Harness(make_config(block_size=16), 16, [96, 96, 512, 512, 300])
-    harness.run(Step([95, 95, 511, 511, 290], [95, 95, 511, 511, 290], [True] * 5))
-    asking(harness, [None, 8, "dense", "k:128", 8])
+def test_requests_have_floors_of_their_own(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config({"weight_floor": 2}, block_size=16), 16, [128, 400, 512, 512, 300])
+    harness.run(Step([127, 399, 511, 511, 290], [127, 399, 511, 511, 290], [True] * 5))
+    asking(harness, ["floor:1.0", "floor:0.5", "dense", "floor:2", "floor:8"])
     # full pages only: of an open one, all rows count as read
-    step = Step([96, 96, 512, 512, 300], [1, 1, 1, 1, 10], [False] * 4 + [True])
+    step = Step([128, 400, 512, 512, 300], [1, 1, 1, 1, 10], [False] * 4 + [True])
     query, outputs = harness.run(step)
-    theta = 0.4 + 0.1 * torch.tensor([96.0, 512.0]).log()
-    # too short for k:128, as k:8 has it, dense, the server's own; then a prompt
-    thresholds = torch.tensor([-torch.inf, theta[0], -torch.inf, theta[1], *[-torch.inf] * 10])
+    thresholds = torch.full((14, NUM_HEADS), -torch.inf)  # too short, half of the weight, dense, the server's; a prompt
+    thresholds[1] = harness.threshold(step, query, 1, 1) + math.log(0.5 / 2)
+    thresholds[3] = harness.threshold(step, query, 1, 3)
     expected = paged_top_theta_attention(
         query,
         torch.cat(split_cache(harness.caches[1]), dim=-1),
         harness.block_table,
         torch.tensor(step.seq_lens),
         torch.tensor([0, *step.query_lens]).cumsum(0),
-        threshold=thresholds[:, None].expand(-1, NUM_HEADS),
-        target_k=8,
+        threshold=thresholds,
+        target_k=NUM_ANCHORS,
         softmax_scale=SCALE,
     )
     torch.testing.assert_close(outputs[1], expected.output, rtol=1e-4, atol=1e-5)
     counters = harness.layers[1].impl.layer_plan.counters.settled()
-    assert counters.totals.tolist() == [4, 1, 96 + 96 + 512 + 512, 1, 2]
+    assert counters.totals.tolist() == [4, 0, 128 + 400 + 512 + 512, 1, 3]
     assert counters.value_rows_read.tolist() == expected.value_rows_read[:4].sum(dim=0).tolist()
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [1] * NUM_HEADS
     torch.testing.assert_close(counters.lost_mass, expected.lost_mass[3].double(), rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_by_the_thresholds_of_their_request(make_config: Callable[..., VllmConfig]) -> None:
-    outputs = {}
-    for wishes in (["dense"], [8], [None]):
-        harness = Harness(make_config(block_size=16, options={"prefill": "threshold"}), 16, [100])
-        asking(harness, wishes)
-        outputs[wishes[0]] = harness.run(Step([100], [100], [True]))[1][1]
-    harness = Harness(make_config(block_size=16), 16, [100])
-    dense = harness.run(Step([100], [100], [True]))[1][1]
-    assert torch.equal(outputs["dense"], dense)
-    assert torch.allclose(outputs[None], dense, atol=1e-5)  # all of it is too short for k:128
-    assert not torch.allclose(outputs[8], dense, atol=1e-2)
+def test_a_floor_of_zero_is_dense(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config({"weight_floor": 0}, block_size=16), 16, [300])
+    harness.run(Step([299], [299], [True]))
+    assert all(layer.impl.layer_plan is None for layer in harness.layers)
+    query, outputs = harness.run(Step([300], [1], [False]))
+    expected = harness.expected(Step([300], [1], [True]), query, 1)
+    torch.testing.assert_close(outputs[1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_decoding_token_by_token_fills_the_tails(make_config: Callable[..., VllmConfig]) -> None:
-    harness = Harness(make_config(block_size=16, options={"target_k": 8}), 16, [100])
+def test_decoding_token_by_token_fills_the_tails(
+    make_config: Callable[..., VllmConfig], calibrated: dict[str, Any]
+) -> None:
+    harness = Harness(make_config(calibrated | {"target": "k:8"}, block_size=16), 16, [100])
     harness.run(Step([60], [60], [True]))
     for length in range(61, 100):
         step = Step([length], [1], [False])

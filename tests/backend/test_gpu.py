@@ -6,13 +6,14 @@ Runs in the interpreter where `make test` starts it (`tests/interpreter.py`), or
 from __future__ import annotations
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.backend.gpu_engine import NUM_HEADS, THETA, Engine, asking
+from tests.backend.gpu_engine import NUM_HEADS, Engine, asking, make_plan
 from tests.kernels.decode_case import RUNS_HERE, WHY_NOT
 from vllm_toptheta.backend.hooks import warm_up
 
@@ -38,28 +39,38 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert float(layer_plan.counters.buffers.lost_mass.min()) > 0
 
 
-def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(monkeypatch, [60, 90, 90])
-    new = asking(plain=None, dense="dense", k=4)
-    requests = engine.impl.requests
-    rules = requests.rules
-    requests.step(new, {"plain", "dense", "k"}, ["plain", "dense", "k"])
-    engine.step([0, 1, 2], [40, 70, 60], [40, 70, 60])
-    assert engine.step([0, 1, 2], [41, 71, 61], [1, 1, 1], [THETA, -torch.inf, THETA + 0.5]).max() < 2e-3
+def test_requests_have_floors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [180, 190, 190], plan=make_plan(4.0))
+    new = asking(plain=None, dense="dense", one="floor:1")
+    requests, lower = engine.impl.requests, -math.log(4.0)
+    offsets = requests.offsets
+    requests.step(new, {"plain", "dense", "one"}, ["plain", "dense", "one"])
+    engine.step([0, 1, 2], [160, 171, 180], [160, 171, 180])
+    assert engine.step([0, 1, 2], [161, 172, 181], [1, 1, 1], [0.0, -torch.inf, lower]).max() < 2e-3
     # another order, with one of them still in its prompt
-    requests.step([], {"plain", "dense", "k"}, ["k", "dense", "plain"])
-    assert engine.step([2, 1, 0], [62, 72, 50], [1, 1, 9], [THETA + 0.5, -torch.inf, THETA]).max() < 2e-3
+    requests.step([], {"plain", "dense", "one"}, ["one", "dense", "plain"])
+    assert engine.step([2, 1, 0], [182, 173, 170], [1, 1, 9], [lower, -torch.inf, 0.0]).max() < 2e-3
     requests.step([], {"plain"}, ["plain"])
-    assert engine.step([0], [51], [1], [THETA]).max() < 2e-3
+    assert engine.step([0], [171], [1]).max() < 2e-3
     counters = engine.impl.layer_plan.counters.buffers
-    assert requests.rules is rules  # where captured graphs find it
-    assert counters.totals.tolist() == [6, 0, 41 + 71 + 61 + 62 + 72 + 51, 3, 4]
+    assert requests.offsets is offsets  # where captured graphs find it
+    assert counters.totals.tolist() == [6, 0, 161 + 172 + 181 + 182 + 173 + 171, 3, 4]
     assert counters.lost_mass_histogram.sum(dim=1).tolist() == [2] * NUM_HEADS
+    assert float(counters.lost_mass.min()) > 0
 
 
-def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_thresholds_from_the_anchors_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [180], plan=make_plan(3.0))
+    engine.step([0], [140], [140])
+    for length in range(141, 165):  # dense up to 144, and across the ends of pages
+        assert engine.step([0], [length], [1]).max() < 2e-3, length
+    counters = engine.impl.layer_plan.counters.buffers
+    assert counters.totals.tolist() == [24, 4, sum(range(141, 165)), 24, 0]
+
+
+def test_where_requests_cannot_choose_no_offset_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch, [60], refusal="switched off")
-    engine.impl.requests.rules.fill_(-1)
+    engine.impl.requests.offsets.fill_(torch.nan)
     engine.step([0], [40], [40])
     assert engine.step([0], [41], [1]).max() < 2e-3
     assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [1, 0, 41, 1, 0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,14 @@ from tests.shadow_store import make_shadow_store
 from vllm_toptheta import errors, store
 from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
-from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.contract import DecodeStep
+from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS
 
 MakeConfig = Callable[..., VllmConfig]
+Options = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -26,88 +31,107 @@ def _registered() -> None:
     plugin.register()
 
 
-def test_thresholds_and_dense_layers_come_from_the_store(make_config: MakeConfig) -> None:
+def test_without_a_store_thresholds_are_relative_and_no_layer_is_dense(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
+    assert plan.dense_layers == frozenset()
+    assert (plan.model_id, plan.max_dense_len, plan.length_range) == (None, NUM_ANCHORS, (1, 2**31 - 1))
+    layer_plan = plan.for_layer(0, num_heads=3, num_kv_heads=1, rank=1)
+    assert layer_plan is not None
+    assert layer_plan.thresholds.is_relative
+    expected = torch.tensor([math.log(DEFAULT_WEIGHT_FLOOR), -1.0, 0.0, 1.0]).expand(3, -1)
+    assert torch.equal(layer_plan.thresholds.coefficients, expected)
+
+
+def test_a_floor_of_zero_runs_dense(make_config: MakeConfig) -> None:
+    plan = Plan.resolve(make_config({"weight_floor": 0}))
+    assert plan.thresholds is None
+    assert all(plan.for_layer(layer, num_heads=9, num_kv_heads=3, rank=0) is None for layer in range(4))
+    assert (plan.guard, plan.choices.labels) == ("off", ["dense"])
+
+
+def test_calibrated_thresholds_and_dense_layers_come_from_the_store(
+    make_config: MakeConfig, calibrated: Options
+) -> None:
+    plan = Plan.resolve(make_config(calibrated))
     assert plan.dense_layers == {0}
-    assert plan.curve is not None
-    assert plan.curve.label == "k:128"
+    assert plan.thresholds is not None
+    assert plan.thresholds.label == "k:128"
     assert plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0) is None
     layer_plan = plan.for_layer(1, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
-    assert layer_plan.thresholds.coefficients.shape == (3, 3, 3)  # k:128, dense and k:8
+    assert not layer_plan.thresholds.is_relative
+    assert torch.equal(layer_plan.thresholds.coefficients, torch.tensor([0.4, 0.1, 0.0, 0.0]).expand(3, -1))
 
 
-def test_theta_is_evaluated_within_the_calibrated_lengths(make_config: MakeConfig) -> None:
-    plan = Plan.resolve(make_config())
+def test_theta_is_evaluated_within_the_calibrated_lengths(
+    make_config: MakeConfig, calibrated: Options, thresholds_folder: Path
+) -> None:
+    plan = Plan.resolve(make_config(calibrated))
     lengths = torch.tensor([5, 129, 1000, 4096, 8000])
-    rules = plan.levels.rules()[COMMON]
     layer_plan = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert layer_plan is not None
-    log_lengths = lengths.clamp(*rules[2:].tolist()).float().log()
-    kept = torch.zeros(5, 1, dtype=torch.bool)
-    thetas = thresholds_at(layer_plan.thresholds, log_lengths, torch.zeros(5, dtype=torch.int64), kept)
+    step = DecodeStep(torch.zeros(5, 500, dtype=torch.int32), lengths.int(), length_range=plan.length_range)
+    thetas = thresholds_at(layer_plan.thresholds, prepare_decode(step, 16).prepared, lambda positions: positions)
     expected = 0.4 + 0.1 * lengths.clamp(129, 4096).float().log()
     torch.testing.assert_close(thetas, expected[:, None].expand(-1, 9))
-    assert plan.curve is not None
-    torch.testing.assert_close(torch.from_numpy(plan.curve.threshold(lengths.numpy())[:, 2].copy()), thetas)
+    curve = store.load(thresholds_folder).curve_of("k:128")
+    torch.testing.assert_close(torch.from_numpy(curve.threshold(lengths.numpy())[:, 2].copy()), thetas)
 
 
 def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOPTHETA_TARGET_K", "8")
+    monkeypatch.setenv("TOPTHETA_WEIGHT_FLOOR", "8")
     monkeypatch.setenv("TOPTHETA_DENSE_LAYERS", "1,2")
     plan = Plan.resolve(make_config())
-    assert plan.settings.target_k == 8
+    assert plan.settings.weight_floor == 8
     assert plan.dense_layers == {1, 2}
-    assert Plan.resolve(make_config({"target_k": 64})).settings.target_k == 64
+    assert plan.thresholds is not None
+    assert plan.thresholds.label == "floor:8"
+    assert Plan.resolve(make_config({"weight_floor": 1.5})).settings.weight_floor == 1.5
 
 
-def test_a_target_by_its_label(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "labelled"
-    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "max_length": 4096}
-    stored = store_factory.make_store(folder, labels=("k:8", "k:128", "mass:0.98"), **shape)
-    plan = Plan.resolve(make_config({"thresholds": str(folder), "target": "mass:0.98"}))
-    layer_plan = plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0)
-    assert layer_plan is not None
-    assert torch.equal(
-        layer_plan.thresholds.coefficients[COMMON], torch.tensor(stored.curve_of("mass:0.98").coefficients[3])
-    )
-    # what was calibrated on rows from 9 tokens on is dense below, unless asked for more
-    assert plan.max_dense_len == 8
-    longer = make_config({"thresholds": str(folder), "target": "mass:0.98", "min_context": 500})
-    assert Plan.resolve(longer).max_dense_len == 500
-    assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).max_dense_len == 64
+def test_short_sequences_are_dense(make_config: MakeConfig, calibrated: Options) -> None:
+    for options, length in (
+        ({}, NUM_ANCHORS),
+        ({"min_context": 100}, NUM_ANCHORS),
+        ({"min_context": 500}, 500),
+        (calibrated, 128),
+        (calibrated | {"target": "k:64"}, 64),
+        (calibrated | {"min_context": 500}, 500),
+    ):
+        assert Plan.resolve(make_config(options)).max_dense_len == length, options
 
 
-def test_the_default_target_is_the_best_calibrated_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "labelled"
-    labels = ("k:8", "k:128", "rows:128")
-    store_factory.make_store(folder, labels=labels, num_layers=4, num_heads=9, num_kv_heads=3, head_size=64)
-    for options, label in (({}, "rows:128"), ({"target_k": 8}, "k:8"), ({"target_k": 8, "target": "k:128"}, "k:128")):
-        curve = Plan.resolve(make_config({"thresholds": str(folder), **options})).curve
-        assert curve is not None
-        assert curve.label == label
-
-
-def test_shadow_keys_of_every_level(make_config: MakeConfig, shadow_folder: Path) -> None:
-    plan = Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": "shadow", "target_k": 64}))
+def test_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
+    plan = Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": "shadow"}))
     stored = store.load(shadow_folder).shadow
-    assert (plan.code_bytes, plan.guard_state) == (16, "unmeasured")
+    assert (plan.code_bytes, plan.guard, plan.dense_layers) == (16, "off", frozenset())
+    assert plan.thresholds is not None
+    assert plan.thresholds.weight_floor == stored.section.weight_floor
+    # what was calibrated at one floor says nothing of another
+    assert plan.choices.labels == ["dense", plan.thresholds.label]
     layer_plan = plan.for_layer(2, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
     shadow = layer_plan.shadow
     assert shadow is not None
-    assert (shadow.num_sink, shadow.num_recent, shadow.codec.code_bytes) == (4, 8, 16)
+    assert layer_plan.guard is None
+    assert shadow.codec.code_bytes == 16
     assert torch.equal(shadow.codec.encoder, torch.tensor(stored.encoder[2, 1:2]))
-    # the server's own, dense, k:8 and k:128
-    assert shadow.margin.shape == (4, 3)
-    for level, label in ((0, "k:64"), (2, "k:8"), (3, "k:128")):
-        assert torch.equal(shadow.margin[level], torch.tensor(stored.margin(label)[2, 3:6]))
+    assert torch.equal(shadow.margin, torch.tensor(stored.margin()[2, 3:6]))
     lengths = torch.tensor([100, 1000, 9000])
-    log_lengths = lengths.clamp(*plan.levels.rules()[COMMON, 2:].tolist()).float().log()
-    ratios = unread_ratios_at(shadow, log_lengths, COMMON)
-    expected = stored.exp_threshold_scale("k:64", lengths.numpy())[:, 2, 3:6]
+    ratios = unread_ratios_at(shadow, lengths.float().log())
+    expected = stored.exp_threshold_scale(lengths.numpy())[:, 2, 3:6]
     torch.testing.assert_close(ratios, torch.from_numpy(expected.copy()))
-    assert Plan.resolve(make_config({"thresholds": str(shadow_folder)})).code_bytes == 0
+    assert Plan.resolve(make_config()).code_bytes == 0
+
+
+def test_shadow_keys_hold_at_their_floor(make_config: MakeConfig, shadow_folder: Path) -> None:
+    floor = store.load(shadow_folder).shadow.section.weight_floor
+    options = {"thresholds": str(shadow_folder), "mode": "shadow"}
+    make_config(options | {"weight_floor": floor})
+    with pytest.raises(
+        errors.SettingsError, match=f"weight_floor: .* at a floor of {floor:g}, not of 7.*--weight-floor 7"
+    ):
+        make_config(options | {"weight_floor": 7})
 
 
 @pytest.mark.parametrize(
@@ -118,30 +142,16 @@ def test_a_server_of_short_steps_is_told_so(
 ) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(plan_module.logger, "warning_once", lambda message, *_: warnings.append(message))
-    Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": mode, "guard": "off"})).log(scans=scans)
+    options = {"thresholds": str(shadow_folder)} if mode == "shadow" else {}
+    Plan.resolve(make_config({**options, "mode": mode, "guard": "off"})).log(scans=scans)
     assert [warning for warning in warnings if "long enough for shadow keys" in warning] == warnings
     assert bool(warnings) == is_said
-
-
-def test_the_guard_does_not_trust_an_estimate(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "measured"
-    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
-    make_shadow_store(folder, measured=True, **shape)
-    for mode, state in (("values", "relax"), ("shadow", "unmeasured")):
-        plan = Plan.resolve(make_config({"thresholds": str(folder), "mode": mode}))
-        layer_plan = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
-        assert layer_plan is not None
-        assert plan.guard_state == state
-        assert (layer_plan.guard is None) == (mode == "shadow")
-    off = make_config({"thresholds": str(folder), "mode": "shadow", "guard": "off"})
-    assert Plan.resolve(off).guard_state == "off"
 
 
 def test_channels_without_a_kernel_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
     make_shadow_store(folder, num_channels=48, **shape)
-    make_config({"thresholds": str(folder)})
     with pytest.raises(
         errors.UnsupportedError,
         match=r"shadow\.num_channels: mode shadow has no kernels for 48 channels of heads of 64\. .*32 or 64 channels",
@@ -156,52 +166,72 @@ def test_tensor_parallel_ranks_take_their_heads(
     folder = tmp_path / "random"
     shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
     store_factory.make_store(folder, max_length=4096, **shape)  # every head has coefficients of its own
-    plan, heads = Plan.resolve(make_config({"thresholds": str(folder)})), 9 // world_size
+    plan, heads = Plan.resolve(make_config({"thresholds": str(folder), "target": "k:8"})), 9 // world_size
     share = plan.for_layer(2, num_heads=heads, num_kv_heads=max(1, 3 // world_size), rank=rank)
     whole = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert share is not None
     assert whole is not None
-    assert torch.equal(
-        share.thresholds.coefficients, whole.thresholds.coefficients[:, rank * heads : (rank + 1) * heads]
-    )
+    assert torch.equal(share.thresholds.coefficients, whole.thresholds.coefficients[rank * heads : (rank + 1) * heads])
     assert share.counters.kv_heads == kv_heads
 
 
-def test_missing_thresholds_name_the_command_that_makes_them(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"target": "k:128"}, {"mode": "shadow"}])
+def test_missing_thresholds_name_the_command_that_makes_them(
+    make_config: MakeConfig, tmp_path: Path, options: Options
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(errors.StoreNotFound, match=r"toptheta calibrate .*tiny --text FILE"):
-        make_config({"thresholds": str(empty)})
+        make_config({"thresholds": str(empty), **options})
 
 
-def test_missing_thresholds_may_mean_dense(make_config: MakeConfig, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    plan = Plan.resolve(make_config({"thresholds": str(empty), "on_missing": "dense"}))
-    assert plan.curve is None
-    assert plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0) is None
-    assert int(plan.levels.rules()[COMMON, 1]) == 2**31 - 1  # every length is dense
-
-
-def test_a_mistyped_path_is_never_taken_for_missing_thresholds(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(errors.StoreNotFound, match="nowhere"):
-        make_config({"thresholds": str(tmp_path / "nowhere"), "on_missing": "dense"})
-
-
-def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeConfig, thresholds_folder: Path) -> None:
+def test_damaged_thresholds_are_refused(make_config: MakeConfig, calibrated: Options, thresholds_folder: Path) -> None:
     (thresholds_folder / "thresholds.safetensors").write_bytes(b"damaged")
     with pytest.raises(errors.ChecksumMismatch):
-        make_config({"on_missing": "dense"})
+        make_config(calibrated)
+
+
+def test_a_store_that_nothing_would_be_read_of_is_refused(make_config: MakeConfig, thresholds_folder: Path) -> None:
+    with pytest.raises(errors.SettingsError, match="thresholds: without a target.*k:128, or leave it out"):
+        make_config({"thresholds": str(thresholds_folder)})
+
+
+def test_curves_that_kernels_do_not_evaluate_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "cubic"
+    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
+    store_factory.make_store(folder, degree=3, **shape)
+    with pytest.raises(errors.UnsupportedError, match="degree: thresholds of degree 3, and up to 2 are served"):
+        make_config({"thresholds": str(folder), "target": "k:8"})
+
+
+@pytest.mark.parametrize("value", [-1, "nan", float("nan"), 1e9, "x", "inf", [3], None])
+def test_floors_that_are_none(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, value: object) -> None:
+    if value is not None:
+        with pytest.raises(
+            errors.SettingsError, match=r"^additional_config.toptheta.weight_floor: .*got .*known options"
+        ):
+            make_config({"weight_floor": value})
+    if isinstance(value, str | float) and value == value:
+        monkeypatch.setenv("TOPTHETA_WEIGHT_FLOOR", str(value))
+        with pytest.raises(errors.SettingsError, match="^TOPTHETA_WEIGHT_FLOOR: "):
+            make_config()
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"tarket_k": 64}, errors.SettingsError, r"toptheta.tarket_k: unknown option.*known options are.*target_k"),
-        ({"target_k": 0}, errors.SettingsError, "target_k.*greater than or equal to 1"),
-        ({"target_k": 4096}, errors.TargetOutOfRange, "calibrated are 8, 128"),
-        ({"target": "mass:0.5"}, errors.TargetOutOfRange, "no thresholds for mass:0.5; calibrated are k:8, k:128"),
+        (
+            {"weightfloor": 3},
+            errors.SettingsError,
+            r"toptheta.weightfloor: unknown option.*known options.*weight_floor",
+        ),
+        ({"target_k": 64}, errors.SettingsError, r"toptheta.target_k: unknown option"),
+        ({"target": "k:0"}, errors.SettingsError, "greater than or equal to 1"),
+        ({"target": "k:4096"}, errors.TargetOutOfRange, "calibrated are 8, 128"),
         ({"target": "half"}, errors.SettingsError, "unknown target 'half'"),
+        ({"target": "k:8", "weight_floor": 2}, errors.SettingsError, "weight_floor and target are two ways"),
+        ({"target": "k:8", "mode": "shadow"}, errors.SettingsError, "target: .*served in mode values only"),
+        ({"max_lost_mass": 1}, errors.SettingsError, "max_lost_mass.*less than 1"),
         ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
         ({"dense_layers": [-1]}, errors.SettingsError, "counted from 0"),
         ({"compensation": "vmc"}, errors.SettingsError, r"compensation.*'sdc\+vmc'"),
@@ -210,8 +240,10 @@ def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeCo
     ],
 )
 def test_options_that_do_not_fit(
-    make_config: MakeConfig, options: dict[str, object], error: type[Exception], words: str
+    make_config: MakeConfig, thresholds_folder: Path, options: Options, error: type[Exception], words: str
 ) -> None:
+    if options.keys() & {"target", "mode"}:
+        options = {"thresholds": str(thresholds_folder), **options}
     with pytest.raises(error, match=words):
         make_config(options)
 
@@ -220,12 +252,14 @@ def test_thresholds_of_another_architecture(make_config: MakeConfig, tmp_path: P
     other = tmp_path / "other"
     store_factory.make_store(other, num_layers=4, num_heads=9, num_kv_heads=9, head_size=64, target_ks=(8, 128))
     with pytest.raises(errors.FingerprintMismatch, match="num_kv_heads.*9.*3"):
-        make_config({"thresholds": str(other)})
+        make_config({"thresholds": str(other), "target": "k:8"})
 
 
 def test_unknown_variable(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOPTHETA_TARGETK", "8")
-    with pytest.raises(errors.SettingsError, match="TOPTHETA_TARGETK: unknown environment variable.*TOPTHETA_TARGET_K"):
+    monkeypatch.setenv("TOPTHETA_WEIGHTFLOOR", "8")
+    with pytest.raises(
+        errors.SettingsError, match="TOPTHETA_WEIGHTFLOOR: unknown environment variable.*TOPTHETA_WEIGHT_FLOOR"
+    ):
         make_config()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from vllm_toptheta.backend.levels import COMMON, DENSE, MAX_ECHO, Levels
-from vllm_toptheta.backend.requests import RequestLevels
+from vllm_toptheta.backend.request_choices import COMMON, KEEP_ALL, MAX_ECHO, RequestChoices
+from vllm_toptheta.backend.requests import RequestOffsets
 from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.selection import ServedThresholds
 from vllm_toptheta.store import ThresholdCurve
 
-
-def curve(label: str, k: int) -> ThresholdCurve:
-    return ThresholdCurve(k, np.full((2, 4, 2), k, np.float32), k + 1, 4096, label=label)
-
-
-LEVELS = Levels(curve("k:128", 128), (curve("k:64", 64), curve("mass:0.98", 40)), min_context=50)
+CHOICES = RequestChoices(ServedThresholds.relative(3.0), any_floor=True)
+LOWER = math.log(1.5) - math.log(3.0)
 ROWS = 6
 
 
@@ -36,80 +34,87 @@ def new_request(req_id: str, asked: Any = None, *, resumed: bool = False) -> Sim
 
 
 @pytest.mark.parametrize(
-    ("asked", "level"),
+    ("asked", "offset"),
     [
-        *(("dense", DENSE), ("k:64", 2), (64, 2), ("64", 2), ("mass:0.98", 3), ("mass:0.980", 3)),
-        *(("k:128", COMMON), (128, COMMON)),
+        *(("dense", KEEP_ALL), ("floor:0", KEEP_ALL), ("floor:0.0", KEEP_ALL)),
+        *(("floor:3", COMMON), ("floor:3.0", COMMON), ("floor:1.5", LOWER), ("floor:15e-1", LOWER)),
+        ("floor:1000", math.log(1000) - math.log(3.0)),
     ],
 )
-def test_what_can_be_asked_for(asked: Any, level: int) -> None:
-    assert LEVELS.parse(asked) == level
-    assert LEVELS.parse(LEVELS.label(level)) == level
+def test_what_can_be_asked_for(asked: Any, offset: float) -> None:
+    assert CHOICES.parse(asked) == offset
 
 
-@pytest.mark.parametrize("asked", ["k:100", 100, 64.0, "sparse", "", [64], ["dense"], "Dense", -1, None, "9" * 10_000])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *("floor:", "floor:x", "floor:-1", "floor:nan", "floor:inf", "floor:1e9", "floor: 1 2", "Floor:1", "3", 3, 3.0),
+        *("k:100", "sparse", "", [64], ["dense"], "Dense", -1, None, "9" * 10_000),
+    ],
+)
 def test_anything_else_is_answered_with_what_can(asked: Any) -> None:
     with pytest.raises(SettingsError) as caught:
-        LEVELS.parse(asked)
+        CHOICES.parse(asked)
     message = str(caught.value)
-    assert message.startswith("vllm_xargs.toptheta: a request can ask for dense, k:128, k:64, mass:0.98, not for ")
+    assert message.startswith("vllm_xargs.toptheta: a request can ask for dense, floor:3, floor:0 to 1000, not for ")
     assert len(message) < 90 + MAX_ECHO
 
 
+def test_calibrated_thresholds_have_no_floor_to_choose() -> None:
+    curve = ThresholdCurve(128, np.full((2, 4, 2), 1.0, np.float32), 129, 4096, label="k:128")
+    choices = RequestChoices(ServedThresholds.calibrated(curve), any_floor=True)
+    assert (choices.parse("dense"), choices.parse("k:128")) == (KEEP_ALL, COMMON)
+    assert choices.kinds == ["dense", "k:128"]
+    with pytest.raises(SettingsError, match="can ask for dense, k:128, not for 'floor:2'"):
+        choices.parse("floor:2")
+
+
 def test_where_nothing_can_be_asked_for_the_reason_is_given() -> None:
+    refusing = RequestChoices(ServedThresholds.relative(3.0), any_floor=True, refusal="switched off")
     with pytest.raises(SettingsError, match="vllm_xargs.toptheta: switched off"):
-        Levels(curve("k:128", 128), refusal="switched off").parse("dense")
+        refusing.parse("dense")
+    assert refusing.kinds == refusing.labels == []
 
 
 def test_a_dense_model_can_be_asked_for_what_it_does() -> None:
-    levels = Levels(None)
-    assert levels.labels == ["dense"]
-    assert levels.parse("dense") == DENSE
-    with pytest.raises(SettingsError, match="can ask for dense, not for 64"):
-        levels.parse(64)
-
-
-def test_rules_and_coefficients() -> None:
-    assert LEVELS.rules().tolist() == [
-        [0, 128, 129, 4096],
-        [1, 2**31 - 1, 1, 1],
-        [2, 64, 65, 4096],
-        [3, 50, 41, 4096],  # min_context is more than what the target needs
-    ]
-    coefficients = LEVELS.coefficients(1, slice(1, 3))
-    assert coefficients.shape == (4, 2, 2)
-    assert coefficients[:, 0, 0].tolist() == [128.0, -torch.inf, 64.0, 40.0]
-    assert coefficients[DENSE, :, 1].tolist() == [0.0, 0.0]
+    choices = RequestChoices(None, any_floor=True)
+    assert choices.labels == choices.kinds == ["dense"]
+    assert choices.parse("dense") == KEEP_ALL
+    with pytest.raises(SettingsError, match="can ask for dense, not for 'floor:2'"):
+        choices.parse("floor:2")
 
 
 def test_a_wish_that_nobody_checked_is_decoded_densely() -> None:
-    requests = RequestLevels(LEVELS, ROWS)
-    requests.step([new_request("a", "k:7")], {"a"}, ["a"])
-    assert requests.rules[0, 0] == DENSE
+    requests = RequestOffsets(CHOICES, ROWS)
+    requests.step([new_request("a", "floor:-7")], {"a"}, ["a"])
+    assert requests.offsets[0] == KEEP_ALL
 
 
 def test_requests_are_counted_when_they_come_and_not_when_they_are_resumed() -> None:
-    requests = RequestLevels(LEVELS, ROWS)
-    requests.step([new_request("a", "dense"), new_request("b", 64), new_request("c")], {"a", "b", "c"}, ["a", "b", "c"])
+    requests = RequestOffsets(CHOICES, ROWS)
+    new = [new_request("a", "dense"), new_request("b", "floor:1.5"), new_request("c")]
+    requests.step(new, {"a", "b", "c"}, ["a", "b", "c"])
     requests.step([], {"b", "c"}, ["c"])
-    requests.step([new_request("a", "dense", resumed=True), new_request("d", 128)], {"a", "b", "c", "d"}, ["d", "a"])
-    assert requests.rules[:2, 0].tolist() == [COMMON, DENSE]
-    assert requests.counts == {"dense": 1, "k:64": 1, "k:128": 1}
+    new = [new_request("a", "dense", resumed=True), new_request("d", "floor:3")]
+    requests.step(new, {"a", "b", "c", "d"}, ["d", "a"])
+    assert requests.offsets[:2].tolist() == [COMMON, KEEP_ALL]
+    # as few counts as there are kinds, whatever floors are asked for
+    assert requests.counts == {"dense": 1, "floor": 2}
 
 
-def test_rules_made_in_inference_mode_are_written_outside_of_it() -> None:
+def test_offsets_made_in_inference_mode_are_written_outside_of_it() -> None:
     with torch.inference_mode():
-        requests = RequestLevels(LEVELS, ROWS)
+        requests = RequestOffsets(CHOICES, ROWS)
     requests.step([new_request("a", "dense")], {"a"}, ["a"])
-    assert requests.rules[0, 0] == DENSE
+    assert requests.offsets[0] == KEEP_ALL
 
 
 def test_nothing_is_written_while_nobody_asks() -> None:
-    requests = RequestLevels(LEVELS, ROWS)
-    requests.rules.fill_(-7)
+    requests = RequestOffsets(CHOICES, ROWS)
+    requests.offsets.fill_(-7)
     for step in range(3):
         requests.step([new_request(str(step))], {"0", "1", "2"}, ["2", "1", "0"][:step])
-    assert (requests.rules == -7).all()
+    assert (requests.offsets == -7).all()
 
 
 class Batches(RuleBasedStateMachine):
@@ -120,8 +125,8 @@ class Batches(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.requests = RequestLevels(LEVELS, ROWS)
-        self.address = self.requests.rules.data_ptr()
+        self.requests = RequestOffsets(CHOICES, ROWS)
+        self.address = self.requests.offsets.data_ptr()
         self.known: dict[str, Any] = {}  # as the runner knows them
         self.new: list[SimpleNamespace] = []
         self.rows: list[str] = []
@@ -129,7 +134,7 @@ class Batches(RuleBasedStateMachine):
     @rule(
         target=running,
         number=st.integers(0, 9),
-        asked=st.sampled_from([None, None, "dense", "k:64", 128, "mass:0.98"]),
+        asked=st.sampled_from([None, None, "dense", "floor:1.5", "floor:3", "floor:7"]),
     )
     def add(self, number: int, asked: Any) -> tuple[str, Any]:
         """Also under the id of one that is known, which was aborted in between."""
@@ -162,16 +167,16 @@ class Batches(RuleBasedStateMachine):
         self.rows = data.draw(st.permutations(chosen))
         self.requests.step(new, self.known.keys(), self.rows)
         self.new = []
-        levels = [
-            LEVELS.parse(self.known[req_id]) if self.known[req_id] is not None else COMMON for req_id in self.rows
+        offsets = [
+            CHOICES.parse(self.known[req_id]) if self.known[req_id] is not None else COMMON for req_id in self.rows
         ]
-        expected = LEVELS.rules()[levels + [COMMON] * (ROWS - len(levels))]
-        assert torch.equal(self.requests.rules, expected)
+        expected = torch.tensor(offsets + [COMMON] * (ROWS - len(offsets)))
+        assert torch.equal(self.requests.offsets, expected)
         assert self.requests._asked.keys() <= self.known.keys()  # nothing is kept of those that are gone
 
     @invariant()
     def it_stays_where_it_is(self) -> None:
-        assert self.requests.rules.data_ptr() == self.address
+        assert self.requests.offsets.data_ptr() == self.address
 
 
 TestBatches = Batches.TestCase

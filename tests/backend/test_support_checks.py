@@ -64,14 +64,6 @@ def test_float8_pages_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config:
         support_checks.check_engine(config)
 
 
-def test_prompts_by_thresholds_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
-    make_config({"prefill": "threshold"})
-    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
-    support_checks.check_settings(Settings.load({}), make_config())
-    with pytest.raises(errors.UnsupportedError, match="prefill: prompts attend by thresholds on CPUs only"):
-        support_checks.check_settings(Settings.load({"prefill": "threshold"}), make_config())
-
-
 def test_shadow_keys_are_for_16_bits(make_config: MakeConfig) -> None:
     config = make_config()
     config.cache_config.cache_dtype = "fp8_e4m3"

@@ -48,25 +48,34 @@ def decode(
     paged: PagedSequences,
     threshold: torch.Tensor | None,
     *,
+    slope: float = 0.0,
+    max_dense_len: int = 0,
+    threshold_offset: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     shadow_layer: ShadowLayer | None = None,
     value_mean: bool = True,
     **layer: Any,
 ) -> Decoded:
-    """One new token per sequence, with thresholds of its own.
+    """One new token per sequence.
 
     Args:
         query: [num_seqs, num_heads, head_size].
         paged: The sequences.
-        threshold: [num_seqs, num_heads] float32, or None for a dense layer.
-        codes, shadow_layer: In mode `shadow`; margins and r of every sequence stand at a level of its own.
+        threshold: [num_heads] float32, or None for a dense layer.
+        slope: Of the thresholds over the anchors' log-sum-exp.
+        max_dense_len: Up to which length every key is kept.
+        codes, shadow_layer: In mode `shadow`.
         value_mean: Whether the lost mass is given to the mean value.
         layer: Further fields of `Layer`.
     """
-    num_seqs = len(query)
-    rules = torch.tensor([[row, 0, 1, 2**31 - 1] for row in range(num_seqs)], dtype=torch.int32)
-    step = DecodeStep(paged.block_table, paged.seq_lens.int(), rules=rules)
-    thresholds = None if threshold is None else LayerThresholds(threshold[..., None].contiguous())
+    step = DecodeStep(
+        paged.block_table, paged.seq_lens.int(), max_dense_len=max_dense_len, threshold_offset=threshold_offset
+    )
+    thresholds = None
+    if threshold is not None:
+        zero = torch.zeros_like(threshold)
+        coefficients = torch.stack([threshold, zero, zero, zero + slope], dim=1)
+        thresholds = LayerThresholds(coefficients, is_relative=slope != 0)
     described = Layer(
         **{"softmax_scale": query.shape[-1] ** -0.5, "value_mean_compensation": value_mean, **layer},
         thresholds=thresholds,

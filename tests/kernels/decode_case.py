@@ -1,7 +1,7 @@
 """Random decode steps on a paged cache, and what the reference makes of them.
 
-Thresholding is discontinuous. So each head's threshold is moved into a gap between its scores, wide against rounding,
-and kernel and reference must agree on every survivor before their outputs are compared.
+Each head's threshold is moved into a gap between its scores, wide against rounding, and kernel and reference must agree
+on every survivor before their outputs are compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from tests.kernels.gaps import in_a_gap
 from vllm_toptheta.kernels.contract import (
+    NUM_COEFFICIENTS,
     Counters,
     DecodeStep,
     Layer,
@@ -27,7 +29,14 @@ from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
-from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
+from vllm_toptheta.reference import (
+    Compensation,
+    anchor_lse,
+    causal_scores,
+    dense_attention,
+    gather_sequence,
+    top_theta_attention,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -35,7 +44,6 @@ RUNS_HERE = INTERPRETED or torch.cuda.is_available()
 WHY_NOT = "needs a GPU, or Triton's interpreter (tests/interpreter.py)"
 
 INNER_EDGES = [2.0**-exponent for exponent in range(9, 0, -1)]  # of the lost mass's histogram
-MIN_GAP = 2e-4  # between a threshold and the nearest score, in scaled logits
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Shape:
     soft_cap: float | None = None
     exact: bool = True
     value_mean: bool = True
-    degree: int = 0
+    degree: int = 0  # of the thresholds in ln n
+    slope: float = 0.0  # of the thresholds over the anchors' log-sum-exp
     max_dense_len: int = 0
     target_k: int = 20
     num_channels: int = 0  # of shadow keys
@@ -78,6 +87,11 @@ class Case:
     @property
     def softmax_scale(self) -> float:
         return self.shape.head_size**-0.5
+
+    def set_threshold(self, threshold: float) -> None:
+        """The same for every head and length."""
+        self.coefficients.zero_()
+        self.coefficients[:, 0] = threshold
 
     @property
     def length_range(self) -> tuple[int, int]:
@@ -108,7 +122,7 @@ class Case:
         *,
         counters: Counters | None = None,
         coefficients: torch.Tensor | None = None,
-        rules: torch.Tensor | None = None,
+        threshold_offset: torch.Tensor | None = None,
         max_dense_len: int | None = None,
         shadow: ShadowLayer | None = None,
         codes: torch.Tensor | None = None,
@@ -121,14 +135,14 @@ class Case:
             self.seq_lens,
             max_dense_len=shape.max_dense_len if max_dense_len is None else max_dense_len,
             length_range=self.length_range,
-            rules=rules,
+            threshold_offset=threshold_offset,
         )
         layer = Layer(
             self.softmax_scale,
             shape.soft_cap,
             denominator_compensation=shape.exact,
             value_mean_compensation=shape.value_mean,
-            thresholds=LayerThresholds(coefficients[None] if coefficients.dim() == 2 else coefficients),
+            thresholds=LayerThresholds(coefficients, is_relative=shape.slope != 0),
             shadow=shadow,
             counters=counters,
         )
@@ -218,14 +232,14 @@ def make_case(shape: Shape, threshold: float | None = None) -> Case:
         value_sum,
         block_table,
         torch.tensor(shape.lens, dtype=torch.int32, device=DEVICE),
-        torch.empty(shape.num_heads, shape.degree + 1, device=DEVICE),
+        torch.zeros(shape.num_heads, NUM_COEFFICIENTS, device=DEVICE),
         scales,
         None if shape.query_dtype is None else torch.tensor(0.6, device=DEVICE),
     )
     if threshold is None:
         _place_thresholds(case, generator)
     else:
-        case.coefficients.fill_(threshold)
+        case.set_threshold(threshold)
     return case
 
 
@@ -310,47 +324,35 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if dtype.itemsize == 1 else dtype
 
 
-def _length_powers(case: Case) -> torch.Tensor:
-    lens = case.seq_lens.clamp(*case.length_range).double().log()
-    return lens[:, None] ** torch.arange(case.shape.degree + 1, device=DEVICE)
-
-
 def thresholds(case: Case) -> torch.Tensor:
     """[num_seqs, num_heads] float32."""
-    return (_length_powers(case) @ case.coefficients.double().T).float()
+    log_lengths = case.seq_lens.clamp(*case.length_range).double().log()
+    *terms, slope = case.coefficients.double().unbind(dim=1)
+    theta = log_lengths[:, None] ** torch.arange(len(terms), device=DEVICE) @ torch.stack(terms)
+    for row, length in enumerate(case.shape.lens if case.shape.slope else ()):
+        if length > case.shape.max_dense_len:
+            theta[row] += slope * anchor_lse(scores_of(case, row)[None].double(), case.seq_lens[row : row + 1])[0]
+    return theta.float()
+
+
+def scores_of(case: Case, row: int) -> torch.Tensor:
+    """Scores of a sequence's new token, [num_heads, seq_len] float32."""
+    key, _ = case.sequence(row)
+    options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": case.shape.soft_cap}
+    return causal_scores(case.new_query(row), key, **options)[0]
 
 
 def _place_thresholds(case: Case, generator: torch.Generator) -> None:
     """Choose coefficients whose constant term lies in a gap of all the scores that a head will compare with it."""
     shape = case.shape
-    coefficients = torch.zeros(shape.num_heads, shape.degree + 1, dtype=torch.float64)
-    coefficients[:, 1:] = 0.02 * torch.randn(shape.num_heads, shape.degree, generator=generator, device=DEVICE).cpu()
-    case.coefficients = coefficients.float().to(DEVICE)
+    curves = 0.02 * torch.randn(shape.num_heads, shape.degree, generator=generator, device=DEVICE)
+    case.coefficients[:, 1 : 1 + shape.degree] = curves
+    case.coefficients[:, 3] = shape.slope
     offsets = thresholds(case)
-    relative: list[torch.Tensor] = []
-    for row, length in enumerate(shape.lens):
-        if length > shape.max_dense_len:
-            key, _ = case.sequence(row)
-            scores = causal_scores(
-                case.new_query(row),
-                key,
-                softmax_scale=case.softmax_scale,
-                logits_soft_cap=shape.soft_cap,
-            )[0]
-            relative.append(scores - offsets[row][:, None])
-    if not relative:
-        return
-    pooled = torch.cat(relative, dim=1).sort(dim=1, descending=True).values
-    wanted = min(shape.target_k * len(relative), pooled.shape[1])
-    if pooled.shape[1] == 1:
-        constant = pooled[:, 0] - 1
-    else:
-        gaps = pooled[:, :-1] - pooled[:, 1:]
-        distance = (torch.arange(1, pooled.shape[1], device=DEVICE) - wanted).abs().expand_as(gaps)
-        distance, index = distance.masked_fill(gaps < 2.5 * MIN_GAP, pooled.shape[1]).min(dim=1)
-        assert int(distance.max()) < pooled.shape[1], "no gap for a threshold"
-        constant = (pooled - torch.nn.functional.pad(gaps, (0, 1)) / 2).gather(1, index[:, None])[:, 0]
-    case.coefficients[:, 0] = constant
+    rows = [row for row, length in enumerate(shape.lens) if length > shape.max_dense_len]
+    if rows:
+        scores = [scores_of(case, row) - offsets[row][:, None] for row in rows]
+        case.coefficients[:, 0] = in_a_gap(scores, shape.target_k)
 
 
 def error_of_dtype(case: Case, row: int, result: Any) -> float:

@@ -18,6 +18,7 @@ from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, Sizes
 from vllm_toptheta.kernels.gpu.shadow import decode
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,
@@ -31,7 +32,6 @@ from vllm_toptheta.reference import (
     top_theta_attention,
 )
 
-NUM_SINK, NUM_RECENT = 3, 10
 GARBAGE = 0xA5
 SCANNING = ShadowConfig().scanning
 MIN_DISTANCE = 0.02  # of a floor to the nearest integer
@@ -74,23 +74,15 @@ class ShadowCase:
     def records(
         self,
         output: torch.Tensor,
-        *,
-        margin: torch.Tensor | None = None,
-        log_scale: torch.Tensor | None = None,
         **options: Any,
     ) -> tuple[DecodeStep, LayerCall]:
         """What the kernels take, as for `Case.records`."""
-        layer = self.layer
-        if margin is not None and log_scale is not None:
-            layer = layer._replace(margin=margin, log_unread_ratio=log_scale)
-        return self.case.records(output, shadow=layer, codes=self.codes, **options)
+        return self.case.records(output, shadow=self.layer, codes=self.codes, **options)
 
     @property
     def layer(self) -> ShadowLayer:
-        """The shadow keys, at one level."""
-        return ShadowLayer(
-            kernel_projection(self.projection), self.margin[None], self.log_scale[None], NUM_SINK, NUM_RECENT
-        )
+        """The shadow keys."""
+        return ShadowLayer(kernel_projection(self.projection), self.margin, self.log_scale)
 
     def write_tails(self, before: list[int], after: list[int]) -> None:
         """As `Case.write_tails`."""
@@ -113,8 +105,8 @@ class ShadowCase:
             scores,
             thresholds(self.case)[row] - self.margin,
             num_kv_heads=shape.num_kv_heads,
-            num_sink=NUM_SINK,
-            num_recent=NUM_RECENT,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=shape.block_size,
         )
 

@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.cpu_case import decode
+from tests.kernels.gaps import in_a_gap
 from tests.kernels.paged import PagedSequences
 from vllm_toptheta.kernels.cpu.cache import write_kv
-from vllm_toptheta.reference import Compensation, causal_scores, dense_attention, gather_sequence, top_theta_attention
+from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.reference import (
+    Compensation,
+    causal_scores,
+    dense_attention,
+    gather_sequence,
+    relative_threshold,
+    top_theta_attention,
+)
 
 # (num_heads, num_kv_heads, head_size)
 SHAPES = {"mha": (2, 2, 64), "gqa 3": (9, 3, 64), "gqa 8": (8, 1, 80)}
@@ -39,16 +48,15 @@ def sequences(lens: list[int], shape: str, block_size: int, dtype: torch.dtype, 
 def threshold_between_scores(
     paged: PagedSequences, query: torch.Tensor, target_k: int, soft_cap: float | None
 ) -> torch.Tensor:
-    """[num_seqs, num_heads]: halfway between the k-th and the next score, so that rounding moves no survivor."""
-    rows = []
-    for row, length in enumerate(paged.seq_lens.tolist()):
-        key, _ = gather_sequence(paged.interleaved, paged.block_table[row], length)
-        scale = query.shape[-1] ** -0.5
-        scores = causal_scores(query[row : row + 1], key, softmax_scale=scale, logits_soft_cap=soft_cap)[0]
-        ranked = scores.sort(dim=-1, descending=True).values
-        k = min(target_k, length)
-        rows.append((ranked[:, k - 1] + ranked[:, min(k, length - 1)]) / 2 if k < length else ranked[:, -1] - 1)
-    return torch.stack(rows)
+    """[num_heads], which about `target_k` scores of every sequence reach."""
+    return in_a_gap([scores_of(paged, query, row, soft_cap) for row in range(len(query))], target_k)
+
+
+def scores_of(paged: PagedSequences, query: torch.Tensor, row: int, soft_cap: float | None) -> torch.Tensor:
+    """Scores of a sequence's new token, [num_heads, seq_len]."""
+    key, _ = gather_sequence(paged.interleaved, paged.block_table[row], int(paged.seq_lens[row]))
+    scale = query.shape[-1] ** -0.5
+    return causal_scores(query[row : row + 1], key, softmax_scale=scale, logits_soft_cap=soft_cap)[0]
 
 
 @pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none", "vmc"])
@@ -70,7 +78,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
             query[row : row + 1],
             key,
             value,
-            threshold=threshold[row : row + 1],
+            threshold=threshold,
             target_k=0,
             softmax_scale=scale,
             logits_soft_cap=soft_cap,
@@ -85,11 +93,43 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
             torch.testing.assert_close(result.lost_mass[row : row + 1], expected.lost_mass, **TOLERANCE)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize(("shape", "weight_floor"), [("mha", 0.5), ("gqa 3", 3.0), ("gqa 8", 20.0)])
+def test_relative_thresholds_keep_every_key_of_the_floor_s_weight(
+    shape: str, weight_floor: float, soft_cap: float | None
+) -> None:
+    paged, query = sequences([144, 145, 200, 700], shape, 16, torch.float32)
+    query *= 4.0  # scores of the size of a real model's
+    num_keys = paged.seq_lens
+    # ln n as the sequence's offset, since the step has one coefficient for all lengths
+    offset = -num_keys.float().log()
+    result = decode(
+        query,
+        paged,
+        torch.full(query.shape[1:2], weight_floor).log(),
+        slope=1.0,
+        max_dense_len=NUM_ANCHORS,
+        threshold_offset=offset,
+        logits_soft_cap=soft_cap,
+        value_mean=False,
+    )
+    for row, length in enumerate(num_keys.tolist()):
+        scores = scores_of(paged, query, row, soft_cap)
+        theta = relative_threshold(scores[None], num_keys[row : row + 1], weight_floor)[0]
+        kept = scores >= theta[:, None] if length > NUM_ANCHORS else torch.ones_like(scores, dtype=torch.bool)
+        assert bool(kept[scores.softmax(dim=1) >= weight_floor / length * (1 + 1e-5)].all())
+        lost = scores.softmax(dim=1).where(~kept, 0.0).sum(dim=1)
+        torch.testing.assert_close(result.lost_mass[row], lost, rtol=1e-3, atol=1e-5)
+        read = kept.unflatten(0, (paged.kv_cache.shape[1], -1)).any(dim=1).sum(dim=1)
+        assert int((result.value_rows_read[row] - read).abs().max()) <= 1  # a score at the threshold itself
+        assert length > NUM_ANCHORS or int(result.value_rows_read[row].min()) == length
+
+
 @pytest.mark.parametrize("threshold", [None, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_that_keeps_everything_is_dense(threshold: float | None, dtype: torch.dtype) -> None:
     paged, query = sequences([1, 31, 32, 100], "gqa 3", 32, dtype)
-    limit = None if threshold is None else torch.full(query.shape[:2], threshold)
+    limit = None if threshold is None else torch.full(query.shape[1:2], threshold)
     result = decode(query, paged, limit)
     for row, length in enumerate(paged.seq_lens.tolist()):
         key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
@@ -102,7 +142,7 @@ def test_decode_that_keeps_everything_is_dense(threshold: float | None, dtype: t
 @pytest.mark.parametrize("exact", [True, False])
 def test_decode_without_survivors_is_the_mean_value(exact: bool) -> None:
     paged, query = sequences([5, 48, 90], "gqa 3", 16, torch.float32)
-    result = decode(query, paged, torch.full(query.shape[:2], torch.inf), denominator_compensation=exact)
+    result = decode(query, paged, torch.full(query.shape[1:2], torch.inf), denominator_compensation=exact)
     for row, length in enumerate(paged.seq_lens.tolist()):
         _, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
         expected = value.mean(0).repeat_interleave(3, dim=0)

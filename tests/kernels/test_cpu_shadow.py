@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.kernels.cpu_case import Decoded, decode
+from tests.kernels.gaps import in_a_gap
 from tests.kernels.paged import PagedSequences
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.contract import ShadowLayer
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,
@@ -30,8 +32,7 @@ from vllm_toptheta.reference import (
 
 # (num_heads, num_kv_heads, head_size, num_channels)
 SHAPES = {"mha": (2, 2, 64, 32), "gqa 3": (9, 3, 64, 64), "gqa 8": (8, 1, 80, 32)}
-LENS = [1, 16, 63, 200, 129]
-NUM_SINK, NUM_RECENT = 3, 10
+LENS = [1, 16, 63, 300, 193]
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # accumulation order differs
 
 
@@ -43,7 +44,7 @@ class Case:
     query: torch.Tensor
     projection: KeyProjection
     codes: torch.Tensor
-    threshold: torch.Tensor  # [num_seqs, num_heads]
+    threshold: torch.Tensor  # [num_heads]
     margin: torch.Tensor
     scale: torch.Tensor
     soft_cap: float | None
@@ -62,9 +63,9 @@ class Case:
         )
 
     def layer(self, margin: torch.Tensor) -> ShadowLayer:
-        """The shadow keys; every sequence is a level."""
+        """The shadow keys."""
         ratio = torch.stack([self.scale.log(), torch.zeros_like(self.scale)], dim=-1)
-        return ShadowLayer(built(self.projection), margin, ratio, NUM_SINK, NUM_RECENT)
+        return ShadowLayer(built(self.projection), margin, ratio)
 
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         length = int(self.paged.seq_lens[row])
@@ -77,10 +78,10 @@ class Case:
         codes = encode_keys(self.sequence(row)[0], self.projection)
         return candidate_keys(
             shadow_scores(query, codes, logits_soft_cap=self.soft_cap)[0],
-            (self.threshold - self.margin)[row],
+            self.threshold - self.margin,
             num_kv_heads=codes.shape[1],
-            num_sink=NUM_SINK,
-            num_recent=NUM_RECENT,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=self.paged.kv_cache.shape[2],
         )
 
@@ -91,7 +92,7 @@ def built(projection: KeyProjection) -> ShadowCodec:
 
 def shadow_keys(projection: KeyProjection) -> ShadowLayer:
     """What writing codes needs to know."""
-    return ShadowLayer(built(projection), torch.empty(0), torch.empty(0), 0, 0)
+    return ShadowLayer(built(projection), torch.empty(0), torch.empty(0))
 
 
 def make_case(
@@ -114,21 +115,18 @@ def make_case(
     projection = fit_projection(mean, identity * falling, identity, num_channels=num_channels)
     codes = codes_view(paged.kv_cache, num_channels // 2)
     codes.fill_(0xA5)
-    for lens in ([0, 10, 40, 100, 128], LENS):
+    for lens in ([0, 10, 40, 100, 192], LENS):
         before = paged.seq_lens
         paged.append(lens, generator)
         paged.write_tails(before, shadow_keys(projection), codes)
     query = torch.randn(len(LENS), num_heads, head_size, generator=generator).to(dtype)
-    margin, scale = 0.3 * torch.rand(2, len(LENS), num_heads, generator=generator)
+    margin, scale = 0.3 * torch.rand(2, num_heads, generator=generator)
     rows = []
     for row, length in enumerate(LENS):
         key, _ = gather_sequence(paged.interleaved, paged.block_table[row], length)
         scores = causal_scores(query[row : row + 1], key, softmax_scale=head_size**-0.5, logits_soft_cap=soft_cap)[0]
-        # between the k-th and the next score, so that rounding moves no survivor
-        ranked = scores.sort(dim=-1, descending=True).values
-        k = min(20, length)
-        rows.append((ranked[:, k - 1] + ranked[:, k]) / 2 if k < length else ranked[:, -1] - 1)
-    return Case(paged, query, projection, codes, torch.stack(rows), margin, 0.05 + scale, soft_cap)
+        rows.append(scores)
+    return Case(paged, query, projection, codes, in_a_gap(rows, 20), margin, 0.05 + scale, soft_cap)
 
 
 @pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none"])
@@ -146,12 +144,12 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
             top_theta_attention(
                 case.query[row : row + 1],
                 *case.sequence(row),
-                threshold=case.threshold[row : row + 1],
+                threshold=case.threshold,
                 target_k=0,
                 softmax_scale=case.query.shape[-1] ** -0.5,
                 logits_soft_cap=soft_cap,
                 candidates=candidates.repeat_interleave(group, dim=0)[None],
-                compensation=Compensation(denominator, value_mean, exp_threshold_scale=case.scale[row]),
+                compensation=Compensation(denominator, value_mean, exp_threshold_scale=case.scale),
             )
             for denominator in ("candidates" if estimated else "none", "candidates")
         )
@@ -162,7 +160,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
         if value_mean:  # the open page is read for the mean
             survivors[:, length // block_size * block_size :] = True
         assert result.value_rows_read[row].tolist() == survivors.sum(1).tolist()
-    assert int(result.keys_read[3].min()) < 200  # something was skipped
+    assert int(result.keys_read[3].min()) < 300  # something was skipped
 
 
 @pytest.mark.parametrize("threshold", [-torch.inf, -50.0])
@@ -186,8 +184,8 @@ def test_without_survivors_the_output_is_the_mean_value(threshold: float, estima
         torch.testing.assert_close(result.output[row], expected, **TOLERANCE)
     assert bool((result.lost_mass == 1).all())
     # sinks, recent ones, and the page of the newest token; of values the open page, for the mean
-    assert result.keys_read[:, 0].tolist() == [1, 16, 3 + 15, 3 + 10, 3 + 10]
-    assert result.value_rows_read[:, 0].tolist() == [1, 0, 15, 8, 1]
+    assert result.keys_read[:, 0].tolist() == [1, 16, 63, 16 + 128, 16 + 128]
+    assert result.value_rows_read[:, 0].tolist() == [1, 0, 15, 12, 1]
 
 
 def test_codes_are_the_references_however_the_tokens_came() -> None:

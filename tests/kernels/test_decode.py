@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,11 +21,14 @@ from tests.kernels.decode_case import (
     check_closed_pages,
     make_case,
     reference,
+    scores_of,
 )
 from vllm_toptheta.kernels.contract import Counters
 from vllm_toptheta.kernels.gpu.merge import _bucket
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.reference import relative_threshold
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -44,6 +48,16 @@ SHAPES = {
     "block size that is no power of two": Shape(LENS, block_size=48),
     "soft cap": Shape(LENS, soft_cap=5.0),
     "threshold curve": Shape(LENS, degree=2),
+    "relative": Shape((*LENS, 400), max_dense_len=NUM_ANCHORS, degree=1, slope=1.0),
+    "relative, soft cap, block 32": Shape(
+        (333, 145, 250), max_dense_len=NUM_ANCHORS, slope=1.0, soft_cap=5.0, block_size=32
+    ),
+    "relative, gqa 16, head size 80, HND": Shape(
+        (333, 145), num_heads=16, num_kv_heads=1, head_size=80, max_dense_len=NUM_ANCHORS, slope=0.7, layout="HND"
+    ),
+    "relative, float8 queries too": Shape(
+        (333, 160), max_dense_len=NUM_ANCHORS, slope=1.0, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn
+    ),
     "short sequences kept": Shape(LENS, max_dense_len=130),
     "everything kept": Shape(LENS, max_dense_len=1000),
     "survivors only in Z": Shape(LENS, exact=False),
@@ -70,61 +84,71 @@ def test_decode_bfloat16(name: str) -> None:
     check(case, *case.run())
 
 
+@pytest.mark.parametrize("slope", [0.0, 1.0])
 @pytest.mark.parametrize("config", [None, FEW], ids=["usual", "few programs"])
-def test_every_sequence_follows_its_own_rule(config: LaunchConfig | None) -> None:
-    common, dense, other = 0, 1, 2
-    lens, levels = (64, 64, 130, 0, 130, 333, 333, 333), (common, other, dense, other, other, common, dense, other)
-    shape = Shape(lens)
-    # the same tensors with other thresholds, in gaps between scores too
-    cases = {
-        common: make_case(shape),
-        dense: make_case(replace(shape, max_dense_len=10**6)),
-        other: make_case(replace(shape, target_k=5, max_dense_len=64)),
-    }
-    # a curve that has the right value at 200 tokens only, where its rule clamps every length
-    at_200 = torch.tensor(200.0, device=DEVICE).log()
-    coefficients = torch.zeros(3, 4, 2, device=DEVICE)
-    coefficients[common, :, 0] = cases[common].coefficients[:, 0]
-    coefficients[dense] = torch.nan
-    coefficients[other, :, 0] = cases[other].coefficients[:, 0] - 3.0 * at_200
-    coefficients[other, :, 1] = 3.0
-    rule = {common: [common, 0, 1, 999], dense: [dense, 2**31 - 1, 1, 1], other: [other, 64, 200, 200]}
-    garbage = [[7, 7, 7, 7]] * 3  # of rows behind the last
-    rules = torch.tensor([rule[level] for level in levels] + garbage, dtype=torch.int32, device=DEVICE)
-    output, counters = cases[common].run(config, coefficients=coefficients, rules=rules, max_dense_len=-1)
+def test_every_sequence_adds_its_own_offset(config: LaunchConfig | None, slope: float) -> None:
+    lens = (64, 333, 150, 0, 200, 333, 333, 400)
+    keep_all = -torch.inf
+    offsets = (0.0, keep_all, 0.5, 0.7, -0.3, 0.0, 0.25, -1e30)
+    shape = Shape(lens, slope=slope, max_dense_len=NUM_ANCHORS)
+    case = make_case(shape)
+    garbage = [torch.nan] * 3  # of rows behind the last
+    threshold_offset = torch.tensor([*offsets, *garbage], device=DEVICE)
+    output, counters = case.run(config, threshold_offset=threshold_offset)
     rows_read, tokens = 0, 0
     lost_mass = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-    for row, (length, level) in enumerate(zip(lens, levels, strict=True)):
+    for row, (length, offset) in enumerate(zip(lens, offsets, strict=True)):
         if length == 0:
             assert not output[row].any()
             continue
-        result = reference(cases[level], row)
-        torch.testing.assert_close(output[row].float(), result.output[0], rtol=0, atol=2e-3)
-        survivors = result.survivors[0].view(2, 2, length).any(1)
-        if length > rule[level][1]:
-            survivors[:, length // 16 * 16 :] = True  # the open page
-        rows_read += survivors.sum(1)
-        if level == common:
+        # alone, with what the offset makes of the thresholds
+        alone = replace(case, seq_lens=torch.where(torch.arange(len(lens), device=DEVICE) == row, case.seq_lens, 0))
+        alone.coefficients = case.coefficients.clone()
+        alone.coefficients[:, 0] += max(offset, -1e9)
+        expected, counted = alone.run(config, max_dense_len=10**6 if offset == keep_all else None)
+        torch.testing.assert_close(output[row], expected[row], rtol=0, atol=2e-3)
+        rows_read += counted.value_rows_read
+        if offset == 0.0 and length > NUM_ANCHORS:
             tokens += 1
-            lost_mass += result.lost_mass[0]
+            lost_mass += counted.lost_mass
     assert counters.value_rows_read.tolist() == rows_read.tolist()
-    assert counters.totals.tolist() == [7, 0, sum(lens), 1, 5]
-    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [tokens] * 4 == [2] * 4
+    # of what requests asked for, nothing enters the statistics of what was lost
+    assert counters.totals.tolist() == [7, 1, sum(lens), 1, 5]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [tokens] * 4 == [1] * 4
     torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5)
-    # one rule for all is what the arguments say
-    uniform = torch.tensor([[common, 64, 32, 40_000]] * len(lens), dtype=torch.int32, device=DEVICE)
-    by_rule, ruled = cases[common].run(config, coefficients=coefficients, rules=uniform)
-    plain, counted = cases[common].run(config, coefficients=coefficients[common], max_dense_len=64)
-    assert torch.equal(by_rule, plain)
-    assert ruled.keys_read is counted.keys_read is None
-    assert all(torch.equal(one, two) for one, two in zip(ruled, counted, strict=True) if one is not None)
+    # offsets of zero are none
+    uniform, one = case.run(config, threshold_offset=torch.zeros(len(lens), device=DEVICE))
+    plain, other = case.run(config)
+    assert torch.equal(uniform, plain)
+    assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True) if left is not None)
+
+
+@pytest.mark.parametrize("weight_floor", [0.5, 3.0, 20.0])
+def test_no_key_of_the_floor_s_weight_is_skipped(weight_floor: float) -> None:
+    # scores of the size of a real model's, whose weight lies anywhere, far from the anchors too
+    case = make_case(Shape((150, 333, 700), max_dense_len=NUM_ANCHORS, slope=1.0, value_mean=False))
+    case.query *= 4.0
+    case.coefficients.zero_()
+    case.coefficients[:, 0], case.coefficients[:, 1], case.coefficients[:, 3] = math.log(weight_floor), -1.0, 1.0
+    output, counters = case.run(FEW)
+    lost = torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    for row, length in enumerate(case.shape.lens):
+        scores = scores_of(case, row)
+        weights = scores.softmax(dim=-1)
+        heavy = weights >= weight_floor / length * (1 + 1e-4)
+        theta = relative_threshold(scores[None], case.seq_lens[row : row + 1], weight_floor)[0]
+        assert bool((scores >= theta[:, None])[heavy].all())
+        lost += weights.where(scores < theta[:, None], 0.0).sum(dim=1)
+        torch.testing.assert_close(output[row].float(), reference(case, row).output[0], rtol=0, atol=5e-3)
+    # what the kernel lost is what lies below the reference's thresholds
+    torch.testing.assert_close(counters.lost_mass, lost, rtol=1e-2, atol=3 * weight_floor / 150)
 
 
 def test_lists_longer_than_their_room_are_gathered_early() -> None:
     # every key of 33 tiles survives, three times as many as a lane has room for at once
     shape = Shape((64 * 33 + 5,), num_heads=2, num_kv_heads=1, max_dense_len=0)
     case = make_case(shape)
-    case.coefficients.fill_(-50.0)
+    case.set_threshold(-50.0)
     output, counters = case.run(LaunchConfig(programs_per_sm=1, min_work=1000))
     assert counters.value_rows_read.tolist() == [shape.lens[0]]
     assert float(counters.lost_mass.abs().max()) == 0.0
@@ -134,7 +158,7 @@ def test_lists_longer_than_their_room_are_gathered_early() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_minus_infinity_is_dense_attention(exact: bool) -> None:
     case = make_case(Shape(LENS, exact=exact))
-    case.coefficients.fill_(-torch.inf)
+    case.set_threshold(-torch.inf)
     output, counters = case.run()
     dense, _ = case.run(max_dense_len=10**6)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
@@ -146,7 +170,7 @@ def test_minus_infinity_is_dense_attention(exact: bool) -> None:
 @pytest.mark.parametrize("threshold", [40.0, 1000.0, torch.inf])
 def test_without_survivors_the_output_is_the_mean_value(threshold: float, exact: bool) -> None:
     case = make_case(Shape((5, 48, 90), exact=exact))
-    case.coefficients.fill_(threshold)
+    case.set_threshold(threshold)
     output, counters = case.run()
     for row in range(3):
         mean = case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
@@ -174,7 +198,7 @@ def test_a_page_that_another_sequence_fills_in_the_same_step(lens: tuple[int, ..
 
 def test_without_survivors_and_value_mean_the_output_is_zero() -> None:
     case = make_case(Shape((5, 48, 90), value_mean=False))
-    case.coefficients.fill_(torch.inf)
+    case.set_threshold(torch.inf)
     output, counters = case.run()
     assert not output.any()
     assert counters.value_rows_read.tolist() == [0, 0]
@@ -191,7 +215,7 @@ def test_a_tie_survives() -> None:
     case.query.zero_()
     case.query[..., 0] = 8.0  # the scale is 1/8
     for threshold, survivors in ((2.0, 66), (1.0, 133), (0.0, 200)):
-        case.coefficients.fill_(threshold)
+        case.set_threshold(threshold)
         _, counters = case.run()
         assert counters.value_rows_read.tolist() == [survivors, survivors]
 
@@ -267,8 +291,9 @@ def test_no_sequences_is_no_work() -> None:
         ("kv_cache", {"kv_cache": torch.zeros(2, 2, 16, 136, dtype=torch.float16, device=DEVICE)[..., :128]}),
         ("block_table", {"block_table": torch.zeros(1, 1, dtype=torch.int64)}),
         ("seq_lens", {"seq_lens": torch.zeros(2, dtype=torch.int32)}),
-        ("coefficients", {"coefficients": torch.zeros(3, 1)}),
-        ("coefficients", {"coefficients": torch.zeros(2, 3, 1)}),  # of every level
+        ("coefficients", {"coefficients": torch.zeros(3, 4)}),
+        ("coefficients", {"coefficients": torch.zeros(4, 3)}),
+        ("coefficients", {"coefficients": torch.zeros(4, 8)[:, ::2]}),
         ("value_sum", {"value_sum": torch.zeros(2, 2, 64, dtype=torch.float16)}),
     ],
 )
@@ -279,19 +304,20 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(
-    "rules",
-    [
-        torch.zeros(2, 4, dtype=torch.int32),
-        torch.zeros(3, 3, dtype=torch.int32),
-        torch.zeros(3, 4, dtype=torch.int64),
-        torch.zeros(4, 3, dtype=torch.int32).T,
-    ],
-    ids=["fewer rows than sequences", "too few fields", "another dtype", "not contiguous"],
+    "threshold_offset",
+    [torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]],
+    ids=["fewer rows than sequences", "too many axes", "another dtype", "not contiguous"],
 )
-def test_wrong_rules_are_named(rules: torch.Tensor) -> None:
+def test_wrong_offsets_are_named(threshold_offset: torch.Tensor) -> None:
     case = make_case(Shape((16, 16, 16)))
-    with pytest.raises(ValueError, match="^rules: "):
-        case.run(rules=rules.to(DEVICE), coefficients=case.coefficients[None])
+    with pytest.raises(ValueError, match="^threshold_offset: "):
+        case.run(threshold_offset=threshold_offset.to(DEVICE))
+
+
+def test_relative_thresholds_need_room_for_the_anchors() -> None:
+    case = make_case(Shape((200,), slope=1.0, max_dense_len=NUM_ANCHORS))
+    with pytest.raises(ValueError, match="^max_dense_len: "):
+        case.run(max_dense_len=NUM_ANCHORS - 1)
 
 
 def test_a_scratch_for_fewer_sequences_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,10 @@ from vllm_toptheta.kernels.contract import Layer, TailStep
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
+from vllm_toptheta.limits import NUM_ANCHORS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,8 +44,10 @@ COLUMNS: dict[str, list[Any]] = {
     "exact": [True, True, True, False],
     "value_mean": [True, True, True, False],
     "degree": [0, 2],
+    "slope": [0.0, 1.0],
 }
 NUM_KINDS, CASES_PER_KIND = 20, 10
+OFFSETS = (0.0, -math.inf, 0.3)  # the server's own, dense, higher thresholds
 MAX_LENGTH, MAX_TOKENS = 131_072, 150_000
 
 
@@ -59,6 +63,7 @@ def random_shape(kind: int, case: int) -> Shape:
         lens.append(length if sum(lens) + length <= MAX_TOKENS else drawn.randrange(200))
     if case == 0:
         lens = [MAX_LENGTH, 1]
+    shortest = NUM_ANCHORS if columns["slope"] else 0
     group, (dtype, kv_dtype, query_dtype) = columns.pop("group"), columns.pop("dtypes")
     num_kv_heads = drawn.choice([1, 2]) if kind % 2 else 2
     return Shape(
@@ -68,7 +73,7 @@ def random_shape(kind: int, case: int) -> Shape:
         dtype=dtype,
         kv_dtype=kv_dtype,
         query_dtype=query_dtype,
-        max_dense_len=drawn.choice([0, 0, 300, 5000]),
+        max_dense_len=max(shortest, drawn.choice([0, 0, 300, 5000])),
         target_k=drawn.choice([16, 128, 1000]),
         seed=1000 * kind + case,
         **columns,
@@ -90,6 +95,7 @@ def graph_case() -> tuple[Case, Scratch]:
         dtype=torch.bfloat16,
         max_dense_len=500,
         degree=1,
+        slope=1.0,
     )
     case = make_case(shape)
     _, _ = case.run()  # closes the pages that the last tokens fill
@@ -118,30 +124,27 @@ def test_a_replayed_graph_equals_the_eager_call() -> None:
         assert not output[-2:].any()
 
 
-def test_a_replayed_graph_follows_rules_that_move() -> None:
+def test_a_replayed_graph_follows_offsets_that_move() -> None:
     case, scratch = graph_case()
     output = torch.full_like(case.query, torch.nan)
-    common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
-    rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
-    others = case.coefficients + 0.3
-    coefficients = torch.stack([case.coefficients, torch.full_like(others, -torch.inf), others])
-    ruled: dict[str, Any] = {"scratch": scratch, "coefficients": coefficients, "rules": rules}
-    case.run(output=output, **ruled)
+    offset = torch.zeros(10, device="cuda")
+    asked: dict[str, Any] = {"scratch": scratch, "threshold_offset": offset}
+    case.run(output=output, **asked)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case_run(case, scratch, output, coefficients=coefficients, rules=rules)
+        case_run(case, scratch, output, threshold_offset=offset)
     for turn in range(4):
-        rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
-        rules[:8] = torch.tensor(rows, dtype=torch.int32)
+        rows = [OFFSETS[(row + turn) % 3] for row in range(8)]
+        offset[:8] = torch.tensor(rows)
         output.fill_(torch.nan)
         graph.replay()
-        expected, counters = case.run(**ruled)
+        expected, counters = case.run(**asked)
         assert torch.equal(output, expected)
-        assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
+        assert int(counters.totals[4]) == sum(wanted != 0 for wanted in rows)
         everything, _ = case.run(max_dense_len=2**31 - 1)
-        for row, rule in enumerate(rows):
-            if rule is dense:
+        for row, wanted in enumerate(rows):
+            if wanted == -math.inf:
                 torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)
 
 
@@ -245,39 +248,37 @@ def test_a_replayed_graph_with_shadow_keys_equals_the_eager_call(config: ShadowC
         assert (keys_read.tolist() == [num_tokens] * 2) == (num_tokens < few_tokens or is_short)
 
 
-def test_a_replayed_graph_with_shadow_keys_follows_rules_that_move() -> None:
+def test_a_replayed_graph_with_shadow_keys_follows_offsets_that_move() -> None:
     shadow = make_shadow_case(replace(graph_case()[0].shape, num_channels=64))
     case = shadow.case
     scratch = shadow.scratch()
     output = torch.full_like(case.query, torch.nan)
-    common, dense, other = [0, 500, *case.length_range], [1, 2**31 - 1, 1, 1], [2, 700, 1, 30_000]
-    rules = torch.tensor([common] * 10, dtype=torch.int32, device="cuda")
-    ruled: dict[str, Any] = {
-        "rules": rules,
-        "coefficients": torch.stack(
-            [case.coefficients, torch.full_like(case.coefficients, -torch.inf), case.coefficients + 0.3]
-        ),
-        "margin": torch.stack([shadow.margin, torch.zeros_like(shadow.margin), shadow.margin + 0.1]),
-        "log_scale": torch.stack([shadow.log_scale, torch.zeros_like(shadow.log_scale), shadow.log_scale - 0.2]),
-    }
-    records = shadow.records(output, **ruled)
+    offset = torch.zeros(10, device="cuda")
+    records = shadow.records(output, threshold_offset=offset)
     decode_shadow(*records, scratch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         decode_shadow(*records, scratch)
     for turn in range(4):
-        rows = [(common, dense, other)[(row + turn) % 3] for row in range(8)]
-        rules[:8] = torch.tensor(rows, dtype=torch.int32)
+        rows = [OFFSETS[(row + turn) % 3] for row in range(8)]
+        offset[:8] = torch.tensor(rows)
         output.fill_(torch.nan)
         graph.replay()
-        expected, counters, _ = shadow.run(scratch=scratch, **ruled)
+        expected, counters, _ = shadow.run(scratch=scratch, threshold_offset=offset)
         assert torch.equal(output, expected)
-        assert int(counters.totals[4]) == sum(rule is not common for rule in rows)
+        assert int(counters.totals[4]) == sum(wanted != 0 for wanted in rows)
         everything, _, _ = shadow.run(max_dense_len=2**31 - 1)
-        for row, rule in enumerate(rows):
-            if rule is dense:
+        for row, wanted in enumerate(rows):
+            if wanted == -math.inf:
                 torch.testing.assert_close(output[row], everything[row], rtol=0, atol=1e-2)
+
+
+def test_all_programs_of_a_row_compare_with_the_same_bits() -> None:
+    # many programs a sequence, and one: the survivors are those of the same thresholds
+    case, _ = graph_case()
+    counted = [case.run(config)[1].value_rows_read for config in (LaunchConfig(), LaunchConfig(programs_per_sm=1))]
+    assert torch.equal(*counted)
 
 
 def test_shadow_keys_beyond_32_bits() -> None:

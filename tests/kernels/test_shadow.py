@@ -22,6 +22,7 @@ from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, Sizes
 from vllm_toptheta.kernels.gpu.shadow import decode
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
+from vllm_toptheta.limits import NUM_ANCHORS
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
 
-LENS = (1, 0, 64, 130, 333)
+LENS = (1, 0, 64, 160, 333)
 
 SHAPES = {
     "plain": Shape(LENS, num_channels=32),
@@ -46,7 +47,11 @@ SHAPES = {
     "block size that is no power of two": Shape(LENS, block_size=48, num_channels=32),
     "soft cap": Shape(LENS, soft_cap=5.0, num_channels=32),
     "threshold curve": Shape(LENS, degree=2, num_channels=32),
-    "short sequences kept": Shape(LENS, max_dense_len=130, num_channels=32),
+    "relative": Shape((145, 333, 0, 420), max_dense_len=NUM_ANCHORS, degree=1, slope=1.0, num_channels=32),
+    "relative, gqa 16, soft cap": Shape(
+        (333,), num_heads=16, num_kv_heads=1, max_dense_len=NUM_ANCHORS, slope=1.0, soft_cap=5.0, num_channels=32
+    ),
+    "short sequences kept": Shape(LENS, max_dense_len=160, num_channels=32),
     "everything kept": Shape(LENS, max_dense_len=1000, num_channels=32),
     "survivors only in Z": Shape(LENS, exact=False, num_channels=32),
     "no value mean": Shape(LENS, value_mean=False, num_channels=32),
@@ -117,7 +122,7 @@ def test_lists_longer_than_their_room_are_walked_early() -> None:
 
 def test_minus_infinity_is_dense_attention() -> None:
     shadow = make_shadow_case(SHAPES["plain"], threshold=-1.0)
-    shadow.case.coefficients.fill_(-torch.inf)
+    shadow.case.set_threshold(-torch.inf)
     output, counters, keys_read = shadow.run(FEW)
     dense, _, _ = shadow.run(FEW, max_dense_len=10**6)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
@@ -127,24 +132,24 @@ def test_minus_infinity_is_dense_attention() -> None:
 
 @pytest.mark.parametrize("threshold", [40.0, torch.inf])
 def test_without_survivors_the_output_is_the_mean_value(threshold: float) -> None:
-    shadow = make_shadow_case(Shape((5, 48, 90), num_channels=32), threshold=1.0)
-    shadow.case.coefficients.fill_(threshold)
+    shadow = make_shadow_case(Shape((5, 200, 250), num_channels=32), threshold=1.0)
+    shadow.case.set_threshold(threshold)
     output, counters, keys_read = shadow.run(FEW)
     for row in range(3):
         mean = shadow.case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
         torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
     assert counters.lost_mass.tolist() == pytest.approx([3.0] * 4)
-    assert counters.value_rows_read.tolist() == [5 + 0 + 10] * 2  # only the open page, for the mean
-    # sinks, recent ones, and the page of the new token
-    assert keys_read.tolist() == [5 + (3 + 16) + (3 + 10)] * 2
+    assert counters.value_rows_read.tolist() == [5 + 8 + 10] * 2  # only the open page, for the mean
+    # anchors, among which is the page of the new token
+    assert keys_read.tolist() == [5 + 2 * (16 + 128)] * 2
 
 
 def test_a_soft_cap_below_the_threshold_leaves_no_candidates() -> None:
-    shadow = make_shadow_case(Shape((90,), soft_cap=5.0, num_channels=32), threshold=4.0)
-    shadow.case.coefficients.fill_(6.0)
-    assert shadow.run(FEW)[2].tolist() == [3 + 10] * 2
-    shadow.case.coefficients.fill_(-6.0)
-    assert shadow.run(FEW)[2].tolist() == [90] * 2
+    shadow = make_shadow_case(Shape((190,), soft_cap=5.0, num_channels=32), threshold=4.0)
+    shadow.case.set_threshold(6.0)
+    assert shadow.run(FEW)[2].tolist() == [16 + 128] * 2
+    shadow.case.set_threshold(-6.0)
+    assert shadow.run(FEW)[2].tolist() == [190] * 2
 
 
 @pytest.mark.parametrize(("programs", "min_work"), [(1, 1), (2, 4), (7, 1)])
@@ -157,48 +162,21 @@ def test_the_output_hardly_depends_on_how_work_is_shared_out(programs: int, min_
     assert keys.tolist() == other_keys.tolist()
 
 
-def test_every_sequence_by_its_own_rule() -> None:
-    shape = Shape((200, 90, 130, 0, 333, 64), num_channels=32, degree=1)
+def test_every_sequence_adds_its_own_offset() -> None:
+    keep_all = -torch.inf
+    shape = Shape((333, 180, 250, 0, 333, 64), num_channels=32, slope=1.0, max_dense_len=NUM_ANCHORS)
+    offsets = (0.0, keep_all, -0.4, 0.3, 0.2, keep_all)
     shadow = make_shadow_case(shape)
     case = shadow.case
-    dense, far = torch.zeros_like(case.coefficients), case.coefficients.clone()
-    dense[:, 0] = -torch.inf
-    far[:, 0] -= 0.5
-    shortest, longest = case.length_range
-    rules = [
-        [0, 64, shortest, longest],
-        [1, 2**31 - 1, 1, 1],
-        [2, 0, 100, 120],
-        [0, 0, 0, 0],
-        [2, 400, 100, 120],
-        [2, 0, 100, 120],
-    ]
-    other_margin, other_scale = shadow.margin + 0.2, shadow.log_scale - 0.3
-    levels = {
-        "coefficients": torch.stack([case.coefficients, dense, far]),
-        "margin": torch.stack([shadow.margin, torch.zeros_like(shadow.margin), other_margin]),
-        "log_scale": torch.stack([shadow.log_scale, torch.zeros_like(shadow.log_scale), other_scale]),
-        "rules": torch.tensor([*rules, [9, 9, 9, 9]], dtype=torch.int32, device=DEVICE),
-    }
-    output, counters, keys_read = shadow.run(FEW, **levels)
-    other = {
-        "coefficients": far,
-        "margin": other_margin[None],
-        "log_scale": other_scale[None],
-        "rules": torch.tensor([[0, 0, 100, 120]] * 6, dtype=torch.int32, device=DEVICE),
-    }
-    kept = other | {"rules": torch.tensor([[0, 400, 100, 120]] * 6, dtype=torch.int32, device=DEVICE)}
-    runs = {
-        0: {"max_dense_len": 64},
-        1: {"max_dense_len": 10**6},
-        2: other,
-        4: kept,
-        5: other,
-    }
+    threshold_offset = torch.tensor([*offsets, torch.nan], device=DEVICE)
+    output, counters, keys_read = shadow.run(FEW, threshold_offset=threshold_offset)
     total = 0
-    for row, options in runs.items():
+    for row, offset in enumerate(offsets):
         alone = replace(case, seq_lens=torch.where(torch.arange(6, device=DEVICE) == row, case.seq_lens, 0))
-        expected, _, keys = replace(shadow, case=alone).run(FEW, **options)
+        alone.coefficients = case.coefficients.clone()
+        alone.coefficients[:, 0] += max(offset, -1e9)
+        dense = {"max_dense_len": 10**6} if offset == keep_all else {}
+        expected, _, keys = replace(shadow, case=alone).run(FEW, **dense)
         torch.testing.assert_close(output[row], expected[row], rtol=0, atol=1e-3)
         total += keys
     assert keys_read.tolist() == total.tolist()
@@ -211,12 +189,12 @@ def test_every_sequence_by_its_own_rule() -> None:
 
 def test_a_page_that_another_sequence_fills_in_the_same_step_is_scanned() -> None:
     # the second sequence shares the first one's pages, the last of which the first one's new token fills
-    shadow = make_shadow_case(Shape((96, 100), num_channels=32))
+    shadow = make_shadow_case(Shape((192, 196), num_channels=32))
     case = shadow.case
     shared = case.block_table.clone()
-    shared[1, :6] = shared[0, :6]
+    shared[1, :12] = shared[0, :12]
     case.block_table = shared
-    filled = shared[0, 5].long()
+    filled = shared[0, 11].long()
     assert bool((shadow.codes[filled] == GARBAGE).all())
     check_both = replace(shadow, case=replace(case, block_table=shared))
     output, _, keys_read = check_both.run(FEW)

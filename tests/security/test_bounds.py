@@ -54,7 +54,7 @@ def test_outputs_stay_within_the_cached_values(
     compensation: str, lens: list[int], thresholds: list[float], seed: int
 ) -> None:
     paged, query = cached(lens, seed)
-    result = decode(paged, query, torch.tensor(thresholds).expand(len(lens), -1), compensation)
+    result = decode(paged, query, torch.tensor(thresholds), compensation)
     assert torch.isfinite(result.output).all()
     assert ((result.lost_mass >= 0) & (result.lost_mass <= 1 + ROUNDING)).all()
     for row, length in enumerate(lens):
@@ -74,7 +74,7 @@ def test_outputs_stay_within_the_cached_values(
 def test_no_other_sequence_is_read(thresholds: list[float], seed: int) -> None:
     """A sequence's output and counters are the same whoever else is in the batch and whatever their rows hold."""
     paged, query = cached([40, 55], seed)
-    threshold = torch.tensor(thresholds).expand(2, -1)
+    threshold = torch.tensor(thresholds)
     before = decode(paged, query, threshold, "sdc+vmc")
     blocks = -(-55 // BLOCK_SIZE)
     paged.kv_cache[paged.block_table[1, :blocks].long()] = 1e30

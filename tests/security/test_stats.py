@@ -8,7 +8,7 @@ from typing import Any
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry.stats import Stats
 
-OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard", "levels"}
+OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard", "choices"}
 
 
 def leaves(schema: dict[str, Any], name: str, definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -37,7 +37,7 @@ def test_only_the_operators_strings() -> None:
     assert {name for name, kind in found if kind not in ("number", "integer", "boolean", "null")} == {
         *OPERATORS_STRINGS,
         "keys of dense_tokens",
-        "keys of requests",  # those of levels; other wishes are refused
+        "keys of requests",  # kinds of what can be asked for, of which there are two
     }
     assert {"rows_read", "decode_tokens", "layer", "lost_mass_mean"} <= {name for name, _ in found}
 

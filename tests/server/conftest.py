@@ -14,7 +14,7 @@ CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TOPTHETA_THRESHOLDS", "TOPTHETA_TARGET_K", "VLLM_PLUGINS"):
+    for name in ("TOPTHETA_THRESHOLDS", "TOPTHETA_WEIGHT_FLOOR", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
 

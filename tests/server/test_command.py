@@ -39,13 +39,13 @@ def test_the_backend_is_selected_and_flags_are_kept() -> None:
 def test_the_command_line_wins_over_the_file_and_its_options_over_its_json() -> None:
     config = {
         "model": "acme/file",
-        "target_k": 8,
+        "weight_floor": 8.0,
         "min_context": 9,
         "compensation": "none",
         "vllm": {"port": 1, "seed": 2, "additional-config": {"other": 1, "toptheta": {"min_context": 7}}},
     }
-    flag = json.dumps({"toptheta": {"target_k": 16, "compensation": "sdc"}, "another": 2})
-    built = build("acme/tiny", "--port", "3", "--additional-config", flag, config=config, target_k=32)
+    flag = json.dumps({"toptheta": {"weight_floor": 16, "compensation": "sdc"}, "another": 2})
+    built = build("acme/tiny", "--port", "3", "--additional-config", flag, config=config, weight_floor=32)
     *front, name, additional = words(built)
     assert (built.model, front) == (
         "acme/tiny",
@@ -55,12 +55,12 @@ def test_the_command_line_wins_over_the_file_and_its_options_over_its_json() -> 
     assert json.loads(additional) == {
         "other": 1,
         "another": 2,
-        "toptheta": {"target_k": 32, "min_context": 9, "compensation": "sdc"},
+        "toptheta": {"weight_floor": 32, "min_context": 9, "compensation": "sdc"},
     }
 
 
 def test_only_what_somebody_set_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOPTHETA_TARGET_K", "16")
+    monkeypatch.setenv("TOPTHETA_WEIGHT_FLOOR", "16")
     built = build("acme/tiny", dense_layers="0,2", thresholds="stores")
     assert built.options == {"dense_layers": [0, 2], "thresholds": "stores"}
 
@@ -99,7 +99,7 @@ def test_flags_that_a_file_cannot_set(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "options", "field"),
     [
-        ([], {"target_k": 0}, "--target-k"),
+        ([], {"weight_floor": -1}, "--weight-floor"),
         ([], {"compensation": "vmc"}, "--compensation"),
         ([], {"mode": "keys"}, "--mode"),
         (["--additional-config", '{"toptheta": {"target": 1}}'], {}, r"additional_config\.toptheta\.target"),
@@ -190,32 +190,32 @@ def test_serve_prints_the_command_and_becomes_it(
     capsys: pytest.CaptureFixture[str],
     replaced: list[Any],
 ) -> None:
-    assert run(monkeypatch, model, "--target-k", 16, "--thresholds", thresholds, "--api-key", "secret", "-tp", 2) == 0
+    assert run(monkeypatch, model, "--target", "k:16", "--thresholds", thresholds, "--api-key", "secret", "-tp", 2) == 0
     printed = capsys.readouterr()
     ((program, arguments, environment),) = replaced
     assert Path(program).name == "vllm"
     assert environment["VLLM_PLUGINS"].split(",")[-1] == "toptheta"
     assert arguments[1:] == [
         *("serve", str(model), "--attention-backend", "toptheta", "--api-key", "secret", "-tp", "2"),
-        *("--additional-config", json.dumps({"toptheta": {"thresholds": str(thresholds), "target_k": 16}})),
+        *("--additional-config", json.dumps({"toptheta": {"target": "k:16", "thresholds": str(thresholds)}})),
     ]
     (line,) = printed.out.splitlines()
     assert shlex.split(line)[2:] == [word.replace("secret", "***") for word in arguments[1:]]
     assert printed.err.startswith("checked: thresholds of acme/tiny")
 
 
-@pytest.mark.parametrize(("target_k", "code"), [(16, 0), (64, 2)])
+@pytest.mark.parametrize(("target", "code"), [("k:16", 0), ("k:64", 2)])
 def test_check(
     model: Path,
     thresholds: Path,
-    target_k: int,
+    target: str,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     replaced: list[Any],
 ) -> None:
     file = model.parent / "serve.yaml"
-    file.write_text(f"model: tiny\nthresholds: {thresholds}\ntarget_k: {target_k}\n")
+    file.write_text(f"model: tiny\nthresholds: {thresholds}\ntarget: {target}\n")
     assert run(monkeypatch, "--config", file, "--check", "--port", 1) == code
     printed = capsys.readouterr()
     assert len((printed.out + printed.err).splitlines()) == 1
@@ -228,7 +228,7 @@ def test_the_check_imports_nothing_heavy(model: Path, thresholds: Path) -> None:
         "import sys\n"
         "from vllm_toptheta.cli import main\n"
         f"sys.argv = ['toptheta', 'serve', {str(model)!r}, '--thresholds', {str(thresholds)!r}]\n"
-        "sys.argv += ['--target-k', '16', '--check']\n"
+        "sys.argv += ['--target', 'k:16', '--check']\n"
         "try:\n    main()\n"
         "except SystemExit as stop:\n    assert not stop.code\n"
         "print(sorted({'torch', 'vllm', 'transformers', 'triton'} & sys.modules.keys()))\n"

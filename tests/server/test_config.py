@@ -17,8 +17,8 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_model_options_and_flags(tmp_path: Path) -> None:
-    config = ServerConfig.load(write(tmp_path, "model: acme/tiny\ntarget_k: 16\nvllm:\n  port: 1\n"))
-    assert (config.model, config.options, config.vllm) == ("acme/tiny", {"target_k": 16}, {"port": 1})
+    config = ServerConfig.load(write(tmp_path, "model: acme/tiny\nweight_floor: 2.5\nvllm:\n  port: 1\n"))
+    assert (config.model, config.options, config.vllm) == ("acme/tiny", {"weight_floor": 2.5}, {"port": 1})
 
 
 def test_relative_paths_start_at_the_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,21 +30,21 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, model: Path, monkeypat
 
 def test_a_path_of_the_environment_is_no_part_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOPTHETA_THRESHOLDS", "elsewhere")
-    assert ServerConfig.load(write(tmp_path, "target_k: 16\n")).options == {"target_k": 16}
+    assert ServerConfig.load(write(tmp_path, "weight_floor: 2.5\n")).options == {"weight_floor": 2.5}
 
 
 @pytest.mark.parametrize(
     ("text", "field", "words"),
     [
-        ("tarket_k: 64", "tarket_k", "unknown option.*known options are.*target_k"),
-        ("target_k: 0", "target_k", "greater than or equal to 1, got 0"),
+        ("weightfloor: 3", "weightfloor", "unknown option.*known options are.*weight_floor"),
+        ("weight_floor: -1", "weight_floor", "greater than or equal to 0, got -1"),
         ("dense_layers: [0, x]", r"dense_layers\.1", "valid integer"),
         ("model: 7", "model", "valid string"),
         ("vllm: [port]", "vllm", "dictionary"),
         ("vllm: {--port: 1}", r"vllm\.--port\.\[key\]", "pattern"),
         ("vllm: {port: }", "vllm", "port has no value; a bare flag is true"),
-        ("- target_k", None, "root must be a mapping"),
-        ("target_k: 1\ntarget_k: 2", None, "repeated"),
+        ("- weight_floor", None, "root must be a mapping"),
+        ("weight_floor: 1\nweight_floor: 2", None, "repeated"),
         ("model: &a x", None, "anchors"),
         ("model: !!python/name:os.system x", None, "tags"),
     ],

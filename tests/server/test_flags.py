@@ -76,7 +76,10 @@ def test_json_is_taken_out() -> None:
         (["--additional-config", "{"], "--additional-config: not JSON"),
         (["--additional-config"], "--additional-config: not JSON"),
         (["--additional-config", "[]"], r"--additional-config: expected a JSON object, got \[\]"),
-        (["--additional-config.toptheta.target_k", "1"], r"--additional-config\.toptheta\.target-k: not supported"),
+        (
+            ["--additional-config.toptheta.weight_floor", "1"],
+            r"--additional-config\.toptheta\.weight-floor: not supported",
+        ),
     ],
 )
 def test_what_is_no_json_object(given_words: list[str], message: str) -> None:

@@ -24,8 +24,19 @@ from vllm_toptheta.settings import Settings
 
 
 def check(model: str | Path, *, revision: str | None = None, config_path: str | None = None, **options: object) -> str:
-    settings = Settings.load({"target_k": 16, **options})
+    settings = Settings.load({"target": "k:16"} | options if "thresholds" in options else options)
     return preflight(settings, str(model), revision=revision, config_path=config_path)
+
+
+def test_without_a_store(model: Path) -> None:
+    told = (
+        "thresholds floor:3: relative to each row, no key of 3 times the average weight is skipped; dense layers none"
+    )
+    assert check(model).startswith(told)
+    assert check(model, weight_floor=1.5, dense_layers=[0]).startswith("thresholds floor:1.5: ")
+    assert check(model, weight_floor=0) == "every layer will run dense: weight_floor is 0"
+    with pytest.raises(SettingsError, match="dense_layers: the model has no layer 3"):
+        check(model, dense_layers=[3])
 
 
 def test_a_directory(model: Path, thresholds: Path) -> None:
@@ -40,10 +51,15 @@ def test_a_directory(model: Path, thresholds: Path) -> None:
     [
         ({"head_dim": 32}, {}, FingerprintMismatch, "head_size: calibrated on a model with 16, but this model has 32"),
         ({"num_attention_heads": None}, {}, ModelConfigError, "num_heads"),
-        ({}, {"target_k": 64}, TargetOutOfRange, "calibrated are 8, 32"),
-        ({}, {"mode": "shadow"}, ShadowMissing, "shadow: these thresholds came without shadow keys.*--mode shadow"),
+        ({}, {"target": "k:64"}, TargetOutOfRange, "calibrated are 8, 32"),
+        (
+            {},
+            {"mode": "shadow", "target": None},
+            ShadowMissing,
+            "shadow: these thresholds came without shadow keys.*--mode shadow",
+        ),
         ({}, {"dense_layers": [3]}, SettingsError, "dense_layers: the model has no layer 3"),
-        ({}, {"thresholds": "nowhere", "on_missing": "dense"}, StoreNotFound, "nowhere"),
+        ({}, {"thresholds": "nowhere"}, StoreNotFound, "nowhere"),
     ],
 )
 def test_what_does_not_fit(
@@ -57,11 +73,12 @@ def test_what_does_not_fit(
 def test_shadow_keys(model: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 64}))
     make_store(tmp_path / "acme--tiny", head_size=64, num_channels=32)
-    assert "dense layers 0, shadow keys of 32 channels; they fit" in check(model, thresholds=tmp_path, mode="shadow")
+    shadow = {"thresholds": tmp_path, "mode": "shadow", "target": None}
+    assert "floor:3, dense layers none, shadow keys of 32 channels; they fit" in check(model, **shadow)
     assert "channels" not in check(model, thresholds=tmp_path)
     make_store(tmp_path / "acme--tiny", head_size=64, num_channels=16)
     with pytest.raises(UnsupportedError, match=r"no kernels for 16 channels of heads of 64.*with 32 or 64 channels"):
-        check(model, thresholds=tmp_path, mode="shadow")
+        check(model, **shadow)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +122,9 @@ def test_what_gpus_have_no_kernels_for(
         assert check(model, thresholds=tmp_path).endswith(f"they fit {model}")
 
 
-def test_missing_thresholds_may_mean_dense(model: Path, tmp_path: Path) -> None:
+def test_missing_thresholds(model: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreNotFound, match="toptheta calibrate"):
         check(model, thresholds=tmp_path / "models")
-    assert check(model, thresholds=tmp_path / "models", on_missing="dense").startswith("every layer will run dense: ")
 
 
 def test_config_json_from_elsewhere(model: Path, thresholds: Path) -> None:

@@ -28,5 +28,5 @@ def test_the_example_is_valid(tmp_path: Path) -> None:
     example = reference().split("```yaml\n")[1].split("```")[0]
     (tmp_path / "serve.yaml").write_text(example)
     config = ServerConfig.load(tmp_path / "serve.yaml")
-    assert config.options == {"target_k": 64, "min_context": 1024}
+    assert config.options == {"weight_floor": 2, "min_context": 1024}
     assert config.vllm["enable-prefix-caching"] is False

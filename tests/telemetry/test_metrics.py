@@ -22,7 +22,7 @@ def stats() -> Stats:
         rank(
             counted(1, [0], [[40], [5]], 0.2, num_short=1),
             counted(2, [0], [[30], [3]], 0.02, num_short=1),
-            requests={"dense": 2},
+            requests={"dense": 2, "floor": 0},
         ),
         rank(counted(1, [1], [[60], [7]], 0.4, num_short=1), counted(2, [1], [[20], [2]], 0.02, num_short=1)),
     )
@@ -45,7 +45,7 @@ def test_counters(stats: Stats) -> None:
     assert found["toptheta_decode_steps_total", ""] == 1
     assert found["toptheta_dense_tokens_total", "short_context"] == 1
     assert found["toptheta_requests_total", "dense"] == 2
-    assert found["toptheta_requests_total", "k:64"] == found["toptheta_asked_tokens_total", ""] == 0
+    assert found["toptheta_requests_total", "floor"] == found["toptheta_asked_tokens_total", ""] == 0
     assert found["toptheta_value_rows_cached_total", "1"] == 2 * 200
     assert found["toptheta_value_rows_read_total", "1"] == 40 + 5 + 60 + 7
     assert found["toptheta_value_rows_read_total", "2"] == 30 + 3 + 20 + 2

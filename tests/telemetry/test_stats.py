@@ -87,7 +87,7 @@ def test_short_sequences_count_neither_in_the_mean_nor_in_the_histogram() -> Non
     assert counters.histogram()["sum"] == pytest.approx(4 * 0.3)
 
 
-def test_tokens_of_requests_with_a_level_of_their_own_count_neither() -> None:
+def test_tokens_of_requests_with_a_setting_of_their_own_count_neither() -> None:
     counters = counted(1, [0], [[100], [10], [20]], 0.3, num_short=1, num_asked=1)
     (head,) = counters.heads()
     assert (head["decode_tokens"], head["dense_tokens"], head["asked_tokens"]) == (3, 1, 1)
@@ -144,9 +144,9 @@ def test_a_kv_head_on_two_ranks_is_summed() -> None:
 
 def test_requests_are_counted_once_on_all_ranks_of_a_replica() -> None:
     one, other = (counted(2, [head], [[7], [7]], 0.5, num_asked=1) for head in (0, 1))
-    replica = [rank(one, requests={"dense": 2}), rank(other, requests={"dense": 2, "k:64": 1})]
+    replica = [rank(one, requests={"dense": 2}), rank(other, requests={"dense": 2, "floor": 1})]
     stats = merge([replica, [rank(counted(2, [0], [[5]], 0.2), requests={"dense": 1})]])
-    assert (stats.requests, stats.asked_tokens) == ({"dense": 3, "k:64": 1}, 1)
+    assert (stats.requests, stats.asked_tokens) == ({"dense": 3, "floor": 1}, 1)
     assert stats.layers[0].lost_mass_mean == pytest.approx((0.5 + 0.2) / 2)
 
 

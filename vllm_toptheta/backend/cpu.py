@@ -1,7 +1,7 @@
 """The backend on vLLM's CPU platform.
 
-It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, unless the option
-`prefill` says otherwise, and every generated token goes through the thresholds. It owns its cache layout (K and V of a
+It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, and every generated
+token goes through the thresholds. It owns its cache layout (K and V of a
 token side by side, head by head), so it shares nothing with vLLM's own CPU kernels, which repack their pages.
 """
 
@@ -29,20 +29,18 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
-from vllm_toptheta.backend.levels import DENSE
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.requests import request_levels
+from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall, TailStep
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.cpu import shadow, values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode, prepare_tails
 from vllm_toptheta.kernels.cpu.cache import write_kv
-from vllm_toptheta.kernels.cpu.prefill import prefill, sparse_prefill
+from vllm_toptheta.kernels.cpu.prefill import prefill
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 from vllm_toptheta.kernels.cpu.tails import write_tails
-from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -56,13 +54,11 @@ class PrefillChunk:
         tokens: Where they stand in the step's flat token axis.
         block_table: [max_blocks] int32.
         seq_len: Cached tokens, these included.
-        rule: [4] int64, see `kernels.contract`.
     """
 
     tokens: slice
     block_table: torch.Tensor
     seq_len: int
-    rule: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
-        self.requests = request_levels(self.plan.levels, vllm_config, vllm_config.scheduler_config.max_num_seqs)
+        self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
@@ -101,7 +97,10 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        settings = self.plan.settings
+        self.guard_monitor = GuardMonitor(
+            layer_plans, relaxes=settings.guard == "relax", max_lost_mass=settings.max_lost_mass
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -117,18 +116,21 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         if common.is_prefilling is not None:
             # the last token of a prompt is dense too, also when it is the only one left to compute
             is_decode &= ~common.is_prefilling[: common.num_reqs]
-        rules = self.requests.rules
         rows = torch.nonzero(is_decode).flatten()
         prefills = [
-            PrefillChunk(
-                slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]), rules[row].long()
-            )
+            PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
-        decode = DecodeStep(block_table[rows], seq_lens[rows], rules=rules[rows]) if len(rows) else None
+        decode = DecodeStep(
+            block_table[rows],
+            seq_lens[rows],
+            max_dense_len=self.plan.max_dense_len,
+            length_range=self.plan.length_range,
+            threshold_offset=self.requests.offsets[rows],
+        )
         tails = TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len)
         return StepMetadata(
-            decode=None if decode is None else prepare_decode(decode, block_size),
+            decode=prepare_decode(decode, block_size) if len(rows) else None,
             decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
             prefills=prefills,
             tails=prepare_tails(tails, block_size),
@@ -241,28 +243,13 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
             (values if self.layer.shadow is None else shadow).decode(step.decode, call, scratch)
             output[step.decode_tokens] = call.output.to(output.dtype)
         for chunk in step.prefills:
-            output[chunk.tokens] = self._prefill(query[chunk.tokens], kv_cache, chunk, self.layer).to(output.dtype)
+            output[chunk.tokens] = prefill(
+                query[chunk.tokens],
+                kv_cache,
+                chunk.block_table,
+                seq_len=chunk.seq_len,
+                softmax_scale=self.layer.softmax_scale,
+                logits_soft_cap=self.layer.logits_soft_cap,
+                sliding_window=self.layer.sliding_window,
+            )
         return output
-
-    def _prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, chunk: PrefillChunk, layer: Layer) -> torch.Tensor:
-        """[num_tokens, num_heads, head_size] for tokens of a prompt."""
-        scores: dict[str, Any] = {
-            "seq_len": chunk.seq_len,
-            "softmax_scale": layer.softmax_scale,
-            "logits_soft_cap": layer.logits_soft_cap,
-        }
-        level, max_dense_len, shortest, longest = chunk.rule.tolist()
-        is_sparse = self.plan is not None and self.plan.settings.prefill != "dense" and level != DENSE
-        if layer.thresholds is None or not is_sparse:
-            return prefill(query, kv_cache, chunk.block_table, sliding_window=layer.sliding_window, **scores)
-        lengths = torch.arange(chunk.seq_len - len(query) + 1, chunk.seq_len + 1)
-        log_lengths = lengths.clamp(shortest, longest).float().log()
-        return sparse_prefill(
-            query,
-            kv_cache,
-            chunk.block_table,
-            threshold=thresholds_at(layer.thresholds, log_lengths, level, (lengths <= max_dense_len)[:, None]),
-            denominator_compensation=layer.denominator_compensation,
-            value_mean_compensation=layer.value_mean_compensation,
-            **scores,
-        )

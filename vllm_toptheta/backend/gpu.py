@@ -37,7 +37,7 @@ from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.requests import request_levels
+from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
@@ -97,7 +97,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         warm_up.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        self.requests = request_levels(self.plan.levels, vllm_config, max_num_rows, device)
+        self.requests = request_offsets(self.plan.choices, vllm_config, max_num_rows, device)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
@@ -107,7 +107,10 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        settings = self.plan.settings
+        self.guard_monitor = GuardMonitor(
+            layer_plans, relaxes=settings.guard == "relax", max_lost_mass=settings.max_lost_mass
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -122,15 +125,14 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             prefill = super().build(0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True)
         elif num_prefills:
             prefill = metadata
-        curve = self.plan.curve
         metadata.toptheta = StepSplit(
             num_decodes,
             DecodeStep(
                 metadata.block_table[:num_decodes],
                 metadata.seq_lens[:num_decodes],
                 max_dense_len=self.plan.max_dense_len,
-                length_range=(1, 1) if curve is None else (curve.min_length, curve.max_length),
-                rules=self.requests.rules if self.plan.levels.refusal is None else None,
+                length_range=self.plan.length_range,
+                threshold_offset=self.requests.offsets if self.plan.choices.refusal is None else None,
             ),
             TailStep(metadata.block_table, metadata.seq_lens, metadata.query_start_loc, metadata.max_query_len),
             prefill,

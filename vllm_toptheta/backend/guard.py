@@ -1,10 +1,9 @@
-"""The guard: what happens to a layer whose thresholds lose more of live traffic than they lost of the calibration text.
+"""The guard: what happens to a layer whose thresholds lose more of live traffic than they may.
 
-The lost mass of every decoded token is known exactly. Calibration says what 95 % of rows stay below, so 5 % of tokens
-are expected above it; text unlike the calibration text shows as a larger share. The guard looks at windows of tokens:
-when more than `limit` of a window lies above, the layer's thresholds are lowered by a step, down to none at all
-(dense). It raises them again when windows have been calm for a while, and waits twice as long each time that this
-proved wrong, so that it does not swing between two steps.
+The lost mass of every decoded token is known exactly. The guard looks at windows of tokens: when more than `limit` of a
+window has lost more than the bound, the layer's thresholds are lowered by a step, down to none at all (dense). It
+raises them again when windows have been calm for a while, and waits twice as long each time that this proved wrong, so
+that it does not swing between two steps.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class LayerGuard:
     """The state of one layer.
 
     Attributes:
-        limit: Share of tokens that may lie above what was expected.
+        limit: Share of tokens that may lose more than the bound.
         level: Index into `RELAXATION`.
         patience: Calm windows that it takes to go back a level.
         calm: Calm windows so far, in a row.
@@ -49,7 +48,7 @@ class LayerGuard:
         """Take in a window of tokens; return whether `level` changed.
 
         Args:
-            share_above: Share of the window's tokens, of all heads, whose lost mass lies above what was expected.
+            share_above: Share of the window's tokens, of all heads, whose lost mass lies above the bound.
         """
         self.share_above = share_above
         if share_above > self.limit:

@@ -8,6 +8,7 @@ copy, and writes into those tensors.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
-from vllm_toptheta.backend.levels import COMMON
 from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.limits import LOST_MASS_EDGES
 
@@ -31,7 +31,6 @@ class _MonitoredLayer:
 
     plan: LayerPlan
     guard: LayerGuard
-    is_above: torch.Tensor  # [num_heads, num_buckets] bool, on the host: buckets above what was expected of a head
     seen: torch.Tensor  # [num_heads, num_buckets] int64, on the host: the histogram at the end of the last window
 
 
@@ -41,15 +40,15 @@ class GuardMonitor:
     Args:
         layer_plans: The layers; those without a guard are left alone.
         relaxes: Whether thresholds are lowered; otherwise it is only said that they should be.
+        max_lost_mass: What a token of a query head may lose; rounded up to an edge of the histogram.
     """
 
-    def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool) -> None:
+    def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool, max_lost_mass: float) -> None:
         self.relaxes = relaxes
-        self._layers = [
-            _monitored(plan, plan.guard, plan.expected_lost_mass)
-            for plan in layer_plans
-            if plan.guard is not None and plan.expected_lost_mass is not None
-        ]
+        # a bucket is above if all of it is
+        self._first_above = 1 + bisect_left(LOST_MASS_EDGES, max_lost_mass)
+        self._max_lost_mass = LOST_MASS_EDGES[self._first_above - 1]
+        self._layers = [_monitored(plan, plan.guard) for plan in layer_plans if plan.guard is not None]
         self._steps = 0
         self._copy: torch.Tensor | None = None  # [num_layers, num_heads, num_buckets] int64, on its way to the host
         self._copied: torch.cuda.Event | None = None
@@ -86,32 +85,27 @@ class GuardMonitor:
         if int(window.sum()) < MIN_TOKENS * len(window):
             return
         layer.seen = histogram.clone()
-        share = float(window[layer.is_above].sum() / window.sum())
+        share = float(window[:, self._first_above :].sum() / window.sum())
         if not layer.guard.observe(share):
             return
         if self.relaxes:
-            layer.plan.thresholds.coefficients[COMMON, :, 0] = layer.plan.constant_terms - layer.guard.relaxation
+            layer.plan.thresholds.coefficients[:, 0] = layer.plan.constant_terms - layer.guard.relaxation
         logger.warning(
-            "toptheta: in layer %d, %.0f %% of the tokens lost more than 95 %% of the calibration text did: %s%s",
+            "toptheta: in layer %d, %.0f %% of the tokens of a head lost more than %g of the softmax: %s%s",
             layer.plan.counters.layer,
             100 * share,
+            self._max_lost_mass,
             "" if self.relaxes else "with guard=relax, ",
             _consequence(layer.guard),
         )
 
 
-def _monitored(plan: LayerPlan, guard: LayerGuard, expected_lost_mass: torch.Tensor) -> _MonitoredLayer:
-    edges = torch.tensor(LOST_MASS_EDGES)
-    # a bucket is above if all of it is: the expected mass is rounded up to an edge
-    lower_edges = torch.cat([torch.zeros(1), edges[:-1]])
-    # what lies in the lowest bucket is next to nothing, also where nothing is expected to be lost
-    is_above = lower_edges >= expected_lost_mass.clamp(min=float(edges[0]))[:, None]
-    return _MonitoredLayer(
-        plan=plan, guard=guard, is_above=is_above, seen=torch.zeros(is_above.shape, dtype=torch.int64)
-    )
+def _monitored(plan: LayerPlan, guard: LayerGuard) -> _MonitoredLayer:
+    histogram = plan.counters.buffers.lost_mass_histogram
+    return _MonitoredLayer(plan=plan, guard=guard, seen=torch.zeros(histogram.shape, dtype=torch.int64))
 
 
 def _consequence(guard: LayerGuard) -> str:
     if math.isinf(guard.relaxation):
         return "the layer keeps every key"
-    return f"thresholds are lowered by {guard.relaxation:g}" if guard.level else "thresholds are as calibrated"
+    return f"thresholds are lowered by {guard.relaxation:g}" if guard.level else "thresholds are as set"

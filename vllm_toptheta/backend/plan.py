@@ -10,12 +10,14 @@ from vllm.logger import init_logger
 
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import LayerGuard
-from vllm_toptheta.backend.levels import COMMON, Levels
+from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer
-from vllm_toptheta.selection import select
+from vllm_toptheta.selection import ServedThresholds, select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
-from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
+from vllm_toptheta.store import Architecture, ShadowKeys
+
+_LOGGED = {"mode", "compensation", "max_lost_mass", "guard_share", "always_shadow", "per_request"}
 
 # below vLLM's own logger, so that its format and level apply
 logger = init_logger("vllm.toptheta")
@@ -26,14 +28,12 @@ class LayerPlan:
     """What one sparse layer needs to know on one rank.
 
     Attributes:
-        thresholds: theta; the guard moves the constant terms of level 0.
-        constant_terms: [num_heads] float32, those of the calibrated thresholds of level 0.
+        thresholds: theta; the guard moves its constant terms.
+        constant_terms: [num_heads] float32, those that the server was started with.
         denominator_compensation: Whether the softmax denominator is that of all keys.
         value_mean_compensation: Whether the lost mass is given to the mean value.
         counters: What decoding does there.
-        expected_lost_mass: [num_heads] float32 on the host, what 95 % of calibration rows stay below; None if the
-            thresholds came without a measurement.
-        guard: Decides about the thresholds; None if it is off, or nothing is expected.
+        guard: Decides about the thresholds; None if it is off.
         shadow: What mode `shadow` needs; None in mode `values`.
     """
 
@@ -42,7 +42,6 @@ class LayerPlan:
     denominator_compensation: bool
     value_mean_compensation: bool
     counters: LayerCounters
-    expected_lost_mass: torch.Tensor | None
     guard: LayerGuard | None
     shadow: ShadowLayer | None = None
 
@@ -65,22 +64,22 @@ class Plan:
 
     Attributes:
         settings: The options in force.
-        curve: theta(n) of every layer and head at the target; None if the model runs dense.
-        model_id: The model that the thresholds were calibrated on; None if there are none.
-        origin: Where the thresholds lie, or why there are none; for the log only.
+        thresholds: Those of every layer and head; None if the model runs dense.
+        model_id: The model that a store was calibrated on; None where none is used.
+        origin: Where the thresholds come from, or why there are none; for the log only.
         dense_layers: Layers that read everything.
         architecture: The model's heads and layers over all ranks.
-        levels: What requests can ask for.
+        choices: What requests can ask for.
         shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
     """
 
     settings: Settings
-    curve: ThresholdCurve | None
+    thresholds: ServedThresholds | None
     model_id: str | None
     origin: str
     dense_layers: frozenset[int]
     architecture: Architecture
-    levels: Levels
+    choices: RequestChoices
     shadow: ShadowKeys | None = None
 
     @classmethod
@@ -89,27 +88,26 @@ class Plan:
 
         Raises:
             SettingsError: An option is unknown or does not fit the model.
-            StoreError: Thresholds are missing, damaged, made for another architecture or lack the target, or what the
-                mode needs.
+            StoreError: A store is needed and missing, damaged, made for another architecture, or lacks the target or
+                what the mode needs.
             UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys.
         """
         settings = _settings(vllm_config)
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
         selection = select(settings, model_config.model, architecture)
-        refusal = _refusal(settings, vllm_config)
         return cls(
             settings=settings,
-            curve=selection.curve,
+            thresholds=selection.thresholds,
             model_id=selection.model_id,
             origin=selection.origin,
             dense_layers=selection.dense_layers,
             architecture=architecture,
-            levels=Levels(
-                selection.curve,
-                () if refusal else selection.others,
-                min_context=settings.min_context,
-                refusal=refusal,
+            choices=RequestChoices(
+                selection.thresholds,
+                # what is calibrated for shadow keys holds at the floor that it was calibrated at
+                any_floor=selection.shadow is None,
+                refusal=_refusal(settings, vllm_config),
             ),
             shadow=selection.shadow,
         )
@@ -133,17 +131,17 @@ class Plan:
     @property
     def max_dense_len(self) -> int:
         """The longest context, in tokens, that still stays dense."""
-        return max(self.settings.min_context, self.curve.dense_length if self.curve else 0)
+        return max(self.settings.min_context, self.thresholds.max_dense_len if self.thresholds else 0)
 
     @property
-    def guard_state(self) -> str:
-        """What the guard does: an option, or `unmeasured` if there is nothing to compare with."""
-        return self.settings.guard if self._is_measured or self.settings.guard == "off" else "unmeasured"
+    def length_range(self) -> tuple[int, int]:
+        """Lengths, in tokens, to which n is clamped in theta(n)."""
+        return self.thresholds.length_range if self.thresholds else (1, 1)
 
     @property
-    def _is_measured(self) -> bool:
-        """Whether calibration measured what decoding counts as lost; an estimate, as with shadow keys, is another."""
-        return self.curve is not None and self.curve.expectations is not None and self.shadow is None
+    def guard(self) -> str:
+        """What the guard does; with shadow keys it is off, because what is lost is only estimated."""
+        return self.settings.guard if self.thresholds is not None and self.shadow is None else "off"
 
     def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
@@ -152,13 +150,9 @@ class Plan:
             more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
             scans: Whether a step can be long enough to go by shadow keys.
         """
-        if self.curve is None:
+        if self.thresholds is None:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
-        chosen = {"target": self.curve.label}
-        chosen |= self.settings.model_dump(exclude={"thresholds", "dense_layers", "target", "target_k", "page"})
-        options = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        dense_layers = ",".join(map(str, sorted(self.dense_layers))) or "none"
         if self.shadow is not None:
             logger.info_once(
                 "toptheta: shadow keys of %d bytes make the pages of the KV cache %.1f %% larger%s",
@@ -171,10 +165,15 @@ class Plan:
                     "toptheta: no step of this server can be long enough for shadow keys, so all keys are read; mode "
                     "values does the same in less memory"
                 )
-        elif self.guard_state == "unmeasured":
-            logger.warning_once("toptheta: the guard is off, because these thresholds came without a measurement")
+        options = self.settings.model_dump(include=_LOGGED)
         logger.info_once(
-            "toptheta: thresholds of %s in %s; dense_layers=%s, %s", self.model_id, self.origin, dense_layers, options
+            "toptheta: thresholds %s: %s; dense up to %d tokens, dense_layers=%s, guard=%s, %s",
+            self.thresholds.label,
+            self.origin,
+            self.max_dense_len,
+            ",".join(map(str, sorted(self.dense_layers))) or "none",
+            self.guard,
+            ", ".join(f"{name}={value}" for name, value in options.items()),
         )
 
     def for_layer(
@@ -192,42 +191,34 @@ class Plan:
             rank: Tensor-parallel rank.
             device: Where the tensors go.
         """
-        if self.curve is None or layer in self.dense_layers:
+        if self.thresholds is None or layer in self.dense_layers:
             return None
         first = rank * num_heads
         group = num_heads // num_kv_heads
         whole_group = self.architecture.num_heads // self.architecture.num_kv_heads
         kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
         heads = slice(first, first + num_heads)
-        coefficients = self.levels.coefficients(layer, heads).to(device)
-        expected = None
-        if self.curve.expectations is not None and self._is_measured:
-            # the most at any length: buckets in which nothing was measured hold zeros
-            expected = torch.from_numpy(self.curve.expectations.lost_mass_p95[layer, heads].max(axis=-1))
-        # all zeros: the layer was not measured, because it was dense when the others were
-        is_guarded = expected is not None and bool(expected.any()) and self.settings.guard != "off"
+        coefficients = torch.from_numpy(self.thresholds.of_heads(layer, heads)).to(device)
         return LayerPlan(
-            thresholds=LayerThresholds(coefficients),
-            constant_terms=coefficients[COMMON, :, 0].clone(),
+            thresholds=LayerThresholds(coefficients, self.thresholds.is_relative),
+            constant_terms=coefficients[:, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
             counters=LayerCounters(layer, kv_heads, group, device, counts_keys=self.shadow is not None),
-            expected_lost_mass=expected,
-            guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
+            guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share),
             shadow=None
             if self.shadow is None
-            else _shadow_layer(self.shadow, self.levels, layer, heads=heads, kv_heads=kv_heads, device=device),
+            else _shadow_layer(self.shadow, layer, heads=heads, kv_heads=kv_heads, device=device),
         )
 
 
 def _shadow_layer(
-    keys: ShadowKeys, levels: Levels, layer: int, *, heads: slice, kv_heads: list[int], device: torch.device | str
+    keys: ShadowKeys, layer: int, *, heads: slice, kv_heads: list[int], device: torch.device | str
 ) -> ShadowLayer:
-    """A layer's share of what a store holds; zeros at the dense level.
+    """A layer's share of what a store holds.
 
     Args:
         keys: Of the store.
-        levels: What requests can ask for.
         layer: Index in the model.
         heads: The rank's query heads.
         kv_heads: The kv heads that they belong to.
@@ -237,10 +228,8 @@ def _shadow_layer(
     parts = (stored.encoder, stored.decoder, stored.key_mean)
     return ShadowLayer(
         codec=ShadowCodec.build(*(torch.from_numpy(part[kv_heads].copy()).to(device) for part in parts)),
-        margin=levels.stack(lambda curve: keys.margin(curve.label)[layer, heads]).to(device),
-        log_unread_ratio=levels.stack(lambda curve: keys.log_scale(curve.label)[layer, heads]).to(device),
-        num_sink=keys.section.num_sink,
-        num_recent=keys.section.num_recent,
+        margin=torch.from_numpy(keys.margin()[layer, heads].copy()).to(device),
+        log_unread_ratio=torch.from_numpy(keys.log_scale()[layer, heads].copy()).to(device),
     )
 
 

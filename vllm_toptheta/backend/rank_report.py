@@ -10,6 +10,7 @@ import torch
 from vllm_toptheta.backend.capabilities import FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.layers import our_impls
+from vllm_toptheta.backend.plan import Plan
 
 
 def rank_report(vllm_config: Any) -> dict[str, Any] | None:
@@ -26,13 +27,14 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
     requests = next(impl.requests for impl in impls if impl.plan is not None)
     return {
         "mode": plan.settings.mode,
-        "guard": plan.guard_state,
-        "target": plan.curve and plan.curve.label,
+        "guard": plan.guard,
+        "target": plan.thresholds and plan.thresholds.label,
         "compensation": plan.settings.compensation,
         "min_context": plan.max_dense_len,
-        "levels": plan.levels.labels,
+        "choices": plan.choices.labels,
+        "max_lost_mass": plan.settings.max_lost_mass,
         "thresholds": plan.model_id,
-        "calibrated_lengths": plan.curve and (plan.curve.min_length, plan.curve.max_length),
+        "calibrated_lengths": _calibrated_lengths(plan),
         "num_layers": plan.architecture.num_layers,
         "num_kv_heads": plan.architecture.num_kv_heads,
         "value_row_bytes": plan.architecture.head_size * _element_bytes(vllm_config),
@@ -40,7 +42,7 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
         "decode_tokens": decode_tokens,
         "dense_tokens": dense_tokens,
         "asked_tokens": asked_tokens,
-        "requests": dict(requests.counts),
+        "requests": {kind: requests.counts[kind] for kind in plan.choices.kinds},
         "layers": layers,
         "lost_mass": [layer.histogram() for layer in counters],
         "guarded": [
@@ -49,6 +51,10 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
             if impl.layer_plan and impl.layer_plan.guard
         ],
     }
+
+
+def _calibrated_lengths(plan: Plan) -> tuple[int, int] | None:
+    return None if plan.thresholds is None or plan.thresholds.is_relative else plan.thresholds.length_range
 
 
 def _guard_state(layer: int, guard: LayerGuard, *, relaxes: bool) -> dict[str, Any]:

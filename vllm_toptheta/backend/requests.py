@@ -1,4 +1,4 @@
-"""Which level each running request asked for, and the rules of the rows that they stand in, step by step."""
+"""What each running request asked for, and the offsets of the rows that they stand in, step by step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vllm.logger import init_logger
 
 from vllm_toptheta.backend.hooks import batch_rows
 from vllm_toptheta.backend.layers import our_impls
-from vllm_toptheta.backend.levels import ARGUMENT, COMMON, DENSE, Levels
+from vllm_toptheta.backend.request_choices import ARGUMENT, COMMON, KEEP_ALL, RequestChoices
 from vllm_toptheta.errors import SettingsError
 
 logger = init_logger("vllm.toptheta")
 
 
-def request_levels(
-    levels: Levels, vllm_config: Any, max_num_rows: int, device: torch.device | str = "cpu"
-) -> RequestLevels:
+def request_offsets(
+    choices: RequestChoices, vllm_config: Any, max_num_rows: int, device: torch.device | str = "cpu"
+) -> RequestOffsets:
     """What the requests of this rank ask for, the same for all of its layers; the first call makes it.
 
     Args:
-        levels: What can be asked for.
+        choices: What can be asked for.
         vllm_config: The engine's.
         max_num_rows: Rows of the largest batch, padding included.
-        device: Where the rules go.
+        device: Where the offsets go.
 
     Raises:
         UnsupportedError: The model runner does not tell which request stands in which row of a batch.
@@ -34,36 +34,35 @@ def request_levels(
     for impl in our_impls(vllm_config):
         if impl.requests is not None:
             return impl.requests
-    if levels.refusal is None:
+    if choices.refusal is None:
         batch_rows.install(vllm_config)
-    return RequestLevels(levels, max_num_rows, device)
+    return RequestOffsets(choices, max_num_rows, device)
 
 
-class RequestLevels:
+class RequestOffsets:
     """The requests of one rank.
 
-    Captured graphs refer to `rules`, so it never moves, and while no request asks for anything nobody writes to it.
+    Captured graphs refer to `offsets`, so it never moves, and while no request asks for anything nobody writes to it.
 
     Args:
-        levels: What can be asked for.
+        choices: What can be asked for.
         max_num_rows: Rows of the largest batch, padding included.
-        device: Where the rules go.
+        device: Where the offsets go.
 
     Attributes:
-        rules: [max_num_rows, 4] int32 (`kernels.rules`), what each row of the next step is decoded by.
-        counts: Requests that asked for a level, by its label.
+        offsets: [max_num_rows] float32, what is added to the thresholds of each row of the next step.
+        counts: Requests that asked for something, by its kind.
     """
 
-    def __init__(self, levels: Levels, max_num_rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, choices: RequestChoices, max_num_rows: int, device: torch.device | str = "cpu") -> None:
         self.counts: Counter[str] = Counter()
-        self._levels = levels
-        self._rules = levels.rules()  # of the levels, on the host
-        self._asked: dict[str, int] = {}  # requests at level 0 are left out
+        self._choices = choices
+        self._asked: dict[str, float] = {}  # requests that are decoded as the server does are left out
         self._rows = [COMMON] * max_num_rows
-        self.rules = self._rules[self._rows].to(device)
+        self.offsets = torch.tensor(self._rows, device=device)
 
     def step(self, new_requests: Iterable[Any], running: Collection[str], req_ids: Sequence[str]) -> None:
-        """Take in what changed, and put the rules of the next step's requests into their rows.
+        """Take in what changed, and put the offsets of the next step's requests into their rows.
 
         Args:
             new_requests: vLLM's `NewRequestData` of requests that this rank sees for the first time, or again.
@@ -82,7 +81,7 @@ class RequestLevels:
             self._rows = rows
             # in stream order behind the last step's kernels, and the source is copied before this returns
             with torch.inference_mode():
-                self.rules.copy_(self._rules[rows], non_blocking=True)
+                self.offsets.copy_(torch.tensor(rows), non_blocking=True)
 
     def _add(self, request: Any) -> None:
         self._asked.pop(request.req_id, None)  # an id may come back with other arguments
@@ -90,15 +89,15 @@ class RequestLevels:
         if asked is None:
             return
         try:
-            level = self._levels.parse(asked)
+            offset = self._choices.parse(asked)
         except SettingsError as error:
             # it came past the API server, which would have refused it
             logger.warning("toptheta: request %s is decoded densely: %s", request.req_id, error)
-            level = DENSE
-        if level != COMMON:
-            self._asked[request.req_id] = level
+            offset = KEEP_ALL
+        if offset != COMMON:
+            self._asked[request.req_id] = offset
         if not _is_resumed(request):
-            self.counts[self._levels.label(level)] += 1
+            self.counts[self._choices.kind(offset)] += 1
 
 
 def _is_resumed(request: Any) -> bool:

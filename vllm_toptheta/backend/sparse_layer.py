@@ -8,7 +8,7 @@ import torch
 
 from vllm_toptheta.backend.hooks import page_tails
 from vllm_toptheta.backend.plan import LayerPlan, Plan
-from vllm_toptheta.backend.requests import RequestLevels
+from vllm_toptheta.backend.requests import RequestOffsets
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import Layer
 
@@ -33,7 +33,7 @@ class SparseLayer:
     plan: Plan | None = None
     layer_plan: LayerPlan | None = None
     layer: Layer | None = None
-    requests: RequestLevels | None = None
+    requests: RequestOffsets | None = None
 
     def prepare(self, unsupported: Mapping[str, bool]) -> None:
         """See that the layer is one that can be served, and have its pages padded; called when it is built.
@@ -55,7 +55,7 @@ class SparseLayer:
         self,
         plan: Plan,
         layer_idx: int,
-        requests: RequestLevels,
+        requests: RequestOffsets,
         *,
         rank: int,
         sliding_window: int | None,

@@ -65,12 +65,6 @@ def check_settings(settings: Settings, vllm_config: Any) -> None:
     Raises:
         UnsupportedError: Names the option.
     """
-    if settings.prefill != "dense" and not current_platform.is_cpu():
-        raise UnsupportedError(
-            "prompts attend by thresholds on CPUs only; FlashAttention computes them on GPUs",
-            field="prefill",
-            remedy="Leave the option prefill out, or set it to dense",
-        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if settings.mode == "shadow" and cache_dtype in FLOAT8_CACHE_DTYPES:
         raise UnsupportedError(

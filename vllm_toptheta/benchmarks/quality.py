@@ -37,7 +37,8 @@ from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes
-from vllm_toptheta.store import ThresholdCurve, ThresholdStore, read_architecture
+from vllm_toptheta.selection import ServedThresholds
+from vllm_toptheta.store import ThresholdStore, read_architecture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,12 +78,12 @@ class KernelRoute(DenseRoute):
     """The decode kernel in the sparse layers, dense attention in the others.
 
     Args:
-        curve: The thresholds.
+        thresholds: Those of the kernel.
         dense_layers: Layers that are dense.
     """
 
-    def __init__(self, curve: ThresholdCurve, dense_layers: Sequence[int]) -> None:
-        self.curve = curve
+    def __init__(self, thresholds: ServedThresholds, dense_layers: Sequence[int]) -> None:
+        self.thresholds = thresholds
         self.dense_layers = frozenset(dense_layers)
         self.rows_read = 0
         self.rows_cached = 0
@@ -105,8 +106,8 @@ class KernelRoute(DenseRoute):
         kv_cache = _paged(key, value)
         pages = torch.arange(len(kv_cache), dtype=torch.int32, device=query.device)[None]
         counters = Counters.allocate(num_heads, num_kv_heads, query.device)
-        coefficients = torch.tensor(self.curve.coefficients[layer_idx], device=query.device)
-        thresholds = LayerThresholds(coefficients[None])
+        coefficients = torch.from_numpy(self.thresholds.of_heads(layer_idx, slice(0, num_heads))).to(query.device)
+        thresholds = LayerThresholds(coefficients, self.thresholds.is_relative)
         layer = Layer(softmax_scale, soft_cap, thresholds=thresholds, counters=counters)
         cache = LayerCache.of(kv_cache, layer)
         whole = torch.tensor([0, seq_len], dtype=torch.int32, device=query.device)
@@ -114,14 +115,14 @@ class KernelRoute(DenseRoute):
         step = DecodeStep(
             pages.expand(seq_len, -1),
             torch.arange(1, seq_len + 1, dtype=torch.int32, device=query.device),
-            max_dense_len=self.curve.dense_length,
-            length_range=(self.curve.min_length, self.curve.max_length),
+            max_dense_len=self.thresholds.max_dense_len,
+            length_range=self.thresholds.length_range,
         )
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         sizes = Sizes(seq_len, num_heads, num_kv_heads, head_size)
         scratch = Scratch.allocate(sizes, kv_dtype=key.dtype, device=query.device)
         decode(step, LayerCall(query.contiguous(), output, cache, layer), scratch)
-        dense_rows = num_kv_heads * sum(range(min(self.curve.dense_length, seq_len) + 1))
+        dense_rows = num_kv_heads * sum(range(min(self.thresholds.max_dense_len, seq_len) + 1))
         self.rows_read += int(counters.value_rows_read.sum()) - dense_rows
         self.rows_cached += num_kv_heads * int(counters.totals[2]) - dense_rows
         return output
@@ -178,7 +179,7 @@ def measure(
         )
         for curve in curves
     ]
-    kernels = [KernelRoute(curve, manifest.dense_layers) for curve in curves]
+    kernels = [KernelRoute(ServedThresholds.calibrated(curve), manifest.dense_layers) for curve in curves]
     against_dense, against_reference = [], []
     for sequence in sequences:
         states = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from vllm_toptheta.kernels.contract import (
+    NUM_COEFFICIENTS,
     Counters,
     DecodeStep,
     Layer,
@@ -42,7 +43,7 @@ class Inputs:
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
         max_seq_len: The longest of them.
-        coefficients: [num_heads, 1] float32, thresholds calibrated on these very scores.
+        coefficients: [num_heads, 4] float32, thresholds calibrated on these very scores.
     """
 
     query: torch.Tensor
@@ -102,10 +103,11 @@ class Inputs:
             block_table=block_table,
             seq_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
             max_seq_len=max(lens),
-            coefficients=torch.empty(num_heads, 1, device="cuda"),
+            coefficients=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
         )
         largest = [inputs._kth_score(row, target_k) for row in range(min(len(lens), CALIBRATION_SEQUENCES))]
-        return replace(inputs, coefficients=torch.stack(largest).mean(0)[:, None].contiguous())
+        inputs.coefficients[:, 0] = torch.stack(largest).mean(0)
+        return inputs
 
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence, [seq_len, num_kv_heads, head_size] float32."""
@@ -126,18 +128,15 @@ class Inputs:
         return scores.topk(min(target_k, len(keys))).values[:, -1]
 
     def step(self, *, max_dense_len: int = 0, per_request: bool = True) -> DecodeStep:
-        """The step; with `per_request` every sequence has a rule, although all rules say the same."""
-        step = DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST))
-        if not per_request:
-            return step
-        rule = [0, max_dense_len, 1, LONGEST]
-        return step._replace(rules=torch.tensor([rule] * len(self.seq_lens), dtype=torch.int32, device="cuda"))
+        """The step; with `per_request` every sequence has an offset, although all are 0."""
+        offset = torch.zeros(len(self.seq_lens), device="cuda") if per_request else None
+        return DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST), offset)
 
     def write_tails(self, shadow: ShadowLayer | None = None) -> None:
         """Write the value sums of all full pages, and their codes if there is a codec."""
         starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device="cuda")
         starts[1:] = self.seq_lens.cumsum(0)
-        layer = Layer(self.softmax_scale, thresholds=LayerThresholds(self.coefficients[None]), shadow=shadow)
+        layer = Layer(self.softmax_scale, thresholds=LayerThresholds(self.coefficients), shadow=shadow)
         step = TailStep(self.block_table, self.seq_lens, starts, self.max_seq_len)
         write_tails(step, LayerCache.of(self.kv_cache, layer), layer)
 
@@ -165,7 +164,7 @@ def toptheta(
     Args:
         inputs: The step.
         keep_everything: As for contexts too short for thresholds.
-        per_request: Whether every sequence has a rule, although all rules say the same; else it has none.
+        per_request: Whether every sequence has an offset, although all are 0; else it has none.
         count: Whether it counts.
         config: Launch parameters instead of the table's.
     """
@@ -176,7 +175,7 @@ def toptheta(
     scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device="cuda", config=config)
     layer = Layer(
         inputs.softmax_scale,
-        thresholds=LayerThresholds(inputs.coefficients[None]),
+        thresholds=LayerThresholds(inputs.coefficients),
         counters=counters if count else None,
     )
     step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else 0, per_request=per_request)

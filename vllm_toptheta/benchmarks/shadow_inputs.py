@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 CHECKED_SPEC = "q1s8k_q1s3001_q1s48"
 DECAY = 8.0  # the variance of a key's channel i is that of channel 0 times exp(-DECAY * i / head_size)
 KEPT_MASS = 0.99
-NUM_SINK, NUM_RECENT = 16, 64
 CALIBRATION_SEQUENCES = 2
 MAX_ERROR = 0.01  # of an output, whose values are about 0.1 to 3
 
@@ -61,12 +61,12 @@ class ShadowInputs:
         margin, ratio = _calibrate(inputs, fitted)
         log_ratio = torch.stack([ratio.log(), torch.zeros_like(ratio)], dim=1)
         codec = ShadowCodec.build(fitted.encoder, fitted.decoder, fitted.key_mean)
-        shadow = ShadowLayer(codec, margin[None], log_ratio[None], NUM_SINK, NUM_RECENT)
+        shadow = ShadowLayer(codec, margin, log_ratio)
         inputs.write_tails(shadow)
         return cls(inputs, shadow, margin, ratio)
 
     def call(self, scratch: ShadowScratch, **changes: Any) -> Callable[[], None]:
-        """The kernels on this step, as they are served: every sequence has a rule, although all rules say the same.
+        """The kernels on this step, as they are served: every sequence has an offset, although all are 0.
 
         Args:
             scratch: Made by `scratch`.
@@ -79,7 +79,7 @@ class ShadowInputs:
 
         inputs = self.inputs
         output = changes.pop("output", None)
-        thresholds = LayerThresholds(inputs.coefficients[None])
+        thresholds = LayerThresholds(inputs.coefficients)
         layer = Layer(inputs.softmax_scale, thresholds=thresholds, shadow=self.shadow)._replace(**changes)
         output = torch.empty_like(inputs.query) if output is None else output
         call = LayerCall(inputs.query, output, LayerCache.of(inputs.kv_cache, layer), layer)
@@ -155,7 +155,7 @@ def _calibrate(inputs: Inputs, projection: KeyProjection) -> tuple[torch.Tensor,
     """Margins and r of every head, [num_heads] float32 each, from the first sequences."""
     import torch
 
-    threshold = inputs.coefficients
+    threshold = inputs.coefficients[:, :1]
     rows = range(min(CALIBRATION_SEQUENCES, len(inputs.seq_lens)))
     exact = []
     margins, ratios = [], []
@@ -196,8 +196,8 @@ def _candidates(inputs: Inputs, row: int, projection: KeyProjection, margin: tor
         _shadow_scores(inputs, row, projection),
         inputs.coefficients[:, 0] - margin,
         num_kv_heads=inputs.kv_cache.shape[1],
-        num_sink=NUM_SINK,
-        num_recent=NUM_RECENT,
+        num_sink=NUM_FIRST_ANCHORS,
+        num_recent=NUM_LAST_ANCHORS,
         block_size=inputs.kv_cache.shape[2],
     )
 

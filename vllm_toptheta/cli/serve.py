@@ -22,14 +22,15 @@ def serve(
     check: Annotated[bool, typer.Option("--check", help="Only check everything, and exit with 0 or 2.")] = False,
     mode: Annotated[str | None, typer.Option(help="What is skipped: values, or shadow for keys too.")] = None,
     thresholds: Annotated[Path | None, typer.Option(help="A threshold store, or a directory of stores.")] = None,
-    target_k: Annotated[int | None, typer.Option(help="Keys per query head that thresholds should keep.")] = None,
-    target: Annotated[str | None, typer.Option(help="What thresholds aim at instead, as mass:0.98.")] = None,
+    weight_floor: Annotated[
+        float | None, typer.Option(help="Multiples of the average weight from which on no key is skipped; 0 is dense.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Calibrated thresholds instead, as k:128.")] = None,
     compensation: Annotated[str | None, typer.Option(help="sdc+vmc, sdc or none.")] = None,
     dense_layers: Annotated[str | None, typer.Option(help="Layers that read everything, as 0,1.")] = None,
     min_context: Annotated[int | None, typer.Option(help="Tokens up to which a sequence stays dense.")] = None,
-    prefill: Annotated[str | None, typer.Option(help="How prompts attend: dense, or threshold on CPUs.")] = None,
-    on_missing: Annotated[str | None, typer.Option(help="Without thresholds: error, or dense.")] = None,
     guard: Annotated[str | None, typer.Option(help="Where too much is lost: relax, warn or off.")] = None,
+    max_lost_mass: Annotated[float | None, typer.Option(help="Share of the softmax that a token may lose.")] = None,
     guard_share: Annotated[float | None, typer.Option(help="Share of tokens that may lose too much.")] = None,
     always_shadow: Annotated[
         bool | None,
@@ -37,7 +38,7 @@ def serve(
     ] = None,
     per_request: Annotated[
         bool | None,
-        typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or another target."),
+        typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or another floor."),
     ] = None,
     page: Annotated[bool | None, typer.Option("--page/--no-page", help="Show the page /toptheta.")] = None,
 ) -> None:
@@ -48,14 +49,13 @@ def serve(
     options = {
         "mode": mode,
         "thresholds": None if thresholds is None else str(thresholds),
-        "target_k": target_k,
+        "weight_floor": weight_floor,
         "target": target,
         "compensation": compensation,
         "dense_layers": dense_layers,
         "min_context": min_context,
-        "prefill": prefill,
-        "on_missing": on_missing,
         "guard": guard,
+        "max_lost_mass": max_lost_mass,
         "guard_share": guard_share,
         "always_shadow": always_shadow,
         "per_request": per_request,

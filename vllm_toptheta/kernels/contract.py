@@ -6,10 +6,14 @@
 `kernels.gpu` and `kernels.cpu` have both, `decode` once for each mode (`values`, `shadow`). A `DecodeStep` is made once
 for all layers, a `Layer` once for all steps; a `LayerCall` brings the two together with this step's tensors.
 
-What each sequence is decoded by, where sequences differ, are the `rules` of a step, four int32 a row: the level, which
-says whose coefficients apply; the length up to which the sequence keeps every key; and the two lengths between which
-its thresholds follow its own. Level 0 is the common one, and only its sequences enter the statistics of what was lost.
-Without rules, all sequences are at level 0 and share `max_dense_len` and `length_range`.
+A key survives whose score reaches
+
+    theta(n) = a + b ln n + c (ln n)^2 + slope * anchor_lse + offset
+
+with four coefficients a head. Calibrated thresholds have slope 0; relative ones have slope 1, b = -1 and
+a = ln weight_floor (`reference.relative`). The offset is the sequence's own: 0 is the server's setting, and only such
+sequences enter the statistics of what was lost; minus infinity keeps every key; with relative thresholds, it is ln of
+how many times the server's weight floor was asked for.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ import torch
 
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
-from vllm_toptheta.limits import NUM_LOST_MASS_BUCKETS
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_LOST_MASS_BUCKETS
 
-RULE_FIELDS = 4  # level, longest dense length, shortest and longest calibrated length
+NUM_COEFFICIENTS = 4  # a, b, c, slope
 NUM_TOTALS = 5
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -35,9 +39,10 @@ class DecodeStep(NamedTuple):
             a sequence's end are not read.
         seq_lens: [num_seqs] int32, cached tokens of each sequence including the new one; 0 is padding, whose output
             rows are zero.
-        max_dense_len: Sequences of at most that many tokens keep every key; of no effect with `rules`.
-        length_range: Lengths, in tokens, to which n is clamped in theta(n) and r(n); of no effect with `rules`.
-        rules: [at least num_seqs, RULE_FIELDS] int32, contiguous; None if all sequences are at level 0.
+        max_dense_len: Sequences of at most that many tokens keep every key; at least the number of anchors where
+            thresholds are relative.
+        length_range: Lengths, in tokens, to which n is clamped in theta(n) and r(n).
+        threshold_offset: [at least num_seqs] float32, contiguous, scaled logits; None if all are 0.
         prepared: `cpu.batch.Batch`, what CPUs work out once for all layers; None on GPUs.
     """
 
@@ -45,7 +50,7 @@ class DecodeStep(NamedTuple):
     seq_lens: torch.Tensor
     max_dense_len: int = 0
     length_range: tuple[int, int] = (1, 2**31 - 1)
-    rules: torch.Tensor | None = None
+    threshold_offset: torch.Tensor | None = None
     prepared: Any = None
 
 
@@ -70,11 +75,12 @@ class LayerThresholds(NamedTuple):
     """When a key survives in a layer.
 
     Attributes:
-        coefficients: [num_levels, num_heads, num_terms] float32, contiguous, ascending powers of ln n: theta(n) in
-            scaled logits. Without rules, those of level 0 apply.
+        coefficients: [num_heads, 4] float32, contiguous: a, b, c and slope, scaled logits. The guard moves a.
+        is_relative: Whether a slope is not 0, so that anchors are scored.
     """
 
     coefficients: torch.Tensor
+    is_relative: bool = False
 
 
 class ShadowLayer(NamedTuple):
@@ -82,17 +88,14 @@ class ShadowLayer(NamedTuple):
 
     Attributes:
         codec: What codes are written with.
-        margin: [num_levels, num_heads] float32, contiguous, scaled logits, after the soft cap if there is one: how far
-            a shadow may fall below the threshold.
-        log_unread_ratio: [num_levels, num_heads, 2] float32, contiguous: ln r = c_0 + c_1 ln n.
-        num_sink, num_recent: Tokens at either end that are always candidates.
+        margin: [num_heads] float32, contiguous, scaled logits, after the soft cap if there is one: how far a shadow may
+            fall below the threshold.
+        log_unread_ratio: [num_heads, 2] float32, contiguous: ln r = c_0 + c_1 ln n.
     """
 
     codec: ShadowCodec
     margin: torch.Tensor
     log_unread_ratio: torch.Tensor
-    num_sink: int
-    num_recent: int
 
 
 class Counters(NamedTuple):
@@ -101,11 +104,11 @@ class Counters(NamedTuple):
     Attributes:
         value_rows_read: [num_kv_heads] int64, value rows fetched; a sequence's open page counts as read.
         keys_read: [num_kv_heads] int64, exact keys fetched; None in mode `values`, which fetches all.
-        lost_mass: [num_heads] float64, sum over tokens at level 0 of the softmax mass of the keys that did not survive.
-        lost_mass_histogram: [num_heads, NUM_LOST_MASS_BUCKETS] int64, tokens at level 0 not kept dense by their lost
+        lost_mass: [num_heads] float64, softmax mass of the keys that did not survive, summed over tokens at offset 0.
+        lost_mass_histogram: [num_heads, NUM_LOST_MASS_BUCKETS] int64, tokens at offset 0 not kept dense by their lost
             mass; bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
-        totals: [5] int64: tokens decoded, those among them at level 0 and kept dense, cached rows summed over tokens,
-            steps that decoded, tokens at other levels.
+        totals: [5] int64: tokens decoded, those among them at offset 0 and kept dense, cached rows summed over tokens,
+            steps that decoded, tokens at other offsets.
     """
 
     value_rows_read: torch.Tensor
@@ -251,23 +254,23 @@ def check(step: DecodeStep, call: LayerCall) -> None:
     for name, tensor in (("query", call.query), ("kv_cache", kv_cache)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
-    if step.rules is not None:
-        expect("rules", step.rules, (max(num_seqs, len(step.rules)), RULE_FIELDS), torch.int32)
-        _expect_contiguous("rules", step.rules)
+    if step.threshold_offset is not None:
+        rows = max(num_seqs, len(step.threshold_offset))
+        expect("threshold_offset", step.threshold_offset, (rows,), torch.float32)
+        _expect_contiguous("threshold_offset", step.threshold_offset)
     if layer.thresholds is not None:
-        coefficients = layer.thresholds.coefficients
-        expect("coefficients", coefficients, (len(coefficients), num_heads, coefficients.shape[-1]), torch.float32)
-        _expect_contiguous("coefficients", coefficients)
+        expect("coefficients", layer.thresholds.coefficients, (num_heads, NUM_COEFFICIENTS), torch.float32)
+        _expect_contiguous("coefficients", layer.thresholds.coefficients)
+        if layer.thresholds.is_relative and step.max_dense_len < NUM_ANCHORS:
+            raise ValueError(f"max_dense_len: {step.max_dense_len}, expected {NUM_ANCHORS} or more, the anchors")
         if layer.shadow is not None:
-            _check_shadow(layer.shadow, layer.counters, (len(coefficients), num_heads), num_kv_heads)
+            _check_shadow(layer.shadow, layer.counters, num_heads, num_kv_heads)
     check_tails(call.cache, layer)
 
 
-def _check_shadow(
-    shadow: ShadowLayer, counters: Counters | None, levels_and_heads: tuple[int, int], num_kv_heads: int
-) -> None:
-    expect("margin", shadow.margin, levels_and_heads, torch.float32)
-    expect("log_unread_ratio", shadow.log_unread_ratio, (*levels_and_heads, 2), torch.float32)
+def _check_shadow(shadow: ShadowLayer, counters: Counters | None, num_heads: int, num_kv_heads: int) -> None:
+    expect("margin", shadow.margin, (num_heads,), torch.float32)
+    expect("log_unread_ratio", shadow.log_unread_ratio, (num_heads, 2), torch.float32)
     _expect_contiguous("margin", shadow.margin)
     _expect_contiguous("log_unread_ratio", shadow.log_unread_ratio)
     if counters is not None:

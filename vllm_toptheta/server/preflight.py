@@ -47,15 +47,19 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
     """
     local = find_model(config_path or model, revision)
     selection = select(settings, model, local.architecture)
-    if selection.curve is None:
+    thresholds = selection.thresholds
+    if thresholds is None:
         return f"every layer will run dense: {selection.origin}"
     caution = "" if local.architecture is None else _check_kernels(local.architecture, model)
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
-    curve = selection.curve
+    if selection.model_id is None:
+        unknown = f"; not compared with the model, because {local.unknown}" if local.unknown else ""
+        return f"thresholds {thresholds.label}: {selection.origin}; dense layers {dense_layers}{unknown}{caution}"
+    lengths = "" if thresholds.is_relative else ", calibrated from {} to {} tokens".format(*thresholds.length_range)
     shadow = "" if selection.shadow is None else f", shadow keys of {selection.shadow.section.num_channels} channels"
     return (
-        f"thresholds of {selection.model_id} in {selection.origin}: {curve.label}, calibrated from "
-        f"{curve.min_length} to {curve.max_length} tokens, dense layers {dense_layers}{shadow}; "
+        f"thresholds of {selection.model_id} in {selection.origin}: {thresholds.label}{lengths}, dense layers "
+        f"{dense_layers}{shadow}; "
         + (f"not compared with the model, because {local.unknown}" if local.unknown else f"they fit {model}")
         + caution
     )

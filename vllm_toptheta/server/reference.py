@@ -17,10 +17,10 @@ _HEAD = """# Configuration
 
 One option can be set in four places. The first that sets it wins:
 
-1. the command line: `toptheta serve MODEL --target-k 64`, or `--additional-config '{"toptheta": {"target_k": 64}}'`,
-   which is how plain `vllm serve` takes it;
+1. the command line: `toptheta serve MODEL --weight-floor 2`, or, which is how plain `vllm serve` takes it,
+   `--additional-config '{"toptheta": {"weight_floor": 2}}'`;
 2. the file given as `toptheta serve --config FILE`;
-3. the environment: `TOPTHETA_TARGET_K=64`;
+3. the environment: `TOPTHETA_WEIGHT_FLOOR=2`;
 4. the default.
 
 An option or variable that does not exist is an error that names those that do. `toptheta serve --check` reports every
@@ -42,7 +42,7 @@ Flags of the command line win over those in `vllm`. For example:
 
 ```yaml
 model: HuggingFaceTB/SmolLM2-135M-Instruct
-target_k: 64
+weight_floor: 2
 min_context: 1024
 vllm:
   port: 8000

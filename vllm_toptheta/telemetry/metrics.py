@@ -45,9 +45,9 @@ class StatsCollector(Collector):
             dense.add_metric([reason], tokens)
         yield dense
         yield _counter("toptheta_asked_tokens", "Tokens decoded as their request asked for.", stats.asked_tokens)
-        requests = CounterMetricFamily("toptheta_requests", "Requests that named a way to decode.", labels=["level"])
-        for level in stats.levels:
-            requests.add_metric([level], stats.requests.get(level, 0))
+        requests = CounterMetricFamily("toptheta_requests", "Requests that named a way to decode.", labels=["kind"])
+        for kind, number in stats.requests.items():
+            requests.add_metric([kind], number)
         yield requests
         yield _counter(
             "toptheta_value_bytes_not_read", "Bytes of cached values that need not be read.", stats.bytes_not_read
@@ -81,7 +81,7 @@ class StatsCollector(Collector):
         yield lost_mass
         yield _per_layer(
             "toptheta_guard_alarms",
-            "Windows of tokens too many of which lost more than 95 % of the calibration text did.",
+            "Windows of tokens too many of which lost more than the bound.",
             ((state.layer, state.alarms) for state in stats.guarded),
         )
         lowered = GaugeMetricFamily(

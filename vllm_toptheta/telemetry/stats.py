@@ -46,7 +46,7 @@ class GuardState(BaseModel):
 
     layer: int
     share_above: float = Field(
-        description="Share of the last window's tokens that lost more than 95 % of those calibrated on."
+        description="Share of the last window's tokens, of all heads, that lost more than max_lost_mass."
     )
     alarms: int = Field(description="Windows in which that share was too large, since the server started.")
     lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
@@ -56,17 +56,18 @@ class InForce(BaseModel):
     """What the server was started with."""
 
     mode: str
-    guard: str = Field(
-        description="off, warn or relax; unmeasured if the thresholds came without a measurement, and in mode shadow."
-    )
-    target: str | None = Field(description="What the thresholds aim at, as k:128; null if none are used.")
+    guard: str = Field(description="off, warn or relax; off in mode shadow, which only estimates what is lost.")
+    max_lost_mass: float = Field(description="What a token of a query head may lose before the guard counts it.")
+    target: str | None = Field(description="What the thresholds aim at, floor:3 or k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")
     thresholds: str | None = Field(
-        description="The model that the thresholds were calibrated on; null if none are used."
+        description="The model that something was calibrated on; null where thresholds are relative to each row."
     )
-    calibrated_lengths: tuple[int, int] | None = Field(description="Tokens between which thresholds follow the length.")
-    levels: list[str] = Field(description="What a request can ask for in vllm_xargs.toptheta.")
+    calibrated_lengths: tuple[int, int] | None = Field(
+        description="Tokens between which calibrated thresholds follow the length; null of others."
+    )
+    choices: list[str] = Field(description="What a request can ask for in vllm_xargs.toptheta.")
     num_layers: int
     num_kv_heads: int
     value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")
@@ -94,7 +95,7 @@ class Stats(InForce):
     decode_tokens: int = Field(description="Tokens decoded.")
     dense_tokens: dict[str, int] = Field(description="Those that were decoded densely, by reason.")
     asked_tokens: int = Field(description="Tokens decoded as their request asked for.")
-    requests: dict[str, int] = Field(description="Requests that named a way to decode, by what they named.")
+    requests: dict[str, int] = Field(description="Requests that named a way to decode, by its kind.")
     rows_read_share: float | None = Field(description="rows_read / rows_cached over all layers; null before decoding.")
     keys_read_share: float | None = Field(
         description="keys_read / rows_cached over all layers; null in mode values, and before decoding."

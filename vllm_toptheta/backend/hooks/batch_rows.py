@@ -14,7 +14,7 @@ from vllm_toptheta.backend.hooks.patch import replace
 from vllm_toptheta.backend.layers import our_impls
 from vllm_toptheta.errors import UnsupportedError
 
-_REQUESTS = "toptheta_requests"  # of a runner: its `RequestLevels`, or None
+_REQUESTS = "toptheta_requests"  # of a runner: its `RequestOffsets`, or None
 
 
 def install(vllm_config: Any) -> None:

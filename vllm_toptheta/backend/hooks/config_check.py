@@ -30,7 +30,7 @@ def _checking(check_and_update_config: Callable[..., Any]) -> Callable[..., Any]
             support_checks.check_engine(vllm_config)
             plan = Plan.resolve(vllm_config)
             support_checks.check_settings(plan.settings, vllm_config)
-            if plan.curve is not None:
+            if plan.thresholds is not None:
                 support_checks.check_kernels(plan.architecture)
             request_validation.install()
 

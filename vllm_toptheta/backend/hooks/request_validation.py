@@ -13,11 +13,11 @@ from typing import Any
 
 from vllm_toptheta.backend import support_checks
 from vllm_toptheta.backend.hooks.patch import replace
-from vllm_toptheta.backend.levels import ARGUMENT, FIELD
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.request_choices import ARGUMENT, FIELD
 from vllm_toptheta.errors import SettingsError
 
-_LEVELS = "toptheta_levels"  # of an input processor: what its requests can ask for
+_CHOICES = "toptheta_choices"  # of an input processor: what its requests can ask for
 
 
 def install() -> None:
@@ -62,10 +62,10 @@ def _check(processor: Any, params: Any) -> None:
     asked = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)
     if asked is None or not support_checks.is_selected(processor.vllm_config):
         return
-    if not hasattr(processor, _LEVELS):
-        setattr(processor, _LEVELS, Plan.resolve(processor.vllm_config).levels)
+    if not hasattr(processor, _CHOICES):
+        setattr(processor, _CHOICES, Plan.resolve(processor.vllm_config).choices)
     try:
-        getattr(processor, _LEVELS).parse(asked)
+        getattr(processor, _CHOICES).parse(asked)
     except SettingsError as error:
         raise _error(str(error), parameter=FIELD) from None
 

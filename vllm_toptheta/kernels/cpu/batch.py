@@ -1,4 +1,4 @@
-"""What CPUs work out once a step, for all layers: where the tokens stand, and by which rule a sequence is decoded."""
+"""What CPUs work out once a step, for all layers: where the tokens stand, and how a sequence is decoded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from vllm_toptheta.kernels.contract import DecodeStep, TailStep
 from vllm_toptheta.kernels.cpu.cache import NULL_BLOCK
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Batch:
         is_open: [num_seqs, max_len] bool, tokens of the last page where that is not full.
         last_full: [num_seqs] int64, physical block of the last full page; meaningless where there is none.
         has_full: [num_seqs] bool, whether there is one.
-        levels: [num_seqs] int64, whose thresholds apply, or the one of all.
+        offsets: [num_seqs] float32, what is added to thresholds.
+        anchors: [num_seqs, NUM_ANCHORS] int64, positions of the anchors; of shorter sequences any of theirs.
         is_dense: [num_seqs, 1] bool, sequences that keep every key.
         keeps_everything: Whether all of them do.
-        log_lengths: [num_seqs] float32, ln n, clamped as each sequence's rule says.
-        is_counted: [num_seqs, 1] int64, 1 where thresholds of level 0 apply.
+        log_lengths: [num_seqs] float32, ln n, clamped to the calibrated lengths.
+        is_counted: [num_seqs, 1] int64, 1 where the server's own thresholds apply.
         totals: [5] int64, what the step adds to `Counters.totals`.
     """
 
@@ -37,7 +39,8 @@ class Batch:
     is_open: torch.Tensor
     last_full: torch.Tensor
     has_full: torch.Tensor
-    levels: torch.Tensor | int
+    offsets: torch.Tensor
+    anchors: torch.Tensor
     is_dense: torch.Tensor
     keeps_everything: bool
     log_lengths: torch.Tensor
@@ -54,8 +57,12 @@ class Batch:
         position = torch.arange(len(index) * block_size)
         num_full = seq_lens // block_size
         visible = position < seq_lens[:, None]
-        levels, max_dense_lens, shortest, longest = _rules(step, len(seq_lens)).unbind(dim=1)
-        is_dense, is_common = seq_lens <= max_dense_lens, levels == 0
+        offsets = (
+            torch.zeros(len(seq_lens)) if step.threshold_offset is None else step.threshold_offset[: len(seq_lens)]
+        )
+        is_dense, is_common = (seq_lens <= step.max_dense_len) | (offsets == -torch.inf), offsets == 0
+        last_anchors = seq_lens[:, None] - NUM_LAST_ANCHORS + torch.arange(NUM_LAST_ANCHORS)
+        first_anchors = torch.arange(NUM_FIRST_ANCHORS).minimum(seq_lens[:, None] - 1)
         totals = (
             len(seq_lens),
             int((is_dense & is_common).sum()),
@@ -71,10 +78,11 @@ class Batch:
             is_open=visible & (position >= (num_full * block_size)[:, None]),
             last_full=blocks.gather(1, (num_full - 1).clamp(min=0)[:, None]).flatten(),
             has_full=num_full > 0,
-            levels=0 if bool(is_common.all()) else levels,
+            offsets=offsets,
+            anchors=torch.cat([first_anchors, last_anchors.clamp(min=0)], dim=1),
             is_dense=is_dense[:, None],
             keeps_everything=bool(is_dense.all()),
-            log_lengths=seq_lens.clamp(shortest, longest).float().log(),
+            log_lengths=seq_lens.clamp(*step.length_range).float().log(),
             is_counted=(~is_dense & is_common).long()[:, None],
             totals=torch.tensor(totals),
         )
@@ -82,13 +90,6 @@ class Batch:
     def within(self, sliding_window: int) -> torch.Tensor:
         """[num_seqs, max_len] bool: positions among a sequence's last `sliding_window` tokens, or behind its end."""
         return torch.arange(self.visible.shape[1]) >= (self.seq_lens - sliding_window)[:, None]
-
-
-def _rules(step: DecodeStep, num_seqs: int) -> torch.Tensor:
-    """[num_seqs, 4] int64."""
-    if step.rules is None:
-        return torch.tensor([0, step.max_dense_len, *step.length_range]).expand(num_seqs, -1)
-    return step.rules[:num_seqs].long()
 
 
 @dataclass(frozen=True)

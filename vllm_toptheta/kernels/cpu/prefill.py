@@ -1,4 +1,4 @@
-"""Attention of a prompt's tokens over the paged KV cache in torch operations, for CPUs: dense, or by thresholds.
+"""Dense attention of a prompt's tokens over the paged KV cache in torch operations, for CPUs.
 
 The cache is laid out as `cpu.cache` says; the chunk's own keys and values are in it already.
 """
@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from vllm_toptheta.kernels.cpu.cache import split_cache
-
-BLOCK_BYTES = 16 << 20  # that the scores of a block of rows may take
 
 
 def prefill(
@@ -68,70 +66,6 @@ def _scaled_dot_product(
         query[None], key[None], value[None], scale=softmax_scale, enable_gqa=len(query) != len(key), **mask
     )
     return output[0].transpose(0, 1)
-
-
-def sparse_prefill(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    *,
-    seq_len: int,
-    threshold: torch.Tensor,
-    softmax_scale: float,
-    logits_soft_cap: float | None = None,
-    denominator_compensation: bool = True,
-    value_mean_compensation: bool = True,
-) -> torch.Tensor:
-    """Causal Top-Theta attention of a chunk of one sequence's tokens, the last ones cached.
-
-    Every row is what `values.decode` would make of it: the token's scores against its own threshold.
-
-    Args:
-        query: [num_tokens, num_heads, head_size].
-        kv_cache: See the head of `cpu.cache`.
-        block_table: [max_blocks] integer, the sequence's blocks.
-        seq_len: Cached tokens, the chunk included.
-        threshold: [num_tokens, num_heads] float32, scaled logits; minus infinity keeps every key.
-        softmax_scale: Factor on q . k.
-        logits_soft_cap: Cap c of c * tanh(s / c), or None.
-        denominator_compensation: Sum the softmax denominator over all keys instead of the survivors.
-        value_mean_compensation: Give the lost mass to the mean of the values that a row sees.
-
-    Returns:
-        [num_tokens, num_heads, head_size] float32.
-    """
-    num_tokens, num_heads, head_size = query.shape
-    num_kv_heads = kv_cache.shape[1]
-    key, value = (cached.float() for cached in _cached(kv_cache, block_table, seq_len))
-    queries = (query.float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    thetas = threshold.T.unflatten(0, (num_kv_heads, -1))[..., None]
-    context = seq_len - num_tokens
-    lengths = torch.arange(context + 1, seq_len + 1)
-    mean = value.cumsum(dim=1)[:, None, context:] / lengths[:, None] if value_mean_compensation else None
-    output = torch.empty_like(queries)
-    rows_at_once = max(1, BLOCK_BYTES // (4 * num_heads * seq_len))
-    for start in range(0, num_tokens, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, num_tokens))
-        longest = context + rows.stop
-        scores = torch.matmul(queries[:, :, rows].flatten(1, 2), key[:, :longest].transpose(1, 2))
-        scores = scores.view(num_kv_heads, -1, rows.stop - rows.start, longest)
-        if logits_soft_cap is not None:
-            scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-        scores.masked_fill_(torch.arange(longest) >= lengths[rows, None], -torch.inf)
-        # a masked score never reaches a threshold: minus infinity minus minus infinity is NaN, which compares false
-        survives = scores - thetas[:, :, rows] >= 0
-        numerators = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-        total = numerators.sum(dim=-1, keepdim=True)
-        kept = numerators.where(survives, 0.0)
-        kept_sum = kept.sum(dim=-1, keepdim=True)
-        denominator = total if denominator_compensation else kept_sum.clamp(min=torch.finfo(torch.float32).tiny)
-        block = torch.matmul(kept.flatten(1, 2), value[:, :longest]).view(*kept.shape[:3], head_size) / denominator
-        if mean is not None:
-            # without the exact denominator nothing is known to be lost, unless no key survived at all
-            known_lost = (total - kept_sum) / total if denominator_compensation else (kept_sum == 0).float()
-            block += known_lost * mean[:, :, rows]
-        output[:, :, rows] = block
-    return output.flatten(0, 1).transpose(0, 1)
 
 
 def _cached(kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, ...]:

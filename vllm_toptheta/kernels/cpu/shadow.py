@@ -14,6 +14,7 @@ from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
 from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 MIDDLE = (NUM_LEVELS - 1) / 2
 QUERY_LEVELS = 127
@@ -58,21 +59,30 @@ def _keep_survivors(
     grouped = call.query.float().view(num_seqs, num_kv_heads, -1, head_size)
     # also those of unwritten pages are numbers, unlike what keys in such memory may score
     shadows = _shadow_scores(grouped, codes, batch, layer, shadow.codec)
-    threshold = thresholds_at(thresholds, batch.log_lengths, batch.levels, batch.is_dense)
-    floor = (threshold - shadow.margin[batch.levels]).view(num_seqs, num_kv_heads, -1, 1)
+    key_cache, value_cache = split_cache(call.cache.kv_cache)
+
+    def exact_scores(positions: torch.Tensor) -> torch.Tensor:
+        keys = token_rows(key_cache, batch.blocks, positions)
+        scores = torch.matmul(grouped * layer.softmax_scale, keys.transpose(2, 3))
+        if layer.logits_soft_cap is not None:
+            scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
+        return scores
+
+    threshold = thresholds_at(
+        thresholds,
+        batch,
+        lambda positions: exact_scores(positions[:, None].expand(-1, num_kv_heads, -1)).flatten(1, 2),
+    )
+    floor = (threshold - shadow.margin).view(num_seqs, num_kv_heads, -1, 1)
     position = torch.arange(batch.visible.shape[1])
     # the page of the last token has no codes yet, or only since this step
     last_page = (batch.seq_lens - 1) // block_size * block_size
-    first_recent = torch.minimum(batch.seq_lens - shadow.num_recent, last_page)
-    at_an_end = (position < shadow.num_sink) | (position >= first_recent[:, None])
+    first_recent = torch.minimum(batch.seq_lens - NUM_LAST_ANCHORS, last_page)
+    at_an_end = (position < NUM_FIRST_ANCHORS) | (position >= first_recent[:, None])
     candidates = ((shadows >= floor).any(dim=2) | at_an_end[:, None]) & batch.visible[:, None]
 
-    key_cache, value_cache = split_cache(call.cache.kv_cache)
     positions, valid = packed_positions(candidates)
-    keys = token_rows(key_cache, batch.blocks, positions)
-    scores = torch.matmul(grouped * layer.softmax_scale, keys.transpose(2, 3))
-    if layer.logits_soft_cap is not None:
-        scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
+    scores = exact_scores(positions)
     theta = threshold.clamp(-_HIGHEST, _HIGHEST).view(num_seqs, num_kv_heads, -1)
     survivors = (scores >= theta[..., None]) & valid[:, :, None]
     maximum = torch.maximum(scores.where(survivors, -torch.inf).amax(dim=3), theta)
@@ -81,7 +91,7 @@ def _keep_survivors(
     kept_sum = kept.sum(dim=3)
     keys_read = candidates.sum(dim=2)
     num_unread = (batch.seq_lens[:, None] - keys_read)[..., None]
-    ratio = unread_ratios_at(shadow, batch.log_lengths, batch.levels)
+    ratio = unread_ratios_at(shadow, batch.log_lengths)
     unread_sum = ratio.view_as(theta) * num_unread * torch.exp(theta - maximum)
     lost_sum = weights.where(~survivors, 0.0).sum(dim=3) + unread_sum
     total = kept_sum + lost_sum

@@ -1,34 +1,37 @@
-"""theta and r of sequences and of a prompt's tokens, evaluated on the host."""
+"""theta and r of sequences, evaluated on the host."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from vllm_toptheta.kernels.contract import LayerThresholds, ShadowLayer
+from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.limits import MAX_LOG_SCALE
 
 
 def thresholds_at(
-    thresholds: LayerThresholds, log_lengths: torch.Tensor, levels: torch.Tensor | int, is_dense: torch.Tensor
+    thresholds: LayerThresholds, batch: Batch, anchor_scores: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """theta(n) of every head, [num_rows, num_heads] float32, scaled logits; minus infinity in rows that keep every key.
+    """theta(n) of every head, [num_seqs, num_heads] float32, scaled logits; minus infinity where every key is kept.
 
     Args:
         thresholds: Of the layer.
-        log_lengths: [num_rows] float32, ln n, clamped to the calibrated lengths.
-        levels: [num_rows] int64, or the one of all rows.
-        is_dense: [num_rows, 1] bool.
+        batch: The sequences.
+        anchor_scores: Of positions [num_seqs, NUM_ANCHORS], the scores [num_seqs, num_heads, NUM_ANCHORS]; asked only
+            where thresholds are relative. What it says of sequences that keep every key means nothing.
     """
-    coefficients = thresholds.coefficients
-    powers = log_lengths[:, None] ** torch.arange(coefficients.shape[-1])
-    if isinstance(levels, int):
-        theta = powers @ coefficients[levels].T
-    else:
-        theta = torch.bmm(coefficients[levels], powers[:, :, None])[:, :, 0]
-    return theta.masked_fill(is_dense, -torch.inf)
+    *terms, slope = thresholds.coefficients.unbind(dim=-1)
+    powers = batch.log_lengths[:, None] ** torch.arange(len(terms))
+    theta = powers @ torch.stack(terms)
+    if thresholds.is_relative:
+        theta = theta + slope * anchor_scores(batch.anchors).logsumexp(dim=-1)
+    theta = theta + batch.offsets[:, None]
+    return theta.masked_fill(batch.is_dense, -torch.inf)
 
 
-def unread_ratios_at(shadow: ShadowLayer, log_lengths: torch.Tensor, levels: torch.Tensor | int) -> torch.Tensor:
-    """r(n) of every head, [num_rows, num_heads] float32; the arguments are those of `thresholds_at`."""
-    constant, slope = shadow.log_unread_ratio[levels].unbind(dim=-1)
+def unread_ratios_at(shadow: ShadowLayer, log_lengths: torch.Tensor) -> torch.Tensor:
+    """r(n) of every head, [num_seqs, num_heads] float32, at `log_lengths` [num_seqs]."""
+    constant, slope = shadow.log_unread_ratio.unbind(dim=-1)
     return (constant + slope * log_lengths[:, None]).clamp(max=MAX_LOG_SCALE).exp()

@@ -67,7 +67,12 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
     group = num_heads // num_kv_heads
     scores, numerators = _scores(batch, call, key_cache, batch.visible)
     total = numerators.sum(dim=3)
-    theta = thresholds_at(thresholds, batch.log_lengths, batch.levels, batch.is_dense)
+
+    def anchor_scores(positions: torch.Tensor) -> torch.Tensor:
+        flat = scores.flatten(1, 2)
+        return flat.gather(2, positions[:, None].expand(-1, num_heads, -1))
+
+    theta = thresholds_at(thresholds, batch, anchor_scores)
     limit = theta.view(num_seqs, num_kv_heads, group, 1)
     # some head of the group keeps the key: score minus threshold is not negative (-inf minus -inf, NaN, compares false)
     read = (scores - limit).amax(dim=2) >= 0

@@ -31,7 +31,9 @@ from vllm_toptheta.kernels.gpu.tiles import (
     tile_rows,
     tile_scores,
 )
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
+_FIRST_ANCHORS = tl.constexpr(NUM_FIRST_ANCHORS)
 ORDERED_AT_ONCE = tl.constexpr(8)  # layers of the lists that are ordered at a time
 _HALVES_ASM: tl.constexpr = tl.constexpr(
     "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }"
@@ -166,8 +168,8 @@ def attend_candidates(
             best = tl.reshape(tl.max(tl.reshape(above, (ROWS, ROW_TOKENS, COLUMN_HEADS)), axis=2), (TILE,))
             positions = tile_start + lane
             # few tiles hold a position that is not judged by its codes
-            if (tile_start < shadow.num_sink) | (tile_start + TILE > tl.minimum(first_recent, end)):
-                always = (positions < shadow.num_sink) | (positions >= first_recent)
+            if (tile_start < _FIRST_ANCHORS) | (tile_start + TILE > tl.minimum(first_recent, end)):
+                always = (positions < _FIRST_ANCHORS) | (positions >= first_recent)
                 best = tl.where(positions < end, tl.where(always, 0, best), -1)
             is_candidate = (best >= 0).to(tl.int32)
             store_where(list_ptr + list_length * TILE + lane, positions, is_candidate > 0, tiling.ON_GPU)

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens, next_power_of_2
-from vllm_toptheta.kernels.gpu.rules import level_of, max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, offset_of
 from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E
 from vllm_toptheta.kernels.gpu.tuning import launch_options
 
@@ -25,10 +25,9 @@ def _count_tokens(totals_ptr, tokens, num_seqs, max_dense_len, SEQ_BLOCK: tl.con
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
     decoded = seq_lens > 0
-    level = level_of(tokens.rules, index, num_seqs)
-    max_dense_lens = max_dense_len_of(tokens.rules, index, num_seqs, max_dense_len)
-    dense = decoded & (level == 0) & (seq_lens <= max_dense_lens)
-    asked = decoded & (level != 0)
+    is_common = offset_of(tokens, index, num_seqs) == 0.0
+    dense = decoded & is_common & (seq_lens <= max_dense_len)
+    asked = decoded & (is_common == 0)
     field = tl.arange(0, 8)
     count = tl.where(field == 0, tl.sum(decoded.to(tl.int64), axis=0), 0)
     count += tl.where(field == 1, tl.sum(dense.to(tl.int64), axis=0), 0)
@@ -119,13 +118,11 @@ def merge_kernel(
     if counts.totals is not None and (head == 0) & (seq == 0):
         _count_tokens(counts.totals, tokens, num_seqs, max_dense_len, SEQ_BLOCK)
     seq_len = tl.load(tokens.seq_lens + seq)
-    max_dense_len_here = max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
-    level = level_of(tokens.rules, seq, num_seqs)
     if seq_len <= 0:
         tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
 
-    is_dense = seq_len <= max_dense_len_here
+    is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
     if shape.VALUE_MEAN:
         # issued first: nothing of this waits for the pieces
         last_page = (seq_len - 1) // BLOCK_SIZE
@@ -227,10 +224,10 @@ def merge_kernel(
         result *= tl.load(v_scale_ptr)
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
     if counts.lost_mass is not None:
-        is_common = level == 0
+        is_common = offset_of(tokens, seq, num_seqs) == 0.0
         tl.atomic_add(counts.lost_mass + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
         bucket = counts.lost_mass_histogram + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
-        tl.atomic_add(bucket, 1, mask=is_common & (seq_len > max_dense_len_here), sem="relaxed")
+        tl.atomic_add(bucket, 1, mask=is_common & (seq_len > max_dense_len), sem="relaxed")
 
 
 class Choice(NamedTuple):

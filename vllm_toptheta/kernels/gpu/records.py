@@ -23,14 +23,14 @@ class Tokens(NamedTuple):
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
-        rules: [num_seqs, RULE_FIELDS] int32, or None.
+        threshold_offset: [num_seqs] float32, or None.
         stride_block, stride_head, stride_token: Of the cache, elements.
     """
 
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    rules: torch.Tensor | None
+    threshold_offset: torch.Tensor | None
     stride_block: int
     stride_head: int
     stride_token: int
@@ -38,9 +38,9 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, step: DecodeStep | TailStep, cache: LayerCache) -> Tokens:
         """Those of a step in a layer's pages."""
-        rules = step.rules if isinstance(step, DecodeStep) else None
+        offset = step.threshold_offset if isinstance(step, DecodeStep) else None
         strides = cache.kv_cache.stride()
-        return cls(cache.kv_cache, step.block_table, step.seq_lens, rules, *strides[:3])
+        return cls(cache.kv_cache, step.block_table, step.seq_lens, offset, *strides[:3])
 
 
 class Queries(NamedTuple):
@@ -48,7 +48,7 @@ class Queries(NamedTuple):
 
     Attributes:
         query: [num_seqs, num_heads, head_size].
-        coefficients: [num_levels, num_heads, NUM_TERMS] float32.
+        coefficients: [num_heads, NUM_COEFFICIENTS] float32.
         q_scale, k_scale: [1] float32, or None.
         stride_seq, stride_head: Of the queries, elements.
         softmax_scale: Factor on q . k.
@@ -149,16 +149,17 @@ class Shadow(NamedTuple):
     Attributes:
         codes: [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8.
         query_codes: [num_seqs, num_heads, 2 * CODE_BYTES] int8.
-        floors: [num_seqs, num_heads] int32.
+        thresholds: [num_seqs, num_heads] float32.
+        floors: [num_seqs, num_heads] int32, thresholds minus margins in codes.
         encoder, code_offset, decoder, key_mean: As of `ShadowCodec`.
-        margin: [num_levels, num_heads] float32.
-        log_unread_ratio: [num_levels, num_heads, 2] float32.
+        margin: [num_heads] float32.
+        log_unread_ratio: [num_heads, 2] float32.
         stride_block, stride_head: Of the codes, bytes.
-        num_sink, num_recent: Tokens at either end that are always candidates.
     """
 
     codes: torch.Tensor
     query_codes: torch.Tensor | None
+    thresholds: torch.Tensor | None
     floors: torch.Tensor | None
     encoder: torch.Tensor
     code_offset: torch.Tensor
@@ -168,8 +169,6 @@ class Shadow(NamedTuple):
     log_unread_ratio: torch.Tensor
     stride_block: int
     stride_head: int
-    num_sink: int
-    num_recent: int
 
     @classmethod
     def of(
@@ -178,13 +177,15 @@ class Shadow(NamedTuple):
         codes: torch.Tensor,
         *,
         query_codes: torch.Tensor | None = None,
+        thresholds: torch.Tensor | None = None,
         floors: torch.Tensor | None = None,
     ) -> Shadow:
-        """Those of a layer; without scratch memory for the queries' codes and floors, to be written only."""
+        """Those of a layer; without scratch memory for what is compared with codes, to be written only."""
         codec = layer.codec
         return cls(
             codes,
             query_codes,
+            thresholds,
             floors,
             codec.encoder,
             codec.code_offset,
@@ -194,8 +195,6 @@ class Shadow(NamedTuple):
             layer.log_unread_ratio,
             codes.stride(0),
             codes.stride(1),
-            layer.num_sink,
-            layer.num_recent,
         )
 
 
@@ -206,7 +205,7 @@ class Shape(NamedTuple):
         BLOCK_SIZE, HEAD_SIZE, GROUP: Tokens of a page, channels of a head, query heads of a kv head.
         D_PAD: HEAD_SIZE up to a power of two.
         FLOAT16: Whether products are of float16 instead of bfloat16.
-        NUM_TERMS: Coefficients of a threshold.
+        RELATIVE: Whether thresholds follow the scores of anchors.
         VALUE_MEAN: Whether the lost mass is given to the mean value.
         CODE_BYTES: Bytes of a shadow key; 0 without.
     """
@@ -216,7 +215,7 @@ class Shape(NamedTuple):
     GROUP: int
     D_PAD: int
     FLOAT16: bool
-    NUM_TERMS: int
+    RELATIVE: bool
     VALUE_MEAN: bool
     CODE_BYTES: int
 
@@ -233,7 +232,7 @@ class Shape(NamedTuple):
             num_heads // num_kv_heads,
             next_power_of_2(head_size),
             call.output.dtype == torch.float16,
-            0 if thresholds is None else thresholds.coefficients.shape[-1],
+            thresholds is not None and thresholds.is_relative,
             call.cache.value_sum is not None,
             0 if shadow is None else shadow.codec.code_bytes,
         )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.records import Schedule, next_power_of_2
-from vllm_toptheta.kernels.gpu.rules import max_dense_len_of
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all
 
 MIN_BLOCK_SIZE = 16
 
@@ -54,8 +54,8 @@ def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_
     """
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
     seq = tl.arange(0, schedule.SEQ_BLOCK)
-    max_dense_lens = max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
-    work = tl.cdiv(seq_lens, schedule.UNIT) * tl.where(seq_lens <= max_dense_lens, dense_work, 1)
+    is_dense = keeps_all(tokens, seq, seq_lens, num_seqs, max_dense_len)
+    work = tl.cdiv(seq_lens, schedule.UNIT) * tl.where(is_dense, dense_work, 1)
     return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), min_work)
 
 

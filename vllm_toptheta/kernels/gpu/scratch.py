@@ -73,6 +73,7 @@ class ShadowScratch(NamedTuple):
     config: ShadowConfig
     values_config: LaunchConfig
     query_codes: torch.Tensor
+    thresholds: torch.Tensor
     floors: torch.Tensor
     candidates: torch.Tensor
     candidate_order: torch.Tensor
@@ -89,6 +90,7 @@ class ShadowScratch(NamedTuple):
         num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
         return (
             ((sizes.max_num_seqs, sizes.num_heads, 2 * sizes.code_bytes), torch.int8),
+            ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((sizes.max_num_seqs, sizes.num_heads), torch.int32),
             ((num_lists, config.list_depth, config.tile), torch.int32),
             ((num_lists, config.list_depth * config.tile), torch.int32),

@@ -36,8 +36,8 @@ MIN_COLUMNS = 8  # of a product on tensor cores
 def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     """One new token per sequence: score every shadow key, read the exact keys of candidates and survivors' value rows.
 
-    A token is a candidate if its shadow reaches threshold minus margin for some head of the group, if it is one of the
-    first `num_sink` or the last `num_recent`, or if it lies in the page of the new token. Candidates whose exact score
+    A token is a candidate if its shadow reaches threshold minus margin for some head of the group, if it is an
+    anchor, or if it lies in the page of the new token. Candidates whose exact score
     reaches a head's threshold are its survivors. The others enter its softmax denominator by their scores, and keys
     that are no candidates as r(n) * exp(threshold) each, where n is the length of the sequence.
 
@@ -95,6 +95,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         shadow,
         codes,
         query_codes=scratch.query_codes,
+        thresholds=scratch.thresholds,
         floors=scratch.floors,
     )
     few_tokens = config.few_tokens * num_programs

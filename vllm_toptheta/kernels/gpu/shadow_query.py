@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.codes import DEPTH, encode_tokens
-from vllm_toptheta.kernels.gpu.rules import level_of, max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys
 from vllm_toptheta.kernels.gpu.split import split_step
-from vllm_toptheta.kernels.gpu.thresholds import thresholds_of
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, thresholds_of
+from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
 
 NO_CODES = tl.constexpr(1 << 30)  # a floor above every sum of products of codes
 MIDDLE = tl.constexpr(7.5)
@@ -33,9 +33,9 @@ QUERY_LEVELS = tl.constexpr(127.0)
 
 @triton.jit
 def _project_queries(
-    tokens, queries, shadow, seq, seq_len, kv_head, num_seqs, num_heads, min_length, max_length, shape
+    tokens, queries, shadow, block_row, seq, seq_len, kv_head, num_seqs, num_heads, min_length, max_length, shape
 ):
-    """Write the codes and floors of the queries of a sequence and a kv head."""
+    """Write the codes, thresholds and floors of the queries of a sequence and a kv head."""
     HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
     CODE_BYTES: tl.constexpr = shape.CODE_BYTES
     row = seq.to(tl.int64)
@@ -74,11 +74,13 @@ def _project_queries(
     tl.store(target, lower.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
     tl.store(target + CODE_BYTES, upper.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
 
-    wanted = thresholds_of(
-        queries, tokens, seq, seq_len, head, mask_g, num_heads, num_seqs, min_length, max_length, shape.NUM_TERMS
-    )
-    level = level_of(tokens.rules, seq, num_seqs)
-    wanted -= tl.load(shadow.margin + level * num_heads + head, mask=mask_g, other=0.0)
+    threshold = thresholds_of(
+        load_query(queries, seq, head, mask_g, shape), queries, tokens,
+        tokens.kv_cache + kv_head * tokens.stride_head, block_row, seq, seq_len, head, mask_g, num_seqs, min_length,
+        max_length, score_scale(queries), shape,
+    )  # fmt: skip
+    tl.store(shadow.thresholds + row * num_heads + head, threshold, mask=mask_g)
+    wanted = threshold - tl.load(shadow.margin + head, mask=mask_g, other=0.0)
     if queries.logits_soft_cap is not None:
         soft_cap = queries.logits_soft_cap
         ratio = wanted / soft_cap
@@ -107,7 +109,7 @@ def _project_queries(
 def query_kernel(
     tokens,  # Tokens
     queries,  # Queries
-    shadow,  # Shadow, whose codes of queries and floors are written
+    shadow,  # Shadow, whose codes of queries, thresholds and floors are written
     lists,  # Lists of survivors
     pieces,  # Pieces
     counts,  # Counts
@@ -142,10 +144,12 @@ def query_kernel(
         seq = program
         while seq < num_seqs:
             seq_len = tl.load(tokens.seq_lens + seq)
-            if seq_len > max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len):
+            if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len) == 0:
+                block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
                 _project_queries(
-                    tokens, queries, shadow, seq, seq_len, kv_head, num_seqs, num_heads, min_length, max_length, shape
-                )
+                    tokens, queries, shadow, block_row, seq, seq_len, kv_head, num_seqs, num_heads, min_length,
+                    max_length, shape,
+                )  # fmt: skip
             seq += tl.num_programs(1)
     # from the other end, because the last programs have the least to do
     seq = tl.num_programs(1) - 1 - program

@@ -1,7 +1,7 @@
 """The second of the three Triton kernels of mode `shadow`: pieces of sequences by their shadow keys.
 
-Each is scanned and walked (`candidates.py`), unless the sequence is too short for thresholds or its rule says so: then
-it keeps everything. Where the step reads all keys, there is nothing left to do (`shadow_query.py`).
+Each is scanned and walked (`candidates.py`), unless the sequence is too short for thresholds or its request says so:
+then it keeps everything. Where the step reads all keys, there is nothing left to do (`shadow_query.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.candidates import attend_candidates
-from vllm_toptheta.kernels.gpu.rules import max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import (
     first_of_share,
     load_lengths,
@@ -20,8 +19,11 @@ from vllm_toptheta.kernels.gpu.schedule import (
     work_of_step,
 )
 from vllm_toptheta.kernels.gpu.survivors import attend_all
-from vllm_toptheta.kernels.gpu.thresholds import thresholds_of, unread_ratios_of
+from vllm_toptheta.kernels.gpu.thresholds import HIGHEST, keeps_all, unread_ratios_of
 from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
+from vllm_toptheta.limits import NUM_LAST_ANCHORS
+
+_LAST_ANCHORS = tl.constexpr(NUM_LAST_ANCHORS)
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
@@ -86,7 +88,7 @@ def shadow_split_kernel(
 
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(tokens.seq_lens + seq)
-        is_dense = seq_len <= max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
+        is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
         first_unit, last_unit = units_of_piece(
             program, share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
         )
@@ -105,15 +107,10 @@ def shadow_split_kernel(
                 if shape.VALUE_MEAN:
                     open_start = seq_len // BLOCK_SIZE * BLOCK_SIZE
                 num_heads = num_kv_heads * GROUP
-                threshold = thresholds_of(
-                    queries, tokens, seq, seq_len, head, mask_g, num_heads, num_seqs, min_length, max_length,
-                    shape.NUM_TERMS,
-                )  # fmt: skip
-                ratio = unread_ratios_of(
-                    shadow, tokens, seq, seq_len, head, mask_g, num_heads, num_seqs, min_length, max_length
-                )
+                threshold = tl.load(shadow.thresholds + row * num_heads + head, mask=mask_g, other=HIGHEST)
+                ratio = unread_ratios_of(shadow, seq_len, head, mask_g, min_length, max_length)
                 # the page of the last token has no codes yet, or only since this step
-                first_recent = tl.minimum(seq_len - shadow.num_recent, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE)
+                first_recent = tl.minimum(seq_len - _LAST_ANCHORS, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE)
                 piece = attend_candidates(
                     query, threshold, ratio, tokens, shadow, row * num_heads + kv_head * GROUP, key_base,
                     shadow.codes + kv_head * shadow.stride_head, block_row, lists, list_index, start, end, first_recent,

@@ -1,12 +1,12 @@
 """The first of the two Triton kernels of mode `values`: one new token per sequence over the paged KV cache.
 
-For a query head with scores s_j = softmax_scale * q . k_j over the n cached keys, and S = {j : s_j >= theta(n)}:
+For a query head with scores s_j = softmax_scale * q . k_j over the n cached keys, and S = {j : s_j >= theta}:
 
     m = max_j s_j,  Z = sum_j exp(s_j - m),  lost = sum_{j not in S} exp(s_j - m) / Z
     output = sum_{j in S} exp(s_j - m) / Z * v_j + lost * mean_j(v_j)
 
 `split_kernel` computes pieces of sequences, for one kv head each, by a scan and a gather, or by an ordinary dense loop
-where a sequence is too short for thresholds or its rule says so (`survivors.py`). `merge_kernel` joins the pieces.
+where a sequence is too short for thresholds or its request says so (`survivors.py`). `merge_kernel` joins the pieces.
 Source: arXiv 2502.08363.
 """
 
@@ -15,10 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.rules import max_dense_len_of
 from vllm_toptheta.kernels.gpu.schedule import first_of_share, store_piece, units_of_piece, work_of_step
 from vllm_toptheta.kernels.gpu.survivors import attend_all, attend_survivors
-from vllm_toptheta.kernels.gpu.thresholds import thresholds_of
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, thresholds_of
 from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
 
 
@@ -57,7 +56,7 @@ def split_step(
 
     while (seq < num_seqs) & (work_before < end_of_share):
         seq_len = tl.load(tokens.seq_lens + seq)
-        is_dense = seq_len <= max_dense_len_of(tokens.rules, seq, num_seqs, max_dense_len)
+        is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
         first_unit, last_unit = units_of_piece(
             program, share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
         )
@@ -74,10 +73,9 @@ def split_step(
                 open_start = seq_len
                 if shape.VALUE_MEAN:
                     open_start = seq_len // shape.BLOCK_SIZE * shape.BLOCK_SIZE
-                num_heads = num_kv_heads * shape.GROUP
                 threshold = thresholds_of(
-                    queries, tokens, seq, seq_len, head, mask_g, num_heads, num_seqs, min_length, max_length,
-                    shape.NUM_TERMS,
+                    query, queries, tokens, key_base, block_row, seq, seq_len, head, mask_g, num_seqs, min_length,
+                    max_length, scale, shape,
                 )  # fmt: skip
                 piece = attend_survivors(
                     query, threshold, tokens, key_base, block_row, lists, list_index, start, end, open_start, scale,

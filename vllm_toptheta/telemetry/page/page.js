@@ -109,10 +109,10 @@ function drawTrend() {
 
 function describeGuard(stats) {
   const lowered = stats.guarded.filter((state) => state.lowered_by !== 0);
-  if (stats.guard === "off" || stats.guard === "unmeasured") return stats.guard;
+  if (stats.guard === "off") return stats.guard;
   const alarmed = stats.guarded.filter((state) => state.alarms).map((state) => state.layer);
-  if (!lowered.length && stats.guard === "warn" && alarmed.length) return `warn: more lost than expected in layers ${alarmed.join(", ")}`;
-  if (!lowered.length) return `${stats.guard}: every layer as expected`;
+  if (!lowered.length && stats.guard === "warn" && alarmed.length) return `warn: too much lost in layers ${alarmed.join(", ")}`;
+  if (!lowered.length) return `${stats.guard}: every layer within ${percent(stats.max_lost_mass)}`;
   const text = (state) => `${state.layer} (${state.lowered_by === null ? "dense" : "-" + state.lowered_by})`;
   return `${stats.guard}: thresholds lowered in layers ${lowered.map(text).join(", ")}`;
 }

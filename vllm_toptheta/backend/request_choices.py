@@ -1,0 +1,90 @@
+"""What a request can ask for in its extra arguments: `"vllm_xargs": {"toptheta": "dense"}`, or `"floor:1.5"`.
+
+What it gets is an offset on all of its thresholds (`kernels.contract`): 0 is the server's own setting, minus infinity
+keeps every key.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
+from vllm_toptheta.selection import ServedThresholds
+
+ARGUMENT = "toptheta"  # in a request's vllm_xargs
+FIELD = f"vllm_xargs.{ARGUMENT}"
+COMMON, KEEP_ALL = 0.0, -math.inf  # offsets
+DENSE_LABEL, FLOOR_LABEL = "dense", "floor"
+MAX_ECHO = 40  # characters of what was asked that an answer repeats
+
+
+@dataclass(frozen=True)
+class RequestChoices:
+    """What the requests of a served model can ask for.
+
+    Attributes:
+        thresholds: The server's own; None if the model runs dense.
+        any_floor: Whether a request can name a floor of its own.
+        refusal: Why requests can ask for nothing; None if they can.
+    """
+
+    thresholds: ServedThresholds | None
+    any_floor: bool = False
+    refusal: str | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """What requests are counted as: by how they are decoded, whatever their floor."""
+        if self.refusal is not None:
+            return []
+        return [DENSE_LABEL] if self.thresholds is None else [DENSE_LABEL, self._sparse_kind]
+
+    @property
+    def labels(self) -> list[str]:
+        """What a request can write, for people."""
+        if self.refusal is not None:
+            return []
+        own = [] if self.thresholds is None else [self.thresholds.label]
+        return [DENSE_LABEL, *own, *([f"{FLOOR_LABEL}:0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else [])]
+
+    @property
+    def _has_floors(self) -> bool:
+        return self.any_floor and self.thresholds is not None and self.thresholds.weight_floor is not None
+
+    def parse(self, asked: Any) -> float:
+        """The offset that a request asks for, scaled logits.
+
+        Args:
+            asked: The argument as it was sent.
+
+        Raises:
+            SettingsError: It cannot be had; the message is one sentence that says what can.
+        """
+        if self.refusal is not None:
+            raise SettingsError(self.refusal, field=FIELD)
+        if asked == DENSE_LABEL:
+            return KEEP_ALL
+        if self.thresholds is not None and asked == self.thresholds.label:
+            return COMMON
+        if self._has_floors and isinstance(asked, str) and asked.startswith(f"{FLOOR_LABEL}:"):
+            with suppress(ValueError):
+                floor = float(asked.removeprefix(f"{FLOOR_LABEL}:"))
+                if floor == 0:
+                    return KEEP_ALL
+                if 0 < floor <= MAX_WEIGHT_FLOOR and self.thresholds is not None and self.thresholds.weight_floor:
+                    return math.log(floor) - math.log(self.thresholds.weight_floor)
+        raise SettingsError(
+            f"a request can ask for {', '.join(self.labels)}, not for {repr(asked)[:MAX_ECHO]}", field=FIELD
+        )
+
+    def kind(self, offset: float) -> str:
+        """Which of `kinds` a request with this offset is counted as."""
+        return DENSE_LABEL if offset == KEEP_ALL else self._sparse_kind
+
+    @property
+    def _sparse_kind(self) -> str:
+        return FLOOR_LABEL if self._has_floors or self.thresholds is None else self.thresholds.label
