@@ -31,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "reference", "store", "calibration"},
     "soak": {"errors"},
     "benchmarks": {"errors", "reference", "store", "kernels", "telemetry", "calibration", "evaluation"},
-    "demo_model": {"errors"},
+    "gguf_model": {"errors"},
+    "model_folder": {"errors"},
+    "demo_model": {"errors", "gguf_model", "model_folder"},
     "cli": {
         *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "interchange", "report"),
         *("soak", "benchmarks", "demo_model"),
@@ -41,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 USERS = {
     "triton": {"kernels", "benchmarks"},
     "vllm": {"backend", "telemetry", "benchmarks"},
-    "transformers": {"calibration", "evaluation", "demo_model"},
+    "transformers": {"calibration", "evaluation", "gguf_model"},
     "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "selection", "server", "soak"},
     "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "selection", "server"},
     "pydantic": ALLOWED.keys() - {"errors", "limits"},

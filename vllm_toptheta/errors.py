@@ -26,7 +26,7 @@ TopThetaError
   EvaluationError             an evaluation cannot run, or would not measure what it says
   InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
   ReportError                 a report cannot be drawn or written
-  DemoModelError              the demo model cannot be built
+  ConversionError             a model directory cannot be made of the weights that a Python package carries
   BenchmarkError              a benchmark could not run
   SoakError                   a server under test does not start, or cannot be asked what is needed
   UnsupportedError            the backend does not support a feature of the model or the engine
@@ -183,8 +183,8 @@ class ReportError(TopThetaError):
     """A report cannot be drawn or written."""
 
 
-class DemoModelError(TopThetaError):
-    """The demo model cannot be built."""
+class ConversionError(TopThetaError):
+    """A model directory cannot be made of the weights that a Python package carries."""
 
 
 class BenchmarkError(TopThetaError):
