@@ -23,6 +23,7 @@ TopThetaError
     ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
     ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
+    CheckpointError           a model's weights are damaged, or not those that its config.json describes
   EvaluationError             an evaluation cannot run, or would not measure what it says
   InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
   ReportError                 a report cannot be drawn or written
@@ -169,6 +170,10 @@ class ShadowMissing(StoreError):
 
 class CalibrationError(TopThetaError):
     """Thresholds cannot be calibrated with this model and this text."""
+
+
+class CheckpointError(CalibrationError):
+    """A model's weights are damaged, or not those that its config.json describes."""
 
 
 class EvaluationError(TopThetaError):
