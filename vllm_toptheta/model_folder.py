@@ -48,7 +48,10 @@ def make_folder(folder: Path, make: Callable[[Path], None], *, source: str) -> P
                 file=folder,
                 remedy="Name an empty or new folder",
             )
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        unfinished = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed, whose children may still write
+        unfinished.mkdir(exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=unfinished))
         try:
             make(scratch)
             files = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
@@ -58,7 +61,7 @@ def make_folder(folder: Path, make: Callable[[Path], None], *, source: str) -> P
                 shutil.rmtree(folder)
             scratch.rename(folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
