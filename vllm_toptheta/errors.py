@@ -23,10 +23,11 @@ TopThetaError
     ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
     ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
+    CheckpointError           a model's weights are damaged, or not those that its config.json describes
   EvaluationError             an evaluation cannot run, or would not measure what it says
   InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
   ReportError                 a report cannot be drawn or written
-  DemoModelError              the demo model cannot be built
+  ConversionError             a model directory cannot be made of the weights that a Python package carries
   BenchmarkError              a benchmark could not run
   SoakError                   a server under test does not start, or cannot be asked what is needed
   UnsupportedError            the backend does not support a feature of the model or the engine
@@ -171,6 +172,10 @@ class CalibrationError(TopThetaError):
     """Thresholds cannot be calibrated with this model and this text."""
 
 
+class CheckpointError(CalibrationError):
+    """A model's weights are damaged, or not those that its config.json describes."""
+
+
 class EvaluationError(TopThetaError):
     """An evaluation cannot run, or would not measure what it says."""
 
@@ -183,8 +188,8 @@ class ReportError(TopThetaError):
     """A report cannot be drawn or written."""
 
 
-class DemoModelError(TopThetaError):
-    """The demo model cannot be built."""
+class ConversionError(TopThetaError):
+    """A model directory cannot be made of the weights that a Python package carries."""
 
 
 class BenchmarkError(TopThetaError):

@@ -20,8 +20,9 @@ from tests.e2e.texts import ON_GPU, cut
 from tests.shadow_store import make_shadow_store
 from vllm_toptheta.calibration import CalibrationOptions, calibrate
 from vllm_toptheta.calibration.sources import read_file
-from vllm_toptheta.demo_model import MODEL_NAME, cache_folder, demo_model, is_complete
-from vllm_toptheta.errors import DemoModelError
+from vllm_toptheta.demo_model import MODEL_NAME, demo_model
+from vllm_toptheta.errors import ConversionError
+from vllm_toptheta.model_folder import cache_folder, is_complete
 from vllm_toptheta.store import Architecture
 
 
@@ -34,7 +35,7 @@ def model() -> Path:
         return made
     try:
         return demo_model()
-    except DemoModelError as error:
+    except ConversionError as error:
         if not ON_GPU:
             raise
         pytest.skip(str(error))

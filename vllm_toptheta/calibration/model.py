@@ -3,9 +3,14 @@
 The route is registered with transformers' `AttentionInterface`, its public way to replace attention
 (https://huggingface.co/docs/transformers/attention_interface); nothing is patched. No mask function is registered for
 it, so transformers builds no mask: the routes are causal by themselves, over one unpadded sequence at a time.
+
+Where a checkpoint and its config.json disagree, transformers makes up what is missing at random and says so in a log.
+Thresholds of such a model, and figures, would be those of nobody's model: it is refused.
 """
 
-from collections.abc import Iterator
+import logging
+import textwrap
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -13,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_toptheta.calibration.route import AttentionRoute, windowed_attention
-from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.errors import CalibrationError, CheckpointError
 
 __all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "usable_device"]
 
 _ATTENTION_NAME = "toptheta_route"
+_NUM_NAMES = 3  # tensors that a message names
+_MAX_REASON = 300  # characters of a message of transformers
 _active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
 
 
@@ -45,6 +54,8 @@ def load_model(
 
     Raises:
         CalibrationError: there is no model there that transformers can load, or no such device.
+        CheckpointError: the weights are damaged, or a tensor is missing, of another shape than config.json says, or
+            nowhere in the model. Tied tensors may be missing, and what transformers knows as harmless may be there.
     """
     if device_map is not None:
         if find_spec("accelerate") is None:
@@ -53,9 +64,9 @@ def load_model(
                 field="device_map",
                 remedy="pip install 'vllm-toptheta[accelerate]', or name one device",
             )
-        return _load(AutoModelForCausalLM, model_dir, dtype=dtype, device_map=device_map).eval()
+        return _load_checked(model_dir, dtype=dtype, device_map=device_map).eval()
     place = usable_device(device)
-    return _load(AutoModelForCausalLM, model_dir, dtype=dtype).eval().to(place)
+    return _load_checked(model_dir, dtype=dtype).eval().to(place)
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -94,6 +105,49 @@ def load_tokenizer(model_dir: Path) -> Any:
     return _load(AutoTokenizer, model_dir)
 
 
+def _load_checked(model_dir: Path, **options: Any) -> Any:
+    """A model all of whose tensors come from its checkpoint, and that has a place for all of the checkpoint's."""
+    with _without_load_report():
+        # tensors of other shapes are let through, so that they can be named here
+        model, found = _load(
+            AutoModelForCausalLM, model_dir, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    shapes = [f"{name} {list(has)} instead of {list(wanted)}" for name, has, wanted in found["mismatched_keys"]]
+    problems = {
+        "it lacks": found["missing_keys"],
+        "it has in another shape": shapes,
+        "it has, and the model has not": found["unexpected_keys"],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"the checkpoint is not that of config.json: "
+            f"{'; '.join(f'{problem} {_first(names)}' for problem, names in problems.items() if names)}",
+            file=model_dir,
+            remedy="Give a directory with the config.json and all the weights of one model",
+        )
+    return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps transformers from logging a table of what is refused with one message."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _first(names: Collection[str]) -> str:
+    more = len(names) - _NUM_NAMES
+    return ", ".join(sorted(names)[:_NUM_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def _load(kind: Any, model_dir: Path, **options: Any) -> Any:
     if not (model_dir / "config.json").is_file():
         raise CalibrationError(
@@ -103,8 +157,27 @@ def _load(kind: Any, model_dir: Path, **options: Any) -> Any:
         )
     try:
         return kind.from_pretrained(model_dir, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"transformers cannot load it: {error}", file=model_dir) from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"the weights are damaged: {error}",
+            file=_damaged(model_dir) or model_dir,
+            remedy="Download or write the model again",
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
+        # transformers goes on with advice, and with the names of all models that it knows
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}".split("\n\n")[0], _MAX_REASON)
+        raise CalibrationError(f"transformers cannot load it: {reason}", file=model_dir) from error
+
+
+def _damaged(model_dir: Path) -> Path | None:
+    """The first file of weights that cannot be opened."""
+    for file in sorted(model_dir.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
 
 
 @contextmanager
