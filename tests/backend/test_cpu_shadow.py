@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 
-from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
+from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, Harness, Step, asking
 from tests.shadow_store import projection_of
 from vllm_toptheta import store
 from vllm_toptheta.backend import cpu, plugin
@@ -18,14 +18,17 @@ from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     candidate_keys,
+    causal_scores,
     dense_attention,
     encode_keys,
     gather_sequence,
     pack_codes,
     quantize_query,
+    relative_threshold,
     shadow_scores,
     top_theta_attention,
 )
@@ -47,7 +50,7 @@ class ShadowHarness:
         dtype: str = "float32",
         **options: Any,
     ) -> None:
-        options = {"mode": "shadow", "thresholds": str(folder), **options}
+        options = {"mode": "shadow", "thresholds": str(folder), "dense_layers": [0], **options}
         self.harness = Harness(make_config(options, dtype=dtype, block_size=block_size), block_size, max_lens)
         self.store = store.load(folder)
         self.compensation = options.get("compensation", "sdc+vmc")
@@ -62,7 +65,7 @@ class ShadowHarness:
         """Compute prompts."""
         self.harness.run(Step(lens, lens, [True] * len(lens)))
 
-    def check(self, step: Step, labels: list[str] | None = None) -> list[int]:
+    def check(self, step: Step) -> list[int]:
         """Run a step and compare all of its decoding rows; keys of kv head 0 that the reference reads, by row."""
         query, outputs = self.harness.run(step)
         starts = torch.tensor([0, *step.query_lens]).cumsum(0).tolist()
@@ -73,24 +76,23 @@ class ShadowHarness:
             if new != 1 or prefilling:
                 continue
             at = slice(starts[row], starts[row + 1])
-            label = f"k:{TARGET_K}" if labels is None else labels[row]
-            expected, candidates = self.expected(query[at], row, length, label)
+            expected, candidates = self.expected(query[at], row, length)
             rounding = (expected.to(query.dtype).float() - expected).abs().max()
             error = (outputs[LAYER][at].float() - expected).abs().max()
             assert error <= 2 * rounding + 2e-5, (row, float(error))
             keys_read.append(int(candidates[0].sum()))
         return keys_read
 
-    def expected(self, query: torch.Tensor, row: int, length: int, label: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, query: torch.Tensor, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of one decoding token and its candidates, [num_kv_heads, length]."""
         harness, shadow = self.harness, self.store.shadow
         interleaved = torch.cat(split_cache(harness.caches[LAYER]), dim=-1)
         key, value = gather_sequence(interleaved, harness.block_table[row], length)
-        curve = self.store.curve_of(label)
-        is_dense = length <= curve.dense_length
-        threshold = torch.tensor(curve.threshold(length)[LAYER_INDEX].copy())
-        margin = torch.tensor(shadow.margin(label)[LAYER_INDEX])
-        scale = torch.tensor(shadow.exp_threshold_scale(label, length)[LAYER_INDEX].copy())
+        is_dense = length <= NUM_ANCHORS
+        scores = causal_scores(query.float(), key.float(), softmax_scale=SCALE)
+        threshold = relative_threshold(scores, torch.tensor([length]), shadow.section.weight_floor)[0]
+        margin = torch.tensor(shadow.margin[LAYER_INDEX])
+        scale = torch.tensor(shadow.exp_threshold_scale(length)[LAYER_INDEX].copy())
         projection = projection_of(shadow, LAYER_INDEX)
         candidates = candidate_keys(
             shadow_scores(
@@ -98,8 +100,8 @@ class ShadowHarness:
             )[0],
             torch.full((NUM_HEADS,), -torch.inf) if is_dense else threshold - margin,
             num_kv_heads=NUM_KV_HEADS,
-            num_sink=shadow.section.num_sink,
-            num_recent=shadow.section.num_recent,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=harness.block_size,
         )
         result = top_theta_attention(
@@ -140,7 +142,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decoding_equals_the_reference(
     make_config: Callable[..., VllmConfig], shadow_folder: Path, dtype: str, block_size: int, compensation: str
 ) -> None:
-    lens = [300, 700, 129, 100]
+    lens = [300, 700, 146, 100]
     shadow = ShadowHarness(
         make_config, shadow_folder, lens, block_size=block_size, dtype=dtype, compensation=compensation
     )
@@ -151,7 +153,7 @@ def test_decoding_equals_the_reference(
         keys += sum(shadow.check(Step(seq_lens, [1] * 4, [False] * 4)))
         rows += sum(seq_lens)
     counters = shadow.counters
-    assert counters.totals.tolist() == [12, 3 + 2, rows, 3, 0]  # of 100 tokens, and of up to 128
+    assert counters.totals.tolist() == [12, 3 + 2, rows, 3, 0]  # of 100 tokens, and of up to 144
     assert int(counters.keys_read[0]) == keys
     assert int(counters.value_rows_read[0]) < int(counters.keys_read[0]) < rows
     assert float(counters.lost_mass.min()) > 0
@@ -171,21 +173,20 @@ def test_prompts_in_chunks_beside_decoding_sequences(
     shadow.check_codes(1, length)
 
 
-def test_requests_have_levels_of_their_own(make_config: Callable[..., VllmConfig], shadow_folder: Path) -> None:
-    shadow = ShadowHarness(make_config, shadow_folder, [96, 96, 512, 512])
-    shadow.prefill([95, 95, 511, 511])
-    asking(shadow.harness, [None, 8, "dense", "k:128"])
-    step = Step([96, 96, 512, 512], [1] * 4, [False] * 4)
+def test_requests_may_ask_for_dense_decoding(make_config: Callable[..., VllmConfig], shadow_folder: Path) -> None:
+    shadow = ShadowHarness(make_config, shadow_folder, [160, 512, 512])
+    shadow.prefill([159, 511, 511])
+    asking(shadow.harness, [None, "dense", "floor:3"])
+    step = Step([160, 512, 512], [1] * 3, [False] * 3)
     query, outputs = shadow.harness.run(step)
-    for row, (label, length) in enumerate([("k:128", 96), ("k:8", 96), (None, 512), ("k:128", 512)]):
-        if label is None:
+    for row, length in enumerate(step.seq_lens):
+        expected, _ = shadow.expected(query[row : row + 1], row, length)
+        if row == 1:
             interleaved = torch.cat(split_cache(shadow.harness.caches[LAYER]), dim=-1)
             key, value = gather_sequence(interleaved, shadow.harness.block_table[row], length)
             expected = dense_attention(query[row : row + 1], key, value, softmax_scale=SCALE).output
-        else:
-            expected, _ = shadow.expected(query[row : row + 1], row, length, label)
         torch.testing.assert_close(outputs[LAYER][row : row + 1], expected, rtol=1e-4, atol=2e-5)
-    assert shadow.counters.totals.tolist() == [4, 1, 2 * 96 + 2 * 512, 1, 2]
+    assert shadow.counters.totals.tolist() == [3, 0, 160 + 2 * 512, 1, 1]
 
 
 @pytest.mark.parametrize("is_prompt", [True, False])

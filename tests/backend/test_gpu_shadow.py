@@ -14,16 +14,16 @@ from tests.backend.gpu_engine import (
     NUM_HEADS,
     NUM_KV_HEADS,
     SCALE,
-    THETA,
     Engine,
     asking,
 )
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.shadow_store import make_shadow_store, projection_of
-from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     candidate_keys,
@@ -34,6 +34,7 @@ from vllm_toptheta.reference import (
     shadow_scores,
     top_theta_attention,
 )
+from vllm_toptheta.selection import ServedThresholds
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import ThresholdStore
 
@@ -44,7 +45,7 @@ pytestmark = [
 ]
 
 LAYER, CODE_BYTES = 1, 16
-LABELS = {THETA: "k:8", THETA + 0.5: "k:4"}
+WEIGHT_FLOOR = 6.0
 
 
 class ShadowEngine(Engine):
@@ -53,25 +54,24 @@ class ShadowEngine(Engine):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, max_lens: list[int], **options: Any) -> None:
         self.store: ThresholdStore = make_shadow_store(
             folder / "store",
-            coefficients=[[THETA + 0.5, 0, 0], [THETA, 0, 0]],
-            target_ks=(4, 8),
+            weight_floor=WEIGHT_FLOOR,
             num_layers=2,
             num_heads=NUM_HEADS,
             num_kv_heads=NUM_KV_HEADS,
             head_size=HEAD_SIZE,
             max_length=4096,
         )
-        curve = self.store.curve_of("k:8")
         refusal = options.pop("refusal", None)
         self.settings = Settings.load({"mode": "shadow", "always_shadow": True, **options})
+        thresholds = ServedThresholds.relative(WEIGHT_FLOOR)
         plan = Plan(
             settings=self.settings,
-            curve=curve,
+            thresholds=thresholds,
             model_id="acme/tiny",
             origin="a test",
             dense_layers=frozenset({0}),
             architecture=self.store.manifest.architecture,
-            levels=Levels(curve, () if refusal else (self.store.curve_of("k:4"),), refusal=refusal),
+            choices=RequestChoices(thresholds, refusal=refusal),
             shadow=self.store.shadow,
         )
         super().__init__(monkeypatch, max_lens, plan=plan)
@@ -83,31 +83,31 @@ class ShadowEngine(Engine):
         for row, (length, start, end) in enumerate(
             zip(lens.tolist(), starts.tolist()[:-1], starts.tolist()[1:], strict=True)
         ):
-            label = LABELS.get(float(threshold[start, 0]))
-            if end - start == 1 and label is not None:
-                output[start] = self.decoded(query[start:end], block_table[row], length, label)
+            if end - start == 1 and bool(threshold[start].isfinite().all()):
+                output[start] = self.decoded(query[start:end], block_table[row], length, threshold[start].cpu())
             elif end - start == 1:
                 self.keys_read += length
         return output
 
-    def decoded(self, query: torch.Tensor, block_row: torch.Tensor, length: int, label: str) -> torch.Tensor:
+    def decoded(
+        self, query: torch.Tensor, block_row: torch.Tensor, length: int, threshold: torch.Tensor
+    ) -> torch.Tensor:
         shadow = self.store.shadow
         key, value = (part.float().cpu() for part in gather_sequence(self.kv_cache, block_row, length))
-        threshold = torch.tensor(self.store.curve_of(label).threshold(length)[LAYER].copy())
         projection = projection_of(shadow, LAYER)
         scores = shadow_scores(
             quantize_query(query.float().cpu(), projection, softmax_scale=SCALE), encode_keys(key, projection)
         )
         candidates = candidate_keys(
             scores[0],
-            threshold - torch.tensor(shadow.margin(label)[LAYER]),
+            threshold - torch.tensor(shadow.margin[LAYER]),
             num_kv_heads=NUM_KV_HEADS,
-            num_sink=shadow.section.num_sink,
-            num_recent=shadow.section.num_recent,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=BLOCK_SIZE,
         )
         self.keys_read += int(candidates[0].sum())
-        scale = torch.tensor(shadow.exp_threshold_scale(label, length)[LAYER].copy())
+        scale = torch.tensor(shadow.exp_threshold_scale(length)[LAYER].copy())
         compensation = self.settings.compensation
         result = top_theta_attention(
             query.float().cpu(),
@@ -136,21 +136,21 @@ class ShadowEngine(Engine):
 
 
 def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [160, 190, 90])
-    assert engine.step([0, 1, 2], [140, 170, 33], [140, 170, 33]).max() < 3e-3
-    assert engine.dense_rows == [343]
-    engine.check_codes(1, 170)
-    assert engine.step([0, 1, 2], [141, 171, 53], [1, 1, 20]).max() < 3e-3  # decoding sequences stand in front
+    engine = ShadowEngine(monkeypatch, tmp_path, [310, 390, 90])
+    assert engine.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
+    assert engine.dense_rows == [703]
+    engine.check_codes(1, 370)
+    assert engine.step([0, 1, 2], [301, 371, 53], [1, 1, 20]).max() < 3e-3  # decoding sequences stand in front
     assert engine.dense_rows == [20]
-    for step in range(1, 8):  # across the ends of pages: 144 and 176
-        lens = [141 + step, 171 + step, 53 + step]
+    for step in range(1, 5):  # across the ends of pages: 304 and 56
+        lens = [301 + step, 371 + step, 53 + step]
         assert engine.step([0, 1, 2], lens, [1, 1, 1]).max() < 3e-3, lens
         assert engine.dense_rows == []
-    engine.check_codes(0, 148)
-    engine.check_codes(1, 178)
+    engine.check_codes(0, 305)
+    engine.check_codes(1, 375)
     counters = engine.impl.layer_plan.counters.buffers
     decoded, dense, cached, steps, asked = counters.totals.tolist()
-    assert (decoded, dense, steps, asked) == (2 + 3 * 7, 0, 1 + 7, 0)
+    assert (decoded, dense, steps, asked) == (2 + 3 * 4, 4, 1 + 4, 0)
     assert int(counters.keys_read[0]) == engine.keys_read
     assert 0 < int(counters.value_rows_read[0]) < int(counters.keys_read[0]) < cached
     assert float(counters.lost_mass.min()) > 0
@@ -158,69 +158,68 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("compensation", ["sdc", "none"])
 def test_other_compensations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compensation: str) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [130], compensation=compensation)
-    engine.step([0], [120], [120])
-    for length in (121, 122):
+    engine = ShadowEngine(monkeypatch, tmp_path, [330], compensation=compensation)
+    engine.step([0], [320], [320])
+    for length in (321, 322):
         assert engine.step([0], [length], [1]).max() < 5e-3
 
 
-def test_requests_have_levels_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [100, 100, 100])
-    names = {"plain", "dense", "k"}
-    engine.impl.requests.step(asking(plain=None, dense="dense", k=4), names, ["plain", "dense", "k"])
-    engine.step([0, 1, 2], [80, 95, 90], [80, 95, 90])
-    assert engine.step([0, 1, 2], [81, 96, 91], [1, 1, 1], [THETA, -torch.inf, THETA + 0.5]).max() < 3e-3
-    engine.check_codes(1, 96)  # also a dense sequence leaves them behind, for whoever shares the page
+def test_requests_may_ask_for_dense_decoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [320, 320])
+    engine.impl.requests.step(asking(plain=None, dense="dense"), {"plain", "dense"}, ["plain", "dense"])
+    engine.step([0, 1], [300, 303], [300, 303])
+    assert engine.step([0, 1], [301, 304], [1, 1], [0.0, -torch.inf]).max() < 3e-3
+    engine.check_codes(1, 304)  # also a dense sequence leaves them behind, for whoever shares the page
     # another order
-    engine.impl.requests.step([], names, ["k", "plain"])
-    assert engine.step([2, 0], [92, 82], [1, 1], [THETA + 0.5, THETA]).max() < 3e-3
+    engine.impl.requests.step([], {"plain", "dense"}, ["dense", "plain"])
+    assert engine.step([1, 0], [305, 302], [1, 1], [-torch.inf, 0.0]).max() < 3e-3
     counters = engine.impl.layer_plan.counters.buffers
-    assert counters.totals.tolist() == [5, 0, 81 + 96 + 91 + 92 + 82, 2, 3]
+    assert counters.totals.tolist() == [4, 0, 301 + 304 + 305 + 302, 2, 2]
     assert int(counters.keys_read[0]) == engine.keys_read
 
 
-def test_without_per_request_levels_no_rule_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [60], refusal="switched off")
-    engine.impl.requests.rules.fill_(-1)
-    engine.step([0], [40], [40])
-    assert engine.step([0], [41], [1]).max() < 3e-3
-    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [1, 0, 41, 1, 0]
+def test_where_requests_cannot_choose_no_offset_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [310], refusal="switched off")
+    engine.impl.requests.offsets.fill_(torch.nan)
+    engine.step([0], [300], [300])
+    assert engine.step([0], [301], [1]).max() < 3e-3
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist() == [1, 0, 301, 1, 0]
 
 
 @pytest.mark.parametrize("is_prompt", [True, False])
 def test_a_page_that_another_sequence_fills_in_the_same_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_prompt: bool
 ) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [112, 128])
+    engine = ShadowEngine(monkeypatch, tmp_path, [208, 224])
     new = 20 if is_prompt else 1
-    engine.step([0], [96 - new], [96 - new])
+    engine.step([0], [192 - new], [192 - new])
     # the second sequence stands on the pages that the first one fills; its own tokens follow them
-    engine.block_table[1, :6] = engine.block_table[0, :6]
-    blocks = engine.block_table[1, 6:].long()
+    engine.block_table[1, :12] = engine.block_table[0, :12]
+    blocks = engine.block_table[1, 12:].long()
     engine.kv_cache[blocks] = torch.randn(len(blocks), *engine.kv_cache.shape[1:], generator=engine.generator).to(
         engine.kv_cache
     )
-    filled = codes_view(engine.kv_cache, CODE_BYTES)[engine.block_table[0, 5].long()]
+    filled = codes_view(engine.kv_cache, CODE_BYTES)[engine.block_table[0, 11].long()]
     assert bool((filled == 0xA5).all())
     engine.keys_read = 0
     if is_prompt:
-        assert engine.step([1, 0], [99, 96], [1, new]).max() < 3e-3
+        assert engine.step([1, 0], [195, 192], [1, new]).max() < 3e-3
     else:
-        assert engine.step([0, 1], [96, 99], [1, 1]).max() < 3e-3
+        assert engine.step([0, 1], [192, 195], [1, 1]).max() < 3e-3
     assert int(engine.impl.layer_plan.counters.buffers.keys_read[0]) == engine.keys_read
-    engine.check_codes(0, 96)
+    engine.check_codes(0, 192)
 
 
 def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [90])
-    engine.step([0], [44], [44])
-    # four drafts are attended to densely, over the end of a page at 48; then all of them are rejected
-    assert engine.step([0], [49], [5]).max() < 3e-3
+    engine = ShadowEngine(monkeypatch, tmp_path, [240])
+    engine.step([0], [204], [204])
+    # four drafts are attended to densely, over the end of a page at 208; then all of them are rejected
+    assert engine.step([0], [209], [5]).max() < 3e-3
     assert engine.dense_rows == [5]
-    engine.check_codes(0, 49)
-    for length in range(46, 51):  # 48 is filled once more, with another token
+    engine.check_codes(0, 209)
+    for length in range(206, 211):  # 208 is filled once more, with another token
         assert engine.step([0], [length], [1]).max() < 3e-3
-    engine.check_codes(0, 50)
+    engine.check_codes(0, 210)
 
 
 def test_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

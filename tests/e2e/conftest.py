@@ -18,8 +18,6 @@ from tests.e2e.generate import Call, generate
 from tests.e2e.server import Server, serving
 from tests.e2e.texts import ON_GPU, cut
 from tests.shadow_store import make_shadow_store
-from vllm_toptheta.calibration import CalibrationOptions, calibrate
-from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.demo_model import MODEL_NAME, demo_model
 from vllm_toptheta.errors import ConversionError
 from vllm_toptheta.model_folder import cache_folder, is_complete
@@ -28,7 +26,7 @@ from vllm_toptheta.store import Architecture
 
 @pytest.fixture(scope="session")
 def model() -> Path:
-    """The demo model, with the thresholds that the package ships."""
+    """The demo model."""
     made = cache_folder() / MODEL_NAME
     # `make` installs the weights; an environment at hand may lack them, yet have what was made of them elsewhere
     if is_complete(made):
@@ -52,16 +50,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def text_ids(model: Path) -> list[int]:
     """Python source, tokenised: a long text that every machine has."""
     return AutoTokenizer.from_pretrained(model)(inspect.getsource(tarfile))["input_ids"]
-
-
-@pytest.fixture(scope="session")
-def measured_thresholds(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thresholds for the demo model calibrated on a little code, with what the guard compares live text with."""
-    folder = tmp_path_factory.mktemp("measured")
-    code = folder / "code.txt"
-    code.write_text(inspect.getsource(tarfile))
-    options = CalibrationOptions.create(["k:32"], max_length=640, num_sequences=3)
-    return calibrate(model, [read_file(code)], out=folder, options=options)
 
 
 STORED: dict[str, Any] = {"max_length": 4096, "target_ks": (16, 128), "dense_layers": ()}
@@ -110,15 +98,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Sliding windows in every other layer and capped scores; every key survives."""
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sliding windows in every other layer and capped scores."""
     folder = tmp_path_factory.mktemp("gemma")
     config = Gemma2Config(**TINY, head_dim=64, query_pre_attn_scalar=64, sliding_window=48, attn_logit_softcapping=5.0)
-    model = write_model(config, folder)
-    store_factory.make_store(
-        folder / "thresholds" / "acme--tiny", coefficients=[-1e9, 0.0, 0.0], **STORED, **architecture(model)
-    )
-    return {"model": str(model), "thresholds": str(folder / "thresholds")}
+    return write_model(config, folder)
 
 
 class Subject(NamedTuple):
@@ -127,22 +111,20 @@ class Subject(NamedTuple):
     Attributes:
         model: Its folder.
         text: Token ids to cut prompts from.
-        thresholds: Where a server finds its thresholds, for `values` and `shadow`; none where they are shipped.
-        target: The server's.
-        other: Another target, which requests ask for.
+        thresholds: Where a server of mode `shadow` finds its shadow keys; none where they are shipped.
+        floor: The server's weight floor.
+        other: Another floor, which requests ask for.
         num_heads: Query heads.
-        num_dense: Layers without thresholds, which are the first ones.
-        differing: Share of prompts that have another text at each of the two targets and densely, at least.
+        differing: Share of prompts that have another text at each of the two floors and densely, at least.
         engine: Arguments of every engine.
     """
 
     model: Path
     text: list[int]
     thresholds: dict[str, str]
-    target: str
-    other: str
+    floor: float
+    other: float
     num_heads: int
-    num_dense: int
     differing: float
     engine: dict[str, Any]
 
@@ -155,15 +137,16 @@ class Subject(NamedTuple):
         calls: list[Call],
         environment: dict[str, str] | None = None,
         *,
-        target: str | None = None,
+        floor: float | None = None,
         mode: str = "values",
-        prefill: str = "dense",
         **engine: Any,
     ) -> list[dict[str, Any]]:
-        """The answers of ours, at `target` or the model's own."""
-        options: dict[str, Any] = {"mode": mode, "prefill": prefill, "target": target or self.target, **self.thresholds}
+        """The answers of ours, in mode `values` at `floor` or the model's, in mode `shadow` at the calibrated one."""
+        options: dict[str, Any] = {"mode": mode}
         if mode == "shadow":
-            options["always_shadow"] = True
+            options |= {"always_shadow": True, **self.thresholds}
+        else:
+            options["weight_floor"] = floor or self.floor
         return generate(
             calls,
             environment,
@@ -176,24 +159,17 @@ class Subject(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """The random model; the targets' thresholds lie apart, and shadow keys know half of the channels."""
+    """The random model; shadow keys know half of the channels."""
     folder = tmp_path_factory.mktemp("tiny")
-    make_shadow_store(
-        folder / "acme--tiny",
-        coefficients=[[3.0, 0.0, 0.0], [2.0, 0.0, 0.0]],
-        margin=1.0,
-        **STORED,
-        **architecture(tiny_llama),
-    )
+    make_shadow_store(folder / "acme--tiny", margin=1.0, **STORED, **architecture(tiny_llama))
     chance = random.Random(0)  # noqa: S311 - nothing is secret
     return Subject(
         tiny_llama,
         text=[chance.randrange(TINY["vocab_size"]) for _ in range(4000)],
         thresholds={"thresholds": str(folder)},
-        target="k:16",
-        other="k:128",
+        floor=20.0,
+        other=5.0,
         num_heads=TINY["num_attention_heads"],
-        num_dense=0,
         differing=0.75,
         engine={"skip_tokenizer_init": True},
     )
@@ -201,15 +177,14 @@ def tiny(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 @pytest.fixture(scope="session")
 def demo(model: Path, text_ids: list[int]) -> Subject:
-    """The demo model with the thresholds and shadow keys that the package ships."""
+    """The demo model with the shadow keys that the package ships."""
     return Subject(
         model,
         text_ids,
         thresholds={},
-        target="rows:128",
-        other="k:32",
+        floor=20.0,
+        other=5.0,
         num_heads=9,
-        num_dense=2,
         differing=0.1,
         engine={},
     )

@@ -9,17 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.e2e.generate import Call, generate
 from tests.e2e.texts import ON_GPU, cut
-from vllm_toptheta import store
 from vllm_toptheta.calibration.model import hidden_states, load_model, routed
 from vllm_toptheta.calibration.route import AttentionRoute
 from vllm_toptheta.evaluation.losses import next_token_logits
-from vllm_toptheta.reference import FULL_COMPENSATION, top_theta_attention
+from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.reference import FULL_COMPENSATION, causal_scores, relative_threshold, top_theta_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,16 +28,13 @@ pytestmark = [
 ]
 
 NUM_PROMPTS, LONGEST, MAX_TOKENS = 20, 7000, 48
-TARGET_K = 128
+WEIGHT_FLOOR = 3.0
 
 
 class PromptRoute(AttentionRoute):
     """Dense rows up to the prompt's end, thresholded rows behind it."""
 
-    def __init__(self, thresholds: store.ThresholdStore, prompt_tokens: int, num_tokens: int) -> None:
-        lengths = np.arange(prompt_tokens + 1, num_tokens + 1)
-        self.theta = torch.from_numpy(thresholds.curve(TARGET_K).threshold(lengths)).cuda()
-        self.dense_layers = thresholds.manifest.dense_layers
+    def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
 
     def attend(
@@ -55,17 +51,18 @@ class PromptRoute(AttentionRoute):
         output = torch.nn.functional.scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=softmax_scale, enable_gqa=True
         )[0].transpose(0, 1)
-        if layer_idx not in self.dense_layers:
-            rows = slice(self.prompt_tokens, None)
-            output[rows] = top_theta_attention(
-                query[rows],
-                key,
-                value,
-                threshold=self.theta[:, layer_idx],
-                target_k=TARGET_K,
-                softmax_scale=softmax_scale,
-                compensation=FULL_COMPENSATION,
-            ).output.to(output.dtype)
+        rows = slice(self.prompt_tokens, None)
+        num_keys = torch.arange(self.prompt_tokens + 1, len(query) + 1, device=query.device)
+        scores = causal_scores(query[rows], key, softmax_scale=softmax_scale)
+        output[rows] = top_theta_attention(
+            query[rows],
+            key,
+            value,
+            threshold=relative_threshold(scores, num_keys, WEIGHT_FLOOR),
+            target_k=NUM_ANCHORS,
+            softmax_scale=softmax_scale,
+            compensation=FULL_COMPENSATION,
+        ).output.to(output.dtype)
         return output
 
 
@@ -79,7 +76,7 @@ def reference_log_probabilities(model: Any, route: PromptRoute, token_ids: torch
 
 @pytest.mark.parametrize(("dtype", "least_equal"), [("float16", 15), ("bfloat16", 5)])
 def test_same_text_as_the_reference(model: Path, text_ids: list[int], dtype: str, least_equal: int) -> None:
-    # from 200 tokens, which are more than target_k, to 7,000
+    # from 200 tokens, which are more than there are anchors, to 7,000
     lengths = [round(200 * (LONGEST / 200) ** (index / (NUM_PROMPTS - 1))) for index in range(NUM_PROMPTS)]
     prompts = cut(text_ids, lengths)
     engine = {"dtype": dtype, "max_model_len": 8192, "max_num_seqs": NUM_PROMPTS}
@@ -87,20 +84,16 @@ def test_same_text_as_the_reference(model: Path, text_ids: list[int], dtype: str
         [Call(prompts, MAX_TOKENS)],
         model=str(model),
         backend="toptheta",
-        options={"target_k": TARGET_K},
+        options={"weight_floor": WEIGHT_FLOOR},
         engine=engine,
     )
     outputs = answer["outputs"]
-    thresholds = store.load(store.resolve(str(model)))
     models = [load_model(model, dtype=each).cuda() for each in (getattr(torch, dtype), torch.float32)]
     same, gaps, deviations = 0, [], []
     for prompt, output in zip(prompts, outputs, strict=True):
         generated = torch.tensor(output["token_ids"])
         token_ids = torch.cat([torch.tensor(prompt), generated])
-        rough, exact = (
-            reference_log_probabilities(each, PromptRoute(thresholds, len(prompt), len(token_ids)), token_ids).cpu()
-            for each in models
-        )
+        rough, exact = (reference_log_probabilities(each, PromptRoute(len(prompt)), token_ids).cpu() for each in models)
         # how far rounding to the dtype moves what decides between the two best tokens
         best = exact.topk(2).indices
         deviations.append((rough - exact).gather(1, best).diff(dim=1).abs().flatten())

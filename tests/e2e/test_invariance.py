@@ -1,6 +1,6 @@
 """What the engine generates must not depend on how it batches, caches, chunks, preempts or splits the work.
 
-That holds for requests that ask for dense decoding or another target, too: they get what a server of that setting
+That holds for requests that ask for dense decoding or another floor, too: they get what a server of that setting
 gives, whoever is beside them. The engines here serve both.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from tests.e2e.conftest import Subject
 from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call
-from tests.e2e.texts import ON_GPU, assert_same_text, cut
+from tests.e2e.texts import assert_same_text, cut
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -24,6 +24,7 @@ LENGTHS = [700, 1500, 160, 2500]  # prompt tokens
 TIGHT_LENGTHS = [305] * 4
 RANKS_LENGTHS = [40, 300, 300]
 MAX_TOKENS = 40
+LOW_FLOOR = 0.01
 RANKS_MAX_TOKENS = 24  # two ranks wait for each other at every layer of every step
 
 Outputs = list[dict[str, Any]]
@@ -37,8 +38,8 @@ class Undisturbed(NamedTuple):
         first: The first call's.
         cached: The same call again.
         ranks: Of the prompts for two ranks.
-        refused: Of a request for a target that there is not.
-        other: Outputs of the prompts, one request after the other, each asking for the other target.
+        refused: Of a request for a target, where thresholds are relative.
+        other: Outputs of the prompts, one request after the other, each asking for the other floor.
     """
 
     prompts: list[list[int]]
@@ -58,7 +59,7 @@ def undisturbed(subject: Subject) -> Undisturbed:
             Call(prompts),
             Call(cut(subject.text, RANKS_LENGTHS), RANKS_MAX_TOKENS),
             Call([[1, 2, 3]], asked=["k:100"], refused=True),
-            *(Call([prompt], asked=[subject.other]) for prompt in prompts),
+            *(Call([prompt], asked=[floor(subject.other)]) for prompt in prompts),
         ],
         enable_prefix_caching=True,
         block_size=32,
@@ -76,9 +77,14 @@ def dense(subject: Subject, undisturbed: Undisturbed) -> dict[str, Outputs]:
     return {"prompts": prompts["outputs"], "ranks": ranks["outputs"]}
 
 
+def floor(weight_floor: float) -> str:
+    """How a request asks for it."""
+    return f"floor:{weight_floor:g}"
+
+
 def mix(subject: Subject) -> list[str | None]:
     """What four requests of a batch ask for."""
-    return ["dense", None, subject.other, "dense"]
+    return ["dense", None, floor(subject.other), "dense"]
 
 
 def pick(*answers: Outputs) -> Outputs:
@@ -88,11 +94,11 @@ def pick(*answers: Outputs) -> Outputs:
 
 @pytest.fixture(scope="module")
 def chunked(subject: Subject, undisturbed: Undisturbed) -> list[dict[str, Any]]:
-    """Small steps and small pages, on a server of the other target: a plain batch, and one of mixed requests."""
+    """Small steps and small pages, on a server of the other floor: a plain batch, and one of mixed requests."""
     prompts = undisturbed.prompts[: len(LENGTHS)]
     return subject.sparse(
-        [Call(prompts), Call(prompts, asked=["dense", None, subject.target, "dense"])],
-        target=subject.other,
+        [Call(prompts), Call(prompts, asked=["dense", None, floor(subject.floor), "dense"])],
+        floor=subject.other,
         max_num_batched_tokens=200,
         block_size=16,
         enable_prefix_caching=False,
@@ -102,13 +108,14 @@ def chunked(subject: Subject, undisturbed: Undisturbed) -> list[dict[str, Any]]:
 class Tight(NamedTuple):
     """The answers of one engine whose cache is too small for a whole batch.
 
+    A preempted sequence is read again as a prompt is, densely. So floors are low here, where that changes no text.
+
     Attributes:
-        usual, other: Outputs of the prompts, one request after the other, at the server's target and at the other.
+        usual: Outputs of the prompts, one request after the other.
         plain, mixed: The answers of whole batches.
     """
 
     usual: Outputs
-    other: Outputs
     plain: dict[str, Any]
     mixed: dict[str, Any]
 
@@ -116,32 +123,28 @@ class Tight(NamedTuple):
 @pytest.fixture(scope="module")
 def tight(subject: Subject, undisturbed: Undisturbed) -> Tight:
     prompts = undisturbed.prompts[len(LENGTHS) :]
-    alone = [Call([prompt], asked=[asked]) for asked in (None, subject.other) for prompt in prompts]
-    # a preempted sequence is read again as a prompt is: by thresholds too, so that its text is the same; GPUs read
-    # prompts densely only, and the demo model's text bears that
     *alone, plain, mixed = subject.sparse(
-        [*alone, Call(prompts), Call(prompts, asked=mix(subject))],
-        prefill="dense" if ON_GPU else "threshold",
+        [*(Call([prompt]) for prompt in prompts), Call(prompts), Call(prompts, asked=mix(subject))],
+        floor=LOW_FLOOR,
         num_gpu_blocks_override=84,
         block_size=16,
         max_model_len=400,
         enable_prefix_caching=False,
     )
     assert not any(answer["preemptions"] for answer in alone)
-    outputs = [answer["outputs"][0] for answer in alone]
-    return Tight(outputs[: len(prompts)], outputs[len(prompts) :], plain, mixed)
+    return Tight([answer["outputs"][0] for answer in alone], plain, mixed)
 
 
 def test_thresholds_are_at_work(subject: Subject, undisturbed: Undisturbed) -> None:
     (stats,) = undisturbed.first["stats"]
     layers = [head["layer"] for head in stats["layers"] if head["kv_head"] == 0]
-    assert layers == list(range(subject.num_dense, stats["num_layers"]))
+    assert layers == list(range(stats["num_layers"]))
     cached = sum(head["rows_cached"] for head in stats["layers"])
     assert sum(head["rows_read"] for head in stats["layers"]) < 0.5 * cached
     assert all(0 < head["lost_mass_mean"] < 0.5 for head in stats["layers"])
 
 
-def test_targets_differ(subject: Subject, undisturbed: Undisturbed, dense: dict[str, Outputs]) -> None:
+def test_floors_differ(subject: Subject, undisturbed: Undisturbed, dense: dict[str, Outputs]) -> None:
     # so that a request that is decoded in another way than it asks for has another text
     runs = (dense["prompts"], undisturbed.first["outputs"], undisturbed.other)
     texts = [[tuple(output["token_ids"]) for output in outputs] for outputs in runs]
@@ -156,7 +159,7 @@ def test_prefix_caching(undisturbed: Undisturbed) -> None:
 
 
 def test_chunked_prefill_and_small_blocks(undisturbed: Undisturbed, chunked: list[dict[str, Any]]) -> None:
-    # a server of the other target gives what requests for it are given elsewhere
+    # a server of the other floor gives what requests for it are given elsewhere
     assert_same_text(chunked[0]["outputs"], undisturbed.other[: len(LENGTHS)])
 
 
@@ -165,7 +168,7 @@ def test_each_in_a_batch_gets_what_it_asks_for(
 ) -> None:
     stock = dense["prompts"]
     assert_same_text(chunked[1]["outputs"], pick(stock, undisturbed.other, undisturbed.first["outputs"], stock))
-    assert_counts(chunked[1], subject, {"dense": 2, subject.target: 1})
+    assert_counts(chunked[1], subject, {"dense": 2, "floor": 1})
 
 
 @pytest.mark.nightly
@@ -174,7 +177,7 @@ def test_requests_that_wait_for_a_row(subject: Subject, undisturbed: Undisturbed
     (two_at_a_time,) = subject.sparse([call], max_num_seqs=2)
     stock = dense["prompts"]
     assert_same_text(two_at_a_time["outputs"], pick(stock, undisturbed.first["outputs"], undisturbed.other, stock))
-    assert_counts(two_at_a_time, subject, {"dense": 2, subject.other: 1})
+    assert_counts(two_at_a_time, subject, {"dense": 2, "floor": 1})
 
 
 def assert_counts(answer: dict[str, Any], subject: Subject, requests: dict[str, int]) -> None:
@@ -188,19 +191,27 @@ def assert_counts(answer: dict[str, Any], subject: Subject, requests: dict[str, 
 
 def test_preemption(tight: Tight) -> None:
     assert tight.plain["preemptions"] > 0
+    assert any(head["rows_read"] < head["rows_cached"] for head in tight.plain["stats"][0]["layers"])
     assert_same_text(tight.plain["outputs"], tight.usual)
 
 
 def test_preempted_requests_keep_what_they_asked_for(subject: Subject, dense: dict[str, Outputs], tight: Tight) -> None:
-    assert tight.mixed["preemptions"] > 0
+    preemptions = tight.mixed["preemptions"]
+    assert preemptions > 0
     stock = dense["prompts"][len(LENGTHS) :]
-    assert_same_text(tight.mixed["outputs"], pick(stock, tight.usual, tight.other, stock))
-    assert tight.mixed["stats"][0]["requests"] == {"dense": 2, subject.other: 1}
+    for row, expected in ((0, stock), (1, tight.usual), (3, stock)):
+        assert_same_text([tight.mixed["outputs"][row]], [expected[row]])
+    (stats,) = tight.mixed["stats"]
+    assert stats["requests"] == {"dense": 2, "floor": 1}
+    # each time that a sequence is read again, its next token comes of that
+    tokens = 3 * (MAX_TOKENS - 1)
+    assert tokens - preemptions <= stats["asked_tokens"] <= tokens
+    assert stats["asked_tokens"] + preemptions >= stats["decode_tokens"] - (MAX_TOKENS - 1)
 
 
 def test_an_offline_engine_refuses_what_it_does_not_have(subject: Subject, undisturbed: Undisturbed) -> None:
-    labels = undisturbed.first["stats"][0]["levels"]
-    assert {"dense", subject.target, subject.other} <= set(labels)
+    labels = undisturbed.first["stats"][0]["choices"]
+    assert labels == ["dense", floor(subject.floor), "floor:0 to 1000"]
     refusal = f"vllm_xargs.toptheta: a request can ask for {', '.join(labels)}, not for 'k:100'"
     assert refusal in undisturbed.refused["refusal"]
     assert undisturbed.refused["stats"][0]["decode_tokens"] == 0

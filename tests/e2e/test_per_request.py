@@ -1,4 +1,4 @@
-"""Requests to a server that ask for dense decoding or another target; test_invariance.py says what text they get."""
+"""Requests to a server that ask for dense decoding or another floor; test_invariance.py says what text they get."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.e2e.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("server")]
 
-KNOWN = "a request can ask for dense, rows:128, k:32, k:64, k:128, k:256, "
+KNOWN = "a request can ask for dense, floor:3, floor:0 to 1000, not for "
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
-@pytest.mark.parametrize("asked", ["sparse", 100, "mass:2", 64.5, ["dense"]])
+@pytest.mark.parametrize("asked", ["sparse", 100, "floor:-2", "floor:nan", "k:64", ["dense"]])
 def test_anything_else_is_a_400_that_says_what_can_be_had(server: Server, route: str, asked: Any, stream: bool) -> None:
     prompt = {"prompt": "Hello"} if route == "completions" else {"messages": [{"role": "user", "content": "Hello"}]}
     body = {"model": "smollm2-135m-instruct", **prompt, "max_tokens": 4, "stream": stream}
@@ -32,14 +32,14 @@ def test_beam_search_is_refused(server: Server) -> None:
     assert "beam search decodes as the server does" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("asked", ["dense", "k:64", 64, "64", "rows:128"])
+@pytest.mark.parametrize("asked", ["dense", "floor:1.5", "floor:0", "floor:3"])
 def test_a_server_gives_what_is_asked_for(server: Server, text_ids: list[int], asked: Any) -> None:
     before = server.stats()
     body = {"prompt": text_ids[:500], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     server.post("/v1/completions", **body, vllm_xargs={"toptheta": asked})
     after = server.stats()
-    label = asked if asked in ("dense", "rows:128") else f"k:{str(asked).removeprefix('k:')}"
-    assert after["requests"][label] - before["requests"].get(label, 0) == 1
-    assert after["asked_tokens"] - before["asked_tokens"] == (0 if asked == "rows:128" else 7)
+    kind = "dense" if asked in ("dense", "floor:0") else "floor"
+    assert after["requests"][kind] - before["requests"][kind] == 1
+    assert after["asked_tokens"] - before["asked_tokens"] == (0 if asked == "floor:3" else 7)
     metrics = server.get("/metrics").text
-    assert f'toptheta_requests_total{{level="{label}"}} {float(after["requests"][label])}' in metrics
+    assert f'toptheta_requests_total{{kind="{kind}"}} {float(after["requests"][kind])}' in metrics

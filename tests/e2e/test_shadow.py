@@ -22,7 +22,7 @@ MAX_TOKENS = 24
 def low_shadow_thresholds(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every score reaches the thresholds, and every shadow the margins."""
     folder = tmp_path_factory.mktemp("low_shadow") / "HuggingFaceTB--SmolLM2-135M-Instruct"
-    make_shadow_store(folder, coefficients=[-1e9, 0.0, 0.0], margin=1e8, **STORED, **architecture(model))
+    make_shadow_store(folder, weight_floor=1e-30, margin=1e8, **STORED, **architecture(model))
     return folder
 
 
@@ -40,7 +40,7 @@ def test_thresholds_below_every_score_give_the_stock_backends_text(
         [stock.calls["few"]],
         model=str(model),
         backend="toptheta",
-        options={"mode": "shadow", "always_shadow": True, "thresholds": str(low_shadow_thresholds), "target_k": 16},
+        options={"mode": "shadow", "always_shadow": True, "thresholds": str(low_shadow_thresholds)},
     )
     (stats,) = ours["stats"]
     assert (stats["mode"], len(stats["layers"])) == ("shadow", 30 * 3)
@@ -54,7 +54,7 @@ def test_chunks_small_blocks_and_the_prefix_cache(subject: Subject) -> None:
         [call], mode="shadow", enable_prefix_caching=False, max_num_batched_tokens=8192, block_size=16
     )
     (stats,) = undisturbed["stats"]
-    assert (stats["mode"], stats["guard"]) == ("shadow", "unmeasured")
+    assert (stats["mode"], stats["guard"]) == ("shadow", "off")
     keys, rows = shares(stats)
     assert 0 < rows < keys < 0.6
     assert all(0 < head["lost_mass_mean"] < 0.6 for head in stats["layers"])

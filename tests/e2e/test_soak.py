@@ -30,19 +30,16 @@ SHORT = SoakConfig(
 )
 
 
-def test_load_restart_and_death_of_the_engine(
-    model: Path, measured_thresholds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_restart_and_death_of_the_engine(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     port = str(free_port())
     command = ["toptheta", "serve", str(model), "--port", port, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", "16", "--shutdown-timeout", "60", *SMALL_CACHE]
-    command += ["--thresholds", str(measured_thresholds), "--target-k", "32"]
-    # a preempted sequence is read again as a prompt is: by thresholds too, so that its text is the same
-    command += ["--prefill", "threshold"]
+    # a preempted sequence is read again as a prompt is, densely: with so low a floor, its text is the same
+    command += ["--weight-floor", "0.1"]
     # a guard that only warns, and does so: it must not change a text
-    command += ["--guard", "warn", "--guard-share", "0.01"]
+    command += ["--guard", "warn", "--max-lost-mass", "0.002", "--guard-share", "0.01"]
     report = soak(SHORT, f"http://127.0.0.1:{port}", command, log=tmp_path / "log.txt")
     assert report.failures() == []
     assert report.load.endings.total >= SHORT.requests

@@ -32,10 +32,10 @@ def test_statistics_of_a_call_are_what_the_workers_counted_during_it() -> None:
     first = counted(0, [0, 1], [[100, 100], [30, 10]], 0.25, num_short=1, keys_read=[[100, 100], [60, 50]])
     second = counted(0, [0, 1], [[20, 40]] * 3, 0.125, num_asked=1, keys_read=[[50, 70]] * 3)
     alone = rank(second, requests={"dense": 1})
-    earlier = rank(first, requests={"k:64": 2})
+    earlier = rank(first, requests={"floor": 2})
     for earlier_sum, later in zip(first.settled(), second.settled(), strict=True):
         earlier_sum.add_(later)
-    now = rank(first, requests={"k:64": 2, "dense": 1})
+    now = rank(first, requests={"floor": 2, "dense": 1})
     assert since(earlier, now) == alone
     assert since(None, now) == now
     assert since(None, None) is None

@@ -326,7 +326,8 @@ def _storable(dtype: torch.dtype) -> torch.dtype:
 
 def thresholds(case: Case) -> torch.Tensor:
     """[num_seqs, num_heads] float32."""
-    log_lengths = case.seq_lens.clamp(*case.length_range).double().log()
+    calibrated = (1, 2**31 - 1) if case.shape.slope else case.length_range
+    log_lengths = case.seq_lens.clamp(*calibrated).double().log()
     *terms, slope = case.coefficients.double().unbind(dim=1)
     theta = log_lengths[:, None] ** torch.arange(len(terms), device=DEVICE) @ torch.stack(terms)
     for row, length in enumerate(case.shape.lens if case.shape.slope else ()):

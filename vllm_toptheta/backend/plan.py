@@ -135,7 +135,9 @@ class Plan:
 
     @property
     def length_range(self) -> tuple[int, int]:
-        """Lengths, in tokens, to which n is clamped in theta(n)."""
+        """Lengths, in tokens, to which n is clamped in what is calibrated (`kernels.contract.DecodeStep`)."""
+        if self.shadow is not None:
+            return self.shadow.section.min_length, self.shadow.section.max_length
         return self.thresholds.length_range if self.thresholds else (1, 1)
 
     @property
@@ -228,8 +230,8 @@ def _shadow_layer(
     parts = (stored.encoder, stored.decoder, stored.key_mean)
     return ShadowLayer(
         codec=ShadowCodec.build(*(torch.from_numpy(part[kv_heads].copy()).to(device) for part in parts)),
-        margin=torch.from_numpy(keys.margin()[layer, heads].copy()).to(device),
-        log_unread_ratio=torch.from_numpy(keys.log_scale()[layer, heads].copy()).to(device),
+        margin=torch.from_numpy(keys.margin[layer, heads].copy()).to(device),
+        log_unread_ratio=torch.from_numpy(keys.log_scale[layer, heads].copy()).to(device),
     )
 
 

@@ -29,7 +29,8 @@ REPLAYS = 21
 # as it is served, and what it costs to be able to choose for each request, and to count; those keep the same rows
 OURS: dict[str, dict[str, Any]] = {
     "Top-Theta": {},
-    "Top-Theta, one rule for all": {"per_request": False},
+    "Top-Theta, no choice per request": {"per_request": False},
+    "Top-Theta, thresholds without anchors": {"is_relative": False},
     "Top-Theta, not counted": {"count": False},
     "Top-Theta, context too short": {"keep_everything": True},
 }
@@ -76,7 +77,7 @@ class KernelReport(BaseModel):
     device: str
     versions: dict[str, str]
     copy_tb_per_s: float = Field(description="Of a device-to-device copy, bytes read and written.")
-    thresholds: str = "k-th largest of the same random scores"
+    thresholds: str = "k-th largest of the same random scores, relative to each row's anchors unless said"
     batches: list[BatchReport]
 
 

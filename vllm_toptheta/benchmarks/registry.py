@@ -25,6 +25,8 @@ from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
+from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.reference import anchor_lse, causal_scores
 
 Call = Callable[[], Any]
 KEEPS_EVERYTHING = 2**31 - 1  # as max_dense_len
@@ -43,7 +45,8 @@ class Inputs:
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
         max_seq_len: The longest of them.
-        coefficients: [num_heads, 4] float32, thresholds calibrated on these very scores.
+        absolute, relative: [num_heads, 4] float32, coefficients of thresholds calibrated on these very scores: the same
+            threshold for every sequence, or relative to its anchors, as it is served.
     """
 
     query: torch.Tensor
@@ -51,7 +54,8 @@ class Inputs:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     max_seq_len: int
-    coefficients: torch.Tensor
+    absolute: torch.Tensor
+    relative: torch.Tensor
 
     @classmethod
     def random(
@@ -103,10 +107,15 @@ class Inputs:
             block_table=block_table,
             seq_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
             max_seq_len=max(lens),
-            coefficients=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
+            absolute=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
+            relative=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
         )
-        largest = [inputs._kth_score(row, target_k) for row in range(min(len(lens), CALIBRATION_SEQUENCES))]
-        inputs.coefficients[:, 0] = torch.stack(largest).mean(0)
+        rows = range(min(len(lens), CALIBRATION_SEQUENCES))
+        scores = [inputs.scores(row) for row in rows]
+        largest = torch.stack([row.topk(min(target_k, row.shape[1])).values[:, -1] for row in scores])
+        inputs.absolute[:, 0] = largest.mean(0)
+        inputs.relative[:, 0] = (largest - torch.stack([inputs.anchor_lse(row) for row in rows])).mean(0)
+        inputs.relative[:, 3] = 1.0
         return inputs
 
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,14 +129,24 @@ class Inputs:
         key, value = tokens.chunk(2, dim=-1)
         return key, value
 
-    def _kth_score(self, row: int, target_k: int) -> torch.Tensor:
-        """[num_heads]: the k-th largest score of each head of a sequence."""
+    def scores(self, row: int) -> torch.Tensor:
+        """[num_heads, seq_len] float32, scaled logits of a sequence."""
         keys, _ = self.sequence(row)
-        query = self.query[row].float().unflatten(0, (keys.shape[1], -1))
-        scores = torch.einsum("hgd,nhd->hgn", query, keys).flatten(0, 1) * self.softmax_scale
-        return scores.topk(min(target_k, len(keys))).values[:, -1]
+        return causal_scores(self.query[row : row + 1].float(), keys, softmax_scale=self.softmax_scale)[0]
 
-    def step(self, *, max_dense_len: int = 0, per_request: bool = True) -> DecodeStep:
+    def anchor_lse(self, row: int) -> torch.Tensor:
+        """[num_heads] float32, that of a sequence."""
+        return anchor_lse(self.scores(row)[None], self.seq_lens[row : row + 1].long())[0]
+
+    def threshold(self, row: int) -> torch.Tensor:
+        """[num_heads] float32, the relative one of a sequence that does not keep every key."""
+        return self.relative[:, 0] + self.anchor_lse(row)
+
+    def thresholds(self, *, is_relative: bool = True) -> LayerThresholds:
+        """What the kernels compare with."""
+        return LayerThresholds(self.relative if is_relative else self.absolute, is_relative)
+
+    def step(self, *, max_dense_len: int = NUM_ANCHORS, per_request: bool = True) -> DecodeStep:
         """The step; with `per_request` every sequence has an offset, although all are 0."""
         offset = torch.zeros(len(self.seq_lens), device="cuda") if per_request else None
         return DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST), offset)
@@ -136,7 +155,7 @@ class Inputs:
         """Write the value sums of all full pages, and their codes if there is a codec."""
         starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device="cuda")
         starts[1:] = self.seq_lens.cumsum(0)
-        layer = Layer(self.softmax_scale, thresholds=LayerThresholds(self.coefficients), shadow=shadow)
+        layer = Layer(self.softmax_scale, thresholds=self.thresholds(), shadow=shadow)
         step = TailStep(self.block_table, self.seq_lens, starts, self.max_seq_len)
         write_tails(step, LayerCache.of(self.kv_cache, layer), layer)
 
@@ -156,6 +175,7 @@ def toptheta(
     *,
     keep_everything: bool = False,
     per_request: bool = True,
+    is_relative: bool = True,
     count: bool = True,
     config: LaunchConfig | None = None,
 ) -> tuple[Call, Counters]:
@@ -165,6 +185,7 @@ def toptheta(
         inputs: The step.
         keep_everything: As for contexts too short for thresholds.
         per_request: Whether every sequence has an offset, although all are 0; else it has none.
+        is_relative: Whether thresholds follow the anchors of each sequence, as they are served.
         count: Whether it counts.
         config: Launch parameters instead of the table's.
     """
@@ -175,10 +196,10 @@ def toptheta(
     scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device="cuda", config=config)
     layer = Layer(
         inputs.softmax_scale,
-        thresholds=LayerThresholds(inputs.coefficients),
+        thresholds=inputs.thresholds(is_relative=is_relative),
         counters=counters if count else None,
     )
-    step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else 0, per_request=per_request)
+    step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else NUM_ANCHORS, per_request=per_request)
     call = LayerCall(inputs.query, torch.empty_like(inputs.query), LayerCache.of(inputs.kv_cache, layer), layer)
     return lambda: decode(step, call, scratch), counters
 

@@ -189,7 +189,7 @@ def _measure(spec: str, block_size: int, names: list[str]) -> Iterator[ShadowTim
                 read = [float(found.sum()) / num_tokens for found in counters[:2] if found is not None]
                 calls = [shadow.call(scratch, counters=counters) for shadow in shadows]
                 microseconds = time_in_graph(calls)
-                nothing = LayerThresholds(torch.full_like(first.coefficients, torch.inf))
+                nothing = LayerThresholds(torch.full_like(first.absolute, torch.inf))
                 scanning = scratch._replace(config=variant.config.scanning)
                 calls = [shadow.call(scanning, counters=counters, thresholds=nothing) for shadow in shadows]
                 yield _row(

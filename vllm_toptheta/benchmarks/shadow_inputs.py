@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 if TYPE_CHECKING:
     import torch
@@ -74,13 +74,12 @@ class ShadowInputs:
         """
         import torch
 
-        from vllm_toptheta.kernels.contract import Layer, LayerCache, LayerCall, LayerThresholds
+        from vllm_toptheta.kernels.contract import Layer, LayerCache, LayerCall
         from vllm_toptheta.kernels.gpu.shadow import decode
 
         inputs = self.inputs
         output = changes.pop("output", None)
-        thresholds = LayerThresholds(inputs.coefficients)
-        layer = Layer(inputs.softmax_scale, thresholds=thresholds, shadow=self.shadow)._replace(**changes)
+        layer = Layer(inputs.softmax_scale, thresholds=inputs.thresholds(), shadow=self.shadow)._replace(**changes)
         output = torch.empty_like(inputs.query) if output is None else output
         call = LayerCall(inputs.query, output, LayerCache.of(inputs.kv_cache, layer), layer)
         step = inputs.step()
@@ -141,8 +140,8 @@ def _expected(shadow: ShadowInputs) -> tuple[torch.Tensor, int]:
             query.float(),
             key,
             value,
-            threshold=inputs.coefficients[:, 0],
-            target_k=0,
+            threshold=inputs.threshold(row),
+            target_k=NUM_ANCHORS,
             softmax_scale=inputs.softmax_scale,
             compensation=Compensation("candidates", exp_threshold_scale=shadow.ratio),
             candidates=candidates.repeat_interleave(num_heads // num_kv_heads, dim=0)[None],
@@ -155,15 +154,10 @@ def _calibrate(inputs: Inputs, projection: KeyProjection) -> tuple[torch.Tensor,
     """Margins and r of every head, [num_heads] float32 each, from the first sequences."""
     import torch
 
-    threshold = inputs.coefficients[:, :1]
     rows = range(min(CALIBRATION_SEQUENCES, len(inputs.seq_lens)))
-    exact = []
+    exact = [(inputs.scores(row), inputs.threshold(row)[:, None]) for row in rows]
     margins, ratios = [], []
-    for row in rows:
-        key, _ = inputs.sequence(row)
-        grouped = inputs.query[row].float().unflatten(0, (key.shape[1], -1))
-        scores = torch.einsum("hgd,nhd->hgn", grouped, key).flatten(0, 1) * inputs.softmax_scale
-        exact.append(scores)
+    for row, (scores, threshold) in zip(rows, exact, strict=True):
         survives = scores >= threshold
         shortfall = threshold - _shadow_scores(inputs, row, projection)
         mass = (scores - scores.amax(dim=1, keepdim=True)).exp() * survives
@@ -172,7 +166,7 @@ def _calibrate(inputs: Inputs, projection: KeyProjection) -> tuple[torch.Tensor,
         index = (kept < KEPT_MASS).sum(dim=1, keepdim=True).clamp(max=kept.shape[1] - 1)
         margins.append(ordered.gather(1, index)[:, 0].clamp(min=0))
     margin = torch.stack(margins).mean(0)
-    for row, scores in zip(rows, exact, strict=True):
+    for row, (scores, threshold) in zip(rows, exact, strict=True):
         unread = ~_candidates(inputs, row, projection, margin)
         unread = unread.repeat_interleave(len(scores) // len(unread), dim=0)
         ratios.append(((scores - threshold).exp() * unread).sum(dim=1) / unread.sum(dim=1).clamp(min=1))
@@ -194,7 +188,7 @@ def _candidates(inputs: Inputs, row: int, projection: KeyProjection, margin: tor
 
     return candidate_keys(
         _shadow_scores(inputs, row, projection),
-        inputs.coefficients[:, 0] - margin,
+        inputs.threshold(row) - margin,
         num_kv_heads=inputs.kv_cache.shape[1],
         num_sink=NUM_FIRST_ANCHORS,
         num_recent=NUM_LAST_ANCHORS,

@@ -41,7 +41,8 @@ class DecodeStep(NamedTuple):
             rows are zero.
         max_dense_len: Sequences of at most that many tokens keep every key; at least the number of anchors where
             thresholds are relative.
-        length_range: Lengths, in tokens, to which n is clamped in theta(n) and r(n).
+        length_range: Lengths, in tokens, to which n is clamped in what is calibrated: r(n), and theta(n) where
+            thresholds are not relative.
         threshold_offset: [at least num_seqs] float32, contiguous, scaled logits; None if all are 0.
         prepared: `cpu.batch.Batch`, what CPUs work out once for all layers; None on GPUs.
     """

@@ -23,7 +23,8 @@ def thresholds_at(
             where thresholds are relative. What it says of sequences that keep every key means nothing.
     """
     *terms, slope = thresholds.coefficients.unbind(dim=-1)
-    powers = batch.log_lengths[:, None] ** torch.arange(len(terms))
+    log_lengths = batch.seq_lens.float().log() if thresholds.is_relative else batch.log_lengths
+    powers = log_lengths[:, None] ** torch.arange(len(terms))
     theta = powers @ torch.stack(terms)
     if thresholds.is_relative:
         theta = theta + slope * anchor_scores(batch.anchors).logsumexp(dim=-1)

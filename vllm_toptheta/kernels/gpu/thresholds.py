@@ -78,10 +78,10 @@ def thresholds_of(
         seq, seq_len: The sequence and its tokens.
         head, mask_g: [G_PAD], query heads of the kv head, and which of them there are.
         num_seqs: Of the step.
-        min_length, max_length: Lengths between which thresholds follow the sequence's.
+        min_length, max_length: Lengths between which calibrated thresholds follow the sequence's.
         scale: Factor on q . k.
     """
-    log_length = _log_length(seq_len, min_length, max_length)
+    log_length = tl.log(seq_len.to(tl.float32)) if shape.RELATIVE else _log_length(seq_len, min_length, max_length)
     coefficients = queries.coefficients + head * _COEFFICIENTS
     threshold = tl.load(coefficients + 2, mask=mask_g, other=0.0)
     threshold = threshold * log_length + tl.load(coefficients + 1, mask=mask_g, other=0.0)
