@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_perplexity(run: Run, folder: Path, tmp_path: Path) -> None:
     texts = ("--text", f"prose={folder}/pro*.txt", "--text", f"code={folder}/code.txt")
     sizes = ("--k", "8,16", "--sequences", 2, "--length", 80)
-    modes = ("--compensations", "none,sdc+vmc", "--top-k", "--human-eval", "--limit", 2)
+    modes = ("--compensations", "none,sdc+vmc", "--top-k", "8,16", "--human-eval", "--limit", 2)
     outputs = ("--json", tmp_path / "report.json", "--plots", tmp_path / "plots")
     code, out, err = run(*on(folder, "perplexity", *texts, *sizes, *modes, *outputs))
     assert code == 0, err
@@ -188,3 +188,23 @@ def test_missing_extras_are_named(run: Run, folder: Path, monkeypatch: pytest.Mo
     code, _, err = run("lm-eval", "--task", "gsm8k", "--dense", "http://a", "--sparse", "http://b")
     assert code == 2
     assert 'pip install "lm-eval[api]"' in err
+
+
+def test_relative_thresholds_are_the_default_and_need_no_store(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOPTHETA_THRESHOLDS", str(tmp_path / "there-is-none"))
+    model = (folder / "tiny", "--text", folder / "prose.txt", "--device", "cpu")
+    sizes = ("--sequences", 1, "--length", 200, "--json", tmp_path / "report.json")
+    code, _, err = run("perplexity", *model, *sizes, "--top-k", "16")
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    targets = {comparison["variant"]["target"] for comparison in report["domains"][0]["comparisons"]}
+    assert (targets, report["setup"]["stores"]) == ({"floor:3", "k:16"}, [])
+    code, _, err = run("perplexity", *model, *sizes, "--targets", "floor:3,k:64")
+    assert code == 2
+    assert "there-is-none" in err
+    questions = ("--tasks", "needle", "--lengths", 300, "--depths", 0, "--samples", 1)
+    code, out, err = run("tasks", *model, *questions)
+    assert code == 0, err
+    assert "top-theta floor:3 sdc+vmc" in out

@@ -4,7 +4,7 @@ from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_d
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
 from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants
+from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants, floor_label
 
 __all__ = [
     "COMPENSATIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "Variant",
     "evaluate_perplexity",
     "expand_variants",
+    "floor_label",
     "named_paths",
     "perplexity_tables",
     "text_domain",
