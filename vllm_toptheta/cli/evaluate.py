@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vllm_toptheta.cli import eval_options as options
-from vllm_toptheta.cli.terminal import TEXT_FILES, integers, print_table, words, write_json
+from vllm_toptheta.cli.terminal import TEXT_FILES, integers, numbers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -146,6 +146,80 @@ def evaluate_tasks(
         print_table(table)
     write_json(json, report)
     draw(report)
+
+
+@eval_app.command("decode", context_settings=TEXT_FILES)
+def evaluate_decoding(
+    context: typer.Context,
+    model: options.ModelArgument,
+    text: options.TextOption = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the sequences, by commas.")] = "2048,4096,8192",
+    window: Annotated[
+        int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")
+    ] = 128,
+    sequences: Annotated[int, typer.Option(help="Sequences of each length.")] = 4,
+    weight_floor: Annotated[
+        str | None,
+        typer.Option(
+            help="Thresholds relative to the row, by commas: keys of so many times the average weight survive. "
+            "Default: 3."
+        ),
+    ] = None,
+    top_k: options.TopKOption = "",
+    equal_rows: Annotated[
+        str,
+        typer.Option(
+            help="Weight floors by commas: also exact top-k with the least k, found for each length on its first "
+            "sequence, that reads as many value rows."
+        ),
+    ] = "",
+    k: Annotated[str, typer.Option("--k", "--targets", help="Calibrated targets of the store, by commas.")] = "",
+    compensations: options.CompensationsOption = "",
+    seed: options.SeedOption = 0,
+    thresholds: options.ThresholdsOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "float32",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report and the results of each sequence: the same command goes on there."),
+    ] = None,
+) -> None:
+    """What sparse attention changes where a server uses it: in the tokens that follow a dense prompt."""
+    from vllm_toptheta.calibration.data import read_text
+    from vllm_toptheta.evaluation import DecodeOptions, decode_table, evaluate_decode, expand_variants, floor_label
+    from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+
+    floors = [DEFAULT_WEIGHT_FLOOR] if weight_floor is None else numbers("--weight-floor", weight_floor)
+    subject = _subject(model, thresholds, device, dtype, targets=words(k))
+    num_layers = subject.architecture.num_layers
+    variants = expand_variants(
+        subject.stores,
+        targets=[*(floor_label(floor, field="--weight-floor") for floor in floors), *words(k)],
+        num_layers=num_layers,
+        compensations=words(compensations),
+    )
+    variants += expand_variants(
+        {},
+        targets=[],
+        num_layers=num_layers,
+        compensations=words(compensations),
+        top_k=integers("--top-k", top_k),
+        dense_layers=[()],
+    )
+    report = evaluate_decode(
+        subject,
+        [read_text(file) for file in _files([*(text or []), *context.args])],
+        variants,
+        DecodeOptions(
+            lengths=tuple(integers("--lengths", lengths)),
+            num_sequences=sequences,
+            window=window,
+            equal_rows=tuple(numbers("--equal-rows", equal_rows)),
+            seed=seed,
+        ),
+        folder=output,
+    )
+    print_table(decode_table(report))
 
 
 @eval_app.command("endpoint", context_settings=TEXT_FILES)
