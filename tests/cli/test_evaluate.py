@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_perplexity(run: Run, folder: Path, tmp_path: Path) -> None:
     texts = ("--text", f"prose={folder}/pro*.txt", "--text", f"code={folder}/code.txt")
     sizes = ("--k", "8,16", "--sequences", 2, "--length", 80)
-    modes = ("--compensations", "none,sdc+vmc", "--top-k", "--human-eval", "--limit", 2)
+    modes = ("--compensations", "none,sdc+vmc", "--top-k", "8,16", "--human-eval", "--limit", 2)
     outputs = ("--json", tmp_path / "report.json", "--plots", tmp_path / "plots")
     code, out, err = run(*on(folder, "perplexity", *texts, *sizes, *modes, *outputs))
     assert code == 0, err
@@ -188,3 +188,71 @@ def test_missing_extras_are_named(run: Run, folder: Path, monkeypatch: pytest.Mo
     code, _, err = run("lm-eval", "--task", "gsm8k", "--dense", "http://a", "--sparse", "http://b")
     assert code == 2
     assert 'pip install "lm-eval[api]"' in err
+
+
+def test_relative_thresholds_are_the_default_and_need_no_store(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOPTHETA_THRESHOLDS", str(tmp_path / "there-is-none"))
+    model = (folder / "tiny", "--text", folder / "prose.txt", "--device", "cpu")
+    sizes = ("--sequences", 1, "--length", 200, "--json", tmp_path / "report.json")
+    code, _, err = run("perplexity", *model, *sizes, "--top-k", "16")
+    assert code == 0, err
+    report = read(tmp_path / "report.json")
+    targets = {comparison["variant"]["target"] for comparison in report["domains"][0]["comparisons"]}
+    assert (targets, report["setup"]["stores"]) == ({"floor:3", "k:16"}, [])
+    code, _, err = run("perplexity", *model, *sizes, "--targets", "floor:3,k:64")
+    assert code == 2
+    assert "there-is-none" in err
+    questions = ("--tasks", "needle", "--lengths", 300, "--depths", 0, "--samples", 1)
+    code, out, err = run("tasks", *model, *questions)
+    assert code == 0, err
+    assert "top-theta floor:3 sdc+vmc" in out
+
+
+def test_decode(run: Run, folder: Path, tmp_path: Path) -> None:
+    arguments = (
+        *("decode", folder / "tiny", "--device", "cpu", "--text", folder / "prose.txt", folder / "code.txt"),
+        *("--lengths", "200,260", "--window", 32, "--sequences", 1, "--weight-floor", "1.5,3", "--equal-rows", "3"),
+        *("--top-k", 16, "--thresholds", folder / "org--tiny-model", "--targets", "k:8", "--output", tmp_path / "out"),
+    )
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    report = read(tmp_path / "out" / "report.json")
+    for length in report["lengths"]:
+        variants = [one["variant"] for one in length["comparisons"]]
+        assert [(variant["method"], variant["dense_layers"]) for variant in variants] == [
+            *[("top_theta", None)] * 3,
+            *[("top_k", [])] * 2,
+        ]
+        assert [variant["target"] for variant in variants[:4]] == ["floor:1.5", "floor:3", "k:8", "k:16"]
+        assert all(variant["target"] in out for variant in variants)
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    assert run(*arguments)[:2] == (0, out)
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    code, out, err = run(*arguments, "--seed", 1)
+    assert (code, out) == (2, "")
+    assert "output: the folder holds an evaluation with other seed" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--weight-floor", "many"), "--weight-floor: not numbers: 'many'. Write them as 1.5,3,6"),
+        (("--weight-floor", "inf"), "--weight-floor: no weight floor: inf"),
+        (("--weight-floor=-1",), "--weight-floor: no weight floor: -1"),
+        (("--lengths", "2k"), "--lengths: not whole numbers: '2k'"),
+        (("--lengths", "4096"), "lengths: 4096 tokens are more than the 1024 positions"),
+        (("--lengths", "200", "--top-k", "0"), "top_k: no number of keys: 0"),
+        (
+            ("--lengths", "200"),
+            "keeps every key of rows of up to 144, and the window of a sequence of 200 begins after 72",
+        ),
+        (("--lengths", "400", "--sequences", "100"), "the texts have"),
+    ],
+)
+def test_decode_refuses(run: Run, folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run("decode", folder / "tiny", "--device", "cpu", "--text", folder / "prose.txt", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
+from tests.calibration.tiny_model import NUM_LAYERS, random_tokens, save_model_dir, tiny_config, tiny_model
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.errors import (
     CalibrationError,
@@ -109,7 +109,7 @@ def test_top_k_keeps_k_keys_and_thresholds_about_k(model: Any, store: ThresholdS
 
 
 def test_every_compensation_makes_a_difference_of_its_own(model: Any, store: ThresholdStore) -> None:
-    variants = expand_variants({"": store}, targets=["8"], compensations=["all"])
+    variants = expand_variants({"": store}, targets=["8"], num_layers=NUM_LAYERS, compensations=["all"])
     found = {
         comparison.variant.compensation: comparison.kl_divergence for comparison in compare(model, store, *variants)
     }
@@ -120,7 +120,9 @@ def test_every_compensation_makes_a_difference_of_its_own(model: Any, store: Thr
 
 
 def test_shadow_keys_read_fewer_keys_and_know_less(model: Any, store: ThresholdStore) -> None:
-    variants = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"], compensations=["all"])
+    variants = expand_variants(
+        {"": store}, targets=["8"], num_layers=NUM_LAYERS, modes=["values", "shadow"], compensations=["all"]
+    )
     found = {
         (comparison.variant.method, comparison.variant.compensation): comparison
         for comparison in compare(model, store, *variants)
@@ -193,7 +195,13 @@ def test_a_dense_prompt_predicts_the_token_behind_it_alike(model: Any, store: Th
 
 def test_a_report_is_complete_and_starts_with_the_worst(folder: Path, store: ThresholdStore) -> None:
     subject = Subject(folder / "tiny", {"": store}, device="cpu")
-    variants = expand_variants({"": store}, targets=["32", "k:8", "16"], compensations=["none", "sdc+vmc"], top_k=True)
+    variants = expand_variants(
+        {"": store},
+        targets=["32", "k:8", "16"],
+        num_layers=NUM_LAYERS,
+        compensations=["none", "sdc+vmc"],
+        top_k=[8, 16, 32],
+    )
     report = evaluate_perplexity(subject, text_domains(folder, subject), variants, progress=False)
     assert {domain.domain for domain in report.domains} == {"prose", "code"}
     worst = [domain.comparisons[0].change_percent for domain in report.domains]
@@ -233,7 +241,7 @@ def test_a_report_is_complete_and_starts_with_the_worst(folder: Path, store: Thr
 def test_several_stores_are_compared_in_one_run(folder: Path, store: ThresholdStore) -> None:
     stores = {"calibrated": store, "everything": keep_everything(store)}
     subject = Subject(folder / "tiny", stores, device="cpu")
-    variants = expand_variants(stores, targets=["8"])
+    variants = expand_variants(stores, targets=["8"], num_layers=NUM_LAYERS)
     report = evaluate_perplexity(subject, text_domains(folder, subject)[:1], variants, progress=False)
     changes = {comparison.variant.thresholds: comparison.kl_divergence for comparison in report.domains[0].comparisons}
     assert changes["everything"] == 0 < changes["calibrated"]

@@ -1,17 +1,29 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from tests.calibration.tiny_model import NUM_LAYERS
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.errors import EvaluationError, SettingsError
-from vllm_toptheta.evaluation import COMPENSATIONS, expand_variants
+from vllm_toptheta.evaluation import COMPENSATIONS, Variant, expand_variants
+from vllm_toptheta.evaluation.variants import store_of
 from vllm_toptheta.store import ThresholdStore
 
 
+def expand(stores: Mapping[str, ThresholdStore], **options: Any) -> list[Variant]:
+    return expand_variants(stores, num_layers=NUM_LAYERS, **options)
+
+
 def test_every_combination_is_there_once(store: ThresholdStore) -> None:
-    variants = expand_variants(
-        {"a": store, "b": store}, targets=["8", "k:16", "mass:0.98"], compensations=["none", "sdc"], top_k=True, cap_k=4
+    variants = expand(
+        {"a": store, "b": store},
+        targets=["8", "k:16", "mass:0.98"],
+        compensations=["none", "sdc"],
+        top_k=[8, 16],
+        cap_k=4,
     )
     assert len(set(variants)) == len(variants) == 2 * 3 * 2 + 2 * 2
     top_ks = [variant for variant in variants if variant.method == "top_k"]
@@ -24,41 +36,41 @@ def test_every_combination_is_there_once(store: ThresholdStore) -> None:
 
 def test_all_is_what_a_store_can_serve(store: ThresholdStore, model: Any, tmp_path: Path) -> None:
     bare = tiny_store(tmp_path, model, measured=False)
-    names = [variant.compensation for variant in expand_variants({"": store}, targets=["8"], compensations=["all"])]
+    names = [variant.compensation for variant in expand({"": store}, targets=["8"], compensations=["all"])]
     assert names == [name for name in COMPENSATIONS if not name.startswith(("candidates", "shadow"))]
-    names = [variant.compensation for variant in expand_variants({"": bare}, targets=["8"], compensations=["all"])]
+    names = [variant.compensation for variant in expand({"": bare}, targets=["8"], compensations=["all"])]
     assert names == ["none", "sdc", "sdc+vmc", "exp_threshold", "exp_threshold+vmc"]
-    variants = expand_variants({"": store}, targets=["8"], compensations=["all"], top_k=True)
+    variants = expand({"": store}, targets=["8"], compensations=["all"], top_k=[8])
     top_k = [variant.compensation for variant in variants if variant.method == "top_k"]
     assert top_k == ["none", "sdc", "sdc+vmc"]
 
 
 def test_what_a_name_means(store: ThresholdStore) -> None:
-    (variant,) = expand_variants({"": store}, targets=["8"], compensations=["scaled_exp_threshold+vmc"])
+    (variant,) = expand({"": store}, targets=["8"], compensations=["scaled_exp_threshold+vmc"])
     assert (variant.denominator, variant.calibrated_term, variant.value_mean) == (
         "exp_threshold",
         "exp_threshold_scale",
         True,
     )
-    (variant,) = expand_variants({"": store}, targets=["8"], compensations=["sdc"])
+    (variant,) = expand({"": store}, targets=["8"], compensations=["sdc"])
     assert (variant.denominator, variant.calibrated_term, variant.value_mean) == ("exact", None, False)
 
 
 def test_every_mode_has_its_own_compensations(store: ThresholdStore) -> None:
-    served = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"])
+    served = expand({"": store}, targets=["8"], modes=["values", "shadow"])
     assert [(variant.method, variant.compensation) for variant in served] == [
         ("top_theta", "sdc+vmc"),
         ("shadow", "candidates+vmc"),
     ]
     named = ["sdc+vmc", "offline", "shadow+vmc"]
-    variants = expand_variants({"": store}, targets=["8"], modes=["values", "shadow"], compensations=named)
+    variants = expand({"": store}, targets=["8"], modes=["values", "shadow"], compensations=named)
     assert [(variant.method, variant.compensation) for variant in variants] == [
         ("top_theta", "sdc+vmc"),
         ("top_theta", "offline"),
         ("shadow", "sdc+vmc"),
         ("shadow", "shadow+vmc"),
     ]
-    variants = expand_variants({"": store}, targets=["8"], modes=["shadow"], compensations=["all"])
+    variants = expand({"": store}, targets=["8"], modes=["shadow"], compensations=["all"])
     assert [variant.compensation for variant in variants] == [
         "none",
         "sdc",
@@ -70,15 +82,15 @@ def test_every_mode_has_its_own_compensations(store: ThresholdStore) -> None:
     ]
     assert len({variant.name for variant in variants}) == len(variants)
     with pytest.raises(EvaluationError, match="shadow is a compensation of mode shadow. Ask for that mode"):
-        expand_variants({"": store}, targets=["8"], compensations=["shadow"])
+        expand({"": store}, targets=["8"], compensations=["shadow"])
     with pytest.raises(EvaluationError, match="offline is a compensation of mode values"):
-        expand_variants({"": store}, targets=["8"], modes=["shadow"], compensations=["offline"])
+        expand({"": store}, targets=["8"], modes=["shadow"], compensations=["offline"])
     with pytest.raises(EvaluationError, match="mode: unknown mode 'other'. Choose from values, shadow"):
-        expand_variants({"": store}, targets=["8"], modes=["other"])
+        expand({"": store}, targets=["8"], modes=["other"])
 
 
 def test_sets_of_dense_layers_are_variants(store: ThresholdStore) -> None:
-    variants = expand_variants({"": store}, targets=["8"], top_k=True, dense_layers=[None, (), (0, 2)])
+    variants = expand({"": store}, targets=["8"], top_k=[8], dense_layers=[None, (), (0, 2)])
     assert [variant.name for variant in variants] == [
         "top-theta k:8 sdc+vmc",
         "top-theta k:8 sdc+vmc dense none",
@@ -88,11 +100,54 @@ def test_sets_of_dense_layers_are_variants(store: ThresholdStore) -> None:
         "top-k k:8 sdc+vmc dense 0,2",
     ]
     with pytest.raises(EvaluationError, match="dense_layers: no layer 4 in a model of 4"):
-        expand_variants({"": store}, targets=["8"], dense_layers=[(0, 4)])
+        expand({"": store}, targets=["8"], dense_layers=[(0, 4)])
 
 
 def test_unknown_names_are_refused(store: ThresholdStore) -> None:
     with pytest.raises(EvaluationError, match="unknown compensation 'vmc'.*vmc alone equals none"):
-        expand_variants({"": store}, targets=["8"], compensations=["vmc"])
+        expand({"": store}, targets=["8"], compensations=["vmc"])
     with pytest.raises(SettingsError, match="targets: unknown target 'many'"):
-        expand_variants({"": store}, targets=["many"])
+        expand({"": store}, targets=["many"])
+
+
+def test_relative_thresholds_need_no_store(store: ThresholdStore) -> None:
+    variants = expand({}, targets=["floor:3.0", "floor:0"], top_k=[8], compensations=["all"])
+    assert [(variant.method, variant.target, variant.compensation) for variant in variants] == [
+        *(
+            ("top_theta", f"floor:{floor}", name)
+            for floor in (3, 0)
+            for name in ("none", "sdc", "sdc+vmc", "exp_threshold", "exp_threshold+vmc")
+        ),
+        *(("top_k", "k:8", name) for name in ("none", "sdc", "sdc+vmc")),
+    ]
+    assert {variant.weight_floor for variant in variants} == {3.0, 0.0, None}
+    assert all(store_of(variant, {}) is None for variant in variants)
+    # beside stores they are there once
+    names = [variant.name for variant in expand({"a": store, "b": store}, targets=["8", "floor:1.5"])]
+    assert names == ["top-theta floor:1.5 sdc+vmc", "top-theta a k:8 sdc+vmc", "top-theta b k:8 sdc+vmc"]
+    assert store_of(Variant(target="k:8", thresholds="a"), {"a": store}) is store
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["floor:3", "k:8"], "thresholds: k:8 needs calibrated thresholds. Give a store .--thresholds., or ask for"),
+        (["floor:-1"], "targets: no weight floor: -1. Give multiples of the average weight, from 0 .dense. to 1000"),
+        (["floor:nan"], "targets: no weight floor: nan"),
+        (["floor:1e9"], r"targets: no weight floor: 1e\+09"),
+        (["floor:three"], "targets: unknown target 'floor:three'. Write floor:3 or k:64"),
+        (["floor:"], "targets: unknown target 'floor:'"),
+    ],
+)
+def test_targets_that_cannot_be_without_a_store(targets: list[str], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        expand({}, targets=targets)
+
+
+def test_relative_thresholds_are_of_mode_values(store: ThresholdStore) -> None:
+    with pytest.raises(EvaluationError, match="mode: floor:3 is compared in mode values only"):
+        expand({"": store}, targets=["floor:3"], modes=["shadow"])
+    with pytest.raises(ValidationError, match="floor:3 is a target of method top_theta"):
+        Variant(method="shadow", target="floor:3")
+    with pytest.raises(EvaluationError, match="top_k: no number of keys: 0"):
+        expand({}, targets=[], top_k=[0])

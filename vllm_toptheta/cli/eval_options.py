@@ -13,11 +13,17 @@ ThresholdsOption = Annotated[
     typer.Option(
         metavar="[NAME=]PATH",
         help="A store or a directory of stores; several, each with a NAME, are compared in one run. "
-        "Default: TOPTHETA_THRESHOLDS, else the shipped ones.",
+        "Default, where a target needs one: TOPTHETA_THRESHOLDS, else the shipped ones.",
     ),
 ]
 TargetsOption = Annotated[
-    str, typer.Option("--k", "--targets", help="Keys per query head, or other targets of the store, by commas.")
+    str | None,
+    typer.Option(
+        "--k",
+        "--targets",
+        help="By commas: floor:3, thresholds relative to the row, which need no store, or keys per query head and "
+        "other targets of a store. Default: floor:3, or 64,128 of the stores that --thresholds names.",
+    ),
 ]
 ModeOption = Annotated[str, typer.Option(help="By commas: values, shadow; the latter needs shadow keys in the store.")]
 CompensationsOption = Annotated[
@@ -33,7 +39,7 @@ DenseLayersOption = Annotated[
         help="Layers that read everything, by commas, or none, or store: what the store says. Several are compared."
     ),
 ]
-TopKOption = Annotated[bool, typer.Option(help="Also exact top-k with the same k and compensations.")]
+TopKOption = Annotated[str, typer.Option(help="Also exact top-k with these k, by commas, which needs no store.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto is a GPU where there is one.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vllm_toptheta.cli import eval_options as options
-from vllm_toptheta.cli.terminal import TEXT_FILES, integers, print_table, words, write_json
+from vllm_toptheta.cli.terminal import TEXT_FILES, integers, numbers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def evaluate_perplexities(
     human_eval: Annotated[
         bool, typer.Option("--human-eval", help="Also HumanEval's solutions, given what they solve.")
     ] = False,
-    k: options.TargetsOption = "64,128",
+    k: options.TargetsOption = None,
     sequences: Annotated[int, typer.Option(help="Sequences of each domain.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     mode: options.ModeOption = "values",
     compensations: options.CompensationsOption = "",
-    top_k: options.TopKOption = False,
+    top_k: options.TopKOption = "",
     cap_k: Annotated[int | None, typer.Option(help="Survivors to keep at most, the last ones.")] = None,
     dense_layers: options.DenseLayersOption = None,
     phase: options.PhaseOption = "both",
@@ -56,13 +56,15 @@ def evaluate_perplexities(
     from vllm_toptheta.evaluation import evaluate_perplexity, expand_variants, perplexity_tables
 
     draw = _drawing("draw_trade_offs", plots)
-    subject = _subject(model, thresholds, device, dtype)
+    targets = _targets(k, thresholds)
+    subject = _subject(model, thresholds, device, dtype, targets=targets)
     variants = expand_variants(
         subject.stores,
-        targets=words(k),
+        targets=targets,
+        num_layers=subject.architecture.num_layers,
         compensations=words(compensations),
         modes=words(mode),
-        top_k=top_k,
+        top_k=integers("--top-k", top_k),
         cap_k=cap_k,
         dense_layers=[_layers(layers) for layers in dense_layers or ["store"]],
     )
@@ -88,7 +90,7 @@ def evaluate_tasks(
     model: options.ModelArgument,
     text: options.TextOption = None,
     tasks: options.TasksOption = "needle,key-value",
-    k: options.TargetsOption = "128",
+    k: options.TargetsOption = None,
     lengths: options.LengthsOption = "1024,2048",
     depths: options.DepthsOption = "0,25,50,75,100",
     samples: options.SamplesOption = 4,
@@ -97,7 +99,7 @@ def evaluate_tasks(
     allow_code_execution: options.AllowOption = False,
     mode: options.ModeOption = "values",
     compensations: options.CompensationsOption = "",
-    top_k: options.TopKOption = False,
+    top_k: options.TopKOption = "",
     phase: options.PhaseOption = "decode",
     seed: options.SeedOption = 0,
     thresholds: options.ThresholdsOption = None,
@@ -111,9 +113,15 @@ def evaluate_tasks(
     from vllm_toptheta.evaluation.tasks import LocalAnswers, TasksReport, compare_answers, make_tasks, task_tables
 
     draw = _drawing("draw_recall", plots)
-    subject = _subject(model, thresholds, device, dtype)
+    targets = _targets(k, thresholds)
+    subject = _subject(model, thresholds, device, dtype, targets=targets)
     variants = expand_variants(
-        subject.stores, targets=words(k), compensations=words(compensations), modes=words(mode), top_k=top_k
+        subject.stores,
+        targets=targets,
+        num_layers=subject.architecture.num_layers,
+        compensations=words(compensations),
+        modes=words(mode),
+        top_k=integers("--top-k", top_k),
     )
     answer = LocalAnswers(subject, variants, phase=phase)
     asked = make_tasks(
@@ -138,6 +146,80 @@ def evaluate_tasks(
         print_table(table)
     write_json(json, report)
     draw(report)
+
+
+@eval_app.command("decode", context_settings=TEXT_FILES)
+def evaluate_decoding(
+    context: typer.Context,
+    model: options.ModelArgument,
+    text: options.TextOption = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the sequences, by commas.")] = "2048,4096,8192",
+    window: Annotated[
+        int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")
+    ] = 128,
+    sequences: Annotated[int, typer.Option(help="Sequences of each length.")] = 4,
+    weight_floor: Annotated[
+        str | None,
+        typer.Option(
+            help="Thresholds relative to the row, by commas: keys of so many times the average weight survive. "
+            "Default: 3."
+        ),
+    ] = None,
+    top_k: options.TopKOption = "",
+    equal_rows: Annotated[
+        str,
+        typer.Option(
+            help="Weight floors by commas: also exact top-k with the least k, found for each length on its first "
+            "sequence, that reads as many value rows."
+        ),
+    ] = "",
+    k: Annotated[str, typer.Option("--k", "--targets", help="Calibrated targets of the store, by commas.")] = "",
+    compensations: options.CompensationsOption = "",
+    seed: options.SeedOption = 0,
+    thresholds: options.ThresholdsOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "float32",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report and the results of each sequence: the same command goes on there."),
+    ] = None,
+) -> None:
+    """What sparse attention changes where a server uses it: in the tokens that follow a dense prompt."""
+    from vllm_toptheta.calibration.data import read_text
+    from vllm_toptheta.evaluation import DecodeOptions, decode_table, evaluate_decode, expand_variants, floor_label
+    from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+
+    floors = [DEFAULT_WEIGHT_FLOOR] if weight_floor is None else numbers("--weight-floor", weight_floor)
+    subject = _subject(model, thresholds, device, dtype, targets=words(k))
+    num_layers = subject.architecture.num_layers
+    variants = expand_variants(
+        subject.stores,
+        targets=[*(floor_label(floor, field="--weight-floor") for floor in floors), *words(k)],
+        num_layers=num_layers,
+        compensations=words(compensations),
+    )
+    variants += expand_variants(
+        {},
+        targets=[],
+        num_layers=num_layers,
+        compensations=words(compensations),
+        top_k=integers("--top-k", top_k),
+        dense_layers=[()],
+    )
+    report = evaluate_decode(
+        subject,
+        [read_text(file) for file in _files([*(text or []), *context.args])],
+        variants,
+        DecodeOptions(
+            lengths=tuple(integers("--lengths", lengths)),
+            num_sequences=sequences,
+            window=window,
+            equal_rows=tuple(numbers("--equal-rows", equal_rows)),
+            seed=seed,
+        ),
+        folder=output,
+    )
+    print_table(decode_table(report))
 
 
 @eval_app.command("endpoint", context_settings=TEXT_FILES)
@@ -267,8 +349,17 @@ def _files(values: list[str]) -> list[Path]:
     return [file for files in named_paths(values, field="--text", default="text").values() for file in files]
 
 
-def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str) -> Subject:
-    """Load the stores and check that they fit the model."""
+def _targets(option: str | None, thresholds: list[str] | None) -> list[str]:
+    """The targets of --targets; by default what a server takes, or what a store that was named is likely to have."""
+    if option is not None:
+        return words(option)
+    from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+
+    return ["k:64", "k:128"] if thresholds else [f"floor:{DEFAULT_WEIGHT_FLOOR:g}"]
+
+
+def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str, *, targets: list[str]) -> Subject:
+    """Load the stores, those named or the one that a target needs, and check that they fit the model."""
     from vllm_toptheta import store
     from vllm_toptheta.evaluation import Subject, named_paths
 
@@ -279,7 +370,9 @@ def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str)
                 f"{len(paths)} stores with one name", field="--thresholds", remedy="Write NAME=PATH, with other NAMEs"
             )
         stores[name] = store.load(store.resolve(str(model), thresholds=paths[0]))
-    return Subject(model, stores or {"": store.load(store.resolve(str(model)))}, device=device, dtype=dtype)
+    if not stores and not all(target.startswith("floor:") for target in targets):
+        stores = {"": store.load(store.resolve(str(model)))}
+    return Subject(model, stores, device=device, dtype=dtype)
 
 
 def _text_domains(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["TEXT_FILES", "ThresholdsOption", "integers", "print_error", "print_table", "words", "write_json"]
+__all__ = ["TEXT_FILES", "ThresholdsOption", "integers", "numbers", "print_error", "print_table", "words", "write_json"]
 
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
@@ -35,6 +35,18 @@ def integers(option: str, text: str) -> list[int]:
         return [int(part) for part in words(text)]
     except ValueError:
         raise SettingsError(f"not whole numbers: {text!r}", field=option, remedy="Write them as 32,64,128") from None
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Return the numbers of an option such as 1.5,3,6.
+
+    Raises:
+        SettingsError: They are none.
+    """
+    try:
+        return [float(part) for part in words(text)]
+    except ValueError:
+        raise SettingsError(f"not numbers: {text!r}", field=option, remedy="Write them as 1.5,3,6") from None
 
 
 def words(text: str) -> list[str]:

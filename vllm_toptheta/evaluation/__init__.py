@@ -1,23 +1,30 @@
 """Evaluation: what Top-Theta attention changes in a model's predictions and answers, paired against dense attention."""
 
+from vllm_toptheta.evaluation.decode import DecodeOptions, evaluate_decode
+from vllm_toptheta.evaluation.decode_report import DecodeReport, decode_table
 from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_domain
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
 from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants
+from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants, floor_label
 
 __all__ = [
     "COMPENSATIONS",
     "MODES",
     "Comparison",
+    "DecodeOptions",
+    "DecodeReport",
     "Domain",
     "DomainReport",
     "PerplexityReport",
     "Sample",
     "Subject",
     "Variant",
+    "decode_table",
+    "evaluate_decode",
     "evaluate_perplexity",
     "expand_variants",
+    "floor_label",
     "named_paths",
     "perplexity_tables",
     "text_domain",

@@ -4,7 +4,6 @@ Prompt rows follow the phase of the sparse attention (dense where it is `decode`
 thresholded by its own length. What a step computes is what `route.SparseRoute` computes for that row.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.window import fork_cache
 from vllm_toptheta.reference import dense_attention
 
 __all__ = ["Lane", "Prompt", "decode_greedily", "read_prompt"]
@@ -118,8 +118,7 @@ def decode_greedily(
 
 def _joined_cache(caches: Sequence[Any]) -> Any:
     """A cache whose batch is that of all others; they stay as they are, because updates make new tensors."""
-    joined = copy.copy(caches[0])
-    joined.layers = [copy.copy(layer) for layer in joined.layers]
+    joined = fork_cache(caches[0])
     for index, layer in enumerate(joined.layers):
         layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
         layer.values = torch.cat([cache.layers[index].values for cache in caches])

@@ -26,6 +26,8 @@ class Losses:
         sparse: loss of the sparse predictions, nats.
         kl_divergence: KL(dense || sparse), nats.
         top1_agreement: share of tokens for which both predict the same one.
+        acceptance: sum over the vocabulary of the smaller of the two probabilities: how often a token that is drawn
+            from the sparse predictions is accepted as one drawn from the dense predictions.
     """
 
     num_tokens: int
@@ -33,6 +35,7 @@ class Losses:
     sparse: float
     kl_divergence: float
     top1_agreement: float
+    acceptance: float
 
 
 def compare_predictions(
@@ -57,7 +60,7 @@ def compare_predictions(
     first = max(num_prompt_tokens, 1)
     targets = token_ids[first:].to(dense.device)
     block_rows = max(1, _LOGIT_BLOCK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
-    sums = torch.zeros(len(sparse), 4, dtype=torch.float64)
+    sums = torch.zeros(len(sparse), 5, dtype=torch.float64)
     for start in range(0, len(targets), block_rows):
         block = targets[start : start + block_rows]
         # the row of a token predicts the one after it
@@ -71,6 +74,7 @@ def compare_predictions(
                     _loss(sparse_log, block),
                     torch.nn.functional.kl_div(sparse_log, dense_log, reduction="sum", log_target=True).double(),
                     (dense_log.argmax(dim=-1) == sparse_log.argmax(dim=-1)).sum().double(),
+                    torch.minimum(dense_log, sparse_log).exp().sum().double(),
                 ]
             ).cpu()
     return [Losses(len(targets), *means) for means in (sums / len(targets)).tolist()]

@@ -20,7 +20,7 @@ from vllm_toptheta.evaluation.report import Comparison, DomainReport, Perplexity
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.reference import Phase
 from vllm_toptheta.store import ThresholdStore
 
@@ -98,7 +98,7 @@ def compare_on_samples(
     Args:
         model: a transformers causal language model.
         samples: at least one, each of more tokens than its prompt.
-        stores: threshold stores by their labels, calibrated for the model.
+        stores: threshold stores by their labels, calibrated for the model; those that the variants name.
         variants: what to compare, at least one.
         phase: which rows are thresholded.
         on_pass: called after each pass of the model over a sample.
@@ -118,7 +118,7 @@ def compare_on_samples(
             raise EvaluationError(f"sample {index}: no token comes after its prompt", field="num_prompt_tokens")
     max_length = max(len(sample.token_ids) for sample in samples)
     attentions = [
-        SparseAttention(variant, stores[variant.thresholds], max_length=max_length, phase=phase, device=model.device)
+        SparseAttention(variant, store_of(variant, stores), max_length=max_length, phase=phase, device=model.device)
         for variant in variants
     ]
     longest = max(sample.num_prompt_tokens for sample in samples) if phase == "prefill" else max_length

@@ -7,7 +7,17 @@ from torch import Tensor
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.screening import ShadowScreen
 from vllm_toptheta.evaluation.variants import Variant
-from vllm_toptheta.reference import AttentionResult, Compensation, Phase, top_k_attention, top_theta_attention
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+from vllm_toptheta.reference import (
+    AttentionResult,
+    Compensation,
+    Phase,
+    Placement,
+    anchor_lse,
+    causal_scores,
+    top_k_attention,
+    top_theta_attention,
+)
 from vllm_toptheta.store import ThresholdStore
 
 __all__ = ["SparseAttention"]
@@ -18,12 +28,13 @@ class SparseAttention:
 
     Args:
         variant: what to apply.
-        store: the thresholds that the variant names.
+        store: the thresholds that the variant names; None for one that needs none.
         max_length: keys of the longest row.
         phase: which rows are thresholded.
         device: of the queries.
 
     Raises:
+        EvaluationError: the variant's compensation is calibrated, and its thresholds are not.
         ExpectationsMissing: the store lacks what the variant's compensation needs.
         ShadowMissing: the store lacks shadow keys, and the variant needs them.
         SettingsError: the variant's target is not one.
@@ -33,7 +44,7 @@ class SparseAttention:
     def __init__(
         self,
         variant: Variant,
-        store: ThresholdStore,
+        store: ThresholdStore | None = None,
         *,
         max_length: int,
         phase: Phase = "both",
@@ -42,15 +53,35 @@ class SparseAttention:
         self.variant = variant
         self.phase: Phase = phase
         self.max_length = max_length
-        given = variant.dense_layers
-        self.dense_layers = frozenset(store.manifest.dense_layers if given is None else given)
+        self.dense_layers = frozenset(variant.dense_layers or ())
+        self._placement: Placement = "pre_softmax"
+        self._thresholds: Tensor | None = None
+        self._offline_sum: Tensor | None = None
+        self._exp_threshold_scale: Tensor | None = None
+        self._screen: ShadowScreen | None = None
+        if store is None:
+            if variant.calibrated_term is not None:
+                raise EvaluationError(
+                    f"{variant.compensation} needs what only calibrated thresholds have, not {variant.target}",
+                    field="compensations",
+                    remedy="Choose none, sdc or sdc+vmc",
+                )
+            self.dense_length = NUM_ANCHORS if variant.weight_floor is not None else _keys(variant)
+        else:
+            self._read(variant, store, device=device)
+
+    def _read(self, variant: Variant, store: ThresholdStore, *, device: torch.device | str) -> None:
+        if variant.dense_layers is None:
+            self.dense_layers = frozenset(store.manifest.dense_layers)
+        if variant.method == "top_k":
+            self.dense_length = _keys(variant)
+            return
         self._placement = store.manifest.placement
-        lengths = np.arange(max_length + 1)
+        lengths = np.arange(self.max_length + 1)
         curve = store.curve_of(variant.target)
         self.dense_length = curve.dense_length
         # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
         self._thresholds = torch.from_numpy(curve.threshold(lengths)).to(device)
-        self._offline_sum = self._exp_threshold_scale = None
         self._screen = ShadowScreen(store.shadow, curve.label, device=device) if variant.method == "shadow" else None
         match variant.calibrated_term:
             case "offline_sum":
@@ -121,7 +152,11 @@ class SparseAttention:
                 phase=self.phase,
                 num_prompt_tokens=num_prompt_tokens,
             )
-        threshold, screened = of_rows(self._thresholds), None
+        screened = None
+        if self._thresholds is not None:
+            threshold = of_rows(self._thresholds)
+        else:
+            threshold = self._relative_threshold(query, key, softmax_scale=softmax_scale, soft_cap=soft_cap)
         if self._screen is not None:
             screened = self._screen.screen(
                 layer_idx,
@@ -147,3 +182,19 @@ class SparseAttention:
             candidates=None if screened is None else screened.candidates,
             shadow_scores=None if screened is None else screened.shadow_scores,
         )
+
+    def _relative_threshold(
+        self, query: Tensor, key: Tensor, *, softmax_scale: float, soft_cap: float | None
+    ) -> Tensor:
+        """`reference.relative_threshold` of these rows, without the scores of keys that are no row's anchors."""
+        seq_len, num_before = len(key), len(key) - len(query)
+        anchors = torch.cat([key[:NUM_FIRST_ANCHORS], key[max(NUM_FIRST_ANCHORS, num_before + 1 - NUM_LAST_ANCHORS) :]])
+        num_keys = torch.arange(num_before + 1, seq_len + 1, device=key.device)
+        scores = causal_scores(query, anchors, softmax_scale=softmax_scale, logits_soft_cap=soft_cap)
+        floor = torch.tensor(self.variant.weight_floor, dtype=scores.dtype, device=scores.device)
+        return anchor_lse(scores, num_keys - (seq_len - len(anchors))) + (floor / num_keys).log()[:, None]
+
+
+def _keys(variant: Variant) -> int:
+    """The k of exact top-k."""
+    return int(variant.target.removeprefix("k:"))

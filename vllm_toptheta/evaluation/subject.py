@@ -37,7 +37,7 @@ class Setup(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Name of the model's directory.")
-    stores: tuple[StoreSummary, ...] = Field(min_length=1)
+    stores: tuple[StoreSummary, ...] = Field(description="Those of calibrated thresholds; none are needed for others.")
     dtype: str = Field(description="Of weights and activations; attention is float32 whatever it is.")
     device: str
     versions: dict[str, str]
@@ -48,7 +48,7 @@ class Subject:
 
     Args:
         model_dir: a Hugging Face model directory, with its tokenizer.
-        stores: threshold stores by their labels, at least one.
+        stores: threshold stores by their labels; none where nothing calibrated is tried.
         device: torch's name of the device to run on; `auto` is a GPU where there is one.
         dtype: of the weights and activations.
 
@@ -62,9 +62,9 @@ class Subject:
     def __init__(
         self, model_dir: Path, stores: Mapping[str, ThresholdStore], *, device: str = "auto", dtype: str = "float32"
     ) -> None:
-        architecture = read_architecture(model_dir)
+        self.architecture = read_architecture(model_dir)
         for store in stores.values():
-            store.manifest.architecture.check(architecture, file=store.folder)
+            store.manifest.architecture.check(self.architecture, file=store.folder)
         if dtype not in _DTYPES:
             raise EvaluationError(f"unknown dtype {dtype!r}", field="dtype", remedy=f"Choose {', '.join(_DTYPES)}")
         self.model_dir = model_dir

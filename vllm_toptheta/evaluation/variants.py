@@ -1,16 +1,23 @@
-"""What is compared with dense attention: thresholds, with or without shadow keys, or exact top-k, at some target."""
+"""What is compared with dense attention: thresholds, with or without shadow keys, or exact top-k, at some target.
+
+Thresholds relative to the row, `floor:3`, need no store: their number is a weight, in multiples of the average softmax
+weight of a row. Calibrated ones, `k:64` and what else a store has, are its.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.reference import Denominator
 from vllm_toptheta.store import TargetSpec, ThresholdStore
 
-__all__ = ["COMPENSATIONS", "MODES", "CompensationName", "Variant", "expand_variants"]
+__all__ = ["COMPENSATIONS", "MODES", "CompensationName", "Variant", "expand_variants", "floor_label", "store_of"]
+
+_FLOOR = "floor:"
 
 CompensationName = Literal[
     "none",
@@ -69,18 +76,34 @@ class Variant(BaseModel):
 
     method: Literal["top_theta", "shadow", "top_k"] = Field(
         default="top_theta",
-        description="Calibrated thresholds on all keys (mode values) or on the candidates that shadow keys name (mode "
-        "shadow), or an exact top-k search in every row.",
+        description="Thresholds on all keys (mode values) or on the candidates that shadow keys name (mode shadow), or "
+        "an exact top-k search in every row.",
     )
-    thresholds: str = Field(default="", description="Label of the store; top_k takes only its dense layers.")
-    target: str = Field(description="What the thresholds aim at: k:64 is 64 keys per query head.")
+    thresholds: str = Field(
+        default="", description="Label of the store, if it has one; top_k takes only its dense layers."
+    )
+    target: str = Field(
+        description="What the thresholds aim at: k:64 is 64 keys per query head, floor:3 every key with 3 times the "
+        "average weight of its row."
+    )
     compensation: CompensationName = Field(
         default="sdc+vmc", description="Softmax denominator, and +vmc if the lost mass is given to the value mean."
     )
     cap_k: int | None = Field(default=None, ge=1, description="Survivors to keep at most, the last ones.")
     dense_layers: tuple[int, ...] | None = Field(
-        default=None, description="Layers that read everything; None for those of the store."
+        default=None, description="Layers that read everything; None for those of the store, if there is one."
     )
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.weight_floor is not None and self.method != "top_theta":
+            raise ValueError(f"{self.target} is a target of method top_theta")
+        return self
+
+    @property
+    def weight_floor(self) -> float | None:
+        """Of thresholds relative to the row, in multiples of the average weight; None of others."""
+        return float(self.target.removeprefix(_FLOOR)) if self.target.startswith(_FLOOR) else None
 
     @property
     def denominator(self) -> Denominator:
@@ -112,62 +135,132 @@ class Variant(BaseModel):
         return " ".join(part for part in parts if part)
 
 
+def floor_label(weight_floor: float, *, field: str) -> str:
+    """Returns the target of thresholds relative to the row.
+
+    Args:
+        weight_floor: in multiples of the average weight; 0 keeps everything.
+        field: the option that it came from, for the message of an error.
+
+    Raises:
+        EvaluationError: it is negative, too large or not a number.
+    """
+    if not 0 <= weight_floor <= MAX_WEIGHT_FLOOR:
+        raise EvaluationError(
+            f"no weight floor: {weight_floor:g}",
+            field=field,
+            remedy=f"Give multiples of the average weight, from 0 (dense) to {MAX_WEIGHT_FLOOR:g}",
+        )
+    return f"{_FLOOR}{weight_floor:g}"
+
+
+def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> ThresholdStore | None:
+    """Returns the store that a variant reads, None for one that needs none.
+
+    Args:
+        variant: the variant.
+        stores: threshold stores by their labels.
+
+    Raises:
+        EvaluationError: it needs one, and there is none of its label.
+    """
+    if variant.weight_floor is not None:
+        return None
+    store = stores.get(variant.thresholds)
+    if store is None and variant.method != "top_k":
+        raise EvaluationError(
+            f"{variant.target} needs calibrated thresholds",
+            field="thresholds",
+            remedy="Give a store (--thresholds), or ask for thresholds that need none (--targets floor:3)",
+        )
+    return store
+
+
 def expand_variants(
     stores: Mapping[str, ThresholdStore],
     *,
     targets: Sequence[str],
+    num_layers: int,
     compensations: Sequence[str] = (),
     modes: Sequence[str] = ("values",),
-    top_k: bool = False,
+    top_k: Sequence[int] = (),
     cap_k: int | None = None,
     dense_layers: Sequence[tuple[int, ...] | None] = (None,),
 ) -> list[Variant]:
     """Returns every combination of what was asked for.
 
     Args:
-        stores: threshold stores by their labels, at least one.
+        stores: threshold stores by their labels; none are needed for thresholds relative to the row and exact top-k.
         targets: what the thresholds aim at; a bare number is a k.
+        num_layers: of the model.
         compensations: names out of `COMPENSATIONS`, each for the modes that have it, or `all`, which leaves out those
             that a store has no terms for; what a server of the mode has if none is named.
         modes: names out of `MODES`.
-        top_k: also exact top-k for every target that is a constant k, with those compensations that start from no
-            threshold.
+        top_k: also exact top-k with these k, with those compensations that start from no threshold.
         cap_k: survivors that thresholds keep at most; None for no cap.
-        dense_layers: sets of layers that read everything; None stands for those of the store.
+        dense_layers: sets of layers that read everything; None stands for those of the store, and for none where
+            there is no store.
 
     Raises:
-        EvaluationError: a compensation, a mode or a layer is unknown, or no mode has the compensation.
+        EvaluationError: a compensation, a mode, a layer or a k is unknown, no mode has the compensation, a target has
+            no such mode, or needs a store, and there is none.
         SettingsError: a target is not one.
     """
     _check_names(compensations, modes)
-    _check_layers(stores, dense_layers)
-    specs = [TargetSpec.parse(target, field="targets") for target in targets]
+    _check_layers(num_layers, dense_layers)
+    labels = [_target_label(target) for target in targets]
+    relative = [label for label in labels if label.startswith(_FLOOR)]
+    calibrated = [label for label in labels if label not in relative]
+    if relative and "values" not in modes:
+        raise EvaluationError(
+            f"{relative[0]} is compared in mode values only",
+            field="mode",
+            remedy="Ask for that mode, or for another target",
+        )
+    if calibrated and not stores:
+        store_of(Variant(target=calibrated[0]), stores)
+    sources = [
+        ("", None, relative, ["values"]),
+        *((label, store, calibrated, modes) for label, store in stores.items()),
+    ]
     variants = [
         Variant(
             method=mode.method,
             thresholds=label,
-            target=spec.label,
+            target=target,
             compensation=name,
             cap_k=cap_k,
             dense_layers=layers,
         )
-        for label, store in stores.items()
-        for spec in specs
-        for mode in map(MODES.__getitem__, modes)
+        for label, store, of_source, having in sources
+        for target in of_source
+        for mode in map(MODES.__getitem__, having)
         for name in _compensations(mode, compensations, store)
         for layers in dense_layers
     ]
-    if top_k:
-        label, store = next(iter(stores.items()))
-        variants += [
-            Variant(method="top_k", thresholds=label, target=spec.label, compensation=name, dense_layers=layers)
-            for spec in specs
-            if spec.constant_k is not None
-            for name in _compensations(MODES["values"], compensations, store)
-            if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
-            for layers in dense_layers
-        ]
-    return variants
+    label, store = next(iter(stores.items()), ("", None))
+    return variants + [
+        Variant(method="top_k", thresholds=label, target=_k_label(k), compensation=name, dense_layers=layers)
+        for k in top_k
+        for name in _compensations(MODES["values"], compensations, store)
+        if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
+        for layers in dense_layers
+    ]
+
+
+def _target_label(target: str) -> str:
+    if not target.startswith(_FLOOR):
+        return TargetSpec.parse(target, field="targets").label
+    try:
+        return floor_label(float(target.removeprefix(_FLOOR)), field="targets")
+    except ValueError:
+        raise EvaluationError(f"unknown target {target!r}", field="targets", remedy="Write floor:3 or k:64") from None
+
+
+def _k_label(k: int) -> str:
+    if k < 1:
+        raise EvaluationError(f"no number of keys: {k}", field="top_k", remedy="Give whole numbers from 1 on")
+    return f"k:{k}"
 
 
 def _check_names(compensations: Sequence[str], modes: Sequence[str]) -> None:
@@ -190,18 +283,17 @@ def _check_names(compensations: Sequence[str], modes: Sequence[str]) -> None:
             )
 
 
-def _check_layers(stores: Mapping[str, ThresholdStore], dense_layers: Sequence[tuple[int, ...] | None]) -> None:
-    num_layers = min(store.manifest.architecture.num_layers for store in stores.values())
+def _check_layers(num_layers: int, dense_layers: Sequence[tuple[int, ...] | None]) -> None:
     for layer in (layer for layers in dense_layers for layer in layers or ()):
         if not 0 <= layer < num_layers:
             raise EvaluationError(f"no layer {layer} in a model of {num_layers}", field="dense_layers")
 
 
-def _compensations(mode: Mode, wanted: Sequence[str], store: ThresholdStore) -> list[CompensationName]:
+def _compensations(mode: Mode, wanted: Sequence[str], store: ThresholdStore | None) -> list[CompensationName]:
     """The compensations of a mode that are wanted. One that is named and not calibrated fails when it is made ready."""
     if not wanted:
         return [mode.served]
-    has_terms = store.expectations is not None or mode.method == "shadow"
+    has_terms = store is not None and (store.expectations is not None or mode.method == "shadow")
     return [
         name
         for name in COMPENSATIONS

@@ -11,7 +11,7 @@ from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.subject import Subject
 from vllm_toptheta.evaluation.tasks.task import Answers, Question, cut_at_stop
-from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.reference import Phase
 
 __all__ = ["LocalAnswers"]
@@ -74,7 +74,7 @@ class LocalAnswers:
         return [
             SparseAttention(
                 variant,
-                self._subject.stores[variant.thresholds],
+                store_of(variant, self._subject.stores),
                 max_length=self._max_length,
                 phase=self._phase,
                 device=self._subject.model.device,

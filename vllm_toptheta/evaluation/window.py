@@ -1,0 +1,218 @@
+"""The last tokens of a sequence as a server decodes them: behind a prefix that was read densely, into a KV cache.
+
+All rows of a window go through the model in one causal pass. That equals one step per token: a row depends on the rows
+before it through their keys and values alone, which are in every layer those that the sparse layers below have made,
+and each row has the threshold of its own length.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DynamicCache
+
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.reference import AttentionResult, causal_scores
+
+__all__ = ["AttentionCall", "fork_cache", "read_prefix", "read_window"]
+
+_ATTENTION_NAME = "toptheta_window"
+# rows of a prefix that go through the model at a time
+_PREFIX_ROWS = 1024
+# of scores: few enough to stay in a CPU's cache, enough for a product to pay on long rows
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer without a sliding window asks for.
+
+    Attributes:
+        layer_idx: which layer of the model.
+        query: `[num_queries, num_heads, head_size]` float, the last positions.
+        key: `[seq_len, num_kv_heads, head_size]` float.
+        value: `[seq_len, num_kv_heads, head_size]` float.
+        softmax_scale: factor on the products of query and key.
+        soft_cap: cap on the scores, scaled logits; None for a model without one.
+    """
+
+    layer_idx: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    softmax_scale: float
+    soft_cap: float | None
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return max(1, _BLOCK_BYTES // (4 * self.query.shape[1] * len(self.key)))
+
+    def blocks(self) -> Iterator["AttentionCall"]:
+        """Yields calls for `block_rows` rows each, the last one fewer, whose scores fit a bound."""
+        end = len(self.key) - len(self.query)
+        for query in self.query.split(self.block_rows):
+            end += len(query)
+            yield replace(self, query=query, key=self.key[:end], value=self.value[:end])
+
+
+Observer = Callable[[AttentionCall, AttentionResult | None], None]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    attention: SparseAttention | None
+    observe: Observer
+
+
+_active: ContextVar[_Pass] = ContextVar("active_pass")
+
+
+def read_prefix(model: Any, token_ids: Tensor, *, on_rows: Callable[[int], object] = lambda rows: None) -> Any:
+    """Returns the KV cache of a prefix, read with dense attention.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: `[num_tokens]` int64, at least 1.
+        on_rows: told how many rows were read, after each part of the prefix.
+
+    Raises:
+        EvaluationError: the model is not supported.
+    """
+    cache = DynamicCache(config=model.config)
+    with _attending(model, _Pass(None, lambda call, result: None)):
+        for rows in token_ids.split(_PREFIX_ROWS):
+            _states(model, rows, cache)
+            on_rows(len(rows))
+    return cache
+
+
+def read_window(
+    model: Any,
+    cache: Any,
+    token_ids: Tensor,
+    attention: SparseAttention | None = None,
+    *,
+    observe: Observer = lambda call, result: None,
+) -> Tensor:
+    """Returns the hidden states of the tokens behind a prefix.
+
+    Args:
+        model: the model that read the prefix.
+        cache: from `read_prefix`; it stays as it is, for any number of windows.
+        token_ids: `[num_tokens]` int64, the window.
+        attention: computes the attention of the layers that have no sliding window and are none of its dense ones;
+            None for dense attention.
+        observe: told of every layer without a sliding window, block by block of its rows; without a result where the
+            layer is dense, and then of all rows at once.
+
+    Returns:
+        `[num_tokens, hidden_size]` of the model's dtype, what its head would turn into logits.
+
+    Raises:
+        EvaluationError: the model is not supported, or a row is longer than the attention is made for.
+    """
+    with _attending(model, _Pass(attention, observe)):
+        return _states(model, token_ids, fork_cache(cache))
+
+
+def fork_cache(cache: Any) -> Any:
+    """Returns a cache that grows by itself: updates make new tensors, so the two share what they have in common."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _states(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
+    with torch.inference_mode():
+        output = model.base_model(input_ids=token_ids[None].to(model.device), past_key_values=cache, use_cache=True)
+    states: Tensor = output.last_hidden_state[0]
+    return states
+
+
+@contextmanager
+def _attending(model: Any, this: _Pass) -> Iterator[None]:
+    original = model.config._attn_implementation
+    token = _active.set(this)
+    try:
+        model.set_attn_implementation(_ATTENTION_NAME)
+        if model.config._attn_implementation != _ATTENTION_NAME:
+            raise EvaluationError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+            )
+        yield
+    finally:
+        model.set_attn_implementation(original)
+        _active.reset(token)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as transformers calls it: tensors are `[1, num_heads, num_tokens, head_size]`."""
+    if options.get("s_aux") is not None or attention_mask is not None or query.shape[0] != 1:
+        raise EvaluationError("a window is of one sequence, without padding, mask or attention sinks")
+    this = _active.get()
+    rows, keys, values = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
+    if sliding_window is not None:
+        return _dense(call, sliding_window)[None].to(query.dtype), None
+    if this.attention is None or call.layer_idx in this.attention.dense_layers:
+        this.observe(call, None)
+        return _dense(call, len(key[0, 0]))[None].to(query.dtype), None
+    outputs = []
+    for block in call.blocks():
+        result = this.attention.attend(
+            block.layer_idx,
+            block.query,
+            block.key,
+            block.value,
+            softmax_scale=block.softmax_scale,
+            soft_cap=block.soft_cap,
+            num_prompt_tokens=len(call.key) - len(call.query),
+        )
+        this.observe(block, result)
+        outputs.append(result.output)
+    return torch.cat(outputs)[None].to(query.dtype), None
+
+
+def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
+    """Causal attention of each row over its last `sliding_window` keys, `[num_queries, num_heads, head_size]`."""
+    positions = torch.arange(len(call.key), device=call.key.device)
+    behind = positions[-len(call.query) :, None] - positions
+    mask = torch.zeros(behind.shape, device=behind.device).masked_fill(
+        (behind < 0) | (behind >= sliding_window), -torch.inf
+    )
+    if call.soft_cap is None:
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (call.query, call.key, call.value))
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=call.softmax_scale, enable_gqa=True
+        )
+        return output[0].transpose(0, 1)
+    # torch's own attention knows no cap
+    blocks = []
+    for block, block_mask in zip(call.blocks(), mask.split(call.block_rows), strict=True):
+        scores = causal_scores(block.query, block.key, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
+        weights = (scores + block_mask[:, None, : len(block.key)]).softmax(dim=-1)
+        grouped = weights.unflatten(1, (block.value.shape[1], -1))
+        blocks.append(torch.einsum("qhgn,nhd->qhgd", grouped, block.value).flatten(1, 2))
+    return torch.cat(blocks)
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attend)
