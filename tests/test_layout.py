@@ -27,14 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "server": {"errors", "limits", "settings", "store", "selection"},
     "calibration": {"errors", "limits", "reference", "store"},
     "evaluation": {"errors", "reference", "store", "calibration"},
-    "interchange": {"errors", "reference", "store", "calibration"},
     "report": {"errors", "reference", "store", "calibration"},
     "soak": {"errors"},
     "benchmarks": {"errors", "reference", "store", "kernels", "telemetry", "calibration", "evaluation"},
     "demo_model": {"errors"},
     "cli": {
-        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "interchange", "report"),
-        *("soak", "benchmarks", "demo_model"),
+        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "report", "soak"),
+        *("benchmarks", "demo_model"),
     },
 }
 # what is heavy, or runs in few places only -> the parts that may import it, at any depth of their code

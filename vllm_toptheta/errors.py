@@ -24,7 +24,6 @@ TopThetaError
     ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
   EvaluationError             an evaluation cannot run, or would not measure what it says
-  InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
   ReportError                 a report cannot be drawn or written
   DemoModelError              the demo model cannot be built
   BenchmarkError              a benchmark could not run
@@ -173,10 +172,6 @@ class CalibrationError(TopThetaError):
 
 class EvaluationError(TopThetaError):
     """An evaluation cannot run, or would not measure what it says."""
-
-
-class InterchangeError(TopThetaError):
-    """Thresholds of another project cannot be read, or ours cannot be written in its format."""
 
 
 class ReportError(TopThetaError):

@@ -1,4 +1,4 @@
-"""The commands `toptheta thresholds ...`: look at stores, check them, import and export them."""
+"""The commands `toptheta thresholds ...`: look at stores and check them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_toptheta.cli.interchange import export_command, import_command
-from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_error, print_table
+from vllm_toptheta.cli.terminal import ThresholdsOption, print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:
@@ -18,11 +17,7 @@ if TYPE_CHECKING:
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
-thresholds_app = typer.Typer(
-    help="Look at calibrated thresholds, check them, import and export them.", no_args_is_help=True
-)
-thresholds_app.command("import", context_settings=TEXT_FILES)(import_command)
-thresholds_app.command("export", context_settings=TEXT_FILES)(export_command)
+thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.", no_args_is_help=True)
 
 
 @thresholds_app.command("list")
