@@ -17,7 +17,6 @@ from vllm_toptheta.store import (
     Provenance,
     ShadowSection,
     Target,
-    TargetSpec,
     TextSource,
     ThresholdStore,
     save,
@@ -38,7 +37,6 @@ def make_draft(
     head_size: int = 16,
     rope: dict[str, Any] | None = None,
     target_ks: tuple[int, ...] = (8, 32),
-    labels: tuple[str, ...] | None = None,
     max_length: int = 1024,
     dense_layers: tuple[int, ...] = (0,),
     degree: int = 2,
@@ -49,9 +47,8 @@ def make_draft(
 ) -> ManifestDraft:
     """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets.
 
-    `labels` replace `target_ks` by targets of any kind; `num_channels` are those of shadow keys, None for none.
+    `num_channels` are those of shadow keys, None for none.
     """
-    specs = [TargetSpec.parse(label) for label in labels or [f"k:{k}" for k in target_ks]]
     return ManifestDraft(
         model=ModelIdentity(id=model_id),
         architecture=Architecture(
@@ -61,9 +58,7 @@ def make_draft(
             head_size=head_size,
             rope=ROPE if rope is None else rope,
         ),
-        targets=tuple(
-            Target(**spec.model_dump(), min_length=(spec.k or 8) + 1, max_length=max_length) for spec in specs
-        ),
+        targets=tuple(Target(k=k, min_length=k + 1, max_length=max_length) for k in target_ks),
         dense_layers=dense_layers,
         placement=placement,
         degree=degree,
@@ -77,7 +72,7 @@ def make_draft(
             num_recent=8,
             block_size=16,
             candidate_mass=0.99,
-            candidate_share=(0.25,) * len(specs),
+            candidate_share=(0.25,) * len(target_ks),
         ),
         calibration=Provenance(
             text=(TextSource(name="stories.txt", sha256="0" * 64, num_characters=12345),),
@@ -98,7 +93,7 @@ def make_tensors(draft: ManifestDraft, *, seed: int = 0) -> dict[str, NDArray[An
     rng = np.random.default_rng(seed)
     first = draft.targets[0]
     edges = np.geomspace(first.min_length, first.max_length + 1, draft.num_buckets + 1).round().astype(np.int32)
-    shortest = np.array([target.dense_length + 1 for target in draft.targets])
+    shortest = np.array([target.k + 1 for target in draft.targets])
     row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], shortest[:, np.newaxis]), 0).astype(np.int64)
     per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(shortest))
     statistics = (*per_head, draft.num_buckets)

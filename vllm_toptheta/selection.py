@@ -8,10 +8,9 @@ from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, StoreNotFound, UnsupportedError
 from vllm_toptheta.limits import channels_for
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, Manifest, ShadowKeys, ThresholdCurve
+from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
 
-# closest to dense attention at the rows that it reads (docs/accuracy.md), then what every store has
-DEFAULT_TARGETS = ("rows:128", "k:128")
+DEFAULT_TARGET = "k:128"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
             field="dense_layers",
             remedy=f"name layers from 0 to {layers[-1]}",
         )
-    curve = thresholds.curve_of(_target(settings, manifest))
+    curve = thresholds.curve_of(_target(settings))
     others = tuple(thresholds.curve_of(label) for label in manifest.labels if label != curve.label)
     shadow = thresholds.shadow if settings.mode == "shadow" else None
     if shadow is not None:
@@ -99,10 +98,10 @@ def _check_channels(shadow: ShadowKeys) -> None:
         )
 
 
-def _target(settings: Settings, manifest: Manifest) -> str:
-    """The label of the target that is asked for, or the best one that there is."""
+def _target(settings: Settings) -> str:
+    """The label of the target that is asked for, else of the default."""
     if settings.target:
         return settings.target
     if settings.target_k:
         return f"k:{settings.target_k}"
-    return next((label for label in DEFAULT_TARGETS if label in manifest.labels), DEFAULT_TARGETS[-1])
+    return DEFAULT_TARGET

@@ -53,11 +53,10 @@ class Settings(BaseSettings):
     target_k: int | None = Field(
         None,
         ge=1,
-        description="Keys that the thresholds should keep in every query head, about. Without it and target: rows:128 "
-        "where that was calibrated, else 128.",
+        description="Keys that the thresholds should keep in every query head, about; 128 without it and target.",
     )
     target: str | None = Field(
-        None, description="What the thresholds aim at instead of target_k: a calibrated label such as mass:0.98."
+        None, description="What the thresholds aim at instead of target_k: a label such as k:64."
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",

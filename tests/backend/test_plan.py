@@ -63,29 +63,20 @@ def test_options_win_over_the_environment(make_config: MakeConfig, monkeypatch: 
 
 def test_a_target_by_its_label(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = tmp_path / "labelled"
-    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "max_length": 4096}
-    stored = store_factory.make_store(folder, labels=("k:8", "k:128", "mass:0.98"), **shape)
-    plan = Plan.resolve(make_config({"thresholds": str(folder), "target": "mass:0.98"}))
-    layer_plan = plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0)
-    assert layer_plan is not None
-    assert torch.equal(
-        layer_plan.thresholds.coefficients[COMMON], torch.tensor(stored.curve_of("mass:0.98").coefficients[3])
+    stored = store_factory.make_store(
+        folder, target_ks=(8, 128), num_layers=4, num_heads=9, num_kv_heads=3, head_size=64
     )
-    # what was calibrated on rows from 9 tokens on is dense below, unless asked for more
-    assert plan.max_dense_len == 8
-    longer = make_config({"thresholds": str(folder), "target": "mass:0.98", "min_context": 500})
+    for options, label in (({}, "k:128"), ({"target_k": 8}, "k:8"), ({"target_k": 8, "target": "k:128"}, "k:128")):
+        plan = Plan.resolve(make_config({"thresholds": str(folder), **options}))
+        assert plan.curve is not None
+        assert plan.curve.label == label
+        layer_plan = plan.for_layer(3, num_heads=9, num_kv_heads=3, rank=0)
+        assert layer_plan is not None
+        expected = torch.tensor(stored.curve_of(label).coefficients[3])
+        assert torch.equal(layer_plan.thresholds.coefficients[COMMON], expected)
+    longer = make_config({"thresholds": str(folder), "target_k": 8, "min_context": 500})
     assert Plan.resolve(longer).max_dense_len == 500
     assert Plan.resolve(make_config({"thresholds": str(folder), "target_k": 64})).max_dense_len == 64
-
-
-def test_the_default_target_is_the_best_calibrated_one(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "labelled"
-    labels = ("k:8", "k:128", "rows:128")
-    store_factory.make_store(folder, labels=labels, num_layers=4, num_heads=9, num_kv_heads=3, head_size=64)
-    for options, label in (({}, "rows:128"), ({"target_k": 8}, "k:8"), ({"target_k": 8, "target": "k:128"}, "k:128")):
-        curve = Plan.resolve(make_config({"thresholds": str(folder), **options})).curve
-        assert curve is not None
-        assert curve.label == label
 
 
 def test_shadow_keys_of_every_level(make_config: MakeConfig, shadow_folder: Path) -> None:
@@ -200,7 +191,7 @@ def test_damaged_thresholds_are_never_taken_for_missing_ones(make_config: MakeCo
         ({"tarket_k": 64}, errors.SettingsError, r"toptheta.tarket_k: unknown option.*known options are.*target_k"),
         ({"target_k": 0}, errors.SettingsError, "target_k.*greater than or equal to 1"),
         ({"target_k": 4096}, errors.TargetOutOfRange, "calibrated are 8, 128"),
-        ({"target": "mass:0.5"}, errors.TargetOutOfRange, "no thresholds for mass:0.5; calibrated are k:8, k:128"),
+        ({"target": "k:4"}, errors.TargetOutOfRange, "no thresholds for k 4; calibrated are 8, 128"),
         ({"target": "half"}, errors.SettingsError, "unknown target 'half'"),
         ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
         ({"dense_layers": [-1]}, errors.SettingsError, "counted from 0"),

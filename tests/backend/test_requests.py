@@ -22,7 +22,7 @@ def curve(label: str, k: int) -> ThresholdCurve:
     return ThresholdCurve(k, np.full((2, 4, 2), k, np.float32), k + 1, 4096, label=label)
 
 
-LEVELS = Levels(curve("k:128", 128), (curve("k:64", 64), curve("mass:0.98", 40)), min_context=50)
+LEVELS = Levels(curve("k:128", 128), (curve("k:64", 64), curve("k:32", 40)), min_context=50)
 ROWS = 6
 
 
@@ -38,7 +38,7 @@ def new_request(req_id: str, asked: Any = None, *, resumed: bool = False) -> Sim
 @pytest.mark.parametrize(
     ("asked", "level"),
     [
-        *(("dense", DENSE), ("k:64", 2), (64, 2), ("64", 2), ("mass:0.98", 3), ("mass:0.980", 3)),
+        *(("dense", DENSE), ("k:64", 2), (64, 2), ("64", 2), ("k:32", 3), ("32", 3)),
         *(("k:128", COMMON), (128, COMMON)),
     ],
 )
@@ -52,7 +52,7 @@ def test_anything_else_is_answered_with_what_can(asked: Any) -> None:
     with pytest.raises(SettingsError) as caught:
         LEVELS.parse(asked)
     message = str(caught.value)
-    assert message.startswith("vllm_xargs.toptheta: a request can ask for dense, k:128, k:64, mass:0.98, not for ")
+    assert message.startswith("vllm_xargs.toptheta: a request can ask for dense, k:128, k:64, k:32, not for ")
     assert len(message) < 90 + MAX_ECHO
 
 
@@ -129,7 +129,7 @@ class Batches(RuleBasedStateMachine):
     @rule(
         target=running,
         number=st.integers(0, 9),
-        asked=st.sampled_from([None, None, "dense", "k:64", 128, "mass:0.98"]),
+        asked=st.sampled_from([None, None, "dense", "k:64", 128, "k:32"]),
     )
     def add(self, number: int, asked: Any) -> tuple[str, Any]:
         """Also under the id of one that is known, which was aborted in between."""

@@ -123,9 +123,6 @@ def test_layers_with_a_sliding_window_are_recorded_as_dense(config_type: Any, te
         ({"targets": (8, 8)}, "different targets"),
         ({"num_sequences": 0}, "num_sequences: Input should be greater"),
         ({"row_fraction": 0.0}, "row_fraction: Input should be greater"),
-        ({"targets": ("rows:150",)}, "rows:150 needs a max_length of at least 512, but it is 200"),
-        ({"targets": ("mass:0.9",), "max_length": 60}, "mass:0.9 needs a max_length of at least 66"),
-        ({"targets": ("mass:0.9",), "find_dense_layers": True}, "mass:0.9, is no number of keys"),
         ({"num_sequences": 10_000}, "tokens, but 10000 sequences of 200 need 2000000"),
         ({"dense_layers": (0, 4)}, "no layer 4 in a model of 4"),
         ({"model_id": "not a model"}, "id: String should match"),
@@ -159,11 +156,11 @@ class Killed(BaseException):
     """Nothing catches it, like a signal."""
 
 
-@pytest.mark.parametrize("passes", [1, 2, 5])
+@pytest.mark.parametrize("passes", [1, 3])
 def test_a_killed_calibration_goes_on_where_it_was(
     model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
-    options: dict[str, Any] = {"targets": ("k:8", "k:16", "mass:0.9")}
+    options: dict[str, Any] = {"targets": ("k:8", "k:16")}
     whole = run(model_dir, text, tmp_path / "whole", **options)
     done = 0
 
@@ -186,7 +183,7 @@ def test_a_killed_calibration_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(job, "hidden_states", lambda model, tokens: continued.append(model_hidden_states(model, tokens)))
         resumed = run(model_dir, text, tmp_path / "killed", **options)
-    assert len(continued) == 2 + 1 + 3 - passes
+    assert len(continued) == 2 + 2 - passes
     assert resumed.manifest.tensors == whole.manifest.tensors
     assert [entry.name for entry in (tmp_path / "killed").iterdir()] == ["tiny"]
 
@@ -199,15 +196,10 @@ def test_an_interrupted_calibration_can_be_forgotten(model_dir: Path, text: Path
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_targets_of_every_kind_are_stored_by_their_labels(model_dir: Path, text: Path, tmp_path: Path) -> None:
-    labels = ("rows:16", "mass:0.9", "k:16", "k:8", "k:8@50^0.5")
-    loaded = run(model_dir, text, tmp_path, targets=labels, find_dense_layers=True, max_lost_mass=0.5)
-    assert loaded.manifest.labels == ("k:8", "k:16", "rows:16", "mass:0.9", "k:8@50^0.5")
-    for label in labels:
-        curve = loaded.curve_of(label)
-        assert np.isfinite(curve.threshold([20, 200, 10_000])).all()
-        assert curve.expected("survivors_mean", 200).any()
-    assert loaded.manifest.dense_layers_rule == store.DenseLayersRule(given=(0, 1), max_lost_mass=0.5, target="k:8")
-    assert loaded.manifest.outside_lengths == "clamp"
+def test_targets_are_stored_by_their_labels(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    loaded = run(model_dir, text, tmp_path, targets=("k:16", 8))
+    assert loaded.manifest.labels == ("k:8", "k:16")
+    for label in loaded.manifest.labels:
+        assert np.isfinite(loaded.curve_of(label).threshold([20, 200, 10_000])).all()
     assert loaded.manifest.calibration.shared_k == 8
     np.testing.assert_array_equal(loaded.curve(8).threshold(10_000), loaded.curve(8).threshold(200))

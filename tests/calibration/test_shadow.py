@@ -117,7 +117,7 @@ def test_going_on_after_any_pass_gives_the_same_to_the_bit(job: CalibrationJob, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_calibrated(family: str) -> None:
-    job = shadow_job(("k:8", "mass:0.8"), model=tiny_model(family_config(family)), dense_layers=())
+    job = shadow_job((8, 16), model=tiny_model(family_config(family)), dense_layers=())
     assert job.shadow is not None
     tensors = job.shadow.tensors()
     full = (1, 3) if family in WINDOWED else (0, 1, 2, 3)

@@ -38,15 +38,14 @@ def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text(json.dumps({"body": words.read_text()}) + "\n")
     code, out, _ = run(
-        *("--text", words, lines, "--text-field", "body", "--k", "16,8", "--target", "mass:0.9,k:8@50^0.5"),
-        *("--dense-layers", "0,auto", "--max-lost-mass", 0.9, "--top-k", "each", "--dtype", "bfloat16", *SMALL),
+        *("--text", words, lines, "--text-field", "body", "--k", "16,8"),
+        *("--dense-layers", "0", "--top-k", "each", "--dtype", "bfloat16", *SMALL),
     )
     assert code == 0
     assert f"wrote {tmp_path / 'out' / 'tiny'}" in out
     manifest = store.load(tmp_path / "out" / "tiny").manifest
-    assert manifest.labels == ("k:8", "k:16", "mass:0.9", "k:8@50^0.5")
+    assert manifest.labels == ("k:8", "k:16")
     assert manifest.dense_layers == (0,)
-    assert manifest.dense_layers_rule is not None
     assert [text.name for text in manifest.calibration.text] == ["words.txt", "lines.jsonl"]
     assert manifest.calibration.dtype == "bfloat16"
     assert manifest.calibration.command.startswith("toptheta calibrate tiny --out out --text words.txt lines.jsonl")
@@ -79,9 +78,8 @@ def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--k", "many"), "unknown target 'k:many'"),
-        (("--target", "mass:2"), "'mass:2': Input should be less than 1"),
-        (("--dense-layers", "first"), "--dense-layers: not layers: 'first'"),
+        (("--k", "many"), "--k: not whole numbers: 'many'"),
+        (("--dense-layers", "first"), "--dense-layers: not whole numbers: 'first'"),
         (("--k", "8", "--device", "cuda:99"), "no device cuda:99"),
         (("--k", "8", "--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--k", "500"), "k 500 needs rows of more than 500 tokens"),

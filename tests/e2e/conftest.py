@@ -205,7 +205,7 @@ def demo(model: Path, text_ids: list[int]) -> Subject:
         model,
         text_ids,
         thresholds={},
-        target="rows:128",
+        target="k:128",
         other="k:32",
         num_heads=9,
         num_dense=2,

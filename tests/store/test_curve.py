@@ -73,24 +73,14 @@ def test_k_outside_is_refused(make_store: MakeStore, k: int) -> None:
 
 
 def test_a_label_finds_its_curve(make_store: MakeStore) -> None:
-    store = make_store(labels=("k:8", "k:32", "mass:0.98", "k:8@512^0.5"))
-    for index, label in enumerate(("k:8", "k:32", "mass:0.98", "k:8@512^0.5")):
+    store = make_store()
+    for index, label in enumerate(("k:8", "k:32")):
         curve = store.curve_of(label)
         assert curve.label == label
         np.testing.assert_array_equal(curve.coefficients, store.coefficients[:, :, index])
     assert store.curve_of("16").label == store.curve(16).label == "k:16"
-    assert store.curve_of("mass:0.98").dense_length == store.manifest.targets[2].min_length - 1
-    with pytest.raises(TargetOutOfRange, match=r"no thresholds for mass:0.9; calibrated are k:8, k:32, mass:0.98"):
-        store.curve_of("mass:0.9")
     with pytest.raises(SettingsError, match=r"unknown target 'many'"):
         store.curve_of("many")
-
-
-def test_a_store_without_a_constant_k_says_what_it_has(make_store: MakeStore) -> None:
-    store = make_store(labels=("mass:0.98",))
-    assert store.manifest.target_ks == ()
-    with pytest.raises(TargetOutOfRange, match=r"no thresholds for k 8; calibrated are mass:0.98"):
-        store.curve(8)
 
 
 def test_thresholds_after_the_softmax_are_probabilities(make_store: MakeStore) -> None:

@@ -18,7 +18,7 @@ MakeStore = Callable[..., ThresholdStore]
 
 
 def test_shadow_keys_load_as_they_were_saved(tmp_path: Path) -> None:
-    draft = make_draft(num_channels=8, labels=("k:8", "k:32", "mass:0.98"))
+    draft = make_draft(num_channels=8)
     tensors = make_tensors(draft)
     save(tmp_path / "acme--tiny", draft, tensors)
     shadow = pickle.loads(pickle.dumps(load(tmp_path / "acme--tiny"))).shadow  # noqa: S301
@@ -28,7 +28,7 @@ def test_shadow_keys_load_as_they_were_saved(tmp_path: Path) -> None:
         for name, array in zip(SHADOW_NAMES, vars(projection).values(), strict=False):
             np.testing.assert_array_equal(array, tensors[name][layer], strict=True)
     assert projection.encoder.shape == (2, 16, 8)
-    for index, label in enumerate(("k:8", "k:32", "mass:0.98")):
+    for index, label in enumerate(("k:8", "k:32")):
         np.testing.assert_array_equal(shadow.margin(label), tensors["shadow_margin"][..., index])
         np.testing.assert_array_equal(shadow.log_scale(label), tensors["shadow_scale_coefficients"][..., index, :])
         np.testing.assert_array_equal(shadow.candidate_share(label), tensors["shadow_candidate_share"][..., index])
@@ -42,8 +42,6 @@ def test_a_k_between_is_linear_in_log_k(make_store: MakeStore) -> None:
     assert shadow.margin("k:16").dtype == np.float32
     with pytest.raises(errors.TargetOutOfRange, match="no thresholds for k 7"):
         shadow.margin("k:7")
-    with pytest.raises(errors.TargetOutOfRange, match="no thresholds for rows:8"):
-        shadow.exp_threshold_scale("rows:8", 100)
     with pytest.raises(errors.SettingsError, match="unknown target 'many'"):
         shadow.candidate_share("many")
     with pytest.raises(IndexError):

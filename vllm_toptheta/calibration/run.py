@@ -41,9 +41,9 @@ def calibrate(
 ) -> Path:
     """Calibrates thresholds for a model and writes them as a store.
 
-    For every constant k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
-    of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`; `allot`
-    says how other targets find theirs. Then the thresholds are applied to some of the sequences, and the store says
+    For every k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
+    of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`. Then
+    the thresholds are applied to some of the sequences, and the store says
     what they keep and lose. `shadow` says what is calibrated for shadow keys, if they are asked for. The same
     arguments give the same tensors to the bit, on the same machine and number of threads, however often the
     calibration was interrupted.
@@ -120,14 +120,13 @@ def calibrate(
         date=datetime.datetime.now(datetime.UTC).date(),
     )
     unobserved = set(range(architecture.num_layers)) - set(job.moments.observed_layers)
-    dense_layers = tuple(sorted(unobserved.union(job.dense_layers)))
+    dense_layers = tuple(sorted(unobserved.union(options.dense_layers)))
     sparse_layers = [layer for layer in range(architecture.num_layers) if layer not in dense_layers]
     draft = store.ManifestDraft(
         model=identity,
         architecture=architecture,
         targets=tuple(job.targets),
         dense_layers=dense_layers,
-        dense_layers_rule=_dense_layers_rule(job),
         placement=options.placement,
         outside_lengths="clamp",
         degree=DEGREE,
@@ -160,14 +159,6 @@ def package_versions() -> dict[str, str]:
     """Returns the versions that decide the numbers, by package."""
     packages = {name: version(name) for name in ("numpy", "torch", "transformers")}
     return {"python": platform.python_version(), "vllm-toptheta": vllm_toptheta.__version__, **packages}
-
-
-def _dense_layers_rule(job: CalibrationJob) -> store.DenseLayersRule | None:
-    if job.lost_mass_bound is None:
-        return None
-    return store.DenseLayersRule(
-        given=job.options.dense_layers, max_lost_mass=job.lost_mass_bound, target=job.options.targets[0].label
-    )
 
 
 def _fingerprint(model_dir: Path, texts: Sequence[Text], options: CalibrationOptions, machine: str) -> str:

@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_toptheta.cli.terminal import words
-from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.cli.terminal import integers
 
 __all__ = ["calibrate_command"]
 
-AUTO = "auto"
 CHARACTERS_PER_TOKEN = 8  # taken from a dataset; the most that a token stands for in ordinary text
 
 
@@ -34,21 +32,11 @@ def calibrate_command(
     builtin: Annotated[
         bool, typer.Option("--builtin", help="Python's own sources, beside what else is given.")
     ] = False,
-    k: Annotated[str | None, typer.Option(help="Keys per query head to keep; short for --target.")] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Targets, separated by commas: k:64, k:64@2048^0.5, survivors:64, mass:0.98, rows:64."),
-    ] = None,
+    k: Annotated[str, typer.Option(help="Keys per query head to keep, separated by commas.")] = "32,64,128,256",
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
     sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
     row_fraction: Annotated[float, typer.Option(help="Share of the rows observed, even over lengths.")] = 1.0,
-    dense_layers: Annotated[
-        str, typer.Option(help="Layers to serve dense, separated by commas; auto adds those that lose too much.")
-    ] = "0,1",
-    max_lost_mass: Annotated[
-        float | None,
-        typer.Option(help="What auto calls too much at the first target; default: twice what the median layer loses."),
-    ] = None,
+    dense_layers: Annotated[str, typer.Option(help="Layers to serve dense, separated by commas.")] = "0,1",
     beta: Annotated[float, typer.Option(help="Standard deviations added to the mean threshold.")] = 0.0,
     top_k: Annotated[
         Literal["shared", "each", "off"],
@@ -93,19 +81,15 @@ def calibrate_command(
     from vllm_toptheta.limits import gpus_lack
     from vllm_toptheta.store import read_architecture
 
-    layers, automatic = _dense_layers(dense_layers)
-    targets = [f"k:{number}" for number in words(k or "")] + words(target or "")
     options = CalibrationOptions.create(
-        targets or ["k:32", "k:64", "k:128", "k:256", "rows:64", "rows:128"],
+        integers("--k", k),
         max_length=max_length,
         num_sequences=sequences,
         row_fraction=row_fraction,
         seed=seed,
         beta=beta,
         top_k=top_k,
-        dense_layers=layers,
-        find_dense_layers=automatic,
-        max_lost_mass=max_lost_mass,
+        dense_layers=tuple(integers("--dense-layers", dense_layers)),
         placement=placement,
         shadow={"num_channels": channels, "num_sink": sink, "num_recent": recent, "candidate_mass": candidate_mass}
         if mode == "shadow"
@@ -140,14 +124,3 @@ def calibrate_command(
     )
     typer.echo(f"wrote {folder}")
     typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
-
-
-def _dense_layers(option: str) -> tuple[tuple[int, ...], bool]:
-    """The layers of --dense-layers, and whether others are to be found."""
-    parts = words(option)
-    try:
-        return tuple(sorted({int(part) for part in parts if part != AUTO})), AUTO in parts
-    except ValueError:
-        raise SettingsError(
-            f"not layers: {option!r}", field="--dense-layers", remedy="Write them as 0,1 or 0,1,auto or auto"
-        ) from None

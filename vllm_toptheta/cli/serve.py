@@ -23,7 +23,7 @@ def serve(
     mode: Annotated[str | None, typer.Option(help="What is skipped: values, or shadow for keys too.")] = None,
     thresholds: Annotated[Path | None, typer.Option(help="A threshold store, or a directory of stores.")] = None,
     target_k: Annotated[int | None, typer.Option(help="Keys per query head that thresholds should keep.")] = None,
-    target: Annotated[str | None, typer.Option(help="What thresholds aim at instead, as mass:0.98.")] = None,
+    target: Annotated[str | None, typer.Option(help="What thresholds aim at instead, as k:64.")] = None,
     compensation: Annotated[str | None, typer.Option(help="sdc+vmc, sdc or none.")] = None,
     dense_layers: Annotated[str | None, typer.Option(help="Layers that read everything, as 0,1.")] = None,
     min_context: Annotated[int | None, typer.Option(help="Tokens up to which a sequence stays dense.")] = None,

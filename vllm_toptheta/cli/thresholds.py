@@ -54,8 +54,7 @@ def show_thresholds(
     store_or_model: Annotated[str, typer.Argument(metavar="FOLDER|MODEL", help="A store, or a model to look up.")],
     thresholds: ThresholdsOption = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the table; default: the first that is not dense.")] = None,
-    k: Annotated[int | None, typer.Option(help="Target k of the table; short for --target.")] = None,
-    target: Annotated[str | None, typer.Option(help="Target of the table; default: the largest calibrated k.")] = None,
+    k: Annotated[int | None, typer.Option(help="Target k of the table; default: the largest calibrated.")] = None,
 ) -> None:
     """Summarise a store and print the thresholds of one layer."""
     from vllm_toptheta import store
@@ -63,7 +62,7 @@ def show_thresholds(
     named = Path(store_or_model)
     is_folder = named.joinpath("manifest.yaml").is_file()
     loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
-    table = _theta_table(loaded, layer, target if k is None else f"k:{k}")
+    table = _theta_table(loaded, layer, k)
     typer.echo(_summary(loaded))
     print_table(table)
 
@@ -157,7 +156,7 @@ def _calibrated(calibration: Provenance) -> str:
     return ", ".join([str(calibration.date), *(text for text, value in known.items() if value is not None)])
 
 
-def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -> Table:
+def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Table:
     """Return a table of theta: a row per head, a column per length."""
     from rich.table import Table
 
@@ -169,8 +168,7 @@ def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -
         raise SettingsError(
             f"no layer {layer}", file=store.folder, field="--layer", remedy=f"Choose one from 0 to {layers[-1]}"
         )
-    largest = f"k:{manifest.target_ks[-1]}" if manifest.target_ks else manifest.labels[0]
-    curve = store.curve_of(target or largest)
+    curve = store.curve(k or manifest.target_ks[-1])
     lengths = [n for n in TABLE_LENGTHS if curve.min_length <= n < curve.max_length] + [curve.max_length]
     dense = ", a dense layer" if layer in manifest.dense_layers else ""
     table = Table("head", *(f"n = {n}" for n in lengths), title=f"theta, layer {layer}{dense}, {curve.label}")

@@ -130,7 +130,7 @@ def expand_variants(
         compensations: names out of `COMPENSATIONS`, each for the modes that have it, or `all`, which leaves out those
             that a store has no terms for; what a server of the mode has if none is named.
         modes: names out of `MODES`.
-        top_k: also exact top-k for every target that is a constant k, with those compensations that start from no
+        top_k: also exact top-k for every target, with those compensations that start from no
             threshold.
         cap_k: survivors that thresholds keep at most; None for no cap.
         dense_layers: sets of layers that read everything; None stands for those of the store.
@@ -162,7 +162,6 @@ def expand_variants(
         variants += [
             Variant(method="top_k", thresholds=label, target=spec.label, compensation=name, dense_layers=layers)
             for spec in specs
-            if spec.constant_k is not None
             for name in _compensations(MODES["values"], compensations, store)
             if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
             for layers in dense_layers

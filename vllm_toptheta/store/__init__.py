@@ -12,7 +12,6 @@ from vllm_toptheta.store.io import load, read_architecture, save
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
     Architecture,
-    DenseLayersRule,
     Manifest,
     ManifestDraft,
     Measurement,
@@ -27,7 +26,6 @@ from vllm_toptheta.store.thresholds import ThresholdStore
 
 __all__ = [
     "Architecture",
-    "DenseLayersRule",
     "Expectations",
     "Manifest",
     "ManifestDraft",

@@ -17,7 +17,7 @@ class ThresholdCurve:
     """The thresholds of one target, as a function of the sequence length.
 
     Attributes:
-        dense_length: Rows of at most this many tokens are dense; k, where the target is a constant k.
+        dense_length: Rows of at most this many tokens are dense: k.
         coefficients: [num_layers, num_heads, degree + 1] float32, of ascending powers of ln n.
         min_length: Shortest calibrated row, in tokens.
         max_length: Longest calibrated row, in tokens.

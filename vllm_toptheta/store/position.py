@@ -1,4 +1,4 @@
-"""Where a target lies among those of a store: one of them, or a constant k between two."""
+"""Where a k lies among those of a store: one of them, or between two."""
 
 from __future__ import annotations
 
@@ -24,29 +24,18 @@ def locate(manifest: Manifest, label: str, *, folder: Path) -> Position:
 
     Args:
         manifest: Whose targets.
-        label: Such as k:64 or mass:0.98.
+        label: Such as k:64.
         folder: Of the store, for the error message.
 
     Raises:
         SettingsError: It is no label.
-        TargetOutOfRange: It was not calibrated, or a k lies outside the calibrated ones.
+        TargetOutOfRange: It lies outside the calibrated ks.
     """
-    spec = TargetSpec.parse(label)
-    if spec.constant_k is not None:
-        return locate_k(manifest, spec.constant_k, folder=folder)
-    if spec.label not in manifest.labels:
-        raise TargetOutOfRange(
-            f"no thresholds for {spec.label}; calibrated are {', '.join(manifest.labels)}",
-            file=folder,
-            field="target",
-            remedy=f"Choose one of them, or calibrate with --target {spec.label}",
-        )
-    index = manifest.labels.index(spec.label)
-    return Position(index, index, 0.0)
+    return locate_k(manifest, TargetSpec.parse(label).k, folder=folder)
 
 
 def locate_k(manifest: Manifest, target_k: int, *, folder: Path) -> Position:
-    """Return where a constant k lies, by its logarithm if it lies between two.
+    """Return where a k lies, by its logarithm if it lies between two.
 
     Args:
         manifest: Whose targets.
@@ -57,14 +46,12 @@ def locate_k(manifest: Manifest, target_k: int, *, folder: Path) -> Position:
         TargetOutOfRange: It lies outside the calibrated ks.
     """
     ks = manifest.target_ks
-    if not ks or not ks[0] <= target_k <= ks[-1]:
+    if not ks[0] <= target_k <= ks[-1]:
         raise TargetOutOfRange(
-            f"no thresholds for k {target_k}; calibrated are {', '.join(map(str, ks or manifest.labels))}",
+            f"no thresholds for k {target_k}; calibrated are {', '.join(map(str, ks))}",
             file=folder,
             field="target_k",
-            remedy=f"Choose a k from {ks[0]} to {ks[-1]}, or calibrate with a wider --k"
-            if ks
-            else "Name one of them as the target, or calibrate with --k",
+            remedy=f"Choose a k from {ks[0]} to {ks[-1]}, or calibrate with a wider --k",
         )
     upper = next(index for index, k in enumerate(ks) if k >= target_k)
     if ks[upper] == target_k:

@@ -163,14 +163,6 @@ class Measurement(StrictModel):
     num_sequences: Count
 
 
-class DenseLayersRule(StrictModel):
-    """How `dense_layers` were chosen: those given, and those that would lose more than a bound."""
-
-    given: Annotated[tuple[int, ...], Field(strict=False, max_length=MAX_LAYERS)]
-    max_lost_mass: float = Field(gt=0.0, lt=1.0, description="Mean over heads and lengths, at the target.")
-    target: ShortText
-
-
 class ShadowSection(StrictModel):
     """What is said of shadow keys: what keys are projected on, and which of them are candidates."""
 
@@ -210,7 +202,6 @@ class ManifestDraft(StrictModel):
     dense_layers: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
     ]
-    dense_layers_rule: DenseLayersRule | None = Field(default=None, description="None where they were given.")
     placement: Literal["pre_softmax", "post_softmax"]
     outside_lengths: Literal["clamp"] | None = Field(
         default=None, description="theta beyond a target's lengths is that of the nearest calibrated length."
@@ -223,22 +214,17 @@ class ManifestDraft(StrictModel):
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
-        constant = [target for target in self.targets if target.constant_k is not None]
-        if list(self.targets[: len(constant)]) != constant:
-            raise ValueError("targets: those of a constant k come first")
-        for lower, upper in zip(constant, constant[1:], strict=False):
-            if (lower.k or 0) >= (upper.k or 0):
+        for lower, upper in zip(self.targets, self.targets[1:], strict=False):
+            if lower.k >= upper.k:
                 raise ValueError(f"targets: k must ascend, got {lower.k} before {upper.k}")
             if max(lower.min_length, upper.min_length) > min(lower.max_length, upper.max_length):
                 raise ValueError(f"targets: k {lower.k} and k {upper.k} share no length, so nothing lies between them")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("targets: one is repeated")
         return self
 
     @model_validator(mode="after")
     def _check_version(self) -> Self:
-        if self.schema_version == 1 and (self.measurement or len(self.target_ks) < len(self.targets)):
-            raise ValueError("schema_version 1 has no measurement and no targets other than a constant k")
+        if self.schema_version == 1 and self.measurement:
+            raise ValueError("schema_version 1 has no measurement")
         if self.schema_version < 3 and self.shadow:
             raise ValueError(f"schema_version {self.schema_version} has no shadow keys")
         return self
@@ -271,8 +257,8 @@ class ManifestDraft(StrictModel):
 
     @property
     def target_ks(self) -> tuple[int, ...]:
-        """The calibrated constant ks, ascending; they come first among `targets`."""
-        return tuple(target.constant_k for target in self.targets if target.constant_k is not None)
+        """The calibrated ks, ascending."""
+        return tuple(target.k for target in self.targets)
 
     @property
     def labels(self) -> tuple[str, ...]:

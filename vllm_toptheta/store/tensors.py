@@ -196,7 +196,7 @@ def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, 
         require((count >= 0).all(), count_name, "a count is negative")
         for index, target in enumerate(manifest.targets):
             require(count[index].any(), count_name, f"no row was counted for {target.label}")
-            too_short = edges[1:] - 1 <= target.dense_length
+            too_short = edges[1:] - 1 <= target.k
             require(not count[index, too_short].any(), count_name, f"rows too short for {target.label}")
         for name in statistics:
             require(not tensors[name][:, :, count == 0].any(), name, "not zero in a bucket without rows")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vllm_toptheta.errors import ShadowMissing
 from vllm_toptheta.store.curve import ThresholdCurve, interpolate
 from vllm_toptheta.store.expectations import Expectations
-from vllm_toptheta.store.position import locate, locate_k
+from vllm_toptheta.store.position import locate_k
 from vllm_toptheta.store.schema import Manifest
 from vllm_toptheta.store.shadow import ShadowKeys
 from vllm_toptheta.store.target import TargetSpec
@@ -28,7 +28,7 @@ class ThresholdStore:
         bucket_edges: [num_buckets + 1] int32, tokens; bucket b holds rows of edges[b] <= n < edges[b + 1].
         row_count: [num_targets, num_buckets] int64, calibration rows.
         score_mean: [num_layers, num_heads, num_targets, num_buckets] float32, mean threshold of a row: its k-th
-            largest score, or what a target of another kind takes in its place.
+            largest score.
         score_std: The same shape, its standard deviation; both are zero in a bucket without rows.
         expectations: What the thresholds keep and lose; None where nothing was measured.
         shadow_keys: What mode `shadow` needs, or None; `shadow` is the same and refuses None.
@@ -72,21 +72,18 @@ class ThresholdStore:
         return interpolate(self._calibrated_curve(lower), self._calibrated_curve(upper), target_k, weight)
 
     def curve_of(self, label: str) -> ThresholdCurve:
-        """Return theta(n) for a target by its label, such as k:64 or mass:0.98.
+        """Return theta(n) for a target by its label, such as k:64.
 
         Raises:
             SettingsError: It is no label.
-            TargetOutOfRange: It was not calibrated.
+            TargetOutOfRange: It lies outside the calibrated ks.
         """
-        spec = TargetSpec.parse(label)
-        if spec.constant_k is not None:
-            return self.curve(spec.constant_k)
-        return self._calibrated_curve(locate(self.manifest, label, folder=self.folder).lower)
+        return self.curve(TargetSpec.parse(label).k)
 
     def _calibrated_curve(self, index: int) -> ThresholdCurve:
         target = self.manifest.targets[index]
         return ThresholdCurve(
-            dense_length=target.dense_length,
+            dense_length=target.k,
             coefficients=self.coefficients[:, :, index],
             min_length=target.min_length,
             max_length=target.max_length,
