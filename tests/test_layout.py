@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "backend": {"errors", "limits", "settings", "store", "selection", "kernels", "telemetry"},
     "server": {"errors", "limits", "settings", "store", "selection"},
     "calibration": {"errors", "limits", "reference", "store"},
-    "evaluation": {"errors", "reference", "store", "calibration"},
+    "evaluation": {"errors", "limits", "reference", "store", "calibration"},
     "report": {"errors", "reference", "store", "calibration"},
     "soak": {"errors"},
     "benchmarks": {"errors", "reference", "store", "kernels", "telemetry", "calibration", "evaluation"},

@@ -20,7 +20,7 @@ TopThetaError
       TensorValues            a tensor's numbers contradict each other or the manifest
     FingerprintMismatch       the thresholds were calibrated on another architecture
     TargetOutOfRange          the thresholds were not calibrated for the target asked for
-    ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
+    ExpectationsMissing       the thresholds came without a measurement of what they discard
     ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
   EvaluationError             an evaluation cannot run, or would not measure what it says
@@ -159,7 +159,7 @@ class TargetOutOfRange(StoreError):
 
 
 class ExpectationsMissing(StoreError):
-    """The thresholds came without a measurement of what they keep and lose."""
+    """The thresholds came without a measurement of what they discard."""
 
 
 class ShadowMissing(StoreError):

@@ -18,6 +18,7 @@ from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     candidate_keys,
@@ -89,8 +90,8 @@ class ShadowHarness:
         curve = self.store.curve_of(label)
         is_dense = length <= curve.dense_length
         threshold = torch.tensor(curve.threshold(length)[LAYER_INDEX].copy())
-        margin = torch.tensor(shadow.margin(label)[LAYER_INDEX])
-        scale = torch.tensor(shadow.exp_threshold_scale(label, length)[LAYER_INDEX].copy())
+        margin = torch.tensor(shadow.margin[LAYER_INDEX])
+        scale = torch.tensor(shadow.exp_threshold_scale(length)[LAYER_INDEX].copy())
         projection = projection_of(shadow, LAYER_INDEX)
         candidates = candidate_keys(
             shadow_scores(
@@ -98,8 +99,8 @@ class ShadowHarness:
             )[0],
             torch.full((NUM_HEADS,), -torch.inf) if is_dense else threshold - margin,
             num_kv_heads=NUM_KV_HEADS,
-            num_sink=shadow.section.num_sink,
-            num_recent=shadow.section.num_recent,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=harness.block_size,
         )
         result = top_theta_attention(

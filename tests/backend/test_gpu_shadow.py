@@ -24,6 +24,7 @@ from vllm_toptheta.backend.levels import Levels
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.pages import codes_view
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
     Compensation,
     candidate_keys,
@@ -100,14 +101,14 @@ class ShadowEngine(Engine):
         )
         candidates = candidate_keys(
             scores[0],
-            threshold - torch.tensor(shadow.margin(label)[LAYER]),
+            threshold - torch.tensor(shadow.margin[LAYER]),
             num_kv_heads=NUM_KV_HEADS,
-            num_sink=shadow.section.num_sink,
-            num_recent=shadow.section.num_recent,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
             block_size=BLOCK_SIZE,
         )
         self.keys_read += int(candidates[0].sum())
-        scale = torch.tensor(shadow.exp_threshold_scale(label, length)[LAYER].copy())
+        scale = torch.tensor(shadow.exp_threshold_scale(length)[LAYER].copy())
         compensation = self.settings.compensation
         result = top_theta_attention(
             query.float().cpu(),

@@ -18,7 +18,6 @@ from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.kernels.contract import LayerThresholds
 from vllm_toptheta.kernels.cpu.scratch import Counted
 from vllm_toptheta.reference import top_theta_attention
-from vllm_toptheta.store import save
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SEQ_LEN = 4, 2, 64, 300
 EXPECTED = 0.2  # lost mass that 95 % of calibration rows stay below
@@ -156,43 +155,14 @@ def test_a_captured_graph_sees_the_thresholds_move() -> None:
     assert read.tolist() == [1.5 - layer.guard.relaxation] * NUM_HEADS
 
 
-@pytest.mark.parametrize(
-    ("measured", "guard", "state", "guarded"),
-    [
-        (True, "relax", "relax", True),
-        (True, "warn", "warn", True),
-        (True, "off", "off", False),
-        (False, "relax", "unmeasured", False),
-    ],
-)
-def test_what_is_guarded(
-    make_config: Any, tmp_path: Path, measured: bool, guard: str, state: str, guarded: bool
-) -> None:
+def test_without_expectations_nothing_is_guarded(make_config: Any, tmp_path: Path) -> None:
     from vllm_toptheta.backend.plan import Plan
 
     shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
-    stored = store_factory.make_store(tmp_path / "store", max_length=4096, measured=measured, **shape)
-    plan = Plan.resolve(make_config({"thresholds": str(tmp_path / "store"), "guard": guard}))
-    layer_plan = plan.for_layer(2, num_heads=3, num_kv_heads=1, rank=1)
-    assert layer_plan is not None
-    assert plan.guard_state == state
-    assert (layer_plan.guard is not None) == guarded
-    if measured:
-        expected = stored.curve(128).expectations
-        assert expected is not None
-        assert layer_plan.expected_lost_mass is not None
-        assert layer_plan.expected_lost_mass.tolist() == expected.lost_mass_p95[2, 3:6].max(axis=-1).tolist()
-
-
-def test_a_layer_that_was_not_measured_is_not_guarded(make_config: Any, tmp_path: Path) -> None:
-    from vllm_toptheta.backend.plan import Plan
-
-    shape = {"num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_size": 64, "target_ks": (8, 128)}
-    draft = store_factory.make_draft(max_length=4096, measured=True, **shape)
-    tensors = store_factory.make_tensors(draft)
-    tensors["lost_mass_p95"][0] = 0.0  # layer 0 is dense in this store
-    save(tmp_path / "store", draft, tensors)
-    plan = Plan.resolve(make_config({"thresholds": str(tmp_path / "store"), "dense_layers": []}))
-    guards = [plan.for_layer(layer, num_heads=9, num_kv_heads=3, rank=0).guard for layer in (0, 1)]
-    assert guards[0] is None
-    assert guards[1] is not None
+    store_factory.make_store(tmp_path / "store", max_length=4096, measured=True, **shape)
+    for guard, state in (("relax", "unmeasured"), ("off", "off")):
+        plan = Plan.resolve(make_config({"thresholds": str(tmp_path / "store"), "guard": guard}))
+        assert plan.guard_state == state
+        layer_plan = plan.for_layer(2, num_heads=3, num_kv_heads=1, rank=1)
+        assert layer_plan is not None
+        assert layer_plan.guard is None

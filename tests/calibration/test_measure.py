@@ -55,10 +55,8 @@ def test_rows_are_measured_as_the_reference_does(
         logits_soft_cap=soft_cap,
     )
     torch.testing.assert_close(output, expected.output, rtol=1e-4, atol=1e-5)
-    assert ROW_MEASURES == ("lost_mass", "survivors", "offline_sum", "exp_threshold_scale")
-    lost_mass, survivors, offline_sum, scale = measures
-    torch.testing.assert_close(survivors.T, expected.num_survivors.float())
-    torch.testing.assert_close(lost_mass.T, expected.lost_mass, rtol=1e-4, atol=1e-6)
+    assert ROW_MEASURES == ("offline_sum", "exp_threshold_scale")
+    offline_sum, scale = measures
 
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
     assert expected.survivors is not None
@@ -75,9 +73,8 @@ def test_a_threshold_above_every_score_loses_everything() -> None:
     query, key, value = random_attention()
     thresholds = torch.full((len(query), 6), 1e4)
     output, measures = measure_rows(query, key, value, thresholds=thresholds, dense_length=4, softmax_scale=0.25)
-    torch.testing.assert_close(measures[0, :, 4:], torch.ones(6, len(query) - 4))
+    assert bool((measures[0, :, 4:] >= 1).all())  # the largest score is among what is lost
     assert not measures[1, :, 4:].any()
-    assert not measures[3, :, 4:].any()
     assert output.isfinite().all()
 
 
@@ -89,8 +86,8 @@ def test_little_that_is_lost_is_measured_exactly() -> None:
         query, key, value, thresholds=torch.full((40, 1), 1.0), dense_length=1, softmax_scale=1.0
     )
     lengths = torch.arange(2.0, 41.0)
-    torch.testing.assert_close(measures[2, 0, 1:], (lengths - 1) * torch.tensor(-24.0).exp())
-    torch.testing.assert_close(measures[3, 0, 1:], torch.tensor(-1.0).exp().expand(39), rtol=1e-4, atol=0)
+    torch.testing.assert_close(measures[0, 0, 1:], (lengths - 1) * torch.tensor(-24.0).exp())
+    torch.testing.assert_close(measures[1, 0, 1:], torch.tensor(-1.0).exp().expand(39), rtol=1e-4, atol=0)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -58,12 +58,14 @@ def test_a_model_that_gpus_have_no_kernels_for_is_calibrated_with_a_warning(run:
 
 
 def test_shadow_keys_are_calibrated_if_they_are_asked_for(run: Run, tmp_path: Path) -> None:
-    words = write_text(tmp_path / "words.txt", num_words=100)
-    options = ("--channels", 8, "--sink", 4, "--recent", 16, "--candidate-mass", 0.95)
-    code, _, err = run("--text", words, "--k", 8, "--mode", "shadow", *options, *SMALL)
+    words = write_text(tmp_path / "words.txt", num_words=600)
+    options = ("--channels", 8, "--weight-floor", 2, "--candidate-mass", 0.95)
+    code, _, err = run("--text", words, "--mode", "shadow", *options, *SMALL, "--max-length", 300)
     assert code == 0, err
-    section = store.load(tmp_path / "out" / "tiny").shadow.section
-    assert (section.num_channels, section.num_sink, section.num_recent) == (8, 4, 16)
+    loaded = store.load(tmp_path / "out" / "tiny")
+    assert loaded.calibrated is None
+    section = loaded.shadow.section
+    assert (section.num_channels, section.weight_floor) == (8, 2.0)
     assert section.candidate_mass == 0.95
 
 
@@ -83,8 +85,11 @@ def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
         (("--k", "8", "--device", "cuda:99"), "no device cuda:99"),
         (("--k", "8", "--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--k", "500"), "k 500 needs rows of more than 500 tokens"),
-        (("--k", "8", "--mode", "shadow", "--channels", "18"), "num_channels: 18 channels of keys with 16 numbers"),
-        (("--k", "8", "--mode", "shadow", "--recent", "150"), "are always candidates, which is too many"),
+        (
+            ("--k", "8", "--mode", "shadow", "--max-length", "300", "--channels", "18"),
+            "num_channels: 18 channels of keys with 16 numbers",
+        ),
+        (("--mode", "shadow"), "shadow keys need sequences of at least 288 tokens"),
     ],
 )
 def test_what_cannot_work_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:

@@ -41,7 +41,7 @@ def test_the_curve_goes_through_the_thresholds(model: Path, tmp_path: Path) -> N
     assert {(target.min_length, target.max_length) for target in manifest.targets} == {(40, 397)}
     assert manifest.dense_layers == ()
     assert manifest.placement == "pre_softmax"
-    assert loaded.row_count.sum(axis=1).tolist() == [3 * 52, 3 * 52]
+    assert loaded.calibrated.row_count.sum(axis=1).tolist() == [3 * 52, 3 * 52]
 
 
 def test_what_the_file_does_not_say_is_not_invented(model: Path, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_what_the_file_does_not_say_is_not_invented(model: Path, tmp_path: Path)
     assert [source.name for source in provenance.text] == ["th.txt"]
     assert provenance.max_length == 397
     assert loaded.manifest.dense_layers == (1,)
-    assert not loaded.score_std.any()
+    assert not loaded.calibrated.score_std.any()
 
 
 def test_layers_of_another_k_become_dense(model: Path, tmp_path: Path) -> None:

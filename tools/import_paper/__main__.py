@@ -24,8 +24,9 @@ from tools.import_paper.grid import ThresholdGrid, read_grid
 from tools.import_paper.lines import PaperFileError
 from vllm_toptheta import store
 from vllm_toptheta.calibration.fit import fit_curves
-from vllm_toptheta.calibration.run import DEGREE, NUM_BUCKETS, default_model_id, package_versions
-from vllm_toptheta.calibration.sampling import bucket_of, length_buckets
+from vllm_toptheta.calibration.run import default_model_id, package_versions
+from vllm_toptheta.calibration.sampling import NUM_BUCKETS, bucket_of, length_buckets
+from vllm_toptheta.calibration.thresholds import DEGREE
 from vllm_toptheta.cli.terminal import integers, print_error
 from vllm_toptheta.errors import TopThetaError
 from vllm_toptheta.reference import Placement
@@ -72,15 +73,16 @@ def import_paper(
         draft = store.ManifestDraft(
             model=store.ModelIdentity(id=model_id or default_model_id(model)),
             architecture=architecture,
-            targets=tuple(
-                store.Target(k=k, min_length=int(lengths[0]), max_length=int(lengths[-1]))
-                for k, lengths in zip(grid.target_ks, filled, strict=True)
+            thresholds=store.ThresholdSection(
+                targets=tuple(
+                    store.Target(k=k, min_length=int(lengths[0]), max_length=int(lengths[-1]))
+                    for k, lengths in zip(grid.target_ks, filled, strict=True)
+                ),
+                dense_layers=tuple(sorted({*grid.dense_layers, *dense_layers})),
+                placement=placement,
+                degree=DEGREE,
+                num_buckets=len(edges) - 1,
             ),
-            dense_layers=tuple(sorted({*grid.dense_layers, *dense_layers})),
-            placement=placement,
-            outside_lengths="clamp",
-            degree=DEGREE,
-            num_buckets=len(edges) - 1,
             calibration=store.Provenance(
                 text=(
                     store.TextSource(name=file.name, sha256=hashlib.sha256(data).hexdigest(), num_characters=len(data)),

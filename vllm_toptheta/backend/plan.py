@@ -13,6 +13,7 @@ from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.levels import COMMON, Levels
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
@@ -138,12 +139,7 @@ class Plan:
     @property
     def guard_state(self) -> str:
         """What the guard does: an option, or `unmeasured` if there is nothing to compare with."""
-        return self.settings.guard if self._is_measured or self.settings.guard == "off" else "unmeasured"
-
-    @property
-    def _is_measured(self) -> bool:
-        """Whether calibration measured what decoding counts as lost; an estimate, as with shadow keys, is another."""
-        return self.curve is not None and self.curve.expectations is not None and self.shadow is None
+        return "off" if self.settings.guard == "off" else "unmeasured"
 
     def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
@@ -172,7 +168,7 @@ class Plan:
                     "values does the same in less memory"
                 )
         elif self.guard_state == "unmeasured":
-            logger.warning_once("toptheta: the guard is off, because these thresholds came without a measurement")
+            logger.warning_once("toptheta: the guard is off, because thresholds say nothing of what they lose")
         logger.info_once(
             "toptheta: thresholds of %s in %s; dense_layers=%s, %s", self.model_id, self.origin, dense_layers, options
         )
@@ -200,20 +196,15 @@ class Plan:
         kv_heads = [(first + head * group) // whole_group for head in range(num_kv_heads)]
         heads = slice(first, first + num_heads)
         coefficients = self.levels.coefficients(layer, heads).to(device)
-        expected = None
-        if self.curve.expectations is not None and self._is_measured:
-            # the most at any length: buckets in which nothing was measured hold zeros
-            expected = torch.from_numpy(self.curve.expectations.lost_mass_p95[layer, heads].max(axis=-1))
-        # all zeros: the layer was not measured, because it was dense when the others were
-        is_guarded = expected is not None and bool(expected.any()) and self.settings.guard != "off"
         return LayerPlan(
             thresholds=LayerThresholds(coefficients),
             constant_terms=coefficients[COMMON, :, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
             counters=LayerCounters(layer, kv_heads, group, device, counts_keys=self.shadow is not None),
-            expected_lost_mass=expected,
-            guard=LayerGuard(self.settings.guard_share) if is_guarded else None,
+            # a store says nothing of what is lost, so there is nothing to compare with
+            expected_lost_mass=None,
+            guard=None,
             shadow=None
             if self.shadow is None
             else _shadow_layer(self.shadow, self.levels, layer, heads=heads, kv_heads=kv_heads, device=device),
@@ -237,10 +228,10 @@ def _shadow_layer(
     parts = (stored.encoder, stored.decoder, stored.key_mean)
     return ShadowLayer(
         codec=ShadowCodec.build(*(torch.from_numpy(part[kv_heads].copy()).to(device) for part in parts)),
-        margin=levels.stack(lambda curve: keys.margin(curve.label)[layer, heads]).to(device),
-        log_unread_ratio=levels.stack(lambda curve: keys.log_scale(curve.label)[layer, heads]).to(device),
-        num_sink=keys.section.num_sink,
-        num_recent=keys.section.num_recent,
+        margin=levels.stack(lambda curve: keys.margin[layer, heads]).to(device),
+        log_unread_ratio=levels.stack(lambda curve: keys.log_scale[layer, heads]).to(device),
+        num_sink=NUM_FIRST_ANCHORS,
+        num_recent=NUM_LAST_ANCHORS,
     )
 
 

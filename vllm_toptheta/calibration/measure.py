@@ -1,4 +1,4 @@
-"""What thresholds keep and lose while a model reads a text, row by row."""
+"""What thresholds discard while a model reads a text, row by row."""
 
 from collections.abc import Callable, Collection
 
@@ -14,17 +14,17 @@ from vllm_toptheta.reference import Placement
 __all__ = ["ROW_MEASURES", "ServedRoute", "measure_rows"]
 
 # the order of what `measure_rows` returns
-ROW_MEASURES = ("lost_mass", "survivors", "offline_sum", "exp_threshold_scale")
+ROW_MEASURES = ("offline_sum", "exp_threshold_scale")
 
 
 class ServedRoute(AttentionRoute):
-    """Applies thresholds as a server does, and reports what every row keeps and loses.
+    """Applies thresholds as a server does, and reports what every row discards.
 
     Args:
         thresholds: `[max_length + 1, num_layers, num_heads]` float32, row n holds theta(n): scaled logits, or after
             the softmax the logarithm of a probability.
         dense_length: rows that see at most this many keys keep them all.
-        dense_layers: layers that hand on dense attention. What their thresholds would keep is reported all the same,
+        dense_layers: layers that hand on dense attention. What their thresholds would discard is reported all the same,
             so that they can be made sparse later.
         placement: what the thresholds apply to.
         report: called with the layer and what `measure_rows` returns for it.
@@ -84,7 +84,7 @@ def measure_rows(
     placement: Placement = "pre_softmax",
     block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Top-Theta attention over a whole sequence with full compensation, and what every row keeps and loses.
+    """Top-Theta attention over a whole sequence with full compensation, and what every row discards.
 
     Args:
         query: `[seq_len, num_heads, head_size]` float.
@@ -99,7 +99,7 @@ def measure_rows(
 
     Returns:
         The output `[seq_len, num_heads, head_size]` float32, and `[len(ROW_MEASURES), num_heads, seq_len]` float32:
-        the lost mass, the survivors, the sum of exp(s - m) over the discarded scores (what `offline` compensation
+        the sum of exp(s - m) over the discarded scores (what `offline` compensation
         knows the mean of), and the mean of exp(s - theta) over them (r), NaN in a row that discards nothing.
     """
     num_heads, seq_len = query.shape[1], query.shape[0]
@@ -120,10 +120,8 @@ def measure_rows(
         discarded = (sums.num_discarded.squeeze(-1) - (sums.stop - seen)).clamp_(min=0)
         lost, largest = sums.lost.squeeze(-1), sums.largest.squeeze(-1)
         scale = (lost.log() + largest - per_row[..., rows] - discarded.log()).exp()
-        measures[0, ..., rows] = lost / sums.denominator.squeeze(-1)
-        measures[1, ..., rows] = seen - discarded
-        measures[2, ..., rows] = lost
-        measures[3, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
+        measures[0, ..., rows] = lost
+        measures[1, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
 
     output = attend_blocks(
         query,

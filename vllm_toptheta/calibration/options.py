@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_toptheta.errors import CalibrationError
-from vllm_toptheta.limits import channels_for
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
 
@@ -23,8 +23,12 @@ class ShadowOptions(BaseModel):
     num_channels: int | None = Field(
         default=None, ge=2, multiple_of=2, description="Directions of a key; half of the head size if not given."
     )
-    num_sink: int = Field(default=16, ge=0, description="First keys that are always candidates.")
-    num_recent: int = Field(default=64, ge=0, description="Last keys that are always candidates.")
+    weight_floor: float = Field(
+        default=DEFAULT_WEIGHT_FLOOR,
+        gt=0.0,
+        le=MAX_WEIGHT_FLOOR,
+        description="Of the relative thresholds that they will be served with.",
+    )
     candidate_mass: float = Field(
         default=0.99, gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold in every head."
     )
@@ -58,7 +62,7 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    targets: tuple[TargetSpec, ...] = Field(description="What to calibrate for; ks ascending.")
+    targets: tuple[TargetSpec, ...] = Field(description="What to calibrate thresholds for; ks ascending.")
     max_length: int = Field(default=4096, ge=2, description="Tokens of a sequence; thresholds are clamped beyond.")
     num_sequences: int = Field(default=4, ge=1, description="Sequences to calibrate on.")
     row_fraction: float = Field(
@@ -75,7 +79,7 @@ class CalibrationOptions(BaseModel):
     )
     dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1), description="Layers to serve dense.")
     placement: Placement = "pre_softmax"
-    shadow: ShadowOptions | None = Field(default=None, description="For mode `shadow`; None for mode `values` alone.")
+    shadow: ShadowOptions | None = Field(default=None, description="Shadow keys; None to calibrate none.")
 
     @classmethod
     def create(cls, targets: Sequence[TargetSpec | int | str], **options: Any) -> "CalibrationOptions":
@@ -91,10 +95,8 @@ class CalibrationOptions(BaseModel):
         """
         specs = [spec if isinstance(spec, TargetSpec) else TargetSpec.parse(str(spec)) for spec in targets]
         specs.sort(key=lambda spec: spec.k)
-        if not specs or len({spec.k for spec in specs}) < len(specs):
-            raise CalibrationError(
-                f"give different targets, at least one, got {[spec.label for spec in specs]}", field="targets"
-            )
+        if len({spec.k for spec in specs}) < len(specs):
+            raise CalibrationError(f"give different targets, got {[spec.label for spec in specs]}", field="targets")
         try:
             chosen = cls(targets=tuple(specs), **options)
         except ValidationError as error:
@@ -113,18 +115,16 @@ class CalibrationOptions(BaseModel):
                     field="targets",
                     remedy="Raise max_length or leave that k out",
                 )
-        if self.shadow and self.placement != "pre_softmax":
+        if not self.targets and not self.shadow:
             raise CalibrationError(
-                "shadow keys are compared with thresholds before the softmax",
-                field="placement",
-                remedy="Choose pre_softmax or mode values",
+                "nothing to calibrate", field="targets", remedy="Give a number of keys, or ask for shadow keys"
             )
-        if self.shadow and self.shadow.num_sink + self.shadow.num_recent >= longest // 2:
+        if self.shadow and longest < 2 * NUM_ANCHORS:
             raise CalibrationError(
-                f"{self.shadow.num_sink} first and {self.shadow.num_recent} last keys are always candidates, which is "
-                f"too many for a max_length of {longest}",
+                f"shadow keys need sequences of at least {2 * NUM_ANCHORS} tokens, max_length is {longest}: the "
+                f"{NUM_ANCHORS} anchors are always read",
                 field="max_length",
-                remedy="Raise it to more than twice as many, or lower num_sink and num_recent",
+                remedy="Raise it",
             )
 
     @property

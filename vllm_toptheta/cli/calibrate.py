@@ -32,7 +32,13 @@ def calibrate_command(
     builtin: Annotated[
         bool, typer.Option("--builtin", help="Python's own sources, beside what else is given.")
     ] = False,
-    k: Annotated[str, typer.Option(help="Keys per query head to keep, separated by commas.")] = "32,64,128,256",
+    k: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys per query head that thresholds should keep, separated by commas; default: 32,64,128,256 in mode "
+            "values, no thresholds in mode shadow."
+        ),
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
     sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
     row_fraction: Annotated[float, typer.Option(help="Share of the rows observed, even over lengths.")] = 1.0,
@@ -48,13 +54,14 @@ def calibrate_command(
     ] = "pre_softmax",
     mode: Annotated[
         Literal["values", "shadow"],
-        typer.Option(help="What it will be served in; shadow calibrates shadow keys as well, and serves both."),
+        typer.Option(help="shadow calibrates shadow keys, for thresholds relative to the row."),
     ] = "values",
     channels: Annotated[
         int | None, typer.Option(help="Directions of a shadow key, 4 bits each; default: half of the head size.")
     ] = None,
-    sink: Annotated[int, typer.Option(help="First keys that mode shadow always reads.")] = 16,
-    recent: Annotated[int, typer.Option(help="Last keys that mode shadow always reads.")] = 64,
+    weight_floor: Annotated[
+        float, typer.Option(help="Of the relative thresholds that shadow keys will be served with.")
+    ] = 3.0,
     candidate_mass: Annotated[
         float, typer.Option(help="Share of the survivors' softmax that candidates hold in every head.")
     ] = 0.99,
@@ -71,7 +78,7 @@ def calibrate_command(
         str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
     ] = None,
 ) -> None:
-    """Calibrate thresholds for a model on texts and write them as a store."""
+    """Calibrate thresholds or shadow keys for a model on texts and write them as a store."""
     import shlex
 
     import torch
@@ -82,7 +89,7 @@ def calibrate_command(
     from vllm_toptheta.store import read_architecture
 
     options = CalibrationOptions.create(
-        integers("--k", k),
+        integers("--k", ("32,64,128,256" if mode == "values" else "") if k is None else k),
         max_length=max_length,
         num_sequences=sequences,
         row_fraction=row_fraction,
@@ -91,7 +98,7 @@ def calibrate_command(
         top_k=top_k,
         dense_layers=tuple(integers("--dense-layers", dense_layers)),
         placement=placement,
-        shadow={"num_channels": channels, "num_sink": sink, "num_recent": recent, "candidate_mass": candidate_mass}
+        shadow={"num_channels": channels, "weight_floor": weight_floor, "candidate_mass": candidate_mass}
         if mode == "shadow"
         else None,
     )

@@ -13,7 +13,7 @@ from vllm_toptheta.errors import SettingsError, TopThetaError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_toptheta.store import Provenance, ThresholdStore
+    from vllm_toptheta.store import Provenance, ShadowSection, ThresholdSection, ThresholdStore
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
@@ -28,7 +28,7 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
 
     from vllm_toptheta import store
 
-    table = Table("folder", "model", "k", "lengths", "dense layers")
+    table = Table("folder", "model", "k", "lengths", "dense layers", "shadow keys")
     failed = False
     for folder in store.list_stores(thresholds=thresholds):
         try:
@@ -40,9 +40,10 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
         table.add_row(
             escape(folder.name),
             manifest.model.id,
-            ", ".join(label.removeprefix("k:") for label in manifest.labels),
-            f"{manifest.targets[0].min_length} to {max(target.max_length for target in manifest.targets)}",
+            ", ".join(map(str, manifest.target_ks)) or "none",
+            f"up to {manifest.calibration.max_length}",
             ", ".join(map(str, manifest.dense_layers)) or "none",
+            "none" if manifest.shadow is None else f"{manifest.shadow.num_channels} channels",
         )
     print_table(table)
     if failed:
@@ -56,15 +57,16 @@ def show_thresholds(
     layer: Annotated[int | None, typer.Option(help="Layer of the table; default: the first that is not dense.")] = None,
     k: Annotated[int | None, typer.Option(help="Target k of the table; default: the largest calibrated.")] = None,
 ) -> None:
-    """Summarise a store and print the thresholds of one layer."""
+    """Summarise a store and print the thresholds of one layer, if it has any."""
     from vllm_toptheta import store
 
     named = Path(store_or_model)
     is_folder = named.joinpath("manifest.yaml").is_file()
     loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
-    table = _theta_table(loaded, layer, k)
+    table = _theta_table(loaded, layer, k) if loaded.calibrated or k else None
     typer.echo(_summary(loaded))
-    print_table(table)
+    if table is not None:
+        print_table(table)
 
 
 @thresholds_app.command("validate")
@@ -101,12 +103,8 @@ def _summary(store: ThresholdStore) -> str:
         "architecture": f"{architecture.num_layers} layers, {architecture.num_heads} query heads, "
         f"{architecture.num_kv_heads} kv heads, head size {architecture.head_size}",
         "rope": rope,
-        "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
-        "expected": _expected(store),
-        "shadow keys": _shadow(store),
-        "dense layers": ", ".join(map(str, manifest.dense_layers)) or "none",
-        "placement": manifest.placement,
-        "polynomial": f"degree {manifest.degree} in ln n, from {manifest.num_buckets} length buckets",
+        **(_thresholds(manifest.thresholds) if manifest.thresholds else {}),
+        "shadow keys": _shadow(manifest.shadow),
         "calibrated": _calibrated(calibration),
         "text": ", ".join(text.name for text in calibration.text),
         "versions": ", ".join(f"{package} {version}" for package, version in calibration.versions.items()),
@@ -116,31 +114,23 @@ def _summary(store: ThresholdStore) -> str:
     return "\n".join(f"{name + ':':<14}{value}" for name, value in rows.items())
 
 
-def _expected(store: ThresholdStore) -> str:
-    """Return what the thresholds keep and lose at the longest calibrated length, over heads of the sparse layers."""
-    manifest = store.manifest
-    if store.expectations is None:
-        return "not measured"
-    sparse = [layer for layer in range(manifest.architecture.num_layers) if layer not in manifest.dense_layers]
-    texts = []
-    for target in manifest.targets:
-        curve = store.curve_of(target.label)
-        survivors = curve.expected("survivors_mean", target.max_length)[sparse].mean()
-        lost_mass = curve.expected("lost_mass_mean", target.max_length)[sparse].mean()
-        texts.append(f"{target.label}: {survivors:.0f} survivors, {lost_mass:.3f} of the mass lost")
-    return "; ".join(texts)
+def _thresholds(section: ThresholdSection) -> dict[str, str]:
+    """Return what calibrated thresholds cover."""
+    return {
+        "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in section.targets),
+        "dense layers": ", ".join(map(str, section.dense_layers)) or "none",
+        "placement": section.placement,
+        "polynomial": f"degree {section.degree} in ln n, from {section.num_buckets} length buckets",
+    }
 
 
-def _shadow(store: ThresholdStore) -> str:
-    """Return what mode `shadow` reads, of layers that are not dense."""
-    section = store.manifest.shadow
+def _shadow(section: ShadowSection | None) -> str:
+    """Return what mode `shadow` reads."""
     if section is None:
         return "none"
-    shares = zip(store.manifest.labels, section.candidate_share, strict=True)
-    candidates = "; ".join(f"{label}: {share:.1%} of keys are candidates" for label, share in shares)
     return (
-        f"{section.num_channels} channels, the first {section.num_sink} and last {section.num_recent} keys are always "
-        f"candidates; {candidates}"
+        f"{section.num_channels} channels, for weight_floor {section.weight_floor:g} from {section.min_length} to "
+        f"{section.max_length} tokens; {section.candidate_share:.1%} of keys are candidates"
     )
 
 

@@ -51,12 +51,12 @@ class SparseAttention:
         # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
         self._thresholds = torch.from_numpy(curve.threshold(lengths)).to(device)
         self._offline_sum = self._exp_threshold_scale = None
-        self._screen = ShadowScreen(store.shadow, curve.label, device=device) if variant.method == "shadow" else None
+        self._screen = ShadowScreen(store.shadow, device=device) if variant.method == "shadow" else None
         match variant.calibrated_term:
             case "offline_sum":
                 self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths)).to(device)
             case "exp_threshold_scale" if self._screen is not None:
-                scale = store.shadow.exp_threshold_scale(curve.label, lengths)
+                scale = store.shadow.exp_threshold_scale(lengths)
                 self._exp_threshold_scale = torch.from_numpy(scale).to(device)
             case "exp_threshold_scale":
                 self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths)).to(device)

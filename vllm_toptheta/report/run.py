@@ -27,7 +27,7 @@ def default_targets(manifest: Manifest) -> tuple[str, ...]:
     ks = manifest.target_ks
     if ks and ks[0] <= PREFERRED_K <= ks[-1]:
         return (f"k:{PREFERRED_K}",)
-    return manifest.labels[-1:]
+    return manifest.labels[-1:] or (f"k:{PREFERRED_K}",)
 
 
 def make_report(

@@ -19,13 +19,15 @@ from vllm_toptheta.store.schema import (
     Provenance,
     ShadowSection,
     TextSource,
+    ThresholdSection,
 )
 from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection
 from vllm_toptheta.store.target import Target, TargetSpec
-from vllm_toptheta.store.thresholds import ThresholdStore
+from vllm_toptheta.store.thresholds import CalibratedThresholds, ThresholdStore
 
 __all__ = [
     "Architecture",
+    "CalibratedThresholds",
     "Expectations",
     "Manifest",
     "ManifestDraft",
@@ -39,6 +41,7 @@ __all__ = [
     "TargetSpec",
     "TextSource",
     "ThresholdCurve",
+    "ThresholdSection",
     "ThresholdStore",
     "folder_name",
     "list_stores",

@@ -11,18 +11,18 @@ from torch import Tensor
 from tests.calibration.families import FAMILIES, WINDOWED, family_config
 from tests.calibration.tiny_model import architecture, random_tokens, tiny_model
 from vllm_toptheta.calibration import CalibrationOptions
-from vllm_toptheta.calibration.job import CalibrationJob
+from vllm_toptheta.calibration.thresholds import ThresholdCalibration
 from vllm_toptheta.errors import CalibrationError
-from vllm_toptheta.store import Expectations
+from vllm_toptheta.report.collect import collect
 
 
 def make_job(
     targets: Any = (8, 16), *, model: Any = None, sequences: list[Tensor] | None = None, **options: Any
-) -> CalibrationJob:
+) -> ThresholdCalibration:
     model = model or tiny_model()
     sequences = sequences or [random_tokens(120)]
     chosen = {"max_length": len(sequences[0]), "num_sequences": len(sequences), "top_k": "each", **options}
-    return CalibrationJob(
+    return ThresholdCalibration(
         model,
         sequences,
         architecture=architecture(model),
@@ -30,7 +30,7 @@ def make_job(
     )
 
 
-def finished(targets: Any = (8, 16), **options: Any) -> CalibrationJob:
+def finished(targets: Any = (8, 16), **options: Any) -> ThresholdCalibration:
     job = make_job(targets, **options)
     for run_pass in job.passes:
         run_pass()
@@ -38,7 +38,7 @@ def finished(targets: Any = (8, 16), **options: Any) -> CalibrationJob:
 
 
 @cache
-def long_job() -> CalibrationJob:
+def long_job() -> ThresholdCalibration:
     """Enough rows to be compared with what the targets aim at; heads differ in how flat they are."""
     model = tiny_model()
     for layer in model.model.layers:
@@ -82,20 +82,28 @@ def test_going_on_after_any_pass_gives_the_same_to_the_bit(stop: int) -> None:
         array[...] = first.arrays[name]
     for run_pass in second.passes[stop:]:
         run_pass()
-    for name, tensor in {**whole.tensors, **whole.expectations()}.items():
-        np.testing.assert_array_equal({**second.tensors, **second.expectations()}[name], tensor)
+    for name, tensor in whole.tensors().items():
+        np.testing.assert_array_equal(second.tensors()[name], tensor)
 
 
-def measured(name: str) -> np.ndarray[Any, Any]:
-    """Of the sparse layers, `[num_layers, num_heads, num_targets, num_buckets]`."""
-    job = long_job()
-    return np.asarray(getattr(Expectations(**job.expectations()), name)[1:])
+def mean_survivors(job: ThresholdCalibration, target: int) -> np.ndarray[Any, Any]:
+    """Of the rows that calibration read, `[num_layers, num_heads]`; NaN in dense layers."""
+    counts = collect(
+        job.model,
+        job.sequences,
+        job.curve(target),
+        architecture=job.architecture,
+        dense_layers=job.options.dense_layers,
+        placement=job.options.placement,
+    )
+    rows = counts.rows_by_survivors
+    with np.errstate(invalid="ignore"):
+        return np.asarray(rows @ np.arange(rows.shape[-1]) / rows.sum(axis=-1))
 
 
-def test_a_constant_k_keeps_about_k() -> None:
-    survivors = measured("survivors_mean")[..., -4:]
-    for index, k in enumerate((16, 32)):
-        assert survivors[:, :, index].mean() == pytest.approx(k, rel=0.2)
+def test_about_k_keys_are_kept() -> None:
+    for target, k in enumerate((16, 32)):
+        assert mean_survivors(long_job(), target)[1:].mean() == pytest.approx(k, rel=0.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,11 +111,11 @@ def test_every_family_is_calibrated(family: str) -> None:
     job = finished((8, 16), model=tiny_model(family_config(family)), sequences=[random_tokens(80)])
     full = (1, 3) if family in WINDOWED else (0, 1, 2, 3)
     assert job.moments.observed_layers == full
-    expectations = Expectations(**job.expectations())
+    tensors = job.tensors()
     for layer in range(4):
-        assert bool(job.tensors["coefficients"][layer].any()) == (layer in full)
-        assert bool(expectations.survivors_mean[layer].any()) == (layer in full)
-    assert expectations.survivors_mean[3, :, 0, -3:].mean() == pytest.approx(8, rel=0.5)
+        for name in ("coefficients", "offline_sum", "exp_threshold_scale"):
+            assert bool(tensors[name][layer].any()) == (layer in full)
+    assert mean_survivors(job, 0)[3].mean() == pytest.approx(8, rel=0.5)
 
 
 def test_a_model_without_full_attention_is_refused() -> None:

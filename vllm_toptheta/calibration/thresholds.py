@@ -1,10 +1,9 @@
-"""The passes of a calibration, and what comes out of them.
+"""Calibrates thresholds of constant ks.
 
     observe   k-th largest scores: the thresholds
-    measure   what the thresholds keep and lose when applied as served
-    screen    what shadow keys keep and lose with the margins that measuring found, if they are asked for
+    measure   what compensations need to know of the scores that the thresholds discard when applied as served
 
-All that a pass leaves behind lies in `CalibrationJob.arrays`, so a calibration can stop after any pass and go on later.
+All that a pass leaves behind lies in `ThresholdCalibration.arrays`, so a calibration can stop after any pass and go on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,23 +23,17 @@ from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.options import CalibrationOptions
 from vllm_toptheta.calibration.route import AttentionRoute
 from vllm_toptheta.calibration.samples import expectations
-from vllm_toptheta.calibration.sampling import length_buckets, sample_lengths
-from vllm_toptheta.calibration.shadow import ShadowCalibration
+from vllm_toptheta.calibration.sampling import measured_lengths, sample_lengths
 from vllm_toptheta.errors import CalibrationError
-from vllm_toptheta.store import Architecture, ThresholdCurve
+from vllm_toptheta.store import Architecture, Measurement, ThresholdCurve, ThresholdSection
 
-__all__ = ["DEGREE", "CalibrationJob"]
+__all__ = ["DEGREE", "ThresholdCalibration"]
 
-NUM_BUCKETS = 14
 DEGREE = 2
-# of all sequences together; bounds memory, and makes short contexts count as much as long ones
-MEASURED_ROWS_PER_BUCKET = 64
-# one sequence in so many is measured: a pass of its own for each target, for figures that vary little
-MEASURED_SHARE = 4
 
 
-class CalibrationJob:
-    """A calibration of one model on token sequences.
+class ThresholdCalibration:
+    """A calibration of thresholds of one model on token sequences.
 
     Args:
         model: a transformers causal language model.
@@ -57,47 +50,37 @@ class CalibrationJob:
         self.architecture = architecture
         self.options = options
         self.targets = options.store_targets
-        self.edges = length_buckets(min(target.min_length for target in self.targets), options.max_length, NUM_BUCKETS)
-        self.num_measured = -(-len(sequences) // MEASURED_SHARE)
-        num_layers, num_heads, num_buckets = architecture.num_layers, architecture.num_heads, len(self.edges) - 1
+        self.edges, self._measured_lengths = measured_lengths(
+            self.targets[0].min_length, options.max_length, num_sequences=len(sequences), seed=options.seed
+        )
+        num_layers, num_heads = architecture.num_layers, architecture.num_heads
         self._statistics = KthScoreStatistics(
             num_layers=num_layers,
             num_heads=num_heads,
             target_ks=options.target_ks,
             bucket_edges=self.edges,
         )
-        rows_wanted = num_buckets * max(1, MEASURED_ROWS_PER_BUCKET // self.num_measured)
-        self._measured_lengths = [
-            sample_lengths(self.edges, options.max_length, rows_wanted, (options.seed, 1, index))
-            for index in range(self.num_measured)
-        ]
-        self.shadow: ShadowCalibration | None = None
-        if options.shadow is not None:
-            self.shadow = ShadowCalibration(
-                architecture, options.shadow, num_targets=len(self.targets), lengths=self._measured_lengths
-            )
         num_rows = sum(map(len, self._measured_lengths))
         self._samples = np.zeros((len(self.targets), len(ROW_MEASURES), num_layers, num_heads, num_rows), np.float32)
 
     @property
     def arrays(self) -> Mapping[str, NDArray[Any]]:
         """All that passes leave behind, by name; writing into them restores an earlier state."""
-        return {
-            **self._statistics.state,
-            "samples": self._samples,
-            **(self.shadow.arrays if self.shadow else {}),
-        }
+        return {**self._statistics.state, "samples": self._samples}
 
-    @cached_property
+    @property
     def passes(self) -> list[Callable[[], None]]:
         """Every pass of the model over a sequence, in order; each needs those before it."""
-        passes: list[Callable[[], None]] = []
-        sequences, measured = range(len(self.sequences)), range(self.num_measured)
-        passes += [partial(self._observe, index, *each) for index in sequences for each in self._observations]
-        passes += [partial(self._measure, index, t) for index in measured for t in range(len(self.targets))]
-        if self.shadow:
-            passes += [partial(self._screen, index, t) for index in measured for t in range(len(self.targets))]
-        return passes
+        sequences, targets = range(len(self.sequences)), range(len(self.targets))
+        return [
+            *(partial(self._observe, index, *each) for index in sequences for each in self._observations),
+            *(partial(self._measure, index, target) for index in range(self.num_measured) for target in targets),
+        ]
+
+    @property
+    def num_measured(self) -> int:
+        """Sequences that thresholds are applied to once they are known."""
+        return len(self._measured_lengths)
 
     @cached_property
     def shared_k(self) -> int | None:
@@ -125,22 +108,50 @@ class CalibrationJob:
         return self._statistics.moments()
 
     @cached_property
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The tensors of the store that are thresholds. Needs the observing passes."""
+    def coefficients(self) -> NDArray[np.float32]:
+        """Coefficients of theta(n), `[num_layers, num_heads, num_targets, DEGREE + 1]`. Needs the observing passes."""
         moments = self.moments
         wanted = moments.mean + self.options.beta * moments.std
+        return fit_curves(moments.log_length, moments.row_count, wanted, degree=DEGREE)
+
+    def curve(self, target: int) -> ThresholdCurve:
+        """Returns theta(n) of one of the targets. Needs the observing passes."""
+        lengths = self.targets[target]
+        return ThresholdCurve(lengths.k, self.coefficients[:, :, target], lengths.min_length, lengths.max_length)
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Returns the tensors of the store that are thresholds, and those of `Expectations`. Needs all passes."""
+        lengths = np.concatenate(self._measured_lengths)
         return {
-            "coefficients": fit_curves(moments.log_length, moments.row_count, wanted, degree=DEGREE),
+            "coefficients": self.coefficients,
             "bucket_edges": self.edges,
-            "row_count": moments.row_count,
-            "score_mean": moments.mean.astype(np.float32),
-            "score_std": moments.std.astype(np.float32),
+            "row_count": self.moments.row_count,
+            "score_mean": self.moments.mean.astype(np.float32),
+            "score_std": self.moments.std.astype(np.float32),
+            **vars(expectations(self._samples, lengths, self.targets, self.edges)),
         }
 
-    def expectations(self) -> dict[str, NDArray[Any]]:
-        """Returns the tensors of the store that say what the thresholds keep and lose. Needs all passes."""
-        lengths = np.concatenate(self._measured_lengths)
-        return dict(vars(expectations(self._samples, lengths, self.targets, self.edges)))
+    def section(self) -> ThresholdSection:
+        """Returns what the manifest says of thresholds. Needs the observing passes."""
+        unobserved = set(range(self.architecture.num_layers)) - set(self.moments.observed_layers)
+        return ThresholdSection(
+            targets=tuple(self.targets),
+            dense_layers=tuple(sorted(unobserved.union(self.options.dense_layers))),
+            placement=self.options.placement,
+            degree=DEGREE,
+            num_buckets=len(self.edges) - 1,
+            measurement=Measurement(num_sequences=self.num_measured),
+        )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What `store.Provenance` says of thresholds alone."""
+        return {
+            "row_fraction": self.options.row_fraction,
+            "top_k_at_calibration": self.options.top_k != "off",
+            "shared_k": self.shared_k,
+            "beta": self.options.beta,
+        }
 
     def _run(self, index: int, route: AttentionRoute) -> None:
         with routed(self.model, route):
@@ -153,7 +164,7 @@ class CalibrationJob:
             for column, scores in zip(columns, kth_scores.cpu().numpy(), strict=True):
                 self._statistics.add(layer_idx, column, scores, lengths)
 
-        route: AttentionRoute = TopKRoute(
+        route = TopKRoute(
             target_ks=[self.options.target_ks[column] for column in columns],
             lengths=lengths,
             sparse_k=sparse_k,
@@ -161,8 +172,6 @@ class CalibrationJob:
             report=report,
             placement=self.options.placement,
         )
-        if self.shadow and columns[0] == 0:  # once for each sequence
-            route = self.shadow.observing(route)
         self._run(index, route)
 
     def _observed_lengths(self, index: int) -> NDArray[np.int64]:
@@ -178,32 +187,12 @@ class CalibrationJob:
         def report(layer_idx: int, measures: Tensor) -> None:
             self._samples[target, :, layer_idx, :, place] = measures.cpu()[..., rows].numpy()
 
-        route: AttentionRoute = self._served(target, report)
-        if self.shadow:
-            route = self.shadow.measuring(route, index, target, *self._thresholds(index, target))
-        self._run(index, route)
-
-    def _screen(self, index: int, target: int) -> None:
-        assert self.shadow is not None  # noqa: S101 - there is no such pass without
-        route = self._served(target, lambda layer_idx, measures: None)
-        self._run(index, self.shadow.screening(route, index, target, *self._thresholds(index, target)))
-
-    def _served(self, target: int, report: Callable[[int, Tensor], None]) -> ServedRoute:
-        return ServedRoute(
-            self._final_curve(target).polynomial(np.arange(self.options.max_length + 1)),
-            dense_length=self.targets[target].k,
+        curve = self.curve(target)
+        route = ServedRoute(
+            curve.polynomial(np.arange(self.options.max_length + 1)),
+            dense_length=curve.dense_length,
             dense_layers=self.options.dense_layers,
             placement=self.options.placement,
             report=report,
         )
-
-    def _thresholds(self, index: int, target: int) -> tuple[NDArray[np.float32], int]:
-        """The final thresholds of sampled rows, and the length up to which rows stay dense."""
-        thresholds = self._final_curve(target).polynomial(self._measured_lengths[index])
-        return thresholds, self.targets[target].k
-
-    def _final_curve(self, target: int) -> ThresholdCurve:
-        lengths = self.targets[target]
-        return ThresholdCurve(
-            lengths.k, self.tensors["coefficients"][:, :, target], lengths.min_length, lengths.max_length
-        )
+        self._run(index, route)
