@@ -29,7 +29,7 @@ def make_shadow_store(
         folder: Where to.
         coefficients: As for `store_factory.make_store`.
         num_channels: Of the shadow keys.
-        margin: The mean of the margins, which differ from head to head and from target to target.
+        margin: The mean of the margins, which differ from head to head.
         constant, slope: Means of the coefficients of ln r, which differ as well.
         fields: What `store_factory.make_draft` takes.
     """

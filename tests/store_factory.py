@@ -17,8 +17,8 @@ from vllm_toptheta.store import (
     Provenance,
     ShadowSection,
     Target,
-    TargetSpec,
     TextSource,
+    ThresholdSection,
     ThresholdStore,
     save,
 )
@@ -38,7 +38,6 @@ def make_draft(
     head_size: int = 16,
     rope: dict[str, Any] | None = None,
     target_ks: tuple[int, ...] = (8, 32),
-    labels: tuple[str, ...] | None = None,
     max_length: int = 1024,
     dense_layers: tuple[int, ...] = (0,),
     degree: int = 2,
@@ -46,12 +45,12 @@ def make_draft(
     placement: Literal["pre_softmax", "post_softmax"] = "pre_softmax",
     measured: bool = False,
     num_channels: int | None = None,
+    calibrated: bool = True,
 ) -> ManifestDraft:
     """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets.
 
-    `labels` replace `target_ks` by targets of any kind; `num_channels` are those of shadow keys, None for none.
+    `num_channels` are those of shadow keys, None for none; without `calibrated`, there is nothing else.
     """
-    specs = [TargetSpec.parse(label) for label in labels or [f"k:{k}" for k in target_ks]]
     return ManifestDraft(
         model=ModelIdentity(id=model_id),
         architecture=Architecture(
@@ -61,23 +60,26 @@ def make_draft(
             head_size=head_size,
             rope=ROPE if rope is None else rope,
         ),
-        targets=tuple(
-            Target(**spec.model_dump(), min_length=(spec.k or 8) + 1, max_length=max_length) for spec in specs
-        ),
-        dense_layers=dense_layers,
-        placement=placement,
-        degree=degree,
-        num_buckets=num_buckets,
-        measurement=Measurement(num_sequences=1) if measured else None,
+        thresholds=ThresholdSection(
+            targets=tuple(Target(k=k, min_length=k + 1, max_length=max_length) for k in target_ks),
+            dense_layers=dense_layers,
+            placement=placement,
+            degree=degree,
+            num_buckets=num_buckets,
+            measurement=Measurement(num_sequences=1) if measured else None,
+        )
+        if calibrated
+        else None,
         shadow=None
         if num_channels is None
         else ShadowSection(
             num_channels=num_channels,
-            num_sink=4,
-            num_recent=8,
+            weight_floor=3.0,
+            min_length=145,
+            max_length=max_length,
             block_size=16,
             candidate_mass=0.99,
-            candidate_share=(0.25,) * len(specs),
+            candidate_share=0.25,
         ),
         calibration=Provenance(
             text=(TextSource(name="stories.txt", sha256="0" * 64, num_characters=12345),),
@@ -96,24 +98,26 @@ def make_draft(
 def make_tensors(draft: ManifestDraft, *, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Return random tensors that agree with `draft`."""
     rng = np.random.default_rng(seed)
-    first = draft.targets[0]
-    edges = np.geomspace(first.min_length, first.max_length + 1, draft.num_buckets + 1).round().astype(np.int32)
-    shortest = np.array([target.dense_length + 1 for target in draft.targets])
-    row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], shortest[:, np.newaxis]), 0).astype(np.int64)
-    per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(shortest))
-    statistics = (*per_head, draft.num_buckets)
-    tensors = {
-        "coefficients": rng.normal(size=(*per_head, draft.degree + 1)).astype(np.float32),
-        "bucket_edges": edges,
-        "row_count": row_count,
-        "score_mean": np.where(row_count > 0, rng.normal(size=statistics), 0).astype(np.float32),
-        "score_std": np.where(row_count > 0, rng.uniform(0.5, 2, size=statistics), 0).astype(np.float32),
-    }
-    if draft.measurement:
-        tensors["measured_rows"] = row_count.copy()
-        for name in EXPECTATION_NAMES:
-            if name != "measured_rows":
-                tensors[name] = np.where(row_count > 0, rng.uniform(size=statistics), 0).astype(np.float32)
+    tensors: dict[str, NDArray[Any]] = {}
+    if draft.thresholds:
+        section, first = draft.thresholds, draft.targets[0]
+        edges = np.geomspace(first.min_length, first.max_length + 1, section.num_buckets + 1).round().astype(np.int32)
+        shortest = np.array([target.k + 1 for target in draft.targets])
+        row_count = np.maximum(edges[np.newaxis, 1:] - np.maximum(edges[:-1], shortest[:, np.newaxis]), 0)
+        per_head = (draft.architecture.num_layers, draft.architecture.num_heads, len(shortest))
+        statistics = (*per_head, section.num_buckets)
+        tensors = {
+            "coefficients": rng.normal(size=(*per_head, section.degree + 1)).astype(np.float32),
+            "bucket_edges": edges,
+            "row_count": row_count.astype(np.int64),
+            "score_mean": np.where(row_count > 0, rng.normal(size=statistics), 0).astype(np.float32),
+            "score_std": np.where(row_count > 0, rng.uniform(0.5, 2, size=statistics), 0).astype(np.float32),
+        }
+        if section.measurement:
+            tensors["measured_rows"] = row_count.astype(np.int64)
+            for name in EXPECTATION_NAMES:
+                if name != "measured_rows":
+                    tensors[name] = np.where(row_count > 0, rng.uniform(size=statistics), 0).astype(np.float32)
     if draft.shadow:
         shapes = {name: format.shape for name, format in expected_formats(draft).items() if name in SHADOW_NAMES}
         tensors |= {name: rng.uniform(size=shape).astype(np.float32) for name, shape in shapes.items()}

@@ -27,7 +27,6 @@ ALLOWED: dict[str, set[str]] = {
     "server": {"errors", "limits", "settings", "store", "selection"},
     "calibration": {"errors", "limits", "reference", "store"},
     "evaluation": {"errors", "limits", "reference", "store", "calibration"},
-    "interchange": {"errors", "reference", "store", "calibration"},
     "report": {"errors", "reference", "store", "calibration"},
     "soak": {"errors"},
     "benchmarks": {
@@ -37,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "model_folder": {"errors"},
     "demo_model": {"errors", "gguf_model", "model_folder"},
     "cli": {
-        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "interchange", "report"),
-        *("soak", "benchmarks", "demo_model"),
+        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "report", "soak"),
+        *("benchmarks", "demo_model"),
     },
 }
 # what is heavy, or runs in few places only -> the parts that may import it, at any depth of their code

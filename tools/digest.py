@@ -137,8 +137,8 @@ def calibration() -> Iterator[tuple[str, Callable[[], str]]]:
             folder = Path(scratch)
             model = save_model_dir(folder / "tiny", tiny_model(tiny_config(head_dim=head_size)))
             text = write_text(folder / "words.txt", num_words=600)
-            chosen = ShadowOptions(num_sink=4, num_recent=16) if mode == "shadow" else None
-            options = CalibrationOptions.create((16, 8), max_length=200, num_sequences=2, shadow=chosen)
+            chosen = ShadowOptions() if mode == "shadow" else None
+            options = CalibrationOptions.create((16, 8), max_length=300, num_sequences=2, shadow=chosen)
             made = calibrate(model, [read_text(text)], out=folder / "stores", options=options, progress=False)
             return json.dumps(store.load(made).manifest.model_dump(mode="json")["tensors"], sort_keys=True)
 

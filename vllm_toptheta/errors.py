@@ -20,12 +20,11 @@ TopThetaError
       TensorValues            a tensor's numbers contradict each other or the manifest
     FingerprintMismatch       the thresholds were calibrated on another architecture
     TargetOutOfRange          the thresholds were not calibrated for the target asked for
-    ExpectationsMissing       the thresholds came without a measurement of what they keep and lose
+    ExpectationsMissing       the thresholds came without a measurement of what they discard
     ShadowMissing             the thresholds came without shadow keys
   CalibrationError            thresholds cannot be calibrated with this model and this text
     CheckpointError           a model's weights are damaged, or not those that its config.json describes
   EvaluationError             an evaluation cannot run, or would not measure what it says
-  InterchangeError            thresholds of another project cannot be read, or ours cannot be written in its format
   ReportError                 a report cannot be drawn or written
   ConversionError             a model directory cannot be made of the weights that a Python package carries
   BenchmarkError              a benchmark could not run
@@ -161,7 +160,7 @@ class TargetOutOfRange(StoreError):
 
 
 class ExpectationsMissing(StoreError):
-    """The thresholds came without a measurement of what they keep and lose."""
+    """The thresholds came without a measurement of what they discard."""
 
 
 class ShadowMissing(StoreError):
@@ -178,10 +177,6 @@ class CheckpointError(CalibrationError):
 
 class EvaluationError(TopThetaError):
     """An evaluation cannot run, or would not measure what it says."""
-
-
-class InterchangeError(TopThetaError):
-    """Thresholds of another project cannot be read, or ours cannot be written in its format."""
 
 
 class ReportError(TopThetaError):

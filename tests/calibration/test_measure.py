@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.calibration.test_capture import random_attention
 from vllm_toptheta.calibration.capture import observe_top_k
-from vllm_toptheta.calibration.measure import ROW_MEASURES, ProbeRoute, measure_grid, measure_rows
-from vllm_toptheta.reference import causal_scores, dense_attention, top_k_attention, top_theta_attention
+from vllm_toptheta.calibration.measure import ROW_MEASURES, measure_rows
+from vllm_toptheta.reference import causal_scores, top_theta_attention
 
 PlacementName = Literal["pre_softmax", "post_softmax"]
 
@@ -55,10 +55,8 @@ def test_rows_are_measured_as_the_reference_does(
         logits_soft_cap=soft_cap,
     )
     torch.testing.assert_close(output, expected.output, rtol=1e-4, atol=1e-5)
-    assert ROW_MEASURES == ("lost_mass", "survivors", "offline_sum", "exp_threshold_scale")
-    lost_mass, survivors, offline_sum, scale = measures
-    torch.testing.assert_close(survivors.T, expected.num_survivors.float())
-    torch.testing.assert_close(lost_mass.T, expected.lost_mass, rtol=1e-4, atol=1e-6)
+    assert ROW_MEASURES == ("offline_sum", "exp_threshold_scale")
+    offline_sum, scale = measures
 
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
     assert expected.survivors is not None
@@ -75,9 +73,8 @@ def test_a_threshold_above_every_score_loses_everything() -> None:
     query, key, value = random_attention()
     thresholds = torch.full((len(query), 6), 1e4)
     output, measures = measure_rows(query, key, value, thresholds=thresholds, dense_length=4, softmax_scale=0.25)
-    torch.testing.assert_close(measures[0, :, 4:], torch.ones(6, len(query) - 4))
+    assert bool((measures[0, :, 4:] >= 1).all())  # the largest score is among what is lost
     assert not measures[1, :, 4:].any()
-    assert not measures[3, :, 4:].any()
     assert output.isfinite().all()
 
 
@@ -89,33 +86,8 @@ def test_little_that_is_lost_is_measured_exactly() -> None:
         query, key, value, thresholds=torch.full((40, 1), 1.0), dense_length=1, softmax_scale=1.0
     )
     lengths = torch.arange(2.0, 41.0)
-    torch.testing.assert_close(measures[2, 0, 1:], (lengths - 1) * torch.tensor(-24.0).exp())
-    torch.testing.assert_close(measures[3, 0, 1:], torch.tensor(-1.0).exp().expand(39), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("placement", ["pre_softmax", "post_softmax"])
-@pytest.mark.parametrize("block_bytes", [1, 1 << 14, None])
-def test_several_thresholds_at_once_are_measured_alike(placement: PlacementName, block_bytes: int | None) -> None:
-    query, key, value = random_attention()
-    middle = median_thresholds(query, key, placement, 5.0)
-    lengths = torch.tensor([20, 21, 64, 149, 150])
-    options: dict[str, Any] = {"softmax_scale": 0.25, "soft_cap": 5.0, "placement": placement}
-    grid = torch.stack([middle - 0.5, middle, middle + 1.0])
-    actual = measure_grid(query, key, lengths, grid[:, lengths - 1], block_bytes=block_bytes, **options)
-    for index, thresholds in enumerate(grid):
-        _, measures = measure_rows(query, key, value, thresholds=thresholds, dense_length=0, **options)
-        torch.testing.assert_close(actual[:, index], measures[:2, :, lengths - 1], rtol=1e-4, atol=1e-6)
-
-
-def test_a_probe_loses_what_top_k_attention_loses() -> None:
-    query, key, value = random_attention()
-    probed: dict[int, Tensor] = {}
-    route = ProbeRoute(target_k=12, report=probed.__setitem__)
-    output = route.attend(5, query, key, value, softmax_scale=0.25, soft_cap=None)
-    dense = dense_attention(query, key, value, softmax_scale=0.25).output
-    torch.testing.assert_close(output, dense, rtol=1e-4, atol=1e-5)
-    expected = top_k_attention(query, key, value, target_k=12, softmax_scale=0.25).lost_mass
-    torch.testing.assert_close(probed[5].T, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(measures[0, 0, 1:], (lengths - 1) * torch.tensor(-24.0).exp())
+    torch.testing.assert_close(measures[1, 0, 1:], torch.tensor(-1.0).exp().expand(39), rtol=1e-4, atol=0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -138,7 +110,5 @@ def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
     with LargestTensor() as largest:
         observe_top_k(query, key, value, target_ks=(8, 64), sparse_k=8, **options)
         measure_rows(query, key, value, thresholds=torch.zeros(seq_len, 6), dense_length=8, **options)
-        lengths = torch.arange(65, seq_len + 1)
-        measure_grid(query, key, lengths, torch.zeros(4, len(lengths), 6), **options)
     # booleans that become indices are eight times as large as those of a block
     assert largest.num_bytes <= max(2 * block_bytes, query.nbytes)

@@ -30,8 +30,7 @@ from vllm_toptheta.reference import (
 )
 
 ENDS = AlwaysRead(num_sink=2, num_recent=5, block_size=16)
-LENGTHS = torch.tensor([9, 20, 21, 64, 65, 149, 150])
-DENSE_LENGTH = 16
+LENGTHS = torch.tensor([20, 21, 64, 65, 149, 150])
 
 
 def fitted(query: Tensor, key: Tensor, num_channels: int = 4) -> KeyProjection:
@@ -50,7 +49,6 @@ def screened(soft_cap: float | None = None, **options: Any) -> tuple[ScreenedRow
         key,
         LENGTHS,
         thresholds[LENGTHS - 1],
-        dense_length=DENSE_LENGTH,
         projection=fitted(query, key),
         always_read=ENDS,
         softmax_scale=0.25,
@@ -87,22 +85,19 @@ def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None,
     )
     candidates = candidate_keys(shadows, thresholds - margin, num_kv_heads=key.shape[1], **vars(ENDS))
     of_heads = candidates.repeat_interleave(num_heads // key.shape[1], dim=1)
-    options: dict[str, Any] = {"target_k": DENSE_LENGTH, "softmax_scale": 0.25, "logits_soft_cap": soft_cap}
-    is_dense = LENGTHS <= DENSE_LENGTH
-    for measured in (found.unread_mass, found.estimate, found.candidates):
-        assert not measured[:, is_dense].any()
-    sampled = LENGTHS[~is_dense] - 1
+    options: dict[str, Any] = {"target_k": 0, "softmax_scale": 0.25, "logits_soft_cap": soft_cap}
+    sampled = LENGTHS - 1
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
     unread_mass = scores.softmax(-1).masked_fill(of_heads, 0.0).sum(-1)[sampled]
-    torch.testing.assert_close(found.unread_mass[:, ~is_dense].T, unread_mass)
+    torch.testing.assert_close(found.unread_mass.T, unread_mass)
     num_unread = sampled[:, None] + 1 - of_heads[sampled].sum(-1)
     level = (thresholds - scores.logsumexp(-1))[sampled].exp()
-    torch.testing.assert_close(found.estimate[:, ~is_dense].T, num_unread * level)
+    torch.testing.assert_close(found.estimate.T, num_unread * level)
     # with r = 1, the reference loses what is made of these
     expected = top_theta_attention(
         query, key, key, threshold=thresholds, candidates=of_heads, compensation=Compensation("candidates"), **options
     )
-    assert torch.equal(found.candidates[:, ~is_dense].T, expected.keys_read[sampled])
+    assert torch.equal(found.candidates.T, expected.keys_read[sampled])
     survivors = (scores.softmax(-1) * expected.survivors).sum(-1)[sampled]
     with_estimate = 1 - survivors / (1 - unread_mass + num_unread * level)
     torch.testing.assert_close(expected.lost_mass[sampled], with_estimate)
@@ -117,7 +112,7 @@ def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None) -> None
     shadows = shadow_scores(
         quantize_query(query, rows.projection, softmax_scale=0.25), encode_keys(key, rows.projection)
     )
-    sampled = LENGTHS[LENGTHS > DENSE_LENGTH] - 1
+    sampled = LENGTHS - 1
     always = ENDS.mask(sampled + 1, len(key))[:, None]
     theta = thresholds[sampled][..., None]
     mass = scores.softmax(-1)[sampled] * (scores[sampled] >= theta)
@@ -160,7 +155,6 @@ def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
         key,
         lengths,
         torch.zeros(len(lengths), query.shape[1]),
-        dense_length=8,
         projection=fitted(query, key),
         always_read=ENDS,
         softmax_scale=0.25,

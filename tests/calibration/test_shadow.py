@@ -8,67 +8,96 @@ import pytest
 import torch
 
 from tests.calibration.families import FAMILIES, WINDOWED, family_config
-from tests.calibration.test_job import finished, make_job
+from tests.calibration.test_capture import random_attention
 from tests.calibration.test_run import run
-from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_model, write_text
-from vllm_toptheta.calibration import ShadowOptions
+from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
+from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
 from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.job import CalibrationJob
+from vllm_toptheta.calibration.relative import Attended, RelativeRoute
 from vllm_toptheta.calibration.screening import MARGIN_EDGES
+from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.reference import causal_scores, relative_threshold, top_theta_attention
 from vllm_toptheta.store.shadow import SHADOW_NAMES
 
-OPTIONS = {"num_channels": 8, "num_sink": 2, "num_recent": 8}
+OPTIONS = {"num_channels": 8, "weight_floor": 1.0}
+LENGTH = 320
 
 
-def shadow_job(targets: Any = ("k:8", "k:16"), **options: Any) -> CalibrationJob:
-    sequences = [random_tokens(160, seed) for seed in range(2)]
-    return finished(targets, **{"sequences": sequences, "shadow": OPTIONS, **options})
+def make_shadow(*, model: Any = None, num_sequences: int = 2, **shadow: Any) -> ShadowCalibration:
+    model = model or tiny_model()
+    options = {"max_length": LENGTH, "num_sequences": num_sequences, "shadow": {**OPTIONS, **shadow}}
+    return ShadowCalibration(
+        model,
+        [random_tokens(LENGTH, seed) for seed in range(num_sequences)],
+        architecture=architecture(model),
+        options=CalibrationOptions.create((), **options),
+    )
+
+
+def finished(**options: Any) -> ShadowCalibration:
+    job = make_shadow(**options)
+    for run_pass in job.passes:
+        run_pass()
+    return job
 
 
 @pytest.fixture(scope="module")
-def job() -> CalibrationJob:
-    return shadow_job()
+def job() -> ShadowCalibration:
+    return finished()
 
 
-def held_share(job: CalibrationJob, steps_less: int = 0) -> np.ndarray[Any, Any]:
-    """What a head's own shadows find of its survivors' mass, `[num_targets, num_layers, num_heads]`."""
-    assert job.shadow is not None
-    histogram = job.shadow.arrays["shadow_shortfalls"]
+def held_share(job: ShadowCalibration, steps_less: int = 0) -> np.ndarray[Any, Any]:
+    """What a head's own shadows find of its survivors' mass, `[num_layers, num_heads]`."""
+    histogram = job.arrays["shadow_shortfalls"]
     held = histogram.cumsum(axis=-1) / np.maximum(histogram.sum(axis=-1, keepdims=True), 1)
-    place = np.maximum(np.searchsorted(MARGIN_EDGES.numpy(), job.shadow.margins) - steps_less, 0)
+    place = np.maximum(np.searchsorted(MARGIN_EDGES.numpy(), job.margins) - steps_less, 0)
     return np.take_along_axis(held, place[..., None], -1)[..., 0]
 
 
 @pytest.mark.parametrize("candidate_mass", [0.9, 0.99, 1.0])
 def test_margins_hold_the_mass_that_is_asked_for_and_no_more(candidate_mass: float) -> None:
-    job = shadow_job(shadow={**OPTIONS, "candidate_mass": candidate_mass})
-    assert job.shadow is not None
+    job = finished(candidate_mass=candidate_mass)
     assert (held_share(job) >= candidate_mass).all()
-    positive = job.shadow.margins > 0
+    positive = job.margins > 0
     assert positive.any()
     assert (held_share(job, steps_less=1)[positive] < candidate_mass).all()
 
 
-def test_tensors_are_those_of_the_store(job: CalibrationJob) -> None:
-    assert job.shadow is not None
-    tensors = job.shadow.tensors()
+def test_tensors_are_those_of_the_store(job: ShadowCalibration) -> None:
+    tensors = job.tensors()
     assert {name: tensors[name].shape for name in SHADOW_NAMES} == {
         "shadow_encoder": (4, 2, 16, 8),
         "shadow_decoder": (4, 2, 8, 16),
         "shadow_key_mean": (4, 2, 16),
-        "shadow_margin": (4, 4, 2),
-        "shadow_scale_coefficients": (4, 4, 2, 2),
-        "shadow_candidate_share": (4, 2, 2),
+        "shadow_margin": (4, 4),
+        "shadow_scale_coefficients": (4, 4, 2),
+        "shadow_candidate_share": (4, 2),
     }
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
     share = tensors["shadow_candidate_share"]
     assert ((share > 0) & (share < 1)).all()
-    assert (share[..., 0] < share[..., 1]).all()
-    scale = np.exp(tensors["shadow_scale_coefficients"] @ [1.0, np.log(120)])
+    scale = np.exp(tensors["shadow_scale_coefficients"] @ [1.0, np.log(300)])
     assert ((scale > 0) & (scale < 1)).all()
-    section = job.shadow.section([2, 3])
-    assert section.candidate_share == pytest.approx(share[2:].mean(axis=(0, 1)), abs=1e-4)
+    assert job.section().candidate_share == pytest.approx(share.mean(), abs=1e-4)
+
+
+def test_a_lower_floor_needs_more_candidates(job: ShadowCalibration) -> None:
+    assert finished(weight_floor=0.1).section().candidate_share > job.section().candidate_share
+
+
+def test_every_layer_attends_by_relative_thresholds() -> None:
+    query, key, value = random_attention(200)
+    seen: dict[int, Attended] = {}
+    route = RelativeRoute(2.0, seen.__setitem__)
+    output = route.attend(3, query, key, value, softmax_scale=0.25, soft_cap=5.0)
+    scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=5.0)
+    thresholds = relative_threshold(scores, torch.arange(1, 201), 2.0)
+    torch.testing.assert_close(seen[3].thresholds, thresholds)
+    expected = top_theta_attention(
+        query, key, value, threshold=thresholds, target_k=0, softmax_scale=0.25, logits_soft_cap=5.0
+    )
+    torch.testing.assert_close(output, expected.output, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_those_of_all_sequences_without_the_first_keys() -> None:
@@ -76,55 +105,50 @@ def test_moments_are_those_of_all_sequences_without_the_first_keys() -> None:
     keys: list[torch.Tensor] = []
     attention = model.model.layers[0].self_attn
     attention.k_proj.register_forward_hook(lambda module, inputs, output: keys.append(output[0].detach()))
-    job = make_job(("k:8",), model=model, sequences=[random_tokens(100, seed) for seed in range(2)], shadow=OPTIONS)
+    job = make_shadow(model=model)
     for run_pass in job.passes[:2]:
         run_pass()
-    assert job.shadow is not None
     # means are those before the rotation only where it does nothing, but traces do not change by it
-    arrays = job.shadow.arrays
-    second_moment = np.trace(arrays["shadow_key_squares"][0] / 196, axis1=-2, axis2=-1) + np.square(
+    arrays, num_keys = job.arrays, 2 * (LENGTH - 16)
+    second_moment = np.trace(arrays["shadow_key_squares"][0] / num_keys, axis1=-2, axis2=-1) + np.square(
         arrays["shadow_key_mean"][0]
     ).sum(-1)
-    expected = torch.cat([key[2:] for key in keys]).unflatten(-1, (2, 16)).square().sum(-1).mean(0)
+    expected = torch.cat([key[16:] for key in keys]).unflatten(-1, (2, 16)).square().sum(-1).mean(0)
     np.testing.assert_allclose(second_moment, expected.numpy(), rtol=1e-4)
-    assert arrays["shadow_num_keys"].tolist() == [196] * 4
+    assert arrays["shadow_num_keys"].tolist() == [num_keys] * 4
 
 
-def test_shadow_keys_change_no_threshold(job: CalibrationJob) -> None:
-    without = shadow_job(shadow=None)
-    assert without.shadow is None
-    assert len(job.passes) == len(without.passes) + 2
-    for name, tensor in {**without.tensors, **without.expectations()}.items():
-        np.testing.assert_array_equal({**job.tensors, **job.expectations()}[name], tensor)
-
-
-@pytest.mark.parametrize("stop", [1, 3, 5, 6, 8])
-def test_going_on_after_any_pass_gives_the_same_to_the_bit(job: CalibrationJob, stop: int) -> None:
-    options: dict[str, Any] = {"sequences": [random_tokens(160, seed) for seed in range(2)], "shadow": OPTIONS}
-    first, second = (make_job(("k:8", "k:16"), **options) for _ in range(2))
-    assert len(first.passes) == 2 * 2 + 2 + 2
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_going_on_after_any_pass_gives_the_same_to_the_bit(job: ShadowCalibration, stop: int) -> None:
+    first, second = make_shadow(), make_shadow()
+    assert len(first.passes) == 2 + 1 + 1
     for run_pass in first.passes[:stop]:
         run_pass()
     for name, array in second.arrays.items():
         array[...] = first.arrays[name]
     for run_pass in second.passes[stop:]:
         run_pass()
-    assert job.shadow is not None
-    assert second.shadow is not None
-    for name, tensor in job.shadow.tensors().items():
-        np.testing.assert_array_equal(second.shadow.tensors()[name], tensor)
+    for name, tensor in job.tensors().items():
+        np.testing.assert_array_equal(second.tensors()[name], tensor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_calibrated(family: str) -> None:
-    job = shadow_job(("k:8", "mass:0.8"), model=tiny_model(family_config(family)), dense_layers=())
-    assert job.shadow is not None
-    tensors = job.shadow.tensors()
+    job = finished(model=tiny_model(family_config(family)), num_sequences=1)
+    tensors = job.tensors()
     full = (1, 3) if family in WINDOWED else (0, 1, 2, 3)
-    assert (held_share(job)[:, list(full)] >= 0.99).all()
+    assert (held_share(job)[list(full)] >= 0.99).all()
     for name in SHADOW_NAMES:
         assert [bool(tensors[name][layer].any()) for layer in range(4)] == [layer in full for layer in range(4)]
         assert np.isfinite(tensors[name]).all()
+
+
+def test_a_model_without_full_attention_is_refused() -> None:
+    config = family_config("gemma2")
+    config.layer_types = ["sliding_attention"] * 4
+    job = finished(model=tiny_model(config), num_sequences=1)
+    with pytest.raises(CalibrationError, match="no layer can be calibrated"):
+        job.tensors()
 
 
 def test_r_makes_the_unread_mass_right_on_average_at_every_length() -> None:
@@ -169,32 +193,35 @@ def test_channels_follow_the_head_size() -> None:
     assert chosen == {8: 4, 16: 8, 32: 32, 48: 32, 64: 32, 80: 32, 96: 32, 128: 64, 192: 64, 256: 128}
     assert ShadowOptions(num_channels=16).channels_of(16) == 16
     with pytest.raises(CalibrationError, match="num_channels: 18 channels of keys with 16 numbers"):
-        make_job(shadow={**OPTIONS, "num_channels": 18})
+        make_shadow(num_channels=18)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "post_softmax"}, "placement: shadow keys are compared with thresholds before the softmax"),
-        ({"shadow": {"num_sink": 70, "num_recent": 10}}, "max_length: 70 first and 10 last keys"),
+        ({"max_length": 287}, "max_length: shadow keys need sequences of at least 288 tokens, max_length is 287"),
         ({"shadow": {"num_channels": 7}}, "shadow.num_channels: Input should be a multiple of 2"),
+        ({"shadow": {"weight_floor": 0.0}}, "shadow.weight_floor: Input should be greater than 0"),
         ({"shadow": {"candidate_mass": 0.0}}, "shadow.candidate_mass: Input should be greater than 0"),
     ],
 )
 def test_options_that_cannot_work_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        make_job(sequences=[random_tokens(160)], **{"shadow": OPTIONS, **options})
+        CalibrationOptions.create((), **{"shadow": OPTIONS, **options})
 
 
-def test_a_store_carries_shadow_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [(), (8, 16)])
+def test_a_store_carries_shadow_keys(tmp_path: Path, targets: tuple[int, ...]) -> None:
     model_dir = save_model_dir(tmp_path / "tiny")
-    text = write_text(tmp_path / "words.txt", num_words=300)
-    loaded = run(model_dir, text, tmp_path / "out", shadow=OPTIONS)
+    text = write_text(tmp_path / "words.txt", num_words=700)
+    options: dict[str, Any] = {"targets": targets, "max_length": LENGTH, "num_sequences": 1}
+    loaded = run(model_dir, text, tmp_path / "out", shadow=OPTIONS, **options)
     section = loaded.shadow.section
-    assert (section.num_channels, section.num_sink, section.num_recent, section.block_size) == (8, 2, 8, 16)
-    assert section.candidate_mass == 0.99
-    assert all(0 < share < 1 for share in section.candidate_share)
-    assert loaded.shadow.margin("k:8").shape == (4, 4)
-    assert loaded.shadow.projection(3).encoder.shape == (2, 16, 8)
-    again = run(model_dir, text, tmp_path / "again", shadow=OPTIONS)
-    assert again.manifest.tensors == loaded.manifest.tensors
+    assert (section.num_channels, section.weight_floor, section.block_size) == (8, 1.0, 16)
+    assert (section.min_length, section.max_length, section.candidate_mass) == (145, LENGTH, 0.99)
+    assert 0 < section.candidate_share < 1
+    assert loaded.manifest.target_ks == targets
+    assert loaded.manifest.calibration.shared_k == (8 if targets else None)
+    if targets:
+        alone = run(model_dir, text, tmp_path / "alone", **options)
+        np.testing.assert_array_equal(loaded.calibrated.coefficients, alone.calibrated.coefficients)

@@ -38,15 +38,14 @@ def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text(json.dumps({"body": words.read_text()}) + "\n")
     code, out, _ = run(
-        *("--text", words, lines, "--text-field", "body", "--k", "16,8", "--target", "mass:0.9,k:8@50^0.5"),
-        *("--dense-layers", "0,auto", "--max-lost-mass", 0.9, "--top-k", "each", "--dtype", "bfloat16", *SMALL),
+        *("--text", words, lines, "--text-field", "body", "--k", "16,8"),
+        *("--dense-layers", "0", "--top-k", "each", "--dtype", "bfloat16", *SMALL),
     )
     assert code == 0
     assert f"wrote {tmp_path / 'out' / 'tiny'}" in out
     manifest = store.load(tmp_path / "out" / "tiny").manifest
-    assert manifest.labels == ("k:8", "k:16", "mass:0.9", "k:8@50^0.5")
+    assert manifest.labels == ("k:8", "k:16")
     assert manifest.dense_layers == (0,)
-    assert manifest.dense_layers_rule is not None
     assert [text.name for text in manifest.calibration.text] == ["words.txt", "lines.jsonl"]
     assert manifest.calibration.dtype == "bfloat16"
     assert manifest.calibration.command.startswith("toptheta calibrate tiny --out out --text words.txt lines.jsonl")
@@ -59,12 +58,14 @@ def test_a_model_that_gpus_have_no_kernels_for_is_calibrated_with_a_warning(run:
 
 
 def test_shadow_keys_are_calibrated_if_they_are_asked_for(run: Run, tmp_path: Path) -> None:
-    words = write_text(tmp_path / "words.txt", num_words=100)
-    options = ("--channels", 8, "--sink", 4, "--recent", 16, "--candidate-mass", 0.95)
-    code, _, err = run("--text", words, "--k", 8, "--mode", "shadow", *options, *SMALL)
+    words = write_text(tmp_path / "words.txt", num_words=600)
+    options = ("--channels", 8, "--weight-floor", 2, "--candidate-mass", 0.95)
+    code, _, err = run("--text", words, "--mode", "shadow", *options, *SMALL, "--max-length", 300)
     assert code == 0, err
-    section = store.load(tmp_path / "out" / "tiny").shadow.section
-    assert (section.num_channels, section.num_sink, section.num_recent) == (8, 4, 16)
+    loaded = store.load(tmp_path / "out" / "tiny")
+    assert loaded.calibrated is None
+    section = loaded.shadow.section
+    assert (section.num_channels, section.weight_floor) == (8, 2.0)
     assert section.candidate_mass == 0.95
 
 
@@ -79,14 +80,16 @@ def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--k", "many"), "unknown target 'k:many'"),
-        (("--target", "mass:2"), "'mass:2': Input should be less than 1"),
-        (("--dense-layers", "first"), "--dense-layers: not layers: 'first'"),
+        (("--k", "many"), "--k: not whole numbers: 'many'"),
+        (("--dense-layers", "first"), "--dense-layers: not whole numbers: 'first'"),
         (("--k", "8", "--device", "cuda:99"), "no device cuda:99"),
         (("--k", "8", "--text", "nowhere.txt"), "nowhere.txt: cannot be read"),
         (("--k", "500"), "k 500 needs rows of more than 500 tokens"),
-        (("--k", "8", "--mode", "shadow", "--channels", "18"), "num_channels: 18 channels of keys with 16 numbers"),
-        (("--k", "8", "--mode", "shadow", "--recent", "150"), "are always candidates, which is too many"),
+        (
+            ("--k", "8", "--mode", "shadow", "--max-length", "300", "--channels", "18"),
+            "num_channels: 18 channels of keys with 16 numbers",
+        ),
+        (("--mode", "shadow"), "shadow keys need sequences of at least 288 tokens"),
     ],
 )
 def test_what_cannot_work_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:

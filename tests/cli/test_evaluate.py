@@ -121,7 +121,7 @@ def test_tasks(run: Run, folder: Path, tmp_path: Path) -> None:
         "human-eval": 1,
     }
     assert "top-theta k:8 sdc+vmc" in out
-    assert "shadow k:8 candidates+vmc" in out
+    assert "shadow floor:3 candidates+vmc" in out
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {"recall-needle.png", "recall-key-value.png"}
     assert (report["phase"], report["setup"]["model"]) == ("decode", "tiny")
 

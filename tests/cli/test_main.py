@@ -92,8 +92,8 @@ def test_list(run: Run, stores: Path) -> None:
     assert (code, err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "acme" in line]
     assert rows == [
-        ["acme--long", "acme/long", "8, 32", "9 to 4096", "none"],
-        ["acme--tiny", "acme/tiny", "8, 32", "9 to 1024", "0"],
+        ["acme--long", "acme/long", "8, 32", "up to 4096", "none", "none"],
+        ["acme--tiny", "acme/tiny", "8, 32", "up to 1024", "0", "none"],
     ]
 
 
@@ -135,8 +135,20 @@ def test_show_says_what_shadow_keys_read(run: Run, tmp_path: Path) -> None:
         make_store(tmp_path / name, num_channels=num_channels)
         _, out, _ = run("thresholds", "show", tmp_path / name)
         line = next(line for line in out.splitlines() if line.startswith("shadow keys:"))
-        assert ("k:8: 25.0% of keys are candidates" in line) == (name == "with")
+        assert ("for weight_floor 3 from 145 to 1024 tokens; 25.0% of keys" in line) == (name == "with")
         assert line.endswith("none") == (name == "without")
+
+
+def test_show_of_shadow_keys_alone_prints_no_theta(run: Run, tmp_path: Path) -> None:
+    make_store(tmp_path / "acme--tiny", num_channels=8, calibrated=False)
+    code, out, err = run("thresholds", "show", tmp_path / "acme--tiny")
+    assert (code, err) == (0, "")
+    assert "8 channels" in out
+    assert "targets:" not in out
+    assert "theta, layer" not in out
+    code, out, err = run("thresholds", "show", tmp_path / "acme--tiny", "--k", 8)
+    assert (code, out) == (2, "")
+    assert "calibrated are none. Calibrate with --k 8" in err
 
 
 def test_show_prints_theta(run: Run, tmp_path: Path) -> None:

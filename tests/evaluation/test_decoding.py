@@ -88,8 +88,8 @@ def check(model: Any, attention: SparseAttention, steps: list[Tensor], *, larges
         Variant(target="k:8", compensation="offline"),
         Variant(method="top_k", target="k:8", compensation="none"),
         Variant(target="k:8", cap_k=4),
-        Variant(method="shadow", target="k:8", compensation="candidates+vmc"),
-        Variant(method="shadow", target="k:8", compensation="shadow+vmc"),
+        Variant(method="shadow", target="floor:3", compensation="candidates+vmc"),
+        Variant(method="shadow", target="floor:3", compensation="shadow+vmc"),
     ],
     ids=["exact", "scaled", "offline", "top-k", "capped", "shadow", "shadow scores"],
 )

@@ -20,18 +20,18 @@ def expand(stores: Mapping[str, ThresholdStore], **options: Any) -> list[Variant
 def test_every_combination_is_there_once(store: ThresholdStore) -> None:
     variants = expand(
         {"a": store, "b": store},
-        targets=["8", "k:16", "mass:0.98"],
+        targets=["8", "k:16"],
         compensations=["none", "sdc"],
         top_k=[8, 16],
         cap_k=4,
     )
-    assert len(set(variants)) == len(variants) == 2 * 3 * 2 + 2 * 2
+    assert len(set(variants)) == len(variants) == 2 * 2 * 2 + 2 * 2
     top_ks = [variant for variant in variants if variant.method == "top_k"]
     assert {(variant.thresholds, variant.target, variant.cap_k) for variant in top_ks} == {
         ("a", "k:8", None),
         ("a", "k:16", None),
     }
-    assert [variant.cap_k for variant in variants if variant.method == "top_theta"] == [4] * (2 * 3 * 2)
+    assert [variant.cap_k for variant in variants if variant.method == "top_theta"] == [4] * (2 * 2 * 2)
 
 
 def test_all_is_what_a_store_can_serve(store: ThresholdStore, model: Any, tmp_path: Path) -> None:
@@ -131,7 +131,10 @@ def test_relative_thresholds_need_no_store(store: ThresholdStore) -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["floor:3", "k:8"], "thresholds: k:8 needs calibrated thresholds. Give a store .--thresholds., or ask for"),
+        (
+            ["floor:3", "k:8"],
+            "thresholds: top-theta k:8 needs what was calibrated. Give a store .--thresholds., or ask for",
+        ),
         (["floor:-1"], "targets: no weight floor: -1. Give multiples of the average weight, from 0 .dense. to 1000"),
         (["floor:nan"], "targets: no weight floor: nan"),
         (["floor:1e9"], r"targets: no weight floor: 1e\+09"),
@@ -144,10 +147,22 @@ def test_targets_that_cannot_be_without_a_store(targets: list[str], message: str
         expand({}, targets=targets)
 
 
-def test_relative_thresholds_are_of_mode_values(store: ThresholdStore) -> None:
-    with pytest.raises(EvaluationError, match="mode: floor:3 is compared in mode values only"):
-        expand({"": store}, targets=["floor:3"], modes=["shadow"])
-    with pytest.raises(ValidationError, match="floor:3 is a target of method top_theta"):
-        Variant(method="shadow", target="floor:3")
+def test_mode_shadow_has_the_floor_of_its_store(store: ThresholdStore) -> None:
+    modes = ["values", "shadow"]
+    for targets, names in (
+        (["8"], ["top-theta k:8 sdc+vmc", "shadow floor:3 candidates+vmc"]),
+        (["floor:3"], ["top-theta floor:3 sdc+vmc", "shadow floor:3 candidates+vmc"]),
+    ):
+        assert [variant.name for variant in expand({"": store}, targets=targets, modes=modes)] == names
+    with pytest.raises(
+        EvaluationError, match="targets: the shadow keys of .* were calibrated for floor:3, not for floor:2"
+    ):
+        expand({"": store}, targets=["floor:2"], modes=["shadow"])
+    with pytest.raises(EvaluationError, match="thresholds: shadow floor:3 needs what was calibrated"):
+        expand({}, targets=["floor:3"], modes=["shadow"])
+    with pytest.raises(ValidationError, match="k:8 is a target of method top_theta"):
+        Variant(method="shadow", target="k:8")
+    with pytest.raises(ValidationError, match="floor:3 is no number of keys"):
+        Variant(method="top_k", target="floor:3")
     with pytest.raises(EvaluationError, match="top_k: no number of keys: 0"):
         expand({}, targets=[], top_k=[0])

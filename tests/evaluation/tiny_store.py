@@ -101,5 +101,5 @@ def tiny_store(
             tensors[f"shadow_{name}"] = np.stack([getattr(projection, name).numpy() for projection in found])
         tensors["shadow_margin"][...] = 0.5
         tensors["shadow_scale_coefficients"][...] = 0.0
-        tensors["shadow_scale_coefficients"][..., 0] = np.log(stack(route.scales))
+        tensors["shadow_scale_coefficients"][..., 0] = np.log(stack(route.scales).mean(axis=-1))
     return save(folder, draft, tensors)

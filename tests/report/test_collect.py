@@ -60,9 +60,10 @@ def test_counts_are_those_of_a_loop_over_rows_and_keys(monkeypatch: pytest.Monke
 
 def test_thresholds_of_minus_infinity_keep_everything(thresholds: store.ThresholdStore) -> None:
     model = tiny_model()
-    coefficients = np.zeros_like(thresholds.coefficients)
+    curve = thresholds.curve(8)
+    coefficients = np.zeros_like(curve.coefficients)
     coefficients[..., 0] = -np.inf
-    curve = replace(thresholds, coefficients=coefficients).curve(8)
+    curve = replace(curve, coefficients=coefficients)
     counts = collect(
         model,
         [random_tokens(60), random_tokens(60, seed=1)],

@@ -118,16 +118,16 @@ def test_figures_are_large_and_not_blank(report: Report, tmp_path: Path) -> None
 
 
 def test_odd_reports_can_be_drawn(report: Report) -> None:
-    """No calibration text, no dense layer in the list, probabilities, a target without a k, one length bucket."""
+    """No calibration text, no dense layer in the list, probabilities, a k between two, one length bucket."""
     target = report.targets[0]
     held_out = target.held_out.model_copy(update={"by_length": target.held_out.by_length[:1]})
     thresholds = tuple(tuple(tuple(0.01 for _ in heads) for heads in layers) for layers in target.thresholds)
     odd = target.model_copy(
-        update={"label": "mass:0.98", "held_out": held_out, "calibration": None, "thresholds": thresholds}
+        update={"label": "k:100", "held_out": held_out, "calibration": None, "thresholds": thresholds}
     )
     plain = report.model_copy(update={"placement": "post_softmax", "dense_layers": (), "targets": (odd,)})
     pictures = list(draw(plain, odd))
     assert [picture.name for picture in pictures] == NAMES
     html = render(plain, [pictures])
-    assert "mass-0.98" in html
+    assert "k-100" in html
     assert "calibration</td>" not in html

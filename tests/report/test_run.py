@@ -90,7 +90,8 @@ def test_another_model_and_dense_layers_alone_are_refused(
     other = save_model_dir(tmp_path / "other", tiny_model(tiny_config(num_hidden_layers=2)))
     with pytest.raises(FingerprintMismatch):
         make_report(other, texts, thresholds, targets=["8"], length=50, device="cpu", progress=False)
-    dense = replace(thresholds, manifest=thresholds.manifest.model_copy(update={"dense_layers": (0, 1, 2, 3)}))
+    section = thresholds.manifest.thresholds.model_copy(update={"dense_layers": (0, 1, 2, 3)})
+    dense = replace(thresholds, manifest=thresholds.manifest.model_copy(update={"thresholds": section}))
     with pytest.raises(ReportError, match="every layer is dense"):
         make_report(folder / "tiny", texts, dense, targets=["8"], length=50, device="cpu", progress=False)
 

@@ -46,7 +46,7 @@ def test_calibrated_k_is_exact(make_store: MakeStore) -> None:
     for index, k in enumerate((8, 32, 128)):
         curve = store.curve(k)
         assert (curve.dense_length, curve.min_length, curve.max_length) == (k, k + 1, 1024)
-        np.testing.assert_array_equal(curve.coefficients, store.coefficients[:, :, index])
+        np.testing.assert_array_equal(curve.coefficients, store.calibrated.coefficients[:, :, index])
 
 
 def test_k_between_is_linear_in_log_k(make_store: MakeStore) -> None:
@@ -73,24 +73,14 @@ def test_k_outside_is_refused(make_store: MakeStore, k: int) -> None:
 
 
 def test_a_label_finds_its_curve(make_store: MakeStore) -> None:
-    store = make_store(labels=("k:8", "k:32", "mass:0.98", "k:8@512^0.5"))
-    for index, label in enumerate(("k:8", "k:32", "mass:0.98", "k:8@512^0.5")):
+    store = make_store()
+    for index, label in enumerate(("k:8", "k:32")):
         curve = store.curve_of(label)
         assert curve.label == label
-        np.testing.assert_array_equal(curve.coefficients, store.coefficients[:, :, index])
+        np.testing.assert_array_equal(curve.coefficients, store.calibrated.coefficients[:, :, index])
     assert store.curve_of("16").label == store.curve(16).label == "k:16"
-    assert store.curve_of("mass:0.98").dense_length == store.manifest.targets[2].min_length - 1
-    with pytest.raises(TargetOutOfRange, match=r"no thresholds for mass:0.9; calibrated are k:8, k:32, mass:0.98"):
-        store.curve_of("mass:0.9")
     with pytest.raises(SettingsError, match=r"unknown target 'many'"):
         store.curve_of("many")
-
-
-def test_a_store_without_a_constant_k_says_what_it_has(make_store: MakeStore) -> None:
-    store = make_store(labels=("mass:0.98",))
-    assert store.manifest.target_ks == ()
-    with pytest.raises(TargetOutOfRange, match=r"no thresholds for k 8; calibrated are mass:0.98"):
-        store.curve(8)
 
 
 def test_thresholds_after_the_softmax_are_probabilities(make_store: MakeStore) -> None:
@@ -102,7 +92,7 @@ def test_thresholds_after_the_softmax_are_probabilities(make_store: MakeStore) -
 
 def test_expectations_are_those_of_the_bucket(make_store: MakeStore) -> None:
     store = make_store(measured=True)
-    curve, edges = store.curve(8), store.bucket_edges
+    curve, edges = store.curve(8), store.calibrated.bucket_edges
     assert store.expectations is not None
     for bucket in range(len(edges) - 1):
         expected = store.expectations.offline_sum[:, :, 0, bucket]
@@ -118,17 +108,17 @@ def test_lengths_that_were_not_measured_take_the_nearest_bucket(make_store: Make
     first = int(np.flatnonzero(store.expectations.measured_rows[1])[0])
     assert first > 0
     np.testing.assert_array_equal(
-        store.curve(32).expected("lost_mass_mean", 3), store.expectations.lost_mass_mean[:, :, 1, first]
+        store.curve(32).expected("offline_sum", 3), store.expectations.offline_sum[:, :, 1, first]
     )
 
 
 def test_expectations_between_two_ks_lie_between_theirs(make_store: MakeStore) -> None:
     store = make_store(measured=True)
-    lower, between, upper = (store.curve(k).expected("survivors_mean", 1000) for k in (8, 16, 32))
+    lower, between, upper = (store.curve(k).expected("exp_threshold_scale", 1000) for k in (8, 16, 32))
     np.testing.assert_allclose(between, (lower + upper) / 2, rtol=1e-5)
     # k 32 has no rows in the first bucket, k 8 has
     np.testing.assert_array_equal(
-        store.curve(16).expected("survivors_mean", 9), store.curve(8).expected("survivors_mean", 9)
+        store.curve(16).expected("exp_threshold_scale", 9), store.curve(8).expected("exp_threshold_scale", 9)
     )
 
 

@@ -83,7 +83,7 @@ def tensors_of(store: ThresholdStore) -> dict[str, Any]:
     assert store.expectations is not None
     shadow = vars(store.shadow)
     return (
-        {name: getattr(store, name) for name in TENSORS}
+        {name: getattr(store.calibrated, name) for name in TENSORS}
         | vars(store.expectations)
         | {name: shadow[field] for name, field in zip(SHADOW_NAMES, list(shadow)[2:], strict=True)}
     )
@@ -91,24 +91,26 @@ def tensors_of(store: ThresholdStore) -> dict[str, Any]:
 
 def assert_promises(store: ThresholdStore) -> None:
     """State what every loaded store promises, in other words than the loader does."""
-    counts, edges = store.row_count, store.bucket_edges.tolist()
+    found = store.calibrated
+    assert found is not None
+    counts, edges = found.row_count, found.bucket_edges.tolist()
     for name in ("coefficients", "score_mean", "score_std"):
-        assert all(map(np.isfinite, getattr(store, name).flat))
+        assert all(map(np.isfinite, getattr(found, name).flat))
     assert edges == sorted(set(edges))
     assert edges[0] > 0
     assert counts.min() >= 0
-    assert store.score_std.min() >= 0
+    assert found.score_std.min() >= 0
     for target, bucket in np.argwhere(counts == 0):
-        assert set(store.score_mean[:, :, target, bucket].flat) == {0}
-    for array in vars(store.expectations).values():
+        assert set(found.score_mean[:, :, target, bucket].flat) == {0}
+    for array in vars(found.expectations).values():
         assert all(map(np.isfinite, array.flat))
         assert array.min() >= 0
     for target in store.manifest.targets:
         for length in (target.min_length, target.max_length):
             assert np.isfinite(store.curve_of(target.label).threshold(length)).all()
-        scale = store.shadow.exp_threshold_scale(target.label, [1, target.max_length])
-        for quantity in (store.shadow.margin(target.label), scale, store.shadow.candidate_share(target.label)):
-            assert 0 <= quantity.min() <= quantity.max() <= 1e9
+    scale = store.shadow.exp_threshold_scale([1, 1 << 20])
+    for quantity in (store.shadow.margin, scale, store.shadow.candidate_share):
+        assert 0 <= quantity.min() <= quantity.max() <= 1e9
     for layer in range(store.manifest.architecture.num_layers):
         assert all(np.abs(array).max() <= 1e9 for array in vars(store.shadow.projection(layer)).values())
 

@@ -17,7 +17,7 @@ import pytest
 from tests.store.mutation import split_safetensors, with_header, write_resealed
 from tests.store_factory import make_draft, make_tensors
 from vllm_toptheta import errors
-from vllm_toptheta.store import ThresholdStore, io, load, read_architecture, save, strict_yaml
+from vllm_toptheta.store import ThresholdStore, io, load, read_architecture, save
 from vllm_toptheta.store.expectations import EXPECTATION_NAMES
 
 MakeStore = Callable[..., ThresholdStore]
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 def assert_equal(one: ThresholdStore, other: ThresholdStore) -> None:
     assert one.manifest == other.manifest
     for name in make_tensors(make_draft()):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
+        np.testing.assert_array_equal(getattr(one.calibrated, name), getattr(other.calibrated, name), strict=True)
 
 
 def test_a_saved_store_loads_as_it_was(tmp_path: Path) -> None:
@@ -42,39 +42,33 @@ def test_a_saved_store_loads_as_it_was(tmp_path: Path) -> None:
     assert loaded.manifest.model_dump(exclude={"tensors", "content_sha256"}) == draft.model_dump()
     assert loaded.expectations is None
     for name, tensor in tensors.items():
-        np.testing.assert_array_equal(getattr(loaded, name), tensor, strict=True)
-        assert not getattr(loaded, name).flags.writeable
+        np.testing.assert_array_equal(getattr(loaded.calibrated, name), tensor, strict=True)
+        assert not getattr(loaded.calibrated, name).flags.writeable
     assert names(tmp_path / "new") == ["acme--tiny"]
     assert names(tmp_path / "new" / "acme--tiny") == ["manifest.yaml", "thresholds.safetensors"]
 
 
 def test_a_measured_store_loads_with_its_expectations(tmp_path: Path) -> None:
-    draft = make_draft(measured=True, labels=("k:8", "k:32", "mass:0.98"))
+    draft = make_draft(measured=True)
     tensors = make_tensors(draft)
     save(tmp_path / "acme--tiny", draft, tensors)
     loaded = load(tmp_path / "acme--tiny")
-    assert loaded.manifest.labels == ("k:8", "k:32", "mass:0.98")
+    assert loaded.manifest.labels == ("k:8", "k:32")
     assert loaded.manifest.target_ks == (8, 32)
     for name in EXPECTATION_NAMES:
         np.testing.assert_array_equal(getattr(loaded.expectations, name), tensors[name], strict=True)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_store_of_an_older_version_loads_as_it_was(tmp_path: Path, make_store: MakeStore, version: int) -> None:
-    """Its digest covers the fields of its version, which are those of the newest version that it sets."""
-    folder = make_store(measured=version == 2).folder
-    current = load(folder)
-    fields = strict_yaml.parse((folder / "manifest.yaml").read_text())
-    fields["schema_version"] = version
-    del fields["content_sha256"]
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=lambda date: date.isoformat())
-    fields["content_sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
-    (folder / "manifest.yaml").write_text(strict_yaml.dump(fields))
-    loaded = load(folder)
-    assert loaded.manifest.schema_version == version
-    np.testing.assert_array_equal(loaded.coefficients, current.coefficients)
-    again = save(tmp_path / "again", loaded.manifest, make_tensors(loaded.manifest))
-    assert again.manifest.schema_version == 3
+def test_a_store_may_hold_shadow_keys_alone(tmp_path: Path) -> None:
+    draft = make_draft(calibrated=False, num_channels=8)
+    loaded = save(tmp_path / "acme--tiny", draft, make_tensors(draft))
+    assert loaded.calibrated is loaded.expectations is None
+    assert loaded.manifest.labels == loaded.manifest.dense_layers == ()
+    assert "thresholds:" not in (loaded.folder / "manifest.yaml").read_text()
+    with pytest.raises(
+        errors.TargetOutOfRange, match="no thresholds for k 8; calibrated are none. Calibrate with --k 8"
+    ):
+        loaded.curve(8)
 
 
 def test_checksum_is_that_of_the_file(make_store: MakeStore) -> None:
@@ -193,8 +187,7 @@ def replace(name: str, function: Callable[[Any], Any]) -> Callable[[dict[str, An
         (edit("measured_rows", 0, 0), errors.TensorValues, "measured_rows"),
         (edit("offline_sum", (2, 3, 1, 3), np.nan), errors.TensorNotFinite, "offline_sum"),
         (edit("offline_sum", (2, 3, 1, 3), -1.0), errors.TensorValues, "offline_sum"),
-        (edit("lost_mass_p95", (2, 3, 1, 3), 1.5), errors.TensorValues, "lost_mass_p95"),
-        (edit("survivors_mean", (2, 3, 1, 0), 1.0), errors.TensorValues, "survivors_mean"),
+        (edit("exp_threshold_scale", (2, 3, 1, 0), 1.0), errors.TensorValues, "exp_threshold_scale"),
     ],
 )
 def test_tensors_that_contradict_the_manifest_are_refused(
@@ -216,13 +209,13 @@ def test_tensors_that_contradict_the_manifest_are_refused(
     [
         ("acme/tiny", "acme/other", errors.ChecksumMismatch, "content_sha256"),
         ("k: 32\n", "k: 31\n", errors.ChecksumMismatch, "content_sha256"),
-        ("schema_version: 3", "schema_version: 4", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 3", "schema_version: 0", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 3", "schema_version: true", errors.ManifestInvalid, "schema_version"),
-        ("schema_version: 3", "other: 1", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 4", "schema_version: 5", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 4", "schema_version: 3", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 4", "schema_version: true", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 4", "other: 1", errors.ManifestInvalid, "schema_version"),
         ("num_layers: 3", "num_layers: 5000", errors.ManifestInvalid, "architecture.num_layers"),
         ("num_layers: 3", "num_layers: 3\n  more: 4", errors.ManifestInvalid, "architecture.more"),
-        ("k: 32\n", "k: .nan\n", errors.ManifestInvalid, "targets[1].k"),
+        ("k: 32\n", "k: .nan\n", errors.ManifestInvalid, "thresholds.targets[1].k"),
         ("seed: 0", "seed: 0x" + "f" * 30, errors.ManifestInvalid, "calibration.seed"),
         ("seed: 0", "seed: 0x" + "f" * 5000, errors.ManifestInvalid, None),
         ("seed: 0", "seed: " + "9" * 5000, errors.ManifestInvalid, None),
@@ -241,7 +234,7 @@ def test_tensors_that_contradict_the_manifest_are_refused(
         ("seed: 0", 'seed: "\\UFFFFFFFF"', errors.ManifestInvalid, None),
         ("command: toptheta", 'command: "\\ud800" #', errors.ManifestInvalid, "calibration.command"),
         ("command: toptheta", "command: \x00", errors.ManifestInvalid, None),
-        ("schema_version: 3", "--- [1]\n---", errors.ManifestInvalid, None),
+        ("schema_version: 4", "--- [1]\n---", errors.ManifestInvalid, None),
     ],
 )
 def test_edited_manifests_are_refused(

@@ -196,8 +196,9 @@ def edited(*, num_channels: int | None = None, **changes: Any) -> dict[str, Any]
     "changes",
     [
         {"unknown": 1},
-        {"schema_version": 4},
-        {"schema_version": 1, "measurement": {"num_sequences": 1}},
+        {"schema_version": 3},
+        {"thresholds": None},
+        {"thresholds__measurement": {"num_sequences": 0}},
         {"model__id": "../up"},
         {"model__id": "a/b/c"},
         {"model__id": ""},
@@ -205,25 +206,31 @@ def edited(*, num_channels: int | None = None, **changes: Any) -> dict[str, Any]
         {"architecture__num_layers": True},
         {"architecture__num_layers": 3.0},
         {"architecture__num_kv_heads": 3},
-        {"targets": []},
-        {"targets": [{"k": 8, "min_length": 8, "max_length": 9}]},
-        {"targets": [{"k": 8, "min_length": 10, "max_length": 9}]},
-        {"targets": [{"k": 9, "min_length": 10, "max_length": 11}, {"k": 9, "min_length": 10, "max_length": 11}]},
-        {"targets": [{"k": 8, "min_length": 9, "max_length": 20}, {"k": 32, "min_length": 33, "max_length": 99}]},
-        {"targets": [{"min_length": 9, "max_length": 20}]},
-        {"targets": [{"k": 8, "mass": 0.5, "min_length": 9, "max_length": 20}]},
-        {"targets": [{"mass": 0.5, "min_length": 9, "max_length": 20}, {"k": 8, "min_length": 9, "max_length": 20}]},
-        {"targets": [{"mass": 0.5, "min_length": 9, "max_length": 20}] * 2},
-        {"targets": [{"mass": 1.0, "min_length": 9, "max_length": 20}]},
-        {"targets": [{"k": 8, "growth": 0.5, "min_length": 9, "max_length": 20}]},
-        {"targets": [{"mass": 0.5, "min_length": 9, "max_length": 20}], "schema_version": 1},
-        {"dense_layers": [1, 0]},
-        {"dense_layers": [0, 0]},
-        {"dense_layers": [3]},
-        {"dense_layers": [-1]},
-        {"placement": "post"},
-        {"degree": 5},
-        {"num_buckets": 0},
+        {"thresholds__targets": []},
+        {"thresholds__targets": [{"k": 8, "min_length": 8, "max_length": 9}]},
+        {"thresholds__targets": [{"k": 8, "min_length": 10, "max_length": 9}]},
+        {
+            "thresholds__targets": [
+                {"k": 9, "min_length": 10, "max_length": 11},
+                {"k": 9, "min_length": 10, "max_length": 11},
+            ]
+        },
+        {
+            "thresholds__targets": [
+                {"k": 8, "min_length": 9, "max_length": 20},
+                {"k": 32, "min_length": 33, "max_length": 99},
+            ]
+        },
+        {"thresholds__targets": [{"min_length": 9, "max_length": 20}]},
+        {"thresholds__targets": [{"k": 8, "mass": 0.5, "min_length": 9, "max_length": 20}]},
+        {"thresholds__targets": [{"mass": 0.5, "min_length": 9, "max_length": 20}]},
+        {"thresholds__dense_layers": [1, 0]},
+        {"thresholds__dense_layers": [0, 0]},
+        {"thresholds__dense_layers": [3]},
+        {"thresholds__dense_layers": [-1]},
+        {"thresholds__placement": "post"},
+        {"thresholds__degree": 5},
+        {"thresholds__num_buckets": 0},
         {"calibration__beta": float("nan")},
         {"calibration__beta": float("inf")},
         {"calibration__text": []},
@@ -242,19 +249,18 @@ def test_schema_refuses(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema_version": 2},
-        {"placement": "post_softmax"},
         {"shadow__num_channels": 18},
         {"shadow__num_channels": 7},
         {"shadow__num_channels": 0},
-        {"shadow__num_sink": -1},
-        {"shadow__num_recent": 1 << 30},
+        {"shadow__weight_floor": 0.0},
+        {"shadow__weight_floor": 1e4},
+        {"shadow__min_length": 1025},
+        {"shadow__max_length": 1 << 30},
         {"shadow__block_size": 0},
         {"shadow__candidate_mass": 0.0},
         {"shadow__candidate_mass": 1.5},
         {"shadow__candidate_share": (0.5,)},
-        {"shadow__candidate_share": (0.5, 2.0)},
-        {"shadow__candidate_share": ()},
+        {"shadow__candidate_share": 2.0},
         {"shadow__more": 1},
     ],
 )
@@ -267,5 +273,5 @@ def test_schema_refuses_shadow_keys_that_cannot_be(changes: dict[str, Any]) -> N
 def test_manifest_digest_covers_every_field() -> None:
     manifest = Manifest.from_draft(make_draft(), tensors_sha256="0" * 64)
     assert manifest.digest() == manifest.content_sha256
-    assert manifest.model_copy(update={"dense_layers": ()}).digest() != manifest.content_sha256
+    assert manifest.model_copy(update={"shadow": None, "thresholds": None}).digest() != manifest.content_sha256
     assert Manifest.from_draft(manifest, tensors_sha256="1" * 64).content_sha256 != manifest.content_sha256

@@ -18,7 +18,7 @@ MakeStore = Callable[..., ThresholdStore]
 
 
 def test_shadow_keys_load_as_they_were_saved(tmp_path: Path) -> None:
-    draft = make_draft(num_channels=8, labels=("k:8", "k:32", "mass:0.98"))
+    draft = make_draft(num_channels=8)
     tensors = make_tensors(draft)
     save(tmp_path / "acme--tiny", draft, tensors)
     shadow = pickle.loads(pickle.dumps(load(tmp_path / "acme--tiny"))).shadow  # noqa: S301
@@ -28,24 +28,9 @@ def test_shadow_keys_load_as_they_were_saved(tmp_path: Path) -> None:
         for name, array in zip(SHADOW_NAMES, vars(projection).values(), strict=False):
             np.testing.assert_array_equal(array, tensors[name][layer], strict=True)
     assert projection.encoder.shape == (2, 16, 8)
-    for index, label in enumerate(("k:8", "k:32", "mass:0.98")):
-        np.testing.assert_array_equal(shadow.margin(label), tensors["shadow_margin"][..., index])
-        np.testing.assert_array_equal(shadow.log_scale(label), tensors["shadow_scale_coefficients"][..., index, :])
-        np.testing.assert_array_equal(shadow.candidate_share(label), tensors["shadow_candidate_share"][..., index])
-    assert not load(tmp_path / "acme--tiny").shadow.margins.flags.writeable
-    assert not shadow.margin("k:8").flags.writeable
-
-
-def test_a_k_between_is_linear_in_log_k(make_store: MakeStore) -> None:
-    shadow = make_store(num_channels=8, target_ks=(8, 32)).shadow
-    np.testing.assert_allclose(shadow.margin("k:16"), (shadow.margin("k:8") + shadow.margin("32")) / 2, rtol=1e-6)
-    assert shadow.margin("k:16").dtype == np.float32
-    with pytest.raises(errors.TargetOutOfRange, match="no thresholds for k 7"):
-        shadow.margin("k:7")
-    with pytest.raises(errors.TargetOutOfRange, match="no thresholds for rows:8"):
-        shadow.exp_threshold_scale("rows:8", 100)
-    with pytest.raises(errors.SettingsError, match="unknown target 'many'"):
-        shadow.candidate_share("many")
+    for name, array in zip(SHADOW_NAMES[3:], (shadow.margin, shadow.log_scale, shadow.candidate_share), strict=True):
+        np.testing.assert_array_equal(array, tensors[name], strict=True)
+    assert not load(tmp_path / "acme--tiny").shadow.margin.flags.writeable
     with pytest.raises(IndexError):
         shadow.projection(3)
 
@@ -56,14 +41,12 @@ def test_r_is_a_power_of_the_clamped_length(tmp_path: Path) -> None:
     tensors["shadow_scale_coefficients"][...] = np.float32([0.5, -1.0])
     tensors["shadow_scale_coefficients"][0] = np.float32([1e9, 1e9])
     shadow = save(tmp_path / "acme--tiny", draft, tensors).shadow
-    lengths = [[1, 33], [512, 5000]]
-    for label, shortest in (("k:8", 9), ("k:16", 33), ("k:32", 33)):
-        scale = shadow.exp_threshold_scale(label, lengths)
-        assert (scale.shape, scale.dtype) == ((2, 2, 3, 4), np.float32)
-        expected = np.exp(0.5) / np.clip(lengths, shortest, 1024)
-        np.testing.assert_allclose(scale[..., 1, 0], expected, rtol=1e-5)
-        np.testing.assert_allclose(scale[..., 0, :], 1e6, rtol=1e-5)
-    assert shadow.exp_threshold_scale("k:8", 100).shape == (3, 4)
+    lengths = [[1, 200], [512, 5000]]
+    scale = shadow.exp_threshold_scale(lengths)
+    assert (scale.shape, scale.dtype) == ((2, 2, 3, 4), np.float32)
+    np.testing.assert_allclose(scale[..., 1, 0], np.exp(0.5) / np.clip(lengths, 145, 1024), rtol=1e-5)
+    np.testing.assert_allclose(scale[..., 0, :], 1e6, rtol=1e-5)
+    assert shadow.exp_threshold_scale(100).shape == (3, 4)
 
 
 def test_a_store_without_them_says_so(make_store: MakeStore) -> None:
@@ -115,6 +98,6 @@ def test_tensors_and_manifest_must_agree(tmp_path: Path) -> None:
 def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = make_draft(num_channels=8)
     monkeypatch.setattr(io, "MAX_TENSORS_BYTES", 4096)
-    with pytest.raises(errors.StoreTooLarge, match="Calibrate fewer targets, or shadow keys of fewer channels"):
+    with pytest.raises(errors.StoreTooLarge, match="Calibrate fewer ks, or shadow keys of fewer channels"):
         save(tmp_path / "acme--tiny", draft, make_tensors(draft))
     assert not (tmp_path / "acme--tiny").exists()

@@ -66,18 +66,17 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
     draft = store.ManifestDraft(
         model=store.ModelIdentity(id=name),
         architecture=architecture,
-        targets=(target,),
-        dense_layers=(),
-        placement="pre_softmax",
-        degree=0,
-        num_buckets=1,
+        thresholds=store.ThresholdSection(
+            targets=(target,), dense_layers=(), placement="pre_softmax", degree=0, num_buckets=1
+        ),
         shadow=store.ShadowSection(
             num_channels=architecture.head_size // 2,
-            num_sink=16,
-            num_recent=64,
+            weight_floor=1.0,
+            min_length=1,
+            max_length=max_length,
             block_size=16,
             candidate_mass=1.0,
-            candidate_share=(1.0,),
+            candidate_share=1.0,
         ),
         calibration=store.Provenance(
             text=(store.TextSource(name="random", sha256="0" * 64, num_characters=1),),
@@ -103,9 +102,9 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
         "shadow_encoder": np.zeros((*per_kv_head, *sizes), np.float32),
         "shadow_decoder": np.zeros((*per_kv_head, *reversed(sizes)), np.float32),
         "shadow_key_mean": np.zeros((*per_kv_head, architecture.head_size), np.float32),
-        "shadow_margin": np.zeros(per_head[:3], np.float32),
-        "shadow_scale_coefficients": np.zeros((*per_head[:3], 2), np.float32),
-        "shadow_candidate_share": np.ones((*per_kv_head, 1), np.float32),
+        "shadow_margin": np.zeros(per_head[:2], np.float32),
+        "shadow_scale_coefficients": np.zeros((*per_head[:2], 2), np.float32),
+        "shadow_candidate_share": np.ones(per_kv_head, np.float32),
     }
     store.save(folder / "thresholds" / name, draft, arrays)
     return model, folder / "thresholds"

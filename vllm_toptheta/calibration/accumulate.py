@@ -29,20 +29,6 @@ class Moments:
     std: NDArray[np.float64]
     observed_layers: tuple[int, ...]
 
-    def columns(self, targets: slice) -> "Moments":
-        """Returns those of some of the targets.
-
-        Args:
-            targets: which.
-        """
-        return Moments(
-            self.row_count[targets],
-            self.log_length[targets],
-            self.mean[:, :, targets],
-            self.std[:, :, targets],
-            self.observed_layers,
-        )
-
 
 class KthScoreStatistics:
     """Merges rows into counts, means and sums of squared deviations, in float64.
@@ -53,7 +39,7 @@ class KthScoreStatistics:
     Args:
         num_layers: layers of the model.
         num_heads: query heads of a layer.
-        target_ks: the k observed, as `add` counts them; a k may occur twice.
+        target_ks: the k observed, as `add` counts them.
         bucket_edges: `[num_buckets + 1]`, as `length_buckets` returns them.
     """
 

@@ -44,15 +44,13 @@ class BlockSums:
         start: first row of the block; row i sees i + 1 keys.
         stop: one past the last row.
         largest: m, the largest score of a row, scaled logits.
-        denominator: the sum of exp(s - m) over all keys.
-        lost: that sum over the keys not kept.
+        lost: the sum of exp(s - m) over the keys not kept.
         num_discarded: keys not kept, of the first `stop`: those after the row count as not kept.
     """
 
     start: int
     stop: int
     largest: Tensor
-    denominator: Tensor
     lost: Tensor
     num_discarded: Tensor
 
@@ -123,7 +121,7 @@ def attend_blocks(
             result.addcmul_(lost, value_mean[:, :, start:stop])
         output[:, :, start:stop] = result.div_(denominator)
         if report is not None and lost is not None and num_discarded is not None:
-            report(BlockSums(start, stop, largest, denominator, lost, num_discarded))
+            report(BlockSums(start, stop, largest, lost, num_discarded))
     return output.flatten(0, 1).transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What thresholds keep and lose while a model reads a text, row by row."""
+"""What thresholds discard while a model reads a text, row by row."""
 
 from collections.abc import Callable, Collection
 
@@ -7,25 +7,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks, sampled_blocks
-from vllm_toptheta.calibration.capture import observe_top_k
+from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
 from vllm_toptheta.calibration.route import AttentionRoute
 from vllm_toptheta.reference import Placement
 
-__all__ = ["ROW_MEASURES", "GridRoute", "ProbeRoute", "ServedRoute", "measure_grid", "measure_rows"]
+__all__ = ["ROW_MEASURES", "ServedRoute", "measure_rows"]
 
 # the order of what `measure_rows` returns
-ROW_MEASURES = ("lost_mass", "survivors", "offline_sum", "exp_threshold_scale")
+ROW_MEASURES = ("offline_sum", "exp_threshold_scale")
 
 
 class ServedRoute(AttentionRoute):
-    """Applies thresholds as a server does, and reports what every row keeps and loses.
+    """Applies thresholds as a server does, and reports what every row discards.
 
     Args:
         thresholds: `[max_length + 1, num_layers, num_heads]` float32, row n holds theta(n): scaled logits, or after
             the softmax the logarithm of a probability.
         dense_length: rows that see at most this many keys keep them all.
-        dense_layers: layers that hand on dense attention. What their thresholds would keep is reported all the same,
+        dense_layers: layers that hand on dense attention. What their thresholds would discard is reported all the same,
             so that they can be made sparse later.
         placement: what the thresholds apply to.
         report: called with the layer and what `measure_rows` returns for it.
@@ -73,98 +72,6 @@ class ServedRoute(AttentionRoute):
         return output
 
 
-class ProbeRoute(AttentionRoute):
-    """Reports what every row of dense attention would lose without all but its k largest scores.
-
-    Args:
-        target_k: k.
-        report: called with the layer and `[num_heads, seq_len]` float32, the lost mass of the rows.
-    """
-
-    def __init__(self, *, target_k: int, report: Callable[[int, Tensor], None]) -> None:
-        self.target_k = target_k
-        self.report = report
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
-        """See `AttentionRoute.attend`."""
-        output, kth_scores = observe_top_k(
-            query,
-            key,
-            value,
-            target_ks=[self.target_k],
-            sparse_k=None,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
-        )
-        _, measures = measure_rows(
-            query,
-            key,
-            value,
-            thresholds=kth_scores[0].T,
-            dense_length=self.target_k,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
-        )
-        self.report(layer_idx, measures[ROW_MEASURES.index("lost_mass")])
-        return output
-
-
-class GridRoute(AttentionRoute):
-    """Hands on dense attention, and reports what several thresholds would keep and lose in some rows.
-
-    Args:
-        thresholds: `[num_thresholds, num_rows, num_layers, num_heads]` float32, in the unit of the placement.
-        lengths: `[num_rows]` ascending, the keys that the rows see.
-        placement: what the thresholds apply to.
-        report: called with the layer and what `measure_grid` returns for it.
-    """
-
-    def __init__(
-        self,
-        thresholds: NDArray[np.float32],
-        lengths: NDArray[np.int64],
-        *,
-        placement: Placement,
-        report: Callable[[int, Tensor], None],
-    ) -> None:
-        self.thresholds = torch.from_numpy(thresholds)
-        self.lengths = torch.from_numpy(lengths)
-        self.placement = placement
-        self.report = report
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
-        """See `AttentionRoute.attend`."""
-        measures = measure_grid(
-            query,
-            key,
-            self.lengths,
-            self.thresholds[:, :, layer_idx].to(query.device),
-            placement=self.placement,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
-        )
-        self.report(layer_idx, measures)
-        return _dense(query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
-
-
 def measure_rows(
     query: Tensor,
     key: Tensor,
@@ -177,7 +84,7 @@ def measure_rows(
     placement: Placement = "pre_softmax",
     block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Top-Theta attention over a whole sequence with full compensation, and what every row keeps and loses.
+    """Top-Theta attention over a whole sequence with full compensation, and what every row discards.
 
     Args:
         query: `[seq_len, num_heads, head_size]` float.
@@ -192,7 +99,7 @@ def measure_rows(
 
     Returns:
         The output `[seq_len, num_heads, head_size]` float32, and `[len(ROW_MEASURES), num_heads, seq_len]` float32:
-        the lost mass, the survivors, the sum of exp(s - m) over the discarded scores (what `offline` compensation
+        the sum of exp(s - m) over the discarded scores (what `offline` compensation
         knows the mean of), and the mean of exp(s - theta) over them (r), NaN in a row that discards nothing.
     """
     num_heads, seq_len = query.shape[1], query.shape[0]
@@ -213,10 +120,8 @@ def measure_rows(
         discarded = (sums.num_discarded.squeeze(-1) - (sums.stop - seen)).clamp_(min=0)
         lost, largest = sums.lost.squeeze(-1), sums.largest.squeeze(-1)
         scale = (lost.log() + largest - per_row[..., rows] - discarded.log()).exp()
-        measures[0, ..., rows] = lost / sums.denominator.squeeze(-1)
-        measures[1, ..., rows] = seen - discarded
-        measures[2, ..., rows] = lost
-        measures[3, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
+        measures[0, ..., rows] = lost
+        measures[1, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
 
     output = attend_blocks(
         query,
@@ -229,50 +134,6 @@ def measure_rows(
         block_bytes=block_bytes,
     )
     return output, measures.flatten(1, 2)
-
-
-def measure_grid(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    thresholds: Tensor,
-    *,
-    softmax_scale: float,
-    soft_cap: float | None = None,
-    placement: Placement = "pre_softmax",
-    block_bytes: int | None = None,
-) -> Tensor:
-    """Returns what several thresholds would keep and lose in some rows of dense attention.
-
-    Args:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        lengths: `[num_rows]` int64 ascending, the keys that the rows see; on the host.
-        thresholds: `[num_thresholds, num_rows, num_heads]` float32, in the unit of the placement.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
-        placement: what the thresholds apply to.
-        block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
-
-    Returns:
-        `[2, num_thresholds, num_heads, num_rows]` float32: lost mass, and survivors.
-    """
-    num_kv_heads = key.shape[1]
-    per_row = thresholds.permute(0, 2, 1).unflatten(1, (num_kv_heads, -1))
-    measures = query.new_zeros((2, *per_row.shape), dtype=torch.float32)
-    for block in sampled_blocks(
-        query, key, lengths, softmax_scale=softmax_scale, soft_cap=soft_cap, block_bytes=block_bytes
-    ):
-        scores, rows = block.scores, block.rows
-        log_denominator = scores.logsumexp(dim=-1, keepdim=True)
-        probabilities = (scores - log_denominator).exp_()
-        for index, threshold in enumerate(per_row[..., rows].unsqueeze(-1)):
-            if placement == "post_softmax":
-                threshold = threshold + log_denominator
-            kept = torch.ge(scores, threshold, out=torch.empty_like(scores))
-            measures[1, index, ..., rows] = kept.sum(dim=-1)
-            measures[0, index, ..., rows] = probabilities.mul(1 - kept).sum(dim=-1)
-    return measures.flatten(2, 3)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float, soft_cap: float | None) -> Tensor:

@@ -1,21 +1,18 @@
 """What can be chosen about a calibration."""
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_toptheta.calibration.allot import FIRST_GRID_K, grid_ks
 from vllm_toptheta.errors import CalibrationError
-from vllm_toptheta.limits import channels_for
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
 
 __all__ = ["CalibrationOptions", "ShadowOptions", "TopKMode"]
 
 TopKMode = Literal["each", "shared", "off"]
-_ALLOTTED_MIN_LENGTH = 33  # shorter rows hold too little to skip
 
 
 class ShadowOptions(BaseModel):
@@ -26,8 +23,12 @@ class ShadowOptions(BaseModel):
     num_channels: int | None = Field(
         default=None, ge=2, multiple_of=2, description="Directions of a key; half of the head size if not given."
     )
-    num_sink: int = Field(default=16, ge=0, description="First keys that are always candidates.")
-    num_recent: int = Field(default=64, ge=0, description="Last keys that are always candidates.")
+    weight_floor: float = Field(
+        default=DEFAULT_WEIGHT_FLOOR,
+        gt=0.0,
+        le=MAX_WEIGHT_FLOOR,
+        description="Of the relative thresholds that they will be served with.",
+    )
     candidate_mass: float = Field(
         default=0.99, gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold in every head."
     )
@@ -61,7 +62,7 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    targets: tuple[TargetSpec, ...] = Field(description="What to calibrate for; constant ks ascending and first.")
+    targets: tuple[TargetSpec, ...] = Field(description="What to calibrate thresholds for; ks ascending.")
     max_length: int = Field(default=4096, ge=2, description="Tokens of a sequence; thresholds are clamped beyond.")
     num_sequences: int = Field(default=4, ge=1, description="Sequences to calibrate on.")
     row_fraction: float = Field(
@@ -77,21 +78,15 @@ class CalibrationOptions(BaseModel):
         "one), in a pass for each k, or not at all.",
     )
     dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1), description="Layers to serve dense.")
-    find_dense_layers: bool = Field(
-        default=False, description="Layers that lose too much at the first target become dense, too."
-    )
-    max_lost_mass: float | None = Field(
-        default=None, gt=0.0, lt=1.0, description="What is too much; twice what the median layer loses if not given."
-    )
     placement: Placement = "pre_softmax"
-    shadow: ShadowOptions | None = Field(default=None, description="For mode `shadow`; None for mode `values` alone.")
+    shadow: ShadowOptions | None = Field(default=None, description="Shadow keys; None to calibrate none.")
 
     @classmethod
     def create(cls, targets: Sequence[TargetSpec | int | str], **options: Any) -> "CalibrationOptions":
         """Checks options and puts the targets in order.
 
         Args:
-            targets: targets, their labels, or constant ks, in any order.
+            targets: targets, their labels, or ks, in any order.
             options: the other fields.
 
         Raises:
@@ -99,11 +94,9 @@ class CalibrationOptions(BaseModel):
             CalibrationError: an option has an impossible value, or contradicts another.
         """
         specs = [spec if isinstance(spec, TargetSpec) else TargetSpec.parse(str(spec)) for spec in targets]
-        specs.sort(key=lambda spec: (spec.constant_k is None, spec.constant_k or 0))
-        if not specs or len({spec.label for spec in specs}) < len(specs):
-            raise CalibrationError(
-                f"give different targets, at least one, got {[spec.label for spec in specs]}", field="targets"
-            )
+        specs.sort(key=lambda spec: spec.k)
+        if len({spec.k for spec in specs}) < len(specs):
+            raise CalibrationError(f"give different targets, got {[spec.label for spec in specs]}", field="targets")
         try:
             chosen = cls(targets=tuple(specs), **options)
         except ValidationError as error:
@@ -116,75 +109,30 @@ class CalibrationOptions(BaseModel):
     def _check_lengths(self) -> None:
         longest = self.max_length
         for spec in self.targets:
-            if spec.constant_k is not None and spec.constant_k >= longest:
+            if spec.k >= longest:
                 raise CalibrationError(
                     f"k {spec.k} needs rows of more than {spec.k} tokens, but max_length is {longest}",
                     field="targets",
                     remedy="Raise max_length or leave that k out",
                 )
-            if spec.constant_k is None:
-                largest = max(self.grid_ks, default=0)
-                keys = spec.rows or spec.survivors or (FIRST_GRID_K if spec.k is None else float(spec.keys(longest)))
-                if keys > largest or longest < 2 * _ALLOTTED_MIN_LENGTH:
-                    needed = max(2 * _ALLOTTED_MIN_LENGTH, 2 << (math.ceil(keys) - 1).bit_length())
-                    raise CalibrationError(
-                        f"{spec.label} needs a max_length of at least {needed}, but it is {longest}",
-                        field="targets",
-                        remedy="Raise max_length or leave that target out",
-                    )
-        if self.shadow and self.placement != "pre_softmax":
+        if not self.targets and not self.shadow:
             raise CalibrationError(
-                "shadow keys are compared with thresholds before the softmax",
-                field="placement",
-                remedy="Choose pre_softmax or mode values",
+                "nothing to calibrate", field="targets", remedy="Give a number of keys, or ask for shadow keys"
             )
-        if self.shadow and self.shadow.num_sink + self.shadow.num_recent >= longest // 2:
+        if self.shadow and longest < 2 * NUM_ANCHORS:
             raise CalibrationError(
-                f"{self.shadow.num_sink} first and {self.shadow.num_recent} last keys are always candidates, which is "
-                f"too many for a max_length of {longest}",
+                f"shadow keys need sequences of at least {2 * NUM_ANCHORS} tokens, max_length is {longest}: the "
+                f"{NUM_ANCHORS} anchors are always read",
                 field="max_length",
-                remedy="Raise it to more than twice as many, or lower num_sink and num_recent",
-            )
-        if self.find_dense_layers and self.probe_k is None:
-            raise CalibrationError(
-                f"the first target, {self.targets[0].label}, is no number of keys by which layers could be judged",
-                field="dense_layers",
-                remedy="Add a k, or name the dense layers",
+                remedy="Raise it",
             )
 
     @property
-    def constant_ks(self) -> list[int]:
-        """The ks that are observed for a target of their own, ascending."""
-        return [spec.constant_k for spec in self.targets if spec.constant_k is not None]
-
-    @property
-    def allotted(self) -> list[TargetSpec]:
-        """The targets that the grid decides, in their order; they come after the constant ks."""
-        return [spec for spec in self.targets if spec.constant_k is None]
-
-    @property
-    def grid_ks(self) -> list[int]:
-        """The k of the grid; none where no target needs one."""
-        return grid_ks(self.max_length) if self.allotted else []
-
-    @property
-    def probe_k(self) -> int | None:
-        """The k by which layers are judged for `find_dense_layers`: that of the first target, if it has one."""
-        first = self.targets[0]
-        return first.k or first.rows or first.survivors
+    def target_ks(self) -> list[int]:
+        """The ks, ascending."""
+        return [spec.k for spec in self.targets]
 
     @property
     def store_targets(self) -> list[Target]:
         """The targets with the lengths that their calibration covers."""
-        return [
-            Target(**spec.model_dump(), min_length=self._min_length(spec), max_length=self.max_length)
-            for spec in self.targets
-        ]
-
-    def _min_length(self, spec: TargetSpec) -> int:
-        if spec.constant_k is not None:
-            return spec.constant_k + 1
-        shortest = max(_ALLOTTED_MIN_LENGTH, (spec.rows or spec.survivors or 0) + 1)
-        if spec.k is None:
-            return shortest
-        return next(length for length in range(shortest, self.max_length + 1) if spec.keys(length) < length)
+        return [Target(k=spec.k, min_length=spec.k + 1, max_length=self.max_length) for spec in self.targets]

@@ -15,14 +15,15 @@ from pydantic import ValidationError
 import vllm_toptheta
 from vllm_toptheta import store
 from vllm_toptheta.calibration.data import Text, load_sequences
-from vllm_toptheta.calibration.job import DEGREE, NUM_BUCKETS, CalibrationJob
 from vllm_toptheta.calibration.model import load_model, load_tokenizer
 from vllm_toptheta.calibration.options import CalibrationOptions
 from vllm_toptheta.calibration.progress import progress_bar
+from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.calibration.state import Checkpoint
+from vllm_toptheta.calibration.thresholds import ThresholdCalibration
 from vllm_toptheta.errors import CalibrationError
 
-__all__ = ["DEGREE", "NUM_BUCKETS", "calibrate", "default_model_id", "package_versions"]
+__all__ = ["calibrate", "default_model_id", "package_versions"]
 
 
 def calibrate(
@@ -39,12 +40,12 @@ def calibrate(
     resume: bool = True,
     progress: bool = True,
 ) -> Path:
-    """Calibrates thresholds for a model and writes them as a store.
+    """Calibrates thresholds for a model, or shadow keys, or both, and writes them as a store.
 
-    For every constant k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
-    of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`; `allot`
-    says how other targets find theirs. Then the thresholds are applied to some of the sequences, and the store says
-    what they keep and lose. `shadow` says what is calibrated for shadow keys, if they are asked for. The same
+    For every k, layer, head and length bucket, the threshold is mean + beta * std of the k-th largest score
+    of the calibration rows (Top-Theta Attention, arXiv 2502.08363), smoothed over lengths by `fit.fit_curves`. Then
+    the thresholds are applied to some of the sequences, for what compensations need to know of the discarded scores.
+    `shadow` says what is calibrated for shadow keys. The same
     arguments give the same tensors to the bit, on the same machine and number of threads, however often the
     calibration was interrupted.
 
@@ -88,7 +89,14 @@ def calibrate(
         seed=options.seed,
     )
     model = load_model(model_dir, dtype=dtype, device=device, device_map=device_map)
-    job = CalibrationJob(model, sequences, architecture=architecture, options=options)
+    thresholds = shadow = None
+    if options.targets:
+        thresholds = ThresholdCalibration(model, sequences, architecture=architecture, options=options)
+    if options.shadow:
+        shadow = ShadowCalibration(model, sequences, architecture=architecture, options=options)
+    parts = [part for part in (thresholds, shadow) if part is not None]
+    passes = [run_pass for part in parts for run_pass in part.passes]
+    arrays = {name: array for part in parts for name, array in part.arrays.items()}
     checkpoint = Checkpoint(
         out / f".{folder.name}.calibration",
         _fingerprint(
@@ -97,46 +105,34 @@ def calibrate(
     )
     if not resume:
         checkpoint.remove()
-    done = checkpoint.restore(job.arrays)
+    done = checkpoint.restore(arrays)
     with progress_bar("passes", enabled=progress) as bar:
-        task = bar.add_task("calibrating", total=len(job.passes), completed=done)
-        for index, run_pass in enumerate(job.passes[done:], start=done + 1):
+        task = bar.add_task("calibrating", total=len(passes), completed=done)
+        for index, run_pass in enumerate(passes[done:], start=done + 1):
             run_pass()
-            checkpoint.save(index, job.arrays)
+            checkpoint.save(index, arrays)
             bar.advance(task)
 
     provenance = store.Provenance(
         text=tuple(text.source for text in texts),
         num_sequences=options.num_sequences,
         max_length=options.max_length,
-        row_fraction=options.row_fraction,
         seed=options.seed,
-        top_k_at_calibration=options.top_k != "off",
-        shared_k=job.shared_k,
-        beta=options.beta,
+        **(thresholds.provenance if thresholds else {}),
         dtype=str(dtype).removeprefix("torch."),
         versions=package_versions(),
         command=command or "vllm_toptheta.calibration.calibrate()",
         date=datetime.datetime.now(datetime.UTC).date(),
     )
-    unobserved = set(range(architecture.num_layers)) - set(job.moments.observed_layers)
-    dense_layers = tuple(sorted(unobserved.union(job.dense_layers)))
-    sparse_layers = [layer for layer in range(architecture.num_layers) if layer not in dense_layers]
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors().items()}
     draft = store.ManifestDraft(
         model=identity,
         architecture=architecture,
-        targets=tuple(job.targets),
-        dense_layers=dense_layers,
-        dense_layers_rule=_dense_layers_rule(job),
-        placement=options.placement,
-        outside_lengths="clamp",
-        degree=DEGREE,
-        num_buckets=len(job.edges) - 1,
+        thresholds=thresholds.section() if thresholds else None,
+        shadow=shadow.section() if shadow else None,
         calibration=provenance,
-        measurement=store.Measurement(num_sequences=job.num_measured),
-        shadow=job.shadow.section(sparse_layers) if job.shadow else None,
     )
-    store.save(folder, draft, {**job.tensors, **job.expectations(), **(job.shadow.tensors() if job.shadow else {})})
+    store.save(folder, draft, tensors)
     checkpoint.remove()
     return folder
 
@@ -160,14 +156,6 @@ def package_versions() -> dict[str, str]:
     """Returns the versions that decide the numbers, by package."""
     packages = {name: version(name) for name in ("numpy", "torch", "transformers")}
     return {"python": platform.python_version(), "vllm-toptheta": vllm_toptheta.__version__, **packages}
-
-
-def _dense_layers_rule(job: CalibrationJob) -> store.DenseLayersRule | None:
-    if job.lost_mass_bound is None:
-        return None
-    return store.DenseLayersRule(
-        given=job.options.dense_layers, max_lost_mass=job.lost_mass_bound, target=job.options.targets[0].label
-    )
 
 
 def _fingerprint(model_dir: Path, texts: Sequence[Text], options: CalibrationOptions, machine: str) -> str:

@@ -1,4 +1,4 @@
-"""What thresholds kept and lost in the rows that were measured, and the statistics that a store holds of it."""
+"""What thresholds discarded in the rows that were measured, and the means that a store holds of it."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def expectations(
     targets: Sequence[Target],
     edges: NDArray[np.int32],
 ) -> Expectations:
-    """Returns the mean, and where the store has it the 95th percentile, of what was measured.
+    """Returns the means of what was measured.
 
     Args:
         samples: `[num_targets, len(ROW_MEASURES), num_layers, num_heads, num_rows]`, what `measure.measure_rows`
@@ -31,7 +31,6 @@ def expectations(
     num_buckets = len(edges) - 1
     measured_rows = np.zeros((len(targets), num_buckets), np.int64)
     mean = np.zeros((len(ROW_MEASURES), num_layers, num_heads, len(targets), num_buckets), np.float32)
-    p95 = np.zeros_like(mean)
     bucket = bucket_of(lengths, edges)
     for index, target in enumerate(targets):
         for place in range(num_buckets):
@@ -41,13 +40,4 @@ def expectations(
                 values = samples[index][..., rows].astype(np.float64)
                 known = ~np.isnan(values)  # r of a row that discards nothing is not known
                 mean[..., index, place] = np.where(known, values, 0).sum(axis=-1) / np.maximum(known.sum(axis=-1), 1)
-                p95[:2, ..., index, place] = np.quantile(values[:2], 0.95, axis=-1)
-    return Expectations(
-        measured_rows=measured_rows,
-        lost_mass_mean=np.minimum(mean[0], 1.0),
-        lost_mass_p95=np.minimum(p95[0], 1.0),
-        survivors_mean=mean[1],
-        survivors_p95=p95[1],
-        offline_sum=mean[2],
-        exp_threshold_scale=mean[3],
-    )
+    return Expectations(measured_rows, *mean)

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bucket_of", "length_buckets", "sample_lengths"]
+__all__ = ["bucket_of", "length_buckets", "measured_lengths", "sample_lengths"]
+
+NUM_BUCKETS = 14
+# one sequence in so many is measured: a pass of its own for each target, for figures that vary little
+MEASURED_SHARE = 4
+# of all sequences together; bounds memory, and makes short contexts count as much as long ones
+MEASURED_ROWS_PER_BUCKET = 64
 
 
 def length_buckets(min_length: int, max_length: int, num_buckets: int) -> NDArray[np.int32]:
@@ -63,3 +69,24 @@ def sample_lengths(edges: NDArray[np.int32], seq_len: int, num_rows: int, seed: 
         drawn.append(generator.choice(bucket, share, replace=False))
         left -= share
     return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def measured_lengths(
+    min_length: int, max_length: int, *, num_sequences: int, seed: int
+) -> tuple[NDArray[np.int32], list[NDArray[np.int64]]]:
+    """Draws the rows to measure of the first of some sequences.
+
+    Args:
+        min_length: shortest row, tokens.
+        max_length: tokens of each sequence.
+        num_sequences: sequences that there are; one in `MEASURED_SHARE` is measured.
+        seed: the same seed gives the same rows.
+
+    Returns:
+        The edges of the length buckets, and of each measured sequence the lengths of its rows, as `sample_lengths`
+        returns them.
+    """
+    edges = length_buckets(min_length, max_length, NUM_BUCKETS)
+    num_measured = -(-num_sequences // MEASURED_SHARE)
+    num_rows = (len(edges) - 1) * max(1, MEASURED_ROWS_PER_BUCKET // num_measured)
+    return edges, [sample_lengths(edges, max_length, num_rows, (seed, 1, index)) for index in range(num_measured)]

@@ -78,7 +78,7 @@ class KeyMoments:
 
 @dataclass(frozen=True)
 class CandidateMeasures:
-    """What every sampled row reads and leaves unread with some margins; 0 in rows that stay dense.
+    """What every sampled row reads and leaves unread with some margins.
 
     Attributes:
         unread_mass: `[num_heads, num_rows]` float32, share of the softmax that no candidate holds.
@@ -119,7 +119,7 @@ class ScreenedBlock:
         lengths: `[num_rows]` int64, the keys that the rows see.
         scores: `[num_heads, num_rows, longest]` float32, minus infinity at later keys.
         shadow_scores: the same shape, of the keys' shadows, later keys included.
-        thresholds: `[num_heads, num_rows, 1]` float32, infinity in rows that stay dense.
+        thresholds: `[num_heads, num_rows, 1]` float32.
         always_read: `[num_rows, longest]` bool, keys that are candidates whatever they score.
     """
 
@@ -139,7 +139,6 @@ class ScreenedRows:
         key: `[seq_len, num_kv_heads, head_size]` float.
         lengths: `[num_rows]` int64 ascending, the keys that the sampled rows see; on the host.
         thresholds: `[num_rows, num_heads]` float32, scaled logits.
-        dense_length: rows that see at most this many keys stay dense, and count for nothing.
         projection: of the layer.
         always_read: keys that are candidates whatever they score.
         softmax_scale: factor on the products of query and key.
@@ -151,7 +150,6 @@ class ScreenedRows:
     key: Tensor
     lengths: Tensor
     thresholds: Tensor
-    dense_length: int
     projection: KeyProjection
     always_read: AlwaysRead
     softmax_scale: float
@@ -161,7 +159,6 @@ class ScreenedRows:
     def blocks(self) -> Iterator[ScreenedBlock]:
         """Yields the rows, as many at a time as a block may hold."""
         lengths = self.lengths.to(self.query.device)
-        thresholds = self.thresholds.masked_fill(lengths[:, None] <= self.dense_length, torch.inf)
         codes = encode_keys(self.key, self.projection)
         sampled = quantize_query(self.query[lengths - 1], self.projection, softmax_scale=self.softmax_scale)
         for block in sampled_blocks(
@@ -178,7 +175,7 @@ class ScreenedRows:
                 lengths=block.lengths,
                 scores=block.scores.flatten(0, 1),
                 shadow_scores=shadow_scores(part, codes[:longest], logits_soft_cap=self.soft_cap).transpose(0, 1),
-                thresholds=thresholds[block.rows].T.unsqueeze(-1),
+                thresholds=self.thresholds[block.rows].T.unsqueeze(-1),
                 always_read=self.always_read.mask(block.lengths, longest),
             )
 
@@ -222,7 +219,6 @@ def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
     masses, candidate_counts = [], []
     for block in rows.blocks():
         scores, thresholds, lengths = block.scores, block.thresholds, block.lengths
-        is_sparse = lengths > rows.dense_length
         visible = torch.arange(scores.shape[-1], device=device) < lengths[:, None]
         wanted = (block.shadow_scores >= thresholds - margin[:, None, None]) & visible
         candidates = wanted.unflatten(0, (num_kv_heads, -1)).any(dim=1) | block.always_read
@@ -234,7 +230,7 @@ def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
         group = num_heads // num_kv_heads
         unread_mass = mass.masked_fill_(candidates.repeat_interleave(group, dim=0), 0.0).sum(dim=-1)
         estimate = (lengths - num_candidates).repeat_interleave(group, dim=0) * level.exp()
-        masses.append(torch.stack([unread_mass, estimate]) * is_sparse)
-        candidate_counts.append(num_candidates * is_sparse)
+        masses.append(torch.stack([unread_mass, estimate]))
+        candidate_counts.append(num_candidates)
     unread_mass, estimate = torch.cat(masses, dim=-1)
     return CandidateMeasures(unread_mass, estimate, torch.cat(candidate_counts, dim=-1))

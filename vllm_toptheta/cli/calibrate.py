@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_toptheta.cli.terminal import words
-from vllm_toptheta.errors import SettingsError
+from vllm_toptheta.cli.terminal import integers
 
 __all__ = ["calibrate_command"]
 
-AUTO = "auto"
 CHARACTERS_PER_TOKEN = 8  # taken from a dataset; the most that a token stands for in ordinary text
 
 
@@ -34,21 +32,17 @@ def calibrate_command(
     builtin: Annotated[
         bool, typer.Option("--builtin", help="Python's own sources, beside what else is given.")
     ] = False,
-    k: Annotated[str | None, typer.Option(help="Keys per query head to keep; short for --target.")] = None,
-    target: Annotated[
+    k: Annotated[
         str | None,
-        typer.Option(help="Targets, separated by commas: k:64, k:64@2048^0.5, survivors:64, mass:0.98, rows:64."),
+        typer.Option(
+            help="Keys per query head that thresholds should keep, separated by commas; default: 32,64,128,256 in mode "
+            "values, no thresholds in mode shadow."
+        ),
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; thresholds are clamped beyond.")] = 4096,
     sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 4,
     row_fraction: Annotated[float, typer.Option(help="Share of the rows observed, even over lengths.")] = 1.0,
-    dense_layers: Annotated[
-        str, typer.Option(help="Layers to serve dense, separated by commas; auto adds those that lose too much.")
-    ] = "0,1",
-    max_lost_mass: Annotated[
-        float | None,
-        typer.Option(help="What auto calls too much at the first target; default: twice what the median layer loses."),
-    ] = None,
+    dense_layers: Annotated[str, typer.Option(help="Layers to serve dense, separated by commas.")] = "0,1",
     beta: Annotated[float, typer.Option(help="Standard deviations added to the mean threshold.")] = 0.0,
     top_k: Annotated[
         Literal["shared", "each", "off"],
@@ -60,13 +54,14 @@ def calibrate_command(
     ] = "pre_softmax",
     mode: Annotated[
         Literal["values", "shadow"],
-        typer.Option(help="What it will be served in; shadow calibrates shadow keys as well, and serves both."),
+        typer.Option(help="shadow calibrates shadow keys, for thresholds relative to the row."),
     ] = "values",
     channels: Annotated[
         int | None, typer.Option(help="Directions of a shadow key, 4 bits each; default: half of the head size.")
     ] = None,
-    sink: Annotated[int, typer.Option(help="First keys that mode shadow always reads.")] = 16,
-    recent: Annotated[int, typer.Option(help="Last keys that mode shadow always reads.")] = 64,
+    weight_floor: Annotated[
+        float, typer.Option(help="Of the relative thresholds that shadow keys will be served with.")
+    ] = 3.0,
     candidate_mass: Annotated[
         float, typer.Option(help="Share of the survivors' softmax that candidates hold in every head.")
     ] = 0.99,
@@ -83,7 +78,7 @@ def calibrate_command(
         str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
     ] = None,
 ) -> None:
-    """Calibrate thresholds for a model on texts and write them as a store."""
+    """Calibrate thresholds or shadow keys for a model on texts and write them as a store."""
     import shlex
 
     import torch
@@ -93,21 +88,17 @@ def calibrate_command(
     from vllm_toptheta.limits import gpus_lack
     from vllm_toptheta.store import read_architecture
 
-    layers, automatic = _dense_layers(dense_layers)
-    targets = [f"k:{number}" for number in words(k or "")] + words(target or "")
     options = CalibrationOptions.create(
-        targets or ["k:32", "k:64", "k:128", "k:256", "rows:64", "rows:128"],
+        integers("--k", ("32,64,128,256" if mode == "values" else "") if k is None else k),
         max_length=max_length,
         num_sequences=sequences,
         row_fraction=row_fraction,
         seed=seed,
         beta=beta,
         top_k=top_k,
-        dense_layers=layers,
-        find_dense_layers=automatic,
-        max_lost_mass=max_lost_mass,
+        dense_layers=tuple(integers("--dense-layers", dense_layers)),
         placement=placement,
-        shadow={"num_channels": channels, "num_sink": sink, "num_recent": recent, "candidate_mass": candidate_mass}
+        shadow={"num_channels": channels, "weight_floor": weight_floor, "candidate_mass": candidate_mass}
         if mode == "shadow"
         else None,
     )
@@ -140,14 +131,3 @@ def calibrate_command(
     )
     typer.echo(f"wrote {folder}")
     typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
-
-
-def _dense_layers(option: str) -> tuple[tuple[int, ...], bool]:
-    """The layers of --dense-layers, and whether others are to be found."""
-    parts = words(option)
-    try:
-        return tuple(sorted({int(part) for part in parts if part != AUTO})), AUTO in parts
-    except ValueError:
-        raise SettingsError(
-            f"not layers: {option!r}", field="--dense-layers", remedy="Write them as 0,1 or 0,1,auto or auto"
-        ) from None

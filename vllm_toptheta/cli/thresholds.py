@@ -1,4 +1,4 @@
-"""The commands `toptheta thresholds ...`: look at stores, check them, import and export them."""
+"""The commands `toptheta thresholds ...`: look at stores and check them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_toptheta.cli.interchange import export_command, import_command
-from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_error, print_table
+from vllm_toptheta.cli.terminal import ThresholdsOption, print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_toptheta.store import Provenance, ThresholdStore
+    from vllm_toptheta.store import Provenance, ShadowSection, ThresholdSection, ThresholdStore
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
-thresholds_app = typer.Typer(
-    help="Look at calibrated thresholds, check them, import and export them.", no_args_is_help=True
-)
-thresholds_app.command("import", context_settings=TEXT_FILES)(import_command)
-thresholds_app.command("export", context_settings=TEXT_FILES)(export_command)
+thresholds_app = typer.Typer(help="Look at calibrated thresholds and check them.", no_args_is_help=True)
 
 
 @thresholds_app.command("list")
@@ -33,7 +28,7 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
 
     from vllm_toptheta import store
 
-    table = Table("folder", "model", "k", "lengths", "dense layers")
+    table = Table("folder", "model", "k", "lengths", "dense layers", "shadow keys")
     failed = False
     for folder in store.list_stores(thresholds=thresholds):
         try:
@@ -45,9 +40,10 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
         table.add_row(
             escape(folder.name),
             manifest.model.id,
-            ", ".join(label.removeprefix("k:") for label in manifest.labels),
-            f"{manifest.targets[0].min_length} to {max(target.max_length for target in manifest.targets)}",
+            ", ".join(map(str, manifest.target_ks)) or "none",
+            f"up to {manifest.calibration.max_length}",
             ", ".join(map(str, manifest.dense_layers)) or "none",
+            "none" if manifest.shadow is None else f"{manifest.shadow.num_channels} channels",
         )
     print_table(table)
     if failed:
@@ -59,18 +55,18 @@ def show_thresholds(
     store_or_model: Annotated[str, typer.Argument(metavar="FOLDER|MODEL", help="A store, or a model to look up.")],
     thresholds: ThresholdsOption = None,
     layer: Annotated[int | None, typer.Option(help="Layer of the table; default: the first that is not dense.")] = None,
-    k: Annotated[int | None, typer.Option(help="Target k of the table; short for --target.")] = None,
-    target: Annotated[str | None, typer.Option(help="Target of the table; default: the largest calibrated k.")] = None,
+    k: Annotated[int | None, typer.Option(help="Target k of the table; default: the largest calibrated.")] = None,
 ) -> None:
-    """Summarise a store and print the thresholds of one layer."""
+    """Summarise a store and print the thresholds of one layer, if it has any."""
     from vllm_toptheta import store
 
     named = Path(store_or_model)
     is_folder = named.joinpath("manifest.yaml").is_file()
     loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
-    table = _theta_table(loaded, layer, target if k is None else f"k:{k}")
+    table = _theta_table(loaded, layer, k) if loaded.calibrated or k else None
     typer.echo(_summary(loaded))
-    print_table(table)
+    if table is not None:
+        print_table(table)
 
 
 @thresholds_app.command("validate")
@@ -107,12 +103,8 @@ def _summary(store: ThresholdStore) -> str:
         "architecture": f"{architecture.num_layers} layers, {architecture.num_heads} query heads, "
         f"{architecture.num_kv_heads} kv heads, head size {architecture.head_size}",
         "rope": rope,
-        "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in manifest.targets),
-        "expected": _expected(store),
-        "shadow keys": _shadow(store),
-        "dense layers": ", ".join(map(str, manifest.dense_layers)) or "none",
-        "placement": manifest.placement,
-        "polynomial": f"degree {manifest.degree} in ln n, from {manifest.num_buckets} length buckets",
+        **(_thresholds(manifest.thresholds) if manifest.thresholds else {}),
+        "shadow keys": _shadow(manifest.shadow),
         "calibrated": _calibrated(calibration),
         "text": ", ".join(text.name for text in calibration.text),
         "versions": ", ".join(f"{package} {version}" for package, version in calibration.versions.items()),
@@ -122,31 +114,23 @@ def _summary(store: ThresholdStore) -> str:
     return "\n".join(f"{name + ':':<14}{value}" for name, value in rows.items())
 
 
-def _expected(store: ThresholdStore) -> str:
-    """Return what the thresholds keep and lose at the longest calibrated length, over heads of the sparse layers."""
-    manifest = store.manifest
-    if store.expectations is None:
-        return "not measured"
-    sparse = [layer for layer in range(manifest.architecture.num_layers) if layer not in manifest.dense_layers]
-    texts = []
-    for target in manifest.targets:
-        curve = store.curve_of(target.label)
-        survivors = curve.expected("survivors_mean", target.max_length)[sparse].mean()
-        lost_mass = curve.expected("lost_mass_mean", target.max_length)[sparse].mean()
-        texts.append(f"{target.label}: {survivors:.0f} survivors, {lost_mass:.3f} of the mass lost")
-    return "; ".join(texts)
+def _thresholds(section: ThresholdSection) -> dict[str, str]:
+    """Return what calibrated thresholds cover."""
+    return {
+        "targets": "; ".join(f"{t.label} from {t.min_length} to {t.max_length} tokens" for t in section.targets),
+        "dense layers": ", ".join(map(str, section.dense_layers)) or "none",
+        "placement": section.placement,
+        "polynomial": f"degree {section.degree} in ln n, from {section.num_buckets} length buckets",
+    }
 
 
-def _shadow(store: ThresholdStore) -> str:
-    """Return what mode `shadow` reads, of layers that are not dense."""
-    section = store.manifest.shadow
+def _shadow(section: ShadowSection | None) -> str:
+    """Return what mode `shadow` reads."""
     if section is None:
         return "none"
-    shares = zip(store.manifest.labels, section.candidate_share, strict=True)
-    candidates = "; ".join(f"{label}: {share:.1%} of keys are candidates" for label, share in shares)
     return (
-        f"{section.num_channels} channels, the first {section.num_sink} and last {section.num_recent} keys are always "
-        f"candidates; {candidates}"
+        f"{section.num_channels} channels, for weight_floor {section.weight_floor:g} from {section.min_length} to "
+        f"{section.max_length} tokens; {section.candidate_share:.1%} of keys are candidates"
     )
 
 
@@ -162,7 +146,7 @@ def _calibrated(calibration: Provenance) -> str:
     return ", ".join([str(calibration.date), *(text for text, value in known.items() if value is not None)])
 
 
-def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -> Table:
+def _theta_table(store: ThresholdStore, layer: int | None, k: int | None) -> Table:
     """Return a table of theta: a row per head, a column per length."""
     from rich.table import Table
 
@@ -174,8 +158,7 @@ def _theta_table(store: ThresholdStore, layer: int | None, target: str | None) -
         raise SettingsError(
             f"no layer {layer}", file=store.folder, field="--layer", remedy=f"Choose one from 0 to {layers[-1]}"
         )
-    largest = f"k:{manifest.target_ks[-1]}" if manifest.target_ks else manifest.labels[0]
-    curve = store.curve_of(target or largest)
+    curve = store.curve(k or manifest.target_ks[-1])
     lengths = [n for n in TABLE_LENGTHS if curve.min_length <= n < curve.max_length] + [curve.max_length]
     dense = ", a dense layer" if layer in manifest.dense_layers else ""
     table = Table("head", *(f"n = {n}" for n in lengths), title=f"theta, layer {layer}{dense}, {curve.label}")

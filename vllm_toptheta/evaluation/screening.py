@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import KeyProjection, candidate_keys, encode_keys, quantize_query, shadow_scores
 from vllm_toptheta.store import ShadowKeys
 
@@ -26,21 +27,17 @@ class Screened:
 
 
 class ShadowScreen:
-    """The shadow keys of a store at one target.
+    """The shadow keys of a store.
 
     Args:
         shadow: those of the store.
-        target: label of the target.
         device: of the queries.
-
-    Raises:
-        TargetOutOfRange: the store was not calibrated for it.
     """
 
-    def __init__(self, shadow: ShadowKeys, target: str, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shadow: ShadowKeys, *, device: torch.device | str = "cpu") -> None:
         self._shadow = shadow
         self._device = device
-        self._margin = torch.from_numpy(shadow.margin(target).copy()).to(device)
+        self._margin = torch.from_numpy(shadow.margin.copy()).to(device)
         self._projection = cache(self._load_projection)
 
     def encode(self, layer_idx: int, key: Tensor) -> Tensor:
@@ -72,7 +69,7 @@ class ShadowScreen:
             softmax_scale: factor on the products of query and key.
             soft_cap: cap on the scores, scaled logits; None for a model without one.
         """
-        section, num_kv_heads = self._shadow.section, codes.shape[1]
+        num_kv_heads = codes.shape[1]
         projection = self._projection(layer_idx)
         scores = shadow_scores(
             quantize_query(query, projection, softmax_scale=softmax_scale), codes, logits_soft_cap=soft_cap
@@ -81,9 +78,9 @@ class ShadowScreen:
             scores,
             threshold - self._margin[layer_idx],
             num_kv_heads=num_kv_heads,
-            num_sink=section.num_sink,
-            num_recent=section.num_recent,
-            block_size=section.block_size,
+            num_sink=NUM_FIRST_ANCHORS,
+            num_recent=NUM_LAST_ANCHORS,
+            block_size=self._shadow.section.block_size,
         )
         return Screened(candidates.repeat_interleave(query.shape[1] // num_kv_heads, dim=1), scores)
 

@@ -76,19 +76,23 @@ class SparseAttention:
         if variant.method == "top_k":
             self.dense_length = _keys(variant)
             return
-        self._placement = store.manifest.placement
         lengths = np.arange(self.max_length + 1)
+        if variant.method == "shadow":
+            self.dense_layers = frozenset(variant.dense_layers or ())
+            self.dense_length = NUM_ANCHORS
+            self._screen = ShadowScreen(store.shadow, device=device)
+            if variant.calibrated_term is not None:
+                scale = store.shadow.exp_threshold_scale(lengths)
+                self._exp_threshold_scale = torch.from_numpy(scale).to(device)
+            return
+        self._placement = store.manifest.placement
         curve = store.curve_of(variant.target)
         self.dense_length = curve.dense_length
         # each [max_length + 1, num_layers, num_heads]: row n is for rows that see n keys
         self._thresholds = torch.from_numpy(curve.threshold(lengths)).to(device)
-        self._screen = ShadowScreen(store.shadow, curve.label, device=device) if variant.method == "shadow" else None
         match variant.calibrated_term:
             case "offline_sum":
                 self._offline_sum = torch.from_numpy(curve.expected("offline_sum", lengths)).to(device)
-            case "exp_threshold_scale" if self._screen is not None:
-                scale = store.shadow.exp_threshold_scale(curve.label, lengths)
-                self._exp_threshold_scale = torch.from_numpy(scale).to(device)
             case "exp_threshold_scale":
                 self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths)).to(device)
 

@@ -11,7 +11,7 @@ from typing import Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR
 from vllm_toptheta.reference import Denominator
 from vllm_toptheta.store import TargetSpec, ThresholdStore
 
@@ -96,7 +96,9 @@ class Variant(BaseModel):
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
-        if self.weight_floor is not None and self.method != "top_theta":
+        if self.weight_floor is not None and self.method == "top_k":
+            raise ValueError(f"{self.target} is no number of keys")
+        if self.weight_floor is None and self.method == "shadow":
             raise ValueError(f"{self.target} is a target of method top_theta")
         return self
 
@@ -164,12 +166,12 @@ def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> Threshol
     Raises:
         EvaluationError: it needs one, and there is none of its label.
     """
-    if variant.weight_floor is not None:
+    if variant.weight_floor is not None and variant.method != "shadow":
         return None
     store = stores.get(variant.thresholds)
     if store is None and variant.method != "top_k":
         raise EvaluationError(
-            f"{variant.target} needs calibrated thresholds",
+            f"{variant.method.replace('_', '-')} {variant.target} needs what was calibrated",
             field="thresholds",
             remedy="Give a store (--thresholds), or ask for thresholds that need none (--targets floor:3)",
         )
@@ -191,7 +193,8 @@ def expand_variants(
 
     Args:
         stores: threshold stores by their labels; none are needed for thresholds relative to the row and exact top-k.
-        targets: what the thresholds aim at; a bare number is a k.
+        targets: what the thresholds aim at in mode values; a bare number is a k. In mode shadow, they are those that
+            the store's shadow keys were calibrated for.
         num_layers: of the model.
         compensations: names out of `COMPENSATIONS`, each for the modes that have it, or `all`, which leaves out those
             that a store has no terms for; what a server of the mode has if none is named.
@@ -211,18 +214,18 @@ def expand_variants(
     labels = [_target_label(target) for target in targets]
     relative = [label for label in labels if label.startswith(_FLOOR)]
     calibrated = [label for label in labels if label not in relative]
-    if relative and "values" not in modes:
-        raise EvaluationError(
-            f"{relative[0]} is compared in mode values only",
-            field="mode",
-            remedy="Ask for that mode, or for another target",
-        )
-    if calibrated and not stores:
+    if calibrated and "values" in modes and not stores:
         store_of(Variant(target=calibrated[0]), stores)
-    sources = [
-        ("", None, relative, ["values"]),
-        *((label, store, calibrated, modes) for label, store in stores.items()),
-    ]
+    if "shadow" in modes and not stores:
+        store_of(Variant(method="shadow", target=floor_label(DEFAULT_WEIGHT_FLOOR, field="mode")), stores)
+    sources: list[tuple[str, ThresholdStore | None, list[str], Mode]] = []
+    if "values" in modes:
+        sources.append(("", None, relative, MODES["values"]))
+    for label, store in stores.items():
+        if "values" in modes:
+            sources.append((label, store, calibrated, MODES["values"]))
+        if "shadow" in modes:
+            sources.append((label, store, [_shadow_target(store, relative)], MODES["shadow"]))
     variants = [
         Variant(
             method=mode.method,
@@ -232,9 +235,8 @@ def expand_variants(
             cap_k=cap_k,
             dense_layers=layers,
         )
-        for label, store, of_source, having in sources
+        for label, store, of_source, mode in sources
         for target in of_source
-        for mode in map(MODES.__getitem__, having)
         for name in _compensations(mode, compensations, store)
         for layers in dense_layers
     ]
@@ -246,6 +248,18 @@ def expand_variants(
         if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
         for layers in dense_layers
     ]
+
+
+def _shadow_target(store: ThresholdStore, relative: Sequence[str]) -> str:
+    """The floor that shadow keys were calibrated for, which has to be among those asked for, if any are."""
+    label = floor_label(store.shadow.section.weight_floor, field="targets")
+    if relative and label not in relative:
+        raise EvaluationError(
+            f"the shadow keys of {store.folder} were calibrated for {label}, not for {relative[0]}",
+            field="targets",
+            remedy=f"Ask for {label}, or calibrate again with another --weight-floor",
+        )
+    return label
 
 
 def _target_label(target: str) -> str:

@@ -27,7 +27,7 @@ def default_targets(manifest: Manifest) -> tuple[str, ...]:
     ks = manifest.target_ks
     if ks and ks[0] <= PREFERRED_K <= ks[-1]:
         return (f"k:{PREFERRED_K}",)
-    return manifest.labels[-1:]
+    return manifest.labels[-1:] or (f"k:{PREFERRED_K}",)
 
 
 def make_report(
@@ -52,7 +52,7 @@ def make_report(
         texts: text files that the thresholds were not calibrated on.
         thresholds: a store calibrated for the model.
         calibration_texts: the texts that they were calibrated on, to compare with; none to leave that out.
-        targets: labels, such as k:64 or mass:0.98; none for `default_targets`.
+        targets: labels, such as k:64; none for `default_targets`.
         length: tokens of a sequence, more than any target keeps dense.
         num_sequences: sequences of each kind of text.
         seed: chooses the sequences out of the texts.

@@ -12,7 +12,6 @@ from vllm_toptheta.store.io import load, read_architecture, save
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
     Architecture,
-    DenseLayersRule,
     Manifest,
     ManifestDraft,
     Measurement,
@@ -20,14 +19,15 @@ from vllm_toptheta.store.schema import (
     Provenance,
     ShadowSection,
     TextSource,
+    ThresholdSection,
 )
 from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection
 from vllm_toptheta.store.target import Target, TargetSpec
-from vllm_toptheta.store.thresholds import ThresholdStore
+from vllm_toptheta.store.thresholds import CalibratedThresholds, ThresholdStore
 
 __all__ = [
     "Architecture",
-    "DenseLayersRule",
+    "CalibratedThresholds",
     "Expectations",
     "Manifest",
     "ManifestDraft",
@@ -41,6 +41,7 @@ __all__ = [
     "TargetSpec",
     "TextSource",
     "ThresholdCurve",
+    "ThresholdSection",
     "ThresholdStore",
     "folder_name",
     "list_stores",

@@ -17,13 +17,13 @@ class ThresholdCurve:
     """The thresholds of one target, as a function of the sequence length.
 
     Attributes:
-        dense_length: Rows of at most this many tokens are dense; k, where the target is a constant k.
+        dense_length: Rows of at most this many tokens are dense: k.
         coefficients: [num_layers, num_heads, degree + 1] float32, of ascending powers of ln n.
         min_length: Shortest calibrated row, in tokens.
         max_length: Longest calibrated row, in tokens.
         label: The target, as `TargetSpec.parse` reads it.
         placement: What the thresholds apply to. After the softmax, the polynomial is that of ln theta.
-        expectations: What the thresholds keep and lose; None where nothing was measured.
+        expectations: What compensations need; None where nothing was measured.
         bucket_edges: [num_buckets + 1] int32, the lengths that `expectations` belong to; None without them.
     """
 
@@ -69,7 +69,7 @@ class ThresholdCurve:
         return value.astype(np.float32)
 
     def expected(self, name: ExpectationName, seq_len: ArrayLike) -> NDArray[np.float32]:
-        """Return what was measured of the thresholds at calibration, at a sequence length.
+        """Return what was measured of the discarded scores at calibration, at a sequence length.
 
         Args:
             name: Which attribute of `Expectations`.
@@ -83,7 +83,7 @@ class ThresholdCurve:
         """
         if self.expectations is None or self.bucket_edges is None:
             raise ExpectationsMissing(
-                "these thresholds came without a measurement of what they keep and lose",
+                "these thresholds came without a measurement of what they discard",
                 field=name,
                 remedy="Calibrate the model again (toptheta calibrate --help)",
             )
@@ -91,7 +91,7 @@ class ThresholdCurve:
 
 
 def interpolate(lower: ThresholdCurve, upper: ThresholdCurve, target_k: int, weight: float) -> ThresholdCurve:
-    """Return the curve between those of two constant ks, `weight` of the way up, on the lengths that both cover."""
+    """Return the curve between those of two ks, `weight` of the way up, on the lengths that both cover."""
     coefficients = (1 - weight) * lower.coefficients.astype(np.float64) + weight * upper.coefficients
     expectations = None
     if lower.expectations is not None and upper.expectations is not None:

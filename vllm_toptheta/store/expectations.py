@@ -1,7 +1,6 @@
-"""What thresholds keep and lose: measured on calibration text, with the thresholds applied as they are when served.
+"""What the paper's compensations need to know of discarded scores: measured with the thresholds applied as when served.
 
-The guard of a server compares what it sees with it, and the compensations that know only an average of the discarded
-scores (`reference.Compensation`: `offline`, and `exp_threshold` with its scale r) take it from here.
+`reference.Compensation` takes it: `offline`, and `exp_threshold` with its scale r.
 """
 
 from __future__ import annotations
@@ -13,14 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-ExpectationName = Literal[
-    "lost_mass_mean",
-    "lost_mass_p95",
-    "survivors_mean",
-    "survivors_p95",
-    "offline_sum",
-    "exp_threshold_scale",
-]
+ExpectationName = Literal["offline_sum", "exp_threshold_scale"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,19 +23,12 @@ class Expectations:
 
     Attributes:
         measured_rows: `[num_targets, num_buckets]` int64, rows behind each number; all others are zero without rows.
-        lost_mass_mean: `[num_layers, num_heads, num_targets, num_buckets]` float32, share of the softmax.
-        lost_mass_p95: The same shape, the 95th percentile of it.
-        survivors_mean: The same shape, keys kept.
-        survivors_p95: The same shape, the 95th percentile of it.
-        offline_sum: The same shape, mean of sum exp(s - m) over the discarded scores s of a row, m its largest score.
+        offline_sum: `[num_layers, num_heads, num_targets, num_buckets]` float32, mean of sum exp(s - m) over the
+            discarded scores s of a row, m its largest score.
         exp_threshold_scale: The same shape, r = mean of exp(s - theta) over discarded scores.
     """
 
     measured_rows: NDArray[np.int64]
-    lost_mass_mean: NDArray[np.float32]
-    lost_mass_p95: NDArray[np.float32]
-    survivors_mean: NDArray[np.float32]
-    survivors_p95: NDArray[np.float32]
     offline_sum: NDArray[np.float32]
     exp_threshold_scale: NDArray[np.float32]
 

@@ -33,7 +33,6 @@ from vllm_toptheta.errors import (
 from vllm_toptheta.store import strict_yaml, tensors
 from vllm_toptheta.store.expectations import EXPECTATION_NAMES, Expectations
 from vllm_toptheta.store.schema import (
-    READABLE_VERSIONS,
     SCHEMA_VERSION,
     Architecture,
     Manifest,
@@ -42,7 +41,7 @@ from vllm_toptheta.store.schema import (
     describe,
 )
 from vllm_toptheta.store.shadow import SHADOW_NAMES, ShadowKeys
-from vllm_toptheta.store.thresholds import ThresholdStore
+from vllm_toptheta.store.thresholds import CalibratedThresholds, ThresholdStore
 
 MANIFEST_NAME = "manifest.yaml"
 TENSORS_NAME = "thresholds.safetensors"
@@ -77,8 +76,9 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
     Args:
         folder: Where to; its parents are created. An existing folder is replaced only if it is a store or empty.
         draft: The manifest without its checksums; those of a whole `Manifest` are computed anew.
-        arrays: The tensors of `ThresholdStore`, by name, in its dtypes and shapes; with those of `Expectations` if
-            the draft has a measurement, and those of `shadow.SHADOW_NAMES` if it has shadow keys.
+        arrays: By name, in the dtypes and shapes of `tensors.expected_formats`: the tensors of `CalibratedThresholds`
+            if the draft has thresholds, with those of `Expectations` if they were measured, and those of
+            `shadow.SHADOW_NAMES` if it has shadow keys.
 
     Returns:
         The store, as `load` will return it.
@@ -92,7 +92,7 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
         raise StoreTooLarge(
             f"{len(tensor_bytes)} bytes; no more than {MAX_TENSORS_BYTES} would be read",
             file=folder / TENSORS_NAME,
-            remedy="Calibrate fewer targets, or shadow keys of fewer channels",
+            remedy="Calibrate fewer ks, or shadow keys of fewer channels",
         )
     manifest = Manifest.from_draft(draft, tensors_sha256=hashlib.sha256(tensor_bytes).hexdigest())
     manifest_bytes = strict_yaml.dump(manifest.model_dump(exclude_none=True)).encode()
@@ -147,11 +147,11 @@ def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> Threshol
     arrays = tensors.decode(tensor_bytes, manifest, file=tensors_file)
     measured = {name: arrays.pop(name) for name in EXPECTATION_NAMES if name in arrays}
     shadow = [arrays.pop(name) for name in SHADOW_NAMES if name in arrays]
+    expectations = Expectations(**measured) if measured else None
     return ThresholdStore(
         folder,
         manifest,
-        **arrays,
-        expectations=Expectations(**measured) if manifest.measurement else None,
+        calibrated=CalibratedThresholds(**arrays, expectations=expectations) if manifest.thresholds else None,
         shadow_keys=ShadowKeys(folder, manifest, *shadow) if manifest.shadow else None,
     )
 
@@ -167,12 +167,14 @@ def _parse_manifest(content: bytes, file: Path) -> Manifest:
         raise ManifestInvalid(
             f"expected an integer, got {clip(version)}", file=file, field="schema_version", remedy=_RESTORE
         )
-    if version not in READABLE_VERSIONS:
+    if version != SCHEMA_VERSION:
         raise ManifestVersion(
-            f"version {version}; this release reads {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}",
+            f"version {version}; this release reads version {SCHEMA_VERSION}",
             file=file,
             field="schema_version",
-            remedy="Upgrade vllm-toptheta" if version > SCHEMA_VERSION else _RESTORE,
+            remedy="Upgrade vllm-toptheta"
+            if version > SCHEMA_VERSION
+            else "Calibrate the model again (toptheta calibrate --help)",
         )
     try:
         manifest = Manifest.model_validate(fields)

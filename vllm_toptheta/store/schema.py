@@ -1,4 +1,4 @@
-"""What manifest.yaml says: which model the thresholds belong to, what they cover and how they were made.
+"""What manifest.yaml says: which model a store belongs to, what it covers and how it was made.
 
     ManifestDraft   everything the author of a store states
     Manifest        the draft, the checksum of thresholds.safetensors and its own: the content of manifest.yaml
@@ -18,10 +18,10 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
+from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.store.fields import (
     MAX_HEADS,
     MAX_LAYERS,
-    MAX_TOKENS,
     PRINTABLE,
     Count,
     Sha256,
@@ -32,8 +32,7 @@ from vllm_toptheta.store.fields import (
 from vllm_toptheta.store.rope import normalise_rope
 from vllm_toptheta.store.target import Target
 
-SCHEMA_VERSION: Final = 3
-READABLE_VERSIONS: Final = (1, 2, 3)
+SCHEMA_VERSION: Final = 4
 
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
 RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
@@ -41,7 +40,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ModelIdentity(StrictModel):
-    """The model the thresholds were calibrated on."""
+    """The model that was calibrated."""
 
     id: str = Field(
         max_length=256,
@@ -158,39 +157,61 @@ class Provenance(StrictModel):
 
 
 class Measurement(StrictModel):
-    """How it was measured what the thresholds keep and lose: they were applied to calibration text, as served."""
+    """How `Expectations` were measured: thresholds were applied to calibration text, as served."""
 
     num_sequences: Count
 
 
-class DenseLayersRule(StrictModel):
-    """How `dense_layers` were chosen: those given, and those that would lose more than a bound."""
+class ThresholdSection(StrictModel):
+    """What is said of calibrated thresholds."""
 
-    given: Annotated[tuple[int, ...], Field(strict=False, max_length=MAX_LAYERS)]
-    max_lost_mass: float = Field(gt=0.0, lt=1.0, description="Mean over heads and lengths, at the target.")
-    target: ShortText
+    targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
+    dense_layers: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
+    ]
+    placement: Literal["pre_softmax", "post_softmax"]
+    degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
+    num_buckets: int = Field(ge=1, le=1024)
+    measurement: Measurement | None = Field(default=None, description="None where nothing was measured.")
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        for lower, upper in zip(self.targets, self.targets[1:], strict=False):
+            if lower.k >= upper.k:
+                raise ValueError(f"targets: k must ascend, got {lower.k} before {upper.k}")
+            if max(lower.min_length, upper.min_length) > min(lower.max_length, upper.max_length):
+                raise ValueError(f"targets: k {lower.k} and k {upper.k} share no length, so nothing lies between them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dense_layers(self) -> Self:
+        if list(self.dense_layers) != sorted(set(self.dense_layers)):
+            raise ValueError("dense_layers must ascend without repetition")
+        return self
 
 
 class ShadowSection(StrictModel):
-    """What is said of shadow keys: what keys are projected on, and which of them are candidates."""
+    """What is said of shadow keys: what keys are projected on, and which of them are candidates.
 
-    num_channels: int = Field(ge=2, le=1024, description="Directions that a key is projected on, 4 bits each.")
-    num_sink: int = Field(ge=0, le=MAX_TOKENS, description="First keys that are always candidates.")
-    num_recent: int = Field(ge=0, le=MAX_TOKENS, description="Last keys that are always candidates.")
+    They serve thresholds relative to the row; a row's anchors are always candidates.
+    """
+
+    num_channels: int = Field(ge=2, le=1024, multiple_of=2, description="Directions that a key is projected on.")
+    weight_floor: float = Field(gt=0.0, le=MAX_WEIGHT_FLOOR, description="Of the relative thresholds calibrated for.")
+    min_length: Tokens = Field(description="Shortest calibrated row, in tokens.")
+    max_length: Tokens = Field(description="Longest calibrated row, in tokens.")
     block_size: Tokens = Field(
         description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
     )
     candidate_mass: float = Field(
         gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
     )
-    candidate_share: Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=64)] = Field(
-        description="Expected candidates over keys for each target, mean of the kv heads of sparse layers."
-    )
+    candidate_share: Share = Field(description="Expected candidates over keys, mean of layers and kv heads.")
 
     @model_validator(mode="after")
-    def _check_channels(self) -> Self:
-        if self.num_channels % 2:
-            raise ValueError(f"num_channels must be even, got {self.num_channels}")
+    def _check_lengths(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ValueError(f"expected min_length <= max_length, got {self.min_length}, {self.max_length}")
         return self
 
 
@@ -203,81 +224,51 @@ class TensorsDigest(StrictModel):
 class ManifestDraft(StrictModel):
     """A manifest before its tensors are written; `save` adds the checksums."""
 
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     model: ModelIdentity
     architecture: Architecture
-    targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
-    dense_layers: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
-    ]
-    dense_layers_rule: DenseLayersRule | None = Field(default=None, description="None where they were given.")
-    placement: Literal["pre_softmax", "post_softmax"]
-    outside_lengths: Literal["clamp"] | None = Field(
-        default=None, description="theta beyond a target's lengths is that of the nearest calibrated length."
-    )
-    degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
-    num_buckets: int = Field(ge=1, le=1024)
-    calibration: Provenance
-    measurement: Measurement | None = Field(default=None, description="None where nothing was measured.")
+    thresholds: ThresholdSection | None = Field(default=None, description="None where there are only shadow keys.")
     shadow: ShadowSection | None = Field(default=None, description="None where there are no shadow keys.")
+    calibration: Provenance
 
     @model_validator(mode="after")
-    def _check_targets(self) -> Self:
-        constant = [target for target in self.targets if target.constant_k is not None]
-        if list(self.targets[: len(constant)]) != constant:
-            raise ValueError("targets: those of a constant k come first")
-        for lower, upper in zip(constant, constant[1:], strict=False):
-            if (lower.k or 0) >= (upper.k or 0):
-                raise ValueError(f"targets: k must ascend, got {lower.k} before {upper.k}")
-            if max(lower.min_length, upper.min_length) > min(lower.max_length, upper.max_length):
-                raise ValueError(f"targets: k {lower.k} and k {upper.k} share no length, so nothing lies between them")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("targets: one is repeated")
-        return self
-
-    @model_validator(mode="after")
-    def _check_version(self) -> Self:
-        if self.schema_version == 1 and (self.measurement or len(self.target_ks) < len(self.targets)):
-            raise ValueError("schema_version 1 has no measurement and no targets other than a constant k")
-        if self.schema_version < 3 and self.shadow:
-            raise ValueError(f"schema_version {self.schema_version} has no shadow keys")
-        return self
-
-    @model_validator(mode="after")
-    def _check_shadow(self) -> Self:
-        if self.shadow is None:
-            return self
-        if self.placement != "pre_softmax":
-            raise ValueError(f"shadow: scores are compared before the softmax, placement is {self.placement}")
-        if self.shadow.num_channels > self.architecture.head_size:
-            raise ValueError(
-                f"shadow: {self.shadow.num_channels} channels of keys with {self.architecture.head_size} numbers"
-            )
-        if len(self.shadow.candidate_share) != len(self.targets):
-            raise ValueError(
-                f"shadow: {len(self.shadow.candidate_share)} numbers in candidate_share for {len(self.targets)} targets"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_dense_layers(self) -> Self:
-        if list(self.dense_layers) != sorted(set(self.dense_layers)):
-            raise ValueError("dense_layers must ascend without repetition")
+    def _check_sections(self) -> Self:
+        if self.thresholds is None and self.shadow is None:
+            raise ValueError("neither thresholds nor shadow: a store without content")
         if self.dense_layers and self.dense_layers[-1] >= self.architecture.num_layers:
             raise ValueError(
                 f"dense_layers: no layer {self.dense_layers[-1]} in a model of {self.architecture.num_layers}"
             )
+        if self.shadow and self.shadow.num_channels > self.architecture.head_size:
+            raise ValueError(
+                f"shadow: {self.shadow.num_channels} channels of keys with {self.architecture.head_size} numbers"
+            )
         return self
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """What thresholds were calibrated for, k ascending; none where there are only shadow keys."""
+        return () if self.thresholds is None else self.thresholds.targets
+
+    @property
     def target_ks(self) -> tuple[int, ...]:
-        """The calibrated constant ks, ascending; they come first among `targets`."""
-        return tuple(target.constant_k for target in self.targets if target.constant_k is not None)
+        """The ks of `targets`."""
+        return tuple(target.k for target in self.targets)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels of `targets`."""
         return tuple(target.label for target in self.targets)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that read everything where calibrated thresholds are served."""
+        return () if self.thresholds is None else self.thresholds.dense_layers
+
+    @property
+    def placement(self) -> Literal["pre_softmax", "post_softmax"]:
+        """What thresholds apply to; relative ones are compared before the softmax."""
+        return "pre_softmax" if self.thresholds is None else self.thresholds.placement
 
 
 class Manifest(ManifestDraft):

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vllm_toptheta.limits import MAX_LOG_SCALE
-from vllm_toptheta.store.position import locate
 from vllm_toptheta.store.schema import Manifest, ShadowSection
 
 SHADOW_NAMES = (
@@ -52,9 +51,10 @@ class ShadowKeys:
         encoder: `[num_layers, num_kv_heads, head_size, num_channels]` float32.
         decoder: `[num_layers, num_kv_heads, num_channels, head_size]` float32.
         key_mean: `[num_layers, num_kv_heads, head_size]` float32.
-        margins: `[num_layers, num_heads, num_targets]` float32, scaled logits.
-        scale_coefficients: `[num_layers, num_heads, num_targets, 2]` float32, ln r = c_0 + c_1 ln n.
-        candidate_shares: `[num_layers, num_kv_heads, num_targets]` float32.
+        margin: `[num_layers, num_heads]` float32, scaled logits, not negative: how far below theta the score of a
+            shadow may be for its key to be a candidate.
+        log_scale: `[num_layers, num_heads, 2]` float32, ln r = c_0 + c_1 ln n, n clamped to the calibrated lengths.
+        candidate_share: `[num_layers, num_kv_heads]` float32, candidates over keys, at the lengths of the calibration.
     """
 
     folder: Path
@@ -62,9 +62,9 @@ class ShadowKeys:
     encoder: NDArray[np.float32]
     decoder: NDArray[np.float32]
     key_mean: NDArray[np.float32]
-    margins: NDArray[np.float32]
-    scale_coefficients: NDArray[np.float32]
-    candidate_shares: NDArray[np.float32]
+    margin: NDArray[np.float32]
+    log_scale: NDArray[np.float32]
+    candidate_share: NDArray[np.float32]
 
     @property
     def section(self) -> ShadowSection:
@@ -83,79 +83,18 @@ class ShadowKeys:
         """
         return ShadowProjection(self.encoder[layer_idx], self.decoder[layer_idx], self.key_mean[layer_idx])
 
-    def margin(self, target: str) -> NDArray[np.float32]:
-        """Return how far below theta the score of a shadow may be for its key to be a candidate.
-
-        Args:
-            target: A label, such as k:64. A constant k between two calibrated ones is interpolated, linear in ln k.
-
-        Returns:
-            `[num_layers, num_heads]` float32, scaled logits, not negative.
-
-        Raises:
-            SettingsError: It is no label.
-            TargetOutOfRange: It was not calibrated.
-        """
-        return self._at(self.margins, target)
-
-    def log_scale(self, target: str) -> NDArray[np.float32]:
-        """Return the coefficients of ln r for rows of n tokens: ln r = c_0 + c_1 ln n, n clamped as for theta.
-
-        Args:
-            target: As for `margin`.
-
-        Returns:
-            `[num_layers, num_heads, 2]` float32.
-
-        Raises:
-            SettingsError: It is no label.
-            TargetOutOfRange: It was not calibrated.
-        """
-        return self._at(self.scale_coefficients, target, axis=-2)
-
-    def exp_threshold_scale(self, target: str, seq_len: ArrayLike) -> NDArray[np.float32]:
+    def exp_threshold_scale(self, seq_len: ArrayLike) -> NDArray[np.float32]:
         """Return r: a key that is not read enters the softmax denominator as r * exp(theta - m).
 
         That of mode `values`, `ThresholdCurve.expected("exp_threshold_scale", n)`, is another: of all discarded keys.
 
         Args:
-            target: As for `margin`.
             seq_len: Cached keys including the query's own, in tokens; an integer or an array of them.
 
         Returns:
             `[*seq_len.shape, num_layers, num_heads]` float32.
-
-        Raises:
-            SettingsError: It is no label.
-            TargetOutOfRange: It was not calibrated.
         """
-        place = locate(self.manifest, target, folder=self.folder)
-        targets = [self.manifest.targets[index] for index in (place.lower, place.upper)]
-        # of a k between two, the lengths that both cover, as for theta
-        shortest, longest = max(one.min_length for one in targets), min(one.max_length for one in targets)
-        log_length = np.log(np.clip(np.asarray(seq_len, np.float64), shortest, longest))[..., None, None]
-        coefficients = self.log_scale(target).astype(np.float64)
-        log_scale = coefficients[..., 0] + coefficients[..., 1] * log_length
+        clamped = np.clip(np.asarray(seq_len, np.float64), self.section.min_length, self.section.max_length)
+        coefficients = self.log_scale.astype(np.float64)
+        log_scale = coefficients[..., 0] + coefficients[..., 1] * np.log(clamped)[..., None, None]
         return np.asarray(np.exp(np.minimum(log_scale, MAX_LOG_SCALE)), np.float32)
-
-    def candidate_share(self, target: str) -> NDArray[np.float32]:
-        """Return the share of keys that are candidates, at the lengths of the calibration.
-
-        Args:
-            target: As for `margin`.
-
-        Returns:
-            `[num_layers, num_kv_heads]` float32.
-
-        Raises:
-            SettingsError: It is no label.
-            TargetOutOfRange: It was not calibrated.
-        """
-        return self._at(self.candidate_shares, target)
-
-    def _at(self, array: NDArray[np.float32], target: str, *, axis: int = -1) -> NDArray[np.float32]:
-        place = locate(self.manifest, target, folder=self.folder)
-        lower, upper = np.take(array, place.lower, axis=axis), np.take(array, place.upper, axis=axis)
-        mixed: NDArray[np.float32] = ((1 - place.weight) * lower + place.weight * upper).astype(np.float32)
-        mixed.flags.writeable = False
-        return mixed

@@ -32,6 +32,7 @@ from vllm_toptheta.store.shadow import SHADOW_NAMES
 MAX_HEADER_BYTES = 64 * 1024
 # keeps theta, and codes of shadow keys, finite in float32 at any length that a manifest allows
 MAX_COEFFICIENT = 1e9
+_TOO_LARGE = f"beyond +-{MAX_COEFFICIENT:g}"
 _LENGTH_BYTES = 8
 _ITEM_BYTES = {"F32": 4, "I32": 4, "I64": 8}
 _REMEDY = "The store was written wrongly: calibrate the model again (toptheta calibrate --help)"
@@ -51,32 +52,34 @@ class TensorFormat(NamedTuple):
 
 def expected_formats(manifest: ManifestDraft) -> dict[str, TensorFormat]:
     """Return the format of every tensor that a manifest implies, by name."""
-    num_targets, num_buckets = len(manifest.targets), manifest.num_buckets
-    per_head = (manifest.architecture.num_layers, manifest.architecture.num_heads, num_targets)
-    expectations = dict.fromkeys(EXPECTATION_NAMES, TensorFormat("F32", (*per_head, num_buckets)))
-    expectations["measured_rows"] = TensorFormat("I64", (num_targets, num_buckets))
-    shadow: dict[str, TensorFormat] = {}
+    sizes = manifest.architecture
+    per_head, per_kv_head = (sizes.num_layers, sizes.num_heads), (sizes.num_layers, sizes.num_kv_heads)
+    formats: dict[str, TensorFormat] = {}
+    if manifest.thresholds is not None:
+        counted = (len(manifest.targets), manifest.thresholds.num_buckets)
+        statistic = TensorFormat("F32", (*per_head, *counted))
+        formats = {
+            "coefficients": TensorFormat("F32", (*per_head, counted[0], manifest.thresholds.degree + 1)),
+            "bucket_edges": TensorFormat("I32", (counted[1] + 1,)),
+            "row_count": TensorFormat("I64", counted),
+            "score_mean": statistic,
+            "score_std": statistic,
+        }
+        if manifest.thresholds.measurement:
+            formats |= dict.fromkeys(EXPECTATION_NAMES, statistic)
+            formats["measured_rows"] = TensorFormat("I64", counted)
     if manifest.shadow is not None:
-        num_layers, num_kv_heads = manifest.architecture.num_layers, manifest.architecture.num_kv_heads
-        head_size, num_channels = manifest.architecture.head_size, manifest.shadow.num_channels
+        head_size, num_channels = sizes.head_size, manifest.shadow.num_channels
         shapes = (
-            (num_layers, num_kv_heads, head_size, num_channels),
-            (num_layers, num_kv_heads, num_channels, head_size),
-            (num_layers, num_kv_heads, head_size),
+            (*per_kv_head, head_size, num_channels),
+            (*per_kv_head, num_channels, head_size),
+            (*per_kv_head, head_size),
             per_head,
             (*per_head, 2),
-            (num_layers, num_kv_heads, num_targets),
+            per_kv_head,
         )
-        shadow = {name: TensorFormat("F32", shape) for name, shape in zip(SHADOW_NAMES, shapes, strict=True)}
-    return {
-        "coefficients": TensorFormat("F32", (*per_head, manifest.degree + 1)),
-        "bucket_edges": TensorFormat("I32", (num_buckets + 1,)),
-        "row_count": TensorFormat("I64", (num_targets, num_buckets)),
-        "score_mean": TensorFormat("F32", (*per_head, num_buckets)),
-        "score_std": TensorFormat("F32", (*per_head, num_buckets)),
-        **(expectations if manifest.measurement else {}),
-        **shadow,
-    }
+        formats |= {name: TensorFormat("F32", shape) for name, shape in zip(SHADOW_NAMES, shapes, strict=True)}
+    return formats
 
 
 def encode(tensors: Mapping[str, NDArray[Any]]) -> bytes:
@@ -174,12 +177,14 @@ def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, 
         if not condition:
             raise TensorValues(message, file=file, field=name, remedy=_REMEDY)
 
-    for name in ("coefficients", *(SHADOW_NAMES if manifest.shadow else ())):
-        require((np.abs(tensors[name]) <= MAX_COEFFICIENT).all(), name, f"beyond +-{MAX_COEFFICIENT:g}")
+    for name in ("coefficients", *SHADOW_NAMES):
+        require(name not in tensors or (np.abs(tensors[name]) <= MAX_COEFFICIENT).all(), name, _TOO_LARGE)
     if manifest.shadow:
         for name in ("shadow_margin", "shadow_candidate_share"):
             require((tensors[name] >= 0).all(), name, "a number is negative")
         require((tensors["shadow_candidate_share"] <= 1).all(), "shadow_candidate_share", "a share is above 1")
+    if manifest.thresholds is None:
+        return
     edges = tensors["bucket_edges"].astype(np.int64)
     require(edges[0] >= 1 and (np.diff(edges) > 0).all(), "bucket_edges", "edges must be positive and ascend")
     for target in manifest.targets:
@@ -189,16 +194,15 @@ def _check_values(tensors: Mapping[str, NDArray[Any]], manifest: ManifestDraft, 
             f"the buckets do not cover lengths {target.min_length} to {target.max_length} of {target.label}",
         )
     counted = {"row_count": ["score_mean", "score_std"]}
-    if manifest.measurement:
+    if manifest.thresholds.measurement:
         counted["measured_rows"] = [name for name in EXPECTATION_NAMES if name != "measured_rows"]
     for count_name, statistics in counted.items():
         count = tensors[count_name]
         require((count >= 0).all(), count_name, "a count is negative")
         for index, target in enumerate(manifest.targets):
             require(count[index].any(), count_name, f"no row was counted for {target.label}")
-            too_short = edges[1:] - 1 <= target.dense_length
+            too_short = edges[1:] - 1 <= target.k
             require(not count[index, too_short].any(), count_name, f"rows too short for {target.label}")
         for name in statistics:
             require(not tensors[name][:, :, count == 0].any(), name, "not zero in a bucket without rows")
             require(name == "score_mean" or (tensors[name] >= 0).all(), name, "a number is negative")
-            require(not name.startswith("lost_mass") or (tensors[name] <= 1).all(), name, "a share is above 1")

@@ -1,0 +1,1 @@
+"""Thresholds that the paper's own code calibrated, as a store."""
