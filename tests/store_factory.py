@@ -45,11 +45,13 @@ def make_draft(
     placement: Literal["pre_softmax", "post_softmax"] = "pre_softmax",
     measured: bool = False,
     num_channels: int | None = None,
+    weight_floor: float = 3.0,
     calibrated: bool = True,
 ) -> ManifestDraft:
     """Return a manifest whose buckets `make_tensors` can fill: `max_length` must exceed every k by num_buckets.
 
-    `num_channels` are those of shadow keys, None for none; without `calibrated`, there is nothing else.
+    `num_channels` and `weight_floor` are those of shadow keys, None for none; without `calibrated`, there is nothing
+    else.
     """
     return ManifestDraft(
         model=ModelIdentity(id=model_id),
@@ -74,7 +76,7 @@ def make_draft(
         if num_channels is None
         else ShadowSection(
             num_channels=num_channels,
-            weight_floor=3.0,
+            weight_floor=weight_floor,
             min_length=145,
             max_length=max_length,
             block_size=16,

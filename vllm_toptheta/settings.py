@@ -93,7 +93,7 @@ class Settings(BaseSettings):
         "of two.",
     )
     guard_share: float = Field(
-        0.5, gt=0.0, lt=1.0, description="Share of a layer's tokens that may lose more than max_lost_mass."
+        0.1, gt=0.0, lt=1.0, description="Share of a layer's tokens that may lose more than max_lost_mass."
     )
     always_shadow: bool = Field(
         False,
@@ -133,7 +133,7 @@ class Settings(BaseSettings):
             raise SettingsError(
                 f"expected a mapping, got {type(options).__name__}",
                 field=f"additional_config.{OPTIONS_KEY}",
-                remedy="""write --additional-config '{"toptheta": {"weight_floor": 3}}'""",
+                remedy="""write --additional-config '{"toptheta": {"weight_floor": 2}}'""",
             )
         known = ", ".join(cls.model_fields)
         variables = {ENV_PREFIX + name.upper() for name in cls.model_fields} | {ALLOW_UNTESTED}

@@ -14,7 +14,7 @@ from vllm_toptheta import store
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.benchmarks.dummy import SAMPLED_PAGES, keep, write_model
 from vllm_toptheta.kernels.codec import ShadowCodec
-from vllm_toptheta.kernels.contract import LayerThresholds
+from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, LayerThresholds
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, NUM_TOKENS = 2, 2, 2, 64, 4000
 
@@ -46,9 +46,9 @@ class CountingEngine:
         zeros = torch.zeros(NUM_KV_HEADS, HEAD_SIZE, HEAD_SIZE // 2)
         plan = SimpleNamespace(
             counters=LayerCounters(index, list(range(NUM_KV_HEADS)), GROUP, counts_keys=True),
-            thresholds=LayerThresholds(torch.zeros(1, num_heads, 1)),
+            thresholds=LayerThresholds(torch.full((num_heads, NUM_COEFFICIENTS), 7.0), is_relative=True),
             shadow=SimpleNamespace(
-                margin=torch.zeros(1, num_heads),
+                margin=torch.zeros(num_heads),
                 codec=ShadowCodec.build(zeros, zeros.mT, torch.zeros(NUM_KV_HEADS, HEAD_SIZE)),
             ),
         )
@@ -67,8 +67,8 @@ class CountingEngine:
         """Three tokens."""
         for index in range(NUM_LAYERS):
             plan = self.layers[index].impl.layer_plan
-            theta = plan.thresholds.coefficients[0].view(NUM_KV_HEADS, GROUP, 1)
-            candidates = (self.shadows[index] >= theta - plan.shadow.margin[0].view(NUM_KV_HEADS, GROUP, 1)).any(1)
+            theta = plan.thresholds.coefficients[:, 0].view(NUM_KV_HEADS, GROUP, 1)
+            candidates = (self.shadows[index] >= theta - plan.shadow.margin.view(NUM_KV_HEADS, GROUP, 1)).any(1)
             survives = (self.scores[index] >= theta).any(1) & candidates
             plan.counters.buffers.totals[0] += 3
             plan.counters.buffers.keys_read.add_(3 * candidates.sum(1))
@@ -91,6 +91,7 @@ def test_value_rows_are_as_many_as_wanted() -> None:
     assert (last_read(engine, "value_rows_read") - 100).abs().max() <= 3
     assert not any(bool(layer.impl.layer_plan.shadow.margin.any()) for layer in engine.layers)
     assert engine.resets == 0
+    assert not any(bool(layer.impl.layer_plan.thresholds.coefficients[:, 1:].any()) for layer in engine.layers)
 
 
 def test_keys_and_value_rows_are_as_many_as_wanted() -> None:
@@ -115,9 +116,8 @@ def test_keys_are_projected_where_they_vary_most_and_encoded_anew() -> None:
         assert lost == pytest.approx(0.15, abs=0.04)
 
 
-def test_the_written_thresholds_serve_both_modes(tmp_path: Path) -> None:
+def test_the_written_store_has_shadow_keys_alone(tmp_path: Path) -> None:
     model, thresholds = write_model(tmp_path)
     written = store.load(store.resolve(str(model), thresholds=thresholds))
-    assert written.manifest.shadow is not None
-    assert written.manifest.shadow.num_channels == 64
-    assert not written.curve(1).coefficients.any()
+    assert written.manifest.thresholds is None
+    assert written.shadow.section.num_channels == 64

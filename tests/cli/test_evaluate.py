@@ -200,14 +200,14 @@ def test_relative_thresholds_are_the_default_and_need_no_store(
     assert code == 0, err
     report = read(tmp_path / "report.json")
     targets = {comparison["variant"]["target"] for comparison in report["domains"][0]["comparisons"]}
-    assert (targets, report["setup"]["stores"]) == ({"floor:3", "k:16"}, [])
+    assert (targets, report["setup"]["stores"]) == ({"floor:2", "k:16"}, [])
     code, _, err = run("perplexity", *model, *sizes, "--targets", "floor:3,k:64")
     assert code == 2
     assert "there-is-none" in err
     questions = ("--tasks", "needle", "--lengths", 300, "--depths", 0, "--samples", 1)
     code, out, err = run("tasks", *model, *questions)
     assert code == 0, err
-    assert "top-theta floor:3 sdc+vmc" in out
+    assert "top-theta floor:2 sdc+vmc" in out
 
 
 def test_decode(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The guard of a live server: text unlike the calibration text, and ordinary text again.
+"""The guard of a live server: a text of which too much is lost, and one of which less is, again.
 
-Thresholds were calibrated on at most 640 tokens of code. Long rows of random digits lose more in several layers.
+The floor is high, so that after a little code the first layer loses most of the softmax. After a long row of random
+digits, where the same floor is a smaller weight, no layer does.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ LONG = 1500  # tokens
 
 
 @pytest.fixture(scope="module")
-def guarded(model: Path, measured_thresholds: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A plain `vllm serve` with thresholds that came with a measurement."""
+def guarded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A plain `vllm serve`."""
     port = free_port()
-    options = {"toptheta": {"thresholds": str(measured_thresholds), "target_k": 32, "guard_share": LIMIT}}
+    options = {"toptheta": {"weight_floor": 5, "max_lost_mass": 0.5, "guard_share": LIMIT}}
     command = ["vllm", "serve", str(model), "--attention-backend", "toptheta", "--port", str(port)]
     command += ["--additional-config", json.dumps(options), "--served-model-name", "smollm2-135m-instruct"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
@@ -90,24 +91,24 @@ def decode_until(done: Callable[[Stretch], bool], server: Server, prompt: list[i
 
 def test_lost_mass_returns_into_range_and_thresholds_return_later(guarded: Server, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ordinary = tokenizer(inspect.getsource(argparse), truncation=True, max_length=300)["input_ids"]
+    code = tokenizer(inspect.getsource(argparse), truncation=True, max_length=300)["input_ids"]
     chance = random.Random(0)  # noqa: S311 - nothing is secret
     digits = [chance.choice(tokenizer("0123456789")["input_ids"]) for _ in range(LONG)]
 
-    quiet = [decode(guarded, ordinary) for _ in range(2)][-1]
-    assert len(quiet.lowered_by) == 28
+    quiet = [decode(guarded, digits) for _ in range(2)][-1]
+    assert len(quiet.lowered_by) == 30
     assert set(quiet.lowered_by.values()) == {0.0} == set(quiet.alarms.values())
     assert max(quiet.share_above.values()) <= LIMIT
 
-    first = decode_until(lambda seen: any(seen.alarms.values()), guarded, digits, most=4)[-1]
+    first = decode_until(lambda seen: any(seen.alarms.values()), guarded, code, most=4)[-1]
     alarmed = [layer for layer, alarms in first.alarms.items() if alarms]
     for layer in alarmed:
-        assert first.lost_mass[layer] > 1.5 * quiet.lost_mass[layer]
+        assert first.lost_mass[layer] > quiet.lost_mass[layer]
         assert first.share_above[layer] > LIMIT
         assert first.lowered_by[layer] == RELAXATION[1]
 
     # thresholds are lowered until every layer is in range
-    settled = decode_until(lambda seen: max(seen.share_above.values()) <= LIMIT, guarded, digits, most=10)[-1]
+    settled = decode_until(lambda seen: max(seen.share_above.values()) <= LIMIT, guarded, code, most=10)[-1]
     for layer in alarmed:
         assert settled.lost_mass[layer] < first.lost_mass[layer]
     lowered = {layer: by for layer, by in settled.lowered_by.items() if by}
@@ -117,7 +118,7 @@ def test_lost_mass_returns_into_range_and_thresholds_return_later(guarded: Serve
         return any(seen.lowered_by[layer] < by for layer, by in lowered.items())
 
     # not at once, yet after a calm while, and without another alarm
-    back = decode_until(has_returned, guarded, ordinary, most=FIRST_PATIENCE + 3)
+    back = decode_until(has_returned, guarded, digits, most=FIRST_PATIENCE + 3)
     assert len(back) >= FIRST_PATIENCE - 1
     assert back[-1].alarms == back[0].alarms
     assert all(back[-1].lowered_by[layer] <= by for layer, by in lowered.items())

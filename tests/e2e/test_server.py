@@ -40,7 +40,7 @@ def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> 
     assert ",toptheta vllm serve " in command
     assert " --attention-backend toptheta " in command
     assert log.count("toptheta: thresholds of HuggingFaceTB/SmolLM2-135M-Instruct") == 1
-    assert "toptheta: thresholds floor:3: relative to each row" in log
+    assert "toptheta: thresholds floor:2: relative to each row" in log
 
 
 @on_the_server
@@ -48,7 +48,7 @@ def test_a_long_context_reads_few_value_rows(server: Server, text_ids: list[int]
     before = server.stats()
     server.post("/v1/completions", prompt=text_ids[:3000], max_tokens=64, temperature=0, ignore_eos=True)
     after = server.stats()
-    assert (after["mode"], after["target"], after["dense_layers"]) == ("values", "floor:3", [])
+    assert (after["mode"], after["target"], after["dense_layers"]) == ("values", "floor:2", [])
     assert len(after["layers"]) == 28 * 3
     for old, new in zip(before["layers"], after["layers"], strict=True):
         assert new["decode_tokens"] - old["decode_tokens"] == 63  # the first token comes from the prompt's last row

@@ -20,6 +20,7 @@ from vllm_toptheta.reference import Phase
 from vllm_toptheta.store import ThresholdStore
 
 PROMPT, NEW = 60, 40
+LONG_PROMPT = 150  # longer than there are anchors
 
 
 def sliding_model() -> Any:
@@ -57,23 +58,25 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return recorded
 
 
-def check(model: Any, attention: SparseAttention, steps: list[Tensor], *, largest_change: float | None) -> None:
+def check(
+    model: Any, attention: SparseAttention, steps: list[Tensor], *, prompt: int = PROMPT, largest_change: float | None
+) -> None:
     """Decodes greedily, then reads prompt and continuation at once: both give the same logits."""
     steps.clear()
-    prompt_ids = random_tokens(PROMPT)
-    prompt = read_prompt(model, prompt_ids, attention)
-    (tokens,) = decode_greedily(model, [Lane(prompt, attention)], max_new_tokens=NEW)
+    prompt_ids = random_tokens(prompt)
+    read = read_prompt(model, prompt_ids, attention)
+    (tokens,) = decode_greedily(model, [Lane(read, attention)], max_new_tokens=NEW)
     decoded = torch.stack(steps)
     assert tokens == decoded.argmax(dim=-1).tolist()
-    again = decode_greedily(model, [Lane(prompt, attention)], max_new_tokens=NEW)
+    again = decode_greedily(model, [Lane(read, attention)], max_new_tokens=NEW)
     assert again == [tokens], "a prompt is used up by decoding"
 
     whole = torch.cat([prompt_ids, torch.tensor(tokens)])
-    route = SparseRoute(attention, num_prompt_tokens=PROMPT, counts=ReadCounts(len(whole)))
+    route = SparseRoute(attention, num_prompt_tokens=prompt, counts=ReadCounts(len(whole)))
     logits = {}
     for name, whole_route in (("sparse", route), ("dense", DenseRoute())):
         with routed(model, whole_route):
-            logits[name] = next_token_logits(model, hidden_states(model, whole)[PROMPT - 1 : -1])
+            logits[name] = next_token_logits(model, hidden_states(model, whole)[prompt - 1 : -1])
     torch.testing.assert_close(decoded, logits["sparse"], rtol=1e-3, atol=1e-3)
     change = float((logits["sparse"] - logits["dense"]).abs().max())
     assert change == 0 if largest_change is None else change > largest_change
@@ -88,16 +91,20 @@ def check(model: Any, attention: SparseAttention, steps: list[Tensor], *, larges
         Variant(target="k:8", compensation="offline"),
         Variant(method="top_k", target="k:8", compensation="none"),
         Variant(target="k:8", cap_k=4),
+        Variant(target="floor:3", dense_layers=()),
         Variant(method="shadow", target="floor:3", compensation="candidates+vmc"),
         Variant(method="shadow", target="floor:3", compensation="shadow+vmc"),
     ],
-    ids=["exact", "scaled", "offline", "top-k", "capped", "shadow", "shadow scores"],
+    ids=["exact", "scaled", "offline", "top-k", "capped", "relative", "shadow", "shadow scores"],
 )
 def test_decoding_equals_the_rows_of_a_whole_text(
     model: Any, store: ThresholdStore, steps: list[Tensor], variant: Variant, phase: Phase
 ) -> None:
-    attention = SparseAttention(variant, store, max_length=PROMPT + NEW, phase=phase)
-    check(model, attention, steps, largest_change=0.1)
+    is_relative = variant.weight_floor is not None
+    needs_store = not is_relative or variant.method == "shadow"
+    prompt = LONG_PROMPT if is_relative else PROMPT
+    attention = SparseAttention(variant, store if needs_store else None, max_length=prompt + NEW, phase=phase)
+    check(model, attention, steps, prompt=prompt, largest_change=0.01 if is_relative else 0.1)
 
 
 def test_decoding_knows_sliding_windows(steps: list[Tensor], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def check(model: str | Path, *, revision: str | None = None, config_path: str | 
 
 def test_without_a_store(model: Path) -> None:
     told = (
-        "thresholds floor:3: relative to each row, no key of 3 times the average weight is skipped; dense layers none"
+        "thresholds floor:2: relative to each row, no key of 2 times the average weight is skipped; dense layers none"
     )
     assert check(model).startswith(told)
     assert check(model, weight_floor=1.5, dense_layers=[0]).startswith("thresholds floor:1.5: ")

@@ -1,9 +1,10 @@
 """A model of a given shape with random weights, and thresholds that keep a given number of its keys.
 
-Random weights give random scores, for which no calibration on texts exists. So the thresholds are set on the running
-engine: the counters tell how many value rows a kv head reads, and its threshold is bisected until it reads what is
-wanted. In mode `shadow`, what keys are projected on comes from the engine's own pages, and the margins, likewise by
-bisection, from the number of keys that are to be read.
+The scores of random weights are all next to zero, and so alike that every key has the average weight: thresholds
+relative to the row keep all keys or none. So the thresholds are set on the running engine: the counters tell how many
+value rows a kv head reads, and its threshold is bisected until it reads what is wanted. In mode `shadow`, what keys are
+projected on comes from the engine's own pages, and the margins, likewise by bisection, from the number of keys that are
+to be read.
 
 vLLM makes a worker's tensors in inference mode, where alone they may be written, and calls functions that are sent to
 it outside of that.
@@ -41,19 +42,18 @@ LLAMA_8B = {
     "eos_token_id": 128001,
     "tie_word_embeddings": False,
 }
-TARGET_K = 1  # of the store: every sequence of more tokens is thresholded
 BISECTIONS = 16
 SAMPLED_PAGES = 64  # keys of so many are projected on their principal components
 SMALLEST, LARGEST = 1e-16, 1e4  # between these lies every threshold above zero that random weights need
 
 
 def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) -> tuple[Path, Path]:
-    """Write a model directory of Llama-3.1-8B's shape, without weights, and a store of zero thresholds for it.
+    """Write a model directory of Llama-3.1-8B's shape, without weights, and a store of shadow keys for it, all zeros.
 
     Args:
         folder: Where to.
         name: The model's name.
-        max_length: Of the thresholds, tokens.
+        max_length: Of the store, tokens.
 
     Returns:
         The model's directory, and the directory of its store.
@@ -62,13 +62,9 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(LLAMA_8B))
     architecture = store.Architecture.from_hf_config(LLAMA_8B)
-    target = store.Target(k=TARGET_K, min_length=TARGET_K + 1, max_length=max_length)
     draft = store.ManifestDraft(
         model=store.ModelIdentity(id=name),
         architecture=architecture,
-        thresholds=store.ThresholdSection(
-            targets=(target,), dense_layers=(), placement="pre_softmax", degree=0, num_buckets=1
-        ),
         shadow=store.ShadowSection(
             num_channels=architecture.head_size // 2,
             weight_floor=1.0,
@@ -90,20 +86,15 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
             date=datetime.datetime.now(datetime.UTC).date(),
         ),
     )
-    per_head = (architecture.num_layers, architecture.num_heads, 1, 1)
+    per_head = (architecture.num_layers, architecture.num_heads)
     per_kv_head = (architecture.num_layers, architecture.num_kv_heads)
     sizes = architecture.head_size, architecture.head_size // 2
     arrays: dict[str, NDArray[Any]] = {
-        "coefficients": np.zeros(per_head, np.float32),
-        "bucket_edges": np.array([TARGET_K + 1, max_length + 1], np.int32),
-        "row_count": np.ones((1, 1), np.int64),
-        "score_mean": np.zeros(per_head, np.float32),
-        "score_std": np.zeros(per_head, np.float32),
         "shadow_encoder": np.zeros((*per_kv_head, *sizes), np.float32),
         "shadow_decoder": np.zeros((*per_kv_head, *reversed(sizes)), np.float32),
         "shadow_key_mean": np.zeros((*per_kv_head, architecture.head_size), np.float32),
-        "shadow_margin": np.zeros(per_head[:2], np.float32),
-        "shadow_scale_coefficients": np.zeros((*per_head[:2], 2), np.float32),
+        "shadow_margin": np.zeros(per_head, np.float32),
+        "shadow_scale_coefficients": np.zeros((*per_head, 2), np.float32),
         "shadow_candidate_share": np.ones(per_kv_head, np.float32),
     }
     store.save(folder / "thresholds" / name, draft, arrays)
@@ -114,7 +105,7 @@ def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float 
     """Set a running engine's thresholds so that each kv head reads about so many value rows and keys per token.
 
     Args:
-        engine: A `vllm.LLM` whose thresholds are constants; functions are sent to its workers, so the environment needs
+        engine: A `vllm.LLM` with thresholds; functions are sent to its workers, so the environment needs
             `VLLM_ALLOW_INSECURE_SERIALIZATION=1`.
         decode: Computes the sequences to be measured, unless they are in the prefix cache, and decodes a few tokens.
         rows: Value rows wanted.
@@ -181,14 +172,18 @@ def _take(worker: Any, counter: str) -> list[list[float]]:
 
 @torch.inference_mode()
 def _set_numbers(worker: Any, thetas: list[list[float]], margins: list[list[float]] | None) -> None:
-    """One threshold, and one margin, for each layer and kv head, written where the captured graphs read them."""
+    """One threshold, and one margin, for each layer and kv head, written where the captured graphs read them.
+
+    Relative thresholds lose their slope by that, but anchors are scored as ever.
+    """
     for index, layer in enumerate(_sparse_layers(worker)):
         plan = layer.impl.layer_plan
         group = plan.counters.num_queries_per_kv
         coefficients = plan.thresholds.coefficients
-        coefficients[0, :, 0].copy_(coefficients.new_tensor(thetas[index]).repeat_interleave(group))
+        coefficients.zero_()
+        coefficients[:, 0].copy_(coefficients.new_tensor(thetas[index]).repeat_interleave(group))
         if margins is not None:
-            plan.shadow.margin[0].copy_(coefficients.new_tensor(margins[index]).repeat_interleave(group))
+            plan.shadow.margin.copy_(coefficients.new_tensor(margins[index]).repeat_interleave(group))
 
 
 @torch.inference_mode()

@@ -37,6 +37,7 @@ class ServingWorkload(BaseModel):
     dtype: str = "auto"
     enforce_eager: bool = True
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend toptheta.")
+    shadow_keys: str | None = Field(default=None, description="Store for mode shadow; that of the model if not given.")
     random_rows: int | None = Field(
         default=None, description="Random weights, with thresholds by which a kv head reads that many value rows."
     )
@@ -97,7 +98,8 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             times[backend].ms_per_token += measured.ms_per_token
             times[backend].rows_read_share = measured.rows_read_share
             times[backend].keys_read_share = measured.keys_read_share
-    named = workload.model_copy(update={"model": Path(workload.model).name})  # where it lies is nobody's business
+    # where they lie is nobody's business
+    named = workload.model_copy(update={"model": Path(workload.model).name, "shadow_keys": None})
     return ServingReport(workload=named, device=_device(), vllm=version("vllm"), backends=list(times.values()))
 
 
@@ -155,6 +157,8 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     is_dummy = workload.random_rows is not None
     name, _, mode = backend.partition(":")
     options = workload.options | ({"mode": mode} if mode else {})
+    if mode == "shadow" and workload.shadow_keys is not None:
+        options["thresholds"] = workload.shadow_keys
     engine = LLM(
         model=workload.model,
         attention_backend=name,

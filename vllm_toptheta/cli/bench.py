@@ -116,7 +116,7 @@ def bench_serving(
     ] = "CPU_ATTN,TOPTHETA",
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,
-    k: Annotated[int | None, typer.Option(help="Target k; default: the backend's.")] = None,
+    weight_floor: Annotated[float | None, typer.Option(help="As for serve; default: the backend's.")] = None,
     random_rows: Annotated[
         int | None,
         typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
@@ -131,16 +131,17 @@ def bench_serving(
     import tempfile
     from contextlib import ExitStack
 
-    from vllm_toptheta.benchmarks.dummy import TARGET_K, write_model
+    from vllm_toptheta.benchmarks.dummy import write_model
     from vllm_toptheta.benchmarks.serving import ServingWorkload, compare, serving_table
 
+    shadow_keys = None
     with ExitStack() as stack:
         if random_rows is not None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             folder, thresholds = write_model(Path(scratch), name=model)
-            model, k = str(folder), TARGET_K
+            model, shadow_keys = str(folder), str(thresholds)
             # the thresholds are set on the running engine, by functions sent to its workers
-            os.environ.update(TOPTHETA_THRESHOLDS=str(thresholds), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         workload = ServingWorkload(
             random_rows=random_rows,
             random_keys=random_keys,
@@ -151,7 +152,8 @@ def bench_serving(
             repeats=repeats,
             dtype=dtype,
             enforce_eager=not compile,
-            options={} if k is None else {"target_k": k},
+            options={} if weight_floor is None else {"weight_floor": weight_floor},
+            shadow_keys=shadow_keys,
         )
         report = compare(workload, backends.split(","), rounds)
     print_table(serving_table(report))

@@ -21,8 +21,8 @@ TargetsOption = Annotated[
     typer.Option(
         "--k",
         "--targets",
-        help="By commas: floor:3, thresholds relative to the row, which need no store, or keys per query head and "
-        "other targets of a store. Default: floor:3, or 64,128 of the stores that --thresholds names.",
+        help="By commas: floor:2, thresholds relative to the row, which need no store, or keys per query head and "
+        "other targets of a store. Default: floor:2, or 64,128 of the stores that --thresholds names.",
     ),
 ]
 ModeOption = Annotated[str, typer.Option(help="By commas: values, shadow; the latter needs shadow keys in the store.")]

@@ -240,11 +240,11 @@ def expand_variants(
         for name in _compensations(mode, compensations, store)
         for layers in dense_layers
     ]
-    label, store = next(iter(stores.items()), ("", None))
+    first, its_store = next(iter(stores.items()), ("", None))
     return variants + [
-        Variant(method="top_k", thresholds=label, target=_k_label(k), compensation=name, dense_layers=layers)
+        Variant(method="top_k", thresholds=first, target=_k_label(k), compensation=name, dense_layers=layers)
         for k in top_k
-        for name in _compensations(MODES["values"], compensations, store)
+        for name in _compensations(MODES["values"], compensations, its_store)
         if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
         for layers in dense_layers
     ]

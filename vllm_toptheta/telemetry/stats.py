@@ -58,7 +58,7 @@ class InForce(BaseModel):
     mode: str
     guard: str = Field(description="off, warn or relax; off in mode shadow, which only estimates what is lost.")
     max_lost_mass: float = Field(description="What a token of a query head may lose before the guard counts it.")
-    target: str | None = Field(description="What the thresholds aim at, floor:3 or k:128; null if none are used.")
+    target: str | None = Field(description="What the thresholds aim at, floor:2 or k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")
     thresholds: str | None = Field(
