@@ -162,7 +162,8 @@ class DecodeState:
         Raises:
             EvaluationError: it cannot be written.
         """
-        self._write("report.json", report.model_dump_json(indent=1).encode() + b"\n")
+        # on one line: a number a line would make layers times variants times lengths of them
+        self._write("report.json", report.model_dump_json().encode() + b"\n")
 
     def _write(self, name: str, content: bytes) -> None:
         if self._folder is None:
