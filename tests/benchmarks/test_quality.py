@@ -12,6 +12,7 @@ from tests.store_factory import make_store
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.selection import ServedThresholds
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -43,7 +44,7 @@ def test_a_whole_text_on_the_kernel(layer: int, tmp_path: Path) -> None:
     variant = Variant(target=f"k:{TARGET_K}")
     attention = SparseAttention(variant, store, max_length=SEQ_LEN, device=DEVICE)
     reference = SparseRoute(attention, counts=ReadCounts(SEQ_LEN, device=DEVICE))
-    kernel = KernelRoute(store.curve(TARGET_K), dense_layers=[0])
+    kernel = KernelRoute(ServedThresholds.calibrated(store.curve(TARGET_K)), dense_layers=[0])
     options = {"softmax_scale": HEAD_SIZE**-0.5, "soft_cap": None}
     expected = reference.attend(layer, query, key, value, **options)
     actual = kernel.attend(layer, query, key, value, **options)

@@ -65,7 +65,7 @@ def test_perplexity(run: Run, folder: Path, tmp_path: Path) -> None:
 
 
 def test_perplexity_by_mode_and_dense_layers(run: Run, folder: Path, tmp_path: Path) -> None:
-    options = ("--k", 8, "--sequences", 1, "--length", 80, "--json", tmp_path / "report.json")
+    options = ("--k", 8, "--sequences", 1, "--length", 200, "--json", tmp_path / "report.json")
     modes = ("--mode", "values,shadow", "--dense-layers", "store", "--dense-layers", "none", "--dense-layers", "2,0")
     code, out, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options, *modes))
     assert code == 0, err

@@ -145,7 +145,6 @@ class TestKubernetes:
         (claim,) = [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
         assert claim["persistentVolumeClaim"]["claimName"] == read("kubernetes/pvc.yaml")["metadata"]["name"]
         assert str(settings.model).startswith(mounted[claim["name"]])
-        assert str(settings.options["thresholds"]).startswith(mounted[claim["name"]])
 
     def test_selectors(self) -> None:
         deployment, service = read("kubernetes/deployment.yaml"), read("kubernetes/service.yaml")

@@ -39,8 +39,7 @@ def test_the_command_is_printed_and_the_settings_logged_once(server: Server) -> 
     (command,) = [line for line in log.splitlines() if line.startswith("VLLM_PLUGINS=")]
     assert ",toptheta vllm serve " in command
     assert " --attention-backend toptheta " in command
-    assert log.count("toptheta: thresholds of HuggingFaceTB/SmolLM2-135M-Instruct") == 1
-    assert "toptheta: thresholds floor:2: relative to each row" in log
+    assert log.count("toptheta: thresholds floor:2: relative to each row") == 1
 
 
 @on_the_server
@@ -49,7 +48,7 @@ def test_a_long_context_reads_few_value_rows(server: Server, text_ids: list[int]
     server.post("/v1/completions", prompt=text_ids[:3000], max_tokens=64, temperature=0, ignore_eos=True)
     after = server.stats()
     assert (after["mode"], after["target"], after["dense_layers"]) == ("values", "floor:2", [])
-    assert len(after["layers"]) == 28 * 3
+    assert len(after["layers"]) == 30 * 3
     for old, new in zip(before["layers"], after["layers"], strict=True):
         assert new["decode_tokens"] - old["decode_tokens"] == 63  # the first token comes from the prompt's last row
         assert new["dense_tokens"] == old["dense_tokens"]
@@ -77,8 +76,10 @@ def test_streaming_and_many_requests_at_once(server: Server, text_ids: list[int]
     assert lines[-1] == "[DONE]"
     pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
     assert len(pieces) > 1
-    assert [token for piece in pieces for token in piece["logprobs"]["tokens"]] == alone[3]["logprobs"]["tokens"]
-    assert "".join(piece["text"] for piece in pieces) == alone[3]["text"]
+    names = ("tokens", "top_logprobs")
+    whole = {"logprobs": {name: [one for piece in pieces for one in piece["logprobs"][name]] for name in names}}
+    assert_same_text([output(whole)], [output(alone[3])], rounding=0.25)
+    assert "".join(piece["text"] for piece in pieces) == "".join(whole["logprobs"]["tokens"])
 
 
 def output(choice: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,12 @@ def test_one_that_was_killed_goes_on_at_the_next_sequence(
     arguments = (subject, texts, VARIANTS, OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         evaluate_decode(*arguments, folder=tmp_path, progress=False)
-    assert {file.name for file in tmp_path.iterdir()} == {"arguments.json", "200-0.npz", "200-1.npz", "260-0.npz"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "arguments.json",
+        "200-0.safetensors",
+        "200-1.safetensors",
+        "260-0.safetensors",
+    }
     found = evaluate_decode(*arguments, folder=tmp_path, progress=False)
     assert calls == [168, 168, 228, 228, 228]
     assert found == report
@@ -101,8 +106,8 @@ def test_one_that_was_killed_goes_on_at_the_next_sequence(
     other = DecodeOptions(lengths=(200, 260), num_sequences=2, window=31, equal_rows=(3.0,))
     with pytest.raises(EvaluationError, match=r"output: the folder holds an evaluation with other variants, window\."):
         evaluate_decode(subject, texts, VARIANTS[1:], other, folder=tmp_path, progress=False)
-    (tmp_path / "200-1.npz").write_bytes((tmp_path / "200-1.npz").read_bytes()[:1000])
-    with pytest.raises(EvaluationError, match=r"200-1.npz: damaged: .* Delete it, and it is measured again"):
+    (tmp_path / "200-1.safetensors").write_bytes((tmp_path / "200-1.safetensors").read_bytes()[:1000])
+    with pytest.raises(EvaluationError, match=r"200-1.safetensors: damaged: .* Delete it, and it is measured again"):
         evaluate_decode(*arguments, folder=tmp_path, progress=False)
 
 

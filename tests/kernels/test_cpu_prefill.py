@@ -1,4 +1,4 @@
-"""Prompts on the CPU against the fp32 reference, dense and by thresholds."""
+"""Prompts on the CPU against the fp32 reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.test_cpu import TOLERANCE, sequences
 from vllm_toptheta.kernels.cpu import prefill as cpu_prefill
-from vllm_toptheta.reference import Compensation, dense_attention, gather_sequence, top_theta_attention
+from vllm_toptheta.reference import dense_attention, gather_sequence
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
@@ -40,41 +40,3 @@ def test_prefill(dtype: torch.dtype, context: int, length: int, window: int | No
         )
         tolerance = TOLERANCE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
         torch.testing.assert_close(output[index : index + 1].float(), expected.output, **tolerance)
-
-
-@pytest.mark.parametrize("soft_cap", [None, 5.0])
-@pytest.mark.parametrize(("exact", "mean"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("context", "length"), [(0, 1), (0, 50), (33, 50)])
-def test_sparse_prefill(
-    monkeypatch: pytest.MonkeyPatch, context: int, length: int, exact: bool, mean: bool, soft_cap: float | None
-) -> None:
-    monkeypatch.setattr(cpu_prefill, "BLOCK_BYTES", 4 * 9 * 50 * 7)  # seven rows at a time
-    paged, _ = sequences([length], "gqa 3", 16, torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(length - context, 9, 64, generator=generator)
-    threshold = torch.randn(length - context, 9, generator=generator)
-    threshold[0], threshold[-1, :3] = -torch.inf, 100.0  # everything, and nothing
-    output = cpu_prefill.sparse_prefill(
-        query,
-        paged.kv_cache,
-        paged.block_table[0],
-        seq_len=length,
-        threshold=threshold,
-        softmax_scale=0.125,
-        logits_soft_cap=soft_cap,
-        denominator_compensation=exact,
-        value_mean_compensation=mean,
-    )
-    key, value = gather_sequence(paged.interleaved, paged.block_table[0], length)
-    expected = top_theta_attention(
-        query,
-        key,
-        value,
-        threshold=threshold,
-        target_k=0,
-        softmax_scale=0.125,
-        logits_soft_cap=soft_cap,
-        compensation=Compensation("exact" if exact else "none", mean),
-    )
-    assert length == 1 or int((~expected.survivors).sum()) > 0
-    torch.testing.assert_close(output, expected.output, **TOLERANCE)

@@ -1,19 +1,19 @@
 """The results of an evaluation of decoding on disk, so that one that was killed goes on at the next sequence.
 
 DIR/arguments.json            what the results depend on
-DIR/<length>-<sequence>.npz   the result of one sequence, always whole: it appears by a rename
+DIR/<length>-<sequence>.safetensors  the result of one sequence, always whole: it appears by a rename
 DIR/report.json               when all are there
 """
 
-import io
 import json
 import os
-import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport, WindowResult
@@ -105,14 +105,14 @@ class DecodeState:
         Raises:
             EvaluationError: the file is damaged.
         """
-        file = None if self._folder is None else self._folder / f"{length}-{sequence}.npz"
+        file = None if self._folder is None else self._folder / f"{length}-{sequence}.safetensors"
         if file is None or not file.exists():
             return None
         try:
-            with np.load(io.BytesIO(file.read_bytes())) as saved:
-                arrays = dict(saved)
-            losses = json.loads(str(arrays["losses"]))
-            equal_rows = json.loads(str(arrays["equal_rows"]))
+            with safe_open(file, "numpy") as saved:
+                arrays = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 - no mapping
+                numbers = saved.metadata()
+            losses, equal_rows = json.loads(numbers["losses"]), json.loads(numbers["equal_rows"])
             return WindowResult(
                 equal_rows={label: Variant.model_validate(variant) for label, variant in equal_rows.items()},
                 losses=tuple(Losses(**of_variant) for of_variant in losses),
@@ -121,7 +121,7 @@ class DecodeState:
                     for index in range(len(losses))
                 ),
             )
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise EvaluationError(
                 f"damaged: {error}", file=file, remedy="Delete it, and it is measured again"
             ) from error
@@ -140,18 +140,16 @@ class DecodeState:
         if self._folder is None:
             return
         arrays = {
-            f"{index}.{name}": array for index, reads in enumerate(result.reads) for name, array in vars(reads).items()
+            f"{index}.{name}": np.ascontiguousarray(array)
+            for index, reads in enumerate(result.reads)
+            for name, array in vars(reads).items()
         }
-        stream = io.BytesIO()
-        np.savez_compressed(
-            stream,
-            losses=np.array(json.dumps([asdict(losses) for losses in result.losses])),
-            equal_rows=np.array(
-                json.dumps({label: v.model_dump(mode="json") for label, v in result.equal_rows.items()})
-            ),
-            **arrays,
-        )
-        self._write(f"{length}-{sequence}.npz", stream.getvalue())
+        chosen = {label: variant.model_dump(mode="json") for label, variant in result.equal_rows.items()}
+        numbers = {
+            "losses": json.dumps([asdict(losses) for losses in result.losses]),
+            "equal_rows": json.dumps(chosen),
+        }
+        self._write(f"{length}-{sequence}.safetensors", save(arrays, metadata=numbers))
 
     def finish(self, report: DecodeReport) -> None:
         """Writes the report.

@@ -173,7 +173,7 @@ def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> Threshol
         raise EvaluationError(
             f"{variant.method.replace('_', '-')} {variant.target} needs what was calibrated",
             field="thresholds",
-            remedy="Give a store (--thresholds), or ask for thresholds that need none (--targets floor:3)",
+            remedy="Give a store (--thresholds), or ask for thresholds that need none (--targets floor:2)",
         )
     return store
 
@@ -268,7 +268,7 @@ def _target_label(target: str) -> str:
     try:
         return floor_label(float(target.removeprefix(_FLOOR)), field="targets")
     except ValueError:
-        raise EvaluationError(f"unknown target {target!r}", field="targets", remedy="Write floor:3 or k:64") from None
+        raise EvaluationError(f"unknown target {target!r}", field="targets", remedy="Write floor:2 or k:64") from None
 
 
 def _k_label(k: int) -> str:
