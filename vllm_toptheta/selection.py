@@ -12,7 +12,7 @@ from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, UnsupportedError
 from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve
+from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve, ThresholdStore
 
 _MAX_DEGREE = 2  # of what is served
 _ANY_LENGTH = 1, 2**31 - 1
@@ -23,7 +23,7 @@ class ServedThresholds:
     """theta(n) = a + b ln n + c (ln n)^2 + slope * anchor_lse of every layer and head (`kernels.contract`).
 
     Attributes:
-        label: What they aim at, `floor:3` or a calibrated `k:128`.
+        label: What they aim at, `floor:2` or a calibrated `k:128`.
         coefficients: [num_layers, num_heads, 4] float32, or [4] for all of them: a, b, c and slope.
         is_relative: Whether the slope is not 0.
         max_dense_len: Sequences of at most this many tokens keep every key.
@@ -42,7 +42,7 @@ class ServedThresholds:
     def relative(cls, weight_floor: float) -> ServedThresholds:
         """theta = anchor_lse + ln(weight_floor / n), for a floor above 0."""
         return cls(
-            label=floor_label(weight_floor),
+            label=store.floor_label(weight_floor),
             coefficients=np.array([math.log(weight_floor), -1.0, 0.0, 1.0], np.float32),
             is_relative=True,
             max_dense_len=NUM_ANCHORS,
@@ -62,7 +62,7 @@ class ServedThresholds:
             raise UnsupportedError(
                 f"thresholds of degree {num_terms - 1}, and up to {_MAX_DEGREE} are served",
                 field="degree",
-                remedy="Calibrate with a lower --degree",
+                remedy="Calibrate again: `toptheta calibrate` fits polynomials that are served",
             )
         coefficients = np.zeros((num_layers, num_heads, 4), np.float32)
         coefficients[..., :num_terms] = curve.coefficients
@@ -98,11 +98,6 @@ class Selection:
     origin: str
     dense_layers: frozenset[int]
     shadow: ShadowKeys | None = None
-
-
-def floor_label(weight_floor: float) -> str:
-    """What a floor is called in options, requests and tables."""
-    return f"floor:{weight_floor:g}"
 
 
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -141,12 +136,18 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
     )
 
 
-def _calibrated(settings: Settings, target: str, model: str, architecture: Architecture | None) -> Selection:
+def _load(settings: Settings, model: str, architecture: Architecture | None) -> ThresholdStore:
+    """The model's store, checked against its architecture where that is known."""
     folder = store.resolve(model, thresholds=settings.thresholds)
     thresholds = store.load(folder)
-    manifest = thresholds.manifest
     if architecture is not None:
-        manifest.architecture.check(architecture, file=folder)
+        thresholds.manifest.architecture.check(architecture, file=folder)
+    return thresholds
+
+
+def _calibrated(settings: Settings, target: str, model: str, architecture: Architecture | None) -> Selection:
+    thresholds = _load(settings, model, architecture)
+    folder, manifest = thresholds.folder, thresholds.manifest
     if manifest.placement != "pre_softmax":
         raise UnsupportedError(
             f"these thresholds are {manifest.placement}; serving compares scores before the softmax",
@@ -159,11 +160,8 @@ def _calibrated(settings: Settings, target: str, model: str, architecture: Archi
 
 
 def _shadow(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
-    folder = store.resolve(model, thresholds=settings.thresholds)
-    thresholds = store.load(folder)
+    thresholds = _load(settings, model, architecture)
     manifest, shadow = thresholds.manifest, thresholds.shadow
-    if architecture is not None:
-        manifest.architecture.check(architecture, file=folder)
     _check_channels(shadow)
     weight_floor = shadow.section.weight_floor
     if settings.weight_floor not in (None, weight_floor):
@@ -174,7 +172,7 @@ def _shadow(settings: Settings, model: str, architecture: Architecture | None) -
         )
     dense_layers = _dense_layers(settings, (), manifest.architecture.num_layers)
     served = ServedThresholds.relative(weight_floor)
-    return Selection(served, manifest.model.id, str(folder), dense_layers, shadow)
+    return Selection(served, manifest.model.id, str(thresholds.folder), dense_layers, shadow)
 
 
 def _dense_layers(settings: Settings, default: tuple[int, ...], num_layers: int | None) -> frozenset[int]:
@@ -184,10 +182,9 @@ def _dense_layers(settings: Settings, default: tuple[int, ...], num_layers: int 
         SettingsError: The model has no such layer.
     """
     layers = default if settings.dense_layers is None else settings.dense_layers
-    unknown = [layer for layer in layers if num_layers is not None and layer >= num_layers]
-    if num_layers is not None and unknown:
+    if num_layers is not None and (unknown := sorted(layer for layer in layers if layer >= num_layers)):
         raise SettingsError(
-            f"the model has no layer {min(unknown)}",
+            f"the model has no layer {unknown[0]}",
             field="dense_layers",
             remedy=f"name layers from 0 to {num_layers - 1}",
         )

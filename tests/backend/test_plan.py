@@ -230,6 +230,7 @@ def test_floors_that_are_none(make_config: MakeConfig, monkeypatch: pytest.Monke
         ({"target": "k:0"}, errors.SettingsError, "greater than or equal to 1"),
         ({"target": "k:4096"}, errors.TargetOutOfRange, "calibrated are 8, 128"),
         ({"target": "half"}, errors.SettingsError, "unknown target 'half'"),
+        ({"target": "floor:2"}, errors.SettingsError, "unknown target 'floor:2'.*give it as weight_floor"),
         ({"target": "k:8", "weight_floor": 2}, errors.SettingsError, "weight_floor and target are two ways"),
         ({"target": "k:8", "mode": "shadow"}, errors.SettingsError, "target: .*served in mode values only"),
         ({"max_lost_mass": 1}, errors.SettingsError, "max_lost_mass.*less than 1"),

@@ -206,7 +206,6 @@ def test_preempted_requests_keep_what_they_asked_for(subject: Subject, dense: di
     # each time that a sequence is read again, its next token comes of that
     tokens = 3 * (MAX_TOKENS - 1)
     assert tokens - preemptions <= stats["asked_tokens"] <= tokens
-    assert stats["asked_tokens"] + preemptions >= stats["decode_tokens"] - (MAX_TOKENS - 1)
 
 
 def test_an_offline_engine_refuses_what_it_does_not_have(subject: Subject, undisturbed: Undisturbed) -> None:

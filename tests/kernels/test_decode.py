@@ -131,17 +131,24 @@ def test_no_key_of_the_floor_s_weight_is_skipped(weight_floor: float) -> None:
     case.coefficients.zero_()
     case.coefficients[:, 0], case.coefficients[:, 1], case.coefficients[:, 3] = math.log(weight_floor), -1.0, 1.0
     output, counters = case.run(FEW)
-    lost = torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    # rounding may move a key that lies this near to the threshold
+    nearly, least, most, near = 1e-3, 0, 0, torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    lost = torch.zeros_like(near)
     for row, length in enumerate(case.shape.lens):
         scores = scores_of(case, row)
         weights = scores.softmax(dim=-1)
-        heavy = weights >= weight_floor / length * (1 + 1e-4)
-        theta = relative_threshold(scores[None], case.seq_lens[row : row + 1], weight_floor)[0]
-        assert bool((scores >= theta[:, None])[heavy].all())
-        lost += weights.where(scores < theta[:, None], 0.0).sum(dim=1)
+        theta = relative_threshold(scores[None], case.seq_lens[row : row + 1], weight_floor)[0][:, None]
+        heavy = weights >= weight_floor / length
+        least += (heavy | (scores >= theta + nearly)).view(2, 2, length).any(1).sum(1)
+        most += (scores >= theta - nearly).view(2, 2, length).any(1).sum(1)
+        lost += weights.where(scores < theta, 0.0).sum(dim=1)
+        near += weights.where((scores - theta).abs() < nearly, 0.0).sum(dim=1)
         torch.testing.assert_close(output[row].float(), reference(case, row).output[0], rtol=0, atol=5e-3)
-    # what the kernel lost is what lies below the reference's thresholds
-    torch.testing.assert_close(counters.lost_mass, lost, rtol=1e-2, atol=3 * weight_floor / 150)
+    read = counters.value_rows_read
+    assert bool(((least <= read) & (read <= most)).all()), (least, read, most)
+    assert int((most - least).max()) <= 3
+    assert int(read.max()) < sum(case.shape.lens)
+    assert bool(((counters.lost_mass - lost).abs() <= near + 1e-3).all())
 
 
 def test_lists_longer_than_their_room_are_gathered_early() -> None:

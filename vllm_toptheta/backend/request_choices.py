@@ -14,11 +14,12 @@ from typing import Any
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.selection import ServedThresholds
+from vllm_toptheta.store import FLOOR_PREFIX
 
 ARGUMENT = "toptheta"  # in a request's vllm_xargs
 FIELD = f"vllm_xargs.{ARGUMENT}"
 COMMON, KEEP_ALL = 0.0, -math.inf  # offsets
-DENSE_LABEL, FLOOR_LABEL = "dense", "floor"
+DENSE_LABEL, FLOOR_KIND = "dense", FLOOR_PREFIX.removesuffix(":")
 MAX_ECHO = 40  # characters of what was asked that an answer repeats
 
 
@@ -49,7 +50,7 @@ class RequestChoices:
         if self.refusal is not None:
             return []
         own = [] if self.thresholds is None else [self.thresholds.label]
-        return [DENSE_LABEL, *own, *([f"{FLOOR_LABEL}:0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else [])]
+        return [DENSE_LABEL, *own, *([f"{FLOOR_PREFIX}0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else [])]
 
     @property
     def _has_floors(self) -> bool:
@@ -70,9 +71,9 @@ class RequestChoices:
             return KEEP_ALL
         if self.thresholds is not None and asked == self.thresholds.label:
             return COMMON
-        if self._has_floors and isinstance(asked, str) and asked.startswith(f"{FLOOR_LABEL}:"):
+        if self._has_floors and isinstance(asked, str) and asked.startswith(FLOOR_PREFIX):
             with suppress(ValueError):
-                floor = float(asked.removeprefix(f"{FLOOR_LABEL}:"))
+                floor = float(asked.removeprefix(FLOOR_PREFIX))
                 if floor == 0:
                     return KEEP_ALL
                 if 0 < floor <= MAX_WEIGHT_FLOOR and self.thresholds is not None and self.thresholds.weight_floor:
@@ -87,4 +88,4 @@ class RequestChoices:
 
     @property
     def _sparse_kind(self) -> str:
-        return FLOOR_LABEL if self._has_floors or self.thresholds is None else self.thresholds.label
+        return FLOOR_KIND if self._has_floors or self.thresholds is None else self.thresholds.label

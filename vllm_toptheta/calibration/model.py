@@ -191,20 +191,37 @@ def routed(model: Any, route: AttentionRoute) -> Iterator[None]:
     Raises:
         CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
     """
+    token = _active_route.set(route)
+    try:
+        with attending(model, _ATTENTION_NAME):
+            yield
+    finally:
+        _active_route.reset(token)
+
+
+@contextmanager
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Has a model take its attention from a function of `AttentionInterface`, and then from where it did.
+
+    Args:
+        model: a transformers model that follows `AttentionInterface`.
+        name: what the function is registered as.
+
+    Raises:
+        CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
+    """
     if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise CalibrationError("layers with chunked attention are not supported", field="layer_types")
     original = model.config._attn_implementation
-    token = _active_route.set(route)
     try:
-        model.set_attn_implementation(_ATTENTION_NAME)
-        if model.config._attn_implementation != _ATTENTION_NAME:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
             raise CalibrationError(
                 f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
             )
         yield
     finally:
         model.set_attn_implementation(original)
-        _active_route.reset(token)
 
 
 def hidden_states(model: Any, token_ids: Tensor) -> Tensor:

@@ -76,9 +76,7 @@ def bench_quality(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
     text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
-    k: Annotated[str, typer.Option("--k", "--targets", help="Keys per query head, or other targets, by commas.")] = (
-        "64,128"
-    ),
+    k: Annotated[str, typer.Option("--k", "--targets", help="Keys per query head, by commas.")] = ("64,128"),
     sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,

@@ -354,8 +354,9 @@ def _targets(option: str | None, thresholds: list[str] | None) -> list[str]:
     if option is not None:
         return words(option)
     from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+    from vllm_toptheta.store import floor_label
 
-    return ["k:64", "k:128"] if thresholds else [f"floor:{DEFAULT_WEIGHT_FLOOR:g}"]
+    return ["k:64", "k:128"] if thresholds else [floor_label(DEFAULT_WEIGHT_FLOOR)]
 
 
 def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str, *, targets: list[str]) -> Subject:
@@ -370,7 +371,7 @@ def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str,
                 f"{len(paths)} stores with one name", field="--thresholds", remedy="Write NAME=PATH, with other NAMEs"
             )
         stores[name] = store.load(store.resolve(str(model), thresholds=paths[0]))
-    if not stores and not all(target.startswith("floor:") for target in targets):
+    if not stores and not all(target.startswith(store.FLOOR_PREFIX) for target in targets):
         stores = {"": store.load(store.resolve(str(model)))}
     return Subject(model, stores, device=device, dtype=dtype)
 

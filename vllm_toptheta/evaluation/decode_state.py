@@ -1,8 +1,8 @@
 """The results of an evaluation of decoding on disk, so that one that was killed goes on at the next sequence.
 
-DIR/arguments.json            what the results depend on
-DIR/<length>-<sequence>.safetensors  the result of one sequence, always whole: it appears by a rename
-DIR/report.json               when all are there
+DIR/arguments.json                      what the results depend on
+DIR/<length>-<sequence>.safetensors     the result of one sequence, always whole: it appears by a rename
+DIR/report.json                         when all are there
 """
 
 import json

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from vllm_toptheta.calibration.model import routed
+from vllm_toptheta.calibration.model import attending, routed
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
@@ -135,13 +135,11 @@ def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
 
 @contextmanager
 def _decoding(model: Any, lanes: Sequence[Lane]) -> Iterator[None]:
-    original = model.config._attn_implementation
     token = _active_lanes.set(lanes)
     try:
-        model.set_attn_implementation(_ATTENTION_NAME)
-        yield
+        with attending(model, _ATTENTION_NAME):
+            yield
     finally:
-        model.set_attn_implementation(original)
         _active_lanes.reset(token)
 
 

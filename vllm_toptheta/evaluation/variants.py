@@ -1,6 +1,6 @@
 """What is compared with dense attention: thresholds, with or without shadow keys, or exact top-k, at some target.
 
-Thresholds relative to the row, `floor:3`, need no store: their number is a weight, in multiples of the average softmax
+Thresholds relative to the row, `floor:2`, need no store: their number is a weight, in multiples of the average softmax
 weight of a row. Calibrated ones, `k:64` and what else a store has, are its.
 """
 
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR
 from vllm_toptheta.reference import Denominator
-from vllm_toptheta.store import TargetSpec, ThresholdStore
+from vllm_toptheta.store import FLOOR_PREFIX, TargetSpec, ThresholdStore
+from vllm_toptheta.store import floor_label as store_floor_label
 
 __all__ = ["COMPENSATIONS", "MODES", "CompensationName", "Variant", "expand_variants", "floor_label", "store_of"]
 
-_FLOOR = "floor:"
 
 CompensationName = Literal[
     "none",
@@ -83,7 +83,7 @@ class Variant(BaseModel):
         default="", description="Label of the store, if it has one; top_k takes only its dense layers."
     )
     target: str = Field(
-        description="What the thresholds aim at: k:64 is 64 keys per query head, floor:3 every key with 3 times the "
+        description="What the thresholds aim at: k:64 is 64 keys per query head, floor:2 every key with twice the "
         "average weight of its row."
     )
     compensation: CompensationName = Field(
@@ -105,7 +105,7 @@ class Variant(BaseModel):
     @property
     def weight_floor(self) -> float | None:
         """Of thresholds relative to the row, in multiples of the average weight; None of others."""
-        return float(self.target.removeprefix(_FLOOR)) if self.target.startswith(_FLOOR) else None
+        return float(self.target.removeprefix(FLOOR_PREFIX)) if self.target.startswith(FLOOR_PREFIX) else None
 
     @property
     def denominator(self) -> Denominator:
@@ -153,7 +153,7 @@ def floor_label(weight_floor: float, *, field: str) -> str:
             field=field,
             remedy=f"Give multiples of the average weight, from 0 (dense) to {MAX_WEIGHT_FLOOR:g}",
         )
-    return f"{_FLOOR}{weight_floor:g}"
+    return store_floor_label(weight_floor)
 
 
 def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> ThresholdStore | None:
@@ -173,7 +173,9 @@ def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> Threshol
         raise EvaluationError(
             f"{variant.method.replace('_', '-')} {variant.target} needs what was calibrated",
             field="thresholds",
-            remedy="Give a store (--thresholds), or ask for thresholds that need none (--targets floor:2)",
+            remedy="Give a store with shadow keys (--thresholds), or compare in mode values"
+            if variant.method == "shadow"
+            else "Give a store (--thresholds), or ask for thresholds that need none (--targets floor:2)",
         )
     return store
 
@@ -212,7 +214,7 @@ def expand_variants(
     _check_names(compensations, modes)
     _check_layers(num_layers, dense_layers)
     labels = [_target_label(target) for target in targets]
-    relative = [label for label in labels if label.startswith(_FLOOR)]
+    relative = [label for label in labels if label.startswith(FLOOR_PREFIX)]
     calibrated = [label for label in labels if label not in relative]
     if calibrated and "values" in modes and not stores:
         store_of(Variant(target=calibrated[0]), stores)
@@ -263,10 +265,10 @@ def _shadow_target(store: ThresholdStore, relative: Sequence[str]) -> str:
 
 
 def _target_label(target: str) -> str:
-    if not target.startswith(_FLOOR):
+    if not target.startswith(FLOOR_PREFIX):
         return TargetSpec.parse(target, field="targets").label
     try:
-        return floor_label(float(target.removeprefix(_FLOOR)), field="targets")
+        return floor_label(float(target.removeprefix(FLOOR_PREFIX)), field="targets")
     except ValueError:
         raise EvaluationError(f"unknown target {target!r}", field="targets", remedy="Write floor:2 or k:64") from None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
+from vllm_toptheta.calibration.model import attending
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult, causal_scores
@@ -84,7 +85,7 @@ def read_prefix(model: Any, token_ids: Tensor, *, on_rows: Callable[[int], objec
         on_rows: told how many rows were read, after each part of the prefix.
 
     Raises:
-        EvaluationError: the model is not supported.
+        CalibrationError: the model is not supported.
     """
     cache = DynamicCache(config=model.config)
     with _attending(model, _Pass(None, lambda call, result: None)):
@@ -117,7 +118,8 @@ def read_window(
         `[num_tokens, hidden_size]` of the model's dtype, what its head would turn into logits.
 
     Raises:
-        EvaluationError: the model is not supported, or a row is longer than the attention is made for.
+        CalibrationError: the model is not supported.
+        EvaluationError: a row is longer than the attention is made for.
     """
     with _attending(model, _Pass(attention, observe)):
         return _states(model, token_ids, fork_cache(cache))
@@ -139,17 +141,11 @@ def _states(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
 
 @contextmanager
 def _attending(model: Any, this: _Pass) -> Iterator[None]:
-    original = model.config._attn_implementation
     token = _active.set(this)
     try:
-        model.set_attn_implementation(_ATTENTION_NAME)
-        if model.config._attn_implementation != _ATTENTION_NAME:
-            raise EvaluationError(
-                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
-            )
-        yield
+        with attending(model, _ATTENTION_NAME):
+            yield
     finally:
-        model.set_attn_implementation(original)
         _active.reset(token)
 
 

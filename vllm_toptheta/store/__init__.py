@@ -22,10 +22,11 @@ from vllm_toptheta.store.schema import (
     ThresholdSection,
 )
 from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection
-from vllm_toptheta.store.target import Target, TargetSpec
+from vllm_toptheta.store.target import FLOOR_PREFIX, Target, TargetSpec, floor_label
 from vllm_toptheta.store.thresholds import CalibratedThresholds, ThresholdStore
 
 __all__ = [
+    "FLOOR_PREFIX",
     "Architecture",
     "CalibratedThresholds",
     "Expectations",
@@ -43,6 +44,7 @@ __all__ = [
     "ThresholdCurve",
     "ThresholdSection",
     "ThresholdStore",
+    "floor_label",
     "folder_name",
     "list_stores",
     "load",

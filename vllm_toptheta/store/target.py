@@ -1,8 +1,7 @@
-"""What calibrated thresholds aim at: how many keys each head should keep.
+"""What thresholds aim at, by its label in options, requests, tables and `ThresholdStore.curve_of`.
 
-    k:64    theta at the 64th largest score of a row, on average over rows (the paper's)
-
-A label is the text above. It names a target in options, in tables and in `ThresholdStore.curve_of`.
+k:64       theta at the 64th largest score of a row, on average over rows (the paper's); calibrated
+floor:2    twice the average softmax weight of the row, the least that a key must weigh to be sure to be read
 """
 
 from __future__ import annotations
@@ -15,17 +14,23 @@ from pydantic import Field, ValidationError, model_validator
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.store.fields import StrictModel, Tokens
 
+FLOOR_PREFIX = "floor:"
 _LABEL = re.compile(r"(?:k:)?(\d+)")
 
 
+def floor_label(weight_floor: float) -> str:
+    """The label of thresholds relative to the row."""
+    return f"{FLOOR_PREFIX}{weight_floor:g}"
+
+
 class TargetSpec(StrictModel):
-    """A target, without the lengths that it was calibrated on."""
+    """A calibrated target, without the lengths that it was calibrated on."""
 
     k: Tokens = Field(description="How many scores should reach the threshold.")
 
     @classmethod
     def parse(cls, label: str, *, field: str = "target") -> TargetSpec:
-        """Read a label; a bare number is a k.
+        """Read the label of a calibrated target; a bare number is a k.
 
         Args:
             label: As the head of this module shows it.
@@ -36,6 +41,8 @@ class TargetSpec(StrictModel):
         """
         match = _LABEL.fullmatch(label.strip())
         remedy = "Write k:64, or another number of keys"
+        if label.startswith(FLOOR_PREFIX):
+            remedy = "A weight floor is no calibrated target: give it as weight_floor"
         if match is None:
             raise SettingsError(f"unknown target {label!r}", field=field, remedy=remedy)
         try:
