@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from vllm_toptheta.evaluation.losses import compare_predictions
 from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.evaluation.variants import Variant, expand_variants, store_of
 from vllm_toptheta.kernels.contract import (
     Counters,
     DecodeStep,
@@ -47,7 +47,7 @@ BLOCK_SIZE = 16
 
 
 class KernelQuality(BaseModel):
-    """One target; changes are of the perplexity against dense attention on the same text, percent."""
+    """One target or floor; changes are of the perplexity against dense attention on the same text, percent."""
 
     target: str
     reference_change: float
@@ -64,7 +64,7 @@ class KernelQualityReport(BaseModel):
     """A comparison on one GPU."""
 
     model: str
-    thresholds: str
+    thresholds: str | None = Field(description="The model of the store; None where thresholds need none.")
     text: list[str]
     num_sequences: int
     length: int
@@ -82,7 +82,7 @@ class KernelRoute(DenseRoute):
         dense_layers: Layers that are dense.
     """
 
-    def __init__(self, thresholds: ServedThresholds, dense_layers: Sequence[int]) -> None:
+    def __init__(self, thresholds: ServedThresholds, dense_layers: Collection[int]) -> None:
         self.thresholds = thresholds
         self.dense_layers = frozenset(dense_layers)
         self.rows_read = 0
@@ -136,7 +136,7 @@ class KernelRoute(DenseRoute):
 def measure(
     model_dir: Path,
     texts: Sequence[Path],
-    thresholds: ThresholdStore,
+    thresholds: ThresholdStore | None = None,
     *,
     targets: Sequence[str],
     length: int = 2048,
@@ -149,8 +149,8 @@ def measure(
     Args:
         model_dir: A Hugging Face model directory, with its tokenizer.
         texts: UTF-8 text files that the thresholds were not calibrated on.
-        thresholds: A store calibrated for the model.
-        targets: What to compare, by label; a bare number is a k.
+        thresholds: A store calibrated for the model; None where every target is a floor.
+        targets: What to compare, by label: floor:2, k:64; a bare number is a k.
         length: Tokens of a sequence.
         num_sequences: Sequences to compare on.
         seed: Chooses the sequences out of the texts.
@@ -159,27 +159,30 @@ def measure(
     Raises:
         BenchmarkError: There is no GPU.
         CalibrationError: A text cannot be used, or the model is not supported.
+        EvaluationError: A target needs a store, and there is none; or it is no floor.
         FingerprintMismatch: The thresholds are those of another architecture.
         TargetOutOfRange: A target was not calibrated.
     """
     if not torch.cuda.is_available():
         raise BenchmarkError("the decode kernel runs on NVIDIA GPUs only, and there is none")
-    manifest = thresholds.manifest
-    manifest.architecture.check(read_architecture(model_dir), file=thresholds.folder)
-    curves = [thresholds.curve_of(target) for target in targets]
+    architecture = read_architecture(model_dir)
+    stores = {} if thresholds is None else {"": thresholds}
+    if thresholds is not None:
+        thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
+    variants = expand_variants(stores, targets=targets, num_layers=architecture.num_layers)
     read = [read_text(file) for file in texts]
     sequences = load_sequences(
         read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed
     )
-    model = load_model(model_dir, dtype=dtype, device="cuda")
-    references = [
-        SparseRoute(
-            SparseAttention(Variant(target=curve.label), thresholds, max_length=length, device="cuda"),
-            counts=ReadCounts(length, device="cuda"),
-        )
-        for curve in curves
+    attentions = [
+        SparseAttention(variant, store_of(variant, stores), max_length=length, device="cuda") for variant in variants
     ]
-    kernels = [KernelRoute(ServedThresholds.calibrated(curve), manifest.dense_layers) for curve in curves]
+    references = [SparseRoute(attention, counts=ReadCounts(length, device="cuda")) for attention in attentions]
+    kernels = [
+        KernelRoute(served_thresholds(attention.variant, store_of(attention.variant, stores)), attention.dense_layers)
+        for attention in attentions
+    ]
+    model = load_model(model_dir, dtype=dtype, device="cuda")
     against_dense, against_reference = [], []
     for sequence in sequences:
         states = []
@@ -189,22 +192,22 @@ def measure(
         against_dense.append(compare_predictions(model, sequence, states[0], states[1:]))
         against_reference.append(
             [
-                compare_predictions(model, sequence, states[1 + index], [states[1 + len(curves) + index]])[0]
-                for index in range(len(curves))
+                compare_predictions(model, sequence, states[1 + index], [states[1 + len(variants) + index]])[0]
+                for index in range(len(variants))
             ]
         )
     dense = [losses[0].dense for losses in against_dense]
     num_tokens = [losses[0].num_tokens for losses in against_dense]
     qualities = []
-    for index, curve in enumerate(curves):
+    for index, variant in enumerate(variants):
         reference = compare_perplexities(dense, [losses[index].sparse for losses in against_dense], num_tokens)
         kernel = compare_perplexities(
-            dense, [losses[len(curves) + index].sparse for losses in against_dense], num_tokens
+            dense, [losses[len(variants) + index].sparse for losses in against_dense], num_tokens
         )
         between = [losses[index] for losses in against_reference]
         qualities.append(
             KernelQuality(
-                target=curve.label,
+                target=variant.target,
                 reference_change=reference[0],
                 reference_error=reference[1],
                 kernel_change=kernel[0],
@@ -217,7 +220,7 @@ def measure(
         )
     return KernelQualityReport(
         model=model_dir.absolute().name,
-        thresholds=manifest.model.id,
+        thresholds=None if thresholds is None else thresholds.manifest.model.id,
         text=[text.source.name for text in read],
         num_sequences=num_sequences,
         length=length,
@@ -228,14 +231,37 @@ def measure(
     )
 
 
+def served_thresholds(variant: Variant, store: ThresholdStore | None) -> ServedThresholds:
+    """Those that a server has where the reference has `variant`.
+
+    Args:
+        variant: Of mode `values`, with a floor above 0.
+        store: What `store_of` returns for it.
+
+    Raises:
+        BenchmarkError: The floor is 0, which is dense attention, or a calibrated target has no store.
+        TargetOutOfRange: The target was not calibrated.
+    """
+    if variant.weight_floor == 0:
+        raise BenchmarkError("a floor of 0 is dense attention", field="targets", remedy="Ask for floors above 0")
+    if variant.weight_floor is not None:
+        return ServedThresholds.relative(variant.weight_floor)
+    if store is None:
+        raise BenchmarkError(
+            f"{variant.target} needs a store", field="thresholds", remedy="Give one, or ask for floors"
+        )
+    return ServedThresholds.calibrated(store.curve_of(variant.target))
+
+
 def kernel_quality_table(report: KernelQualityReport) -> Table:
     """The report as a table."""
     from rich.table import Table
 
+    of_store = "" if report.thresholds is None else f"thresholds of {report.thresholds}; "
     table = Table(
         title=f"{report.model}, {report.num_sequences} sequences of {report.length}, {report.dtype}, "
         f"dense perplexity {report.dense_perplexity:.3f}",
-        caption=f"{report.device}; thresholds of {report.thresholds}; text {', '.join(report.text)}",
+        caption=f"{report.device}; {of_store}text {', '.join(report.text)}",
     )
     for heading in (
         "target",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_table, words, write_json
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 
@@ -76,7 +77,9 @@ def bench_quality(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
     text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
-    k: Annotated[str, typer.Option("--k", "--targets", help="Keys per query head, by commas.")] = ("64,128"),
+    k: Annotated[
+        str, typer.Option("--k", "--targets", help="By commas: floor:2, which needs no store, or keys per query head.")
+    ] = f"floor:{DEFAULT_WEIGHT_FLOOR:g}",
     sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
@@ -87,11 +90,13 @@ def bench_quality(
     from vllm_toptheta import store
     from vllm_toptheta.benchmarks.quality import kernel_quality_table, measure
 
+    targets = words(k)
+    needs_store = thresholds is not None or not all(target.startswith(store.FLOOR_PREFIX) for target in targets)
     report = measure(
         model,
         [*text, *map(Path, context.args)],
-        store.load(store.resolve(str(model), thresholds=thresholds)),
-        targets=words(k),
+        store.load(store.resolve(str(model), thresholds=thresholds)) if needs_store else None,
+        targets=targets,
         length=length,
         num_sequences=sequences,
         seed=seed,
