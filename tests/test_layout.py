@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "server": {"errors", "limits", "settings", "store", "selection"},
     "calibration": {"errors", "limits", "reference", "store"},
     "evaluation": {"errors", "limits", "reference", "store", "calibration"},
-    "report": {"errors", "reference", "store", "calibration"},
+    "report": {"errors", "limits", "reference", "store", "calibration", "evaluation"},
     "soak": {"errors"},
     "benchmarks": {
         *("errors", "limits", "reference", "store", "selection", "kernels", "telemetry", "calibration", "evaluation"),

@@ -6,6 +6,9 @@ import torch
 
 from tests.calibration.tiny_model import architecture, random_tokens, tiny_model
 from vllm_toptheta import store
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import top_theta_attention
 from vllm_toptheta.report import collect as collect_module
 from vllm_toptheta.report.collect import SurvivorCounts, collect
@@ -58,22 +61,13 @@ def test_counts_are_those_of_a_loop_over_rows_and_keys(monkeypatch: pytest.Monke
     ]
 
 
-def test_thresholds_of_minus_infinity_keep_everything(thresholds: store.ThresholdStore) -> None:
+def test_a_floor_of_zero_keeps_everything() -> None:
     model = tiny_model()
-    curve = thresholds.curve(8)
-    coefficients = np.zeros_like(curve.coefficients)
-    coefficients[..., 0] = -np.inf
-    curve = replace(curve, coefficients=coefficients)
-    counts = collect(
-        model,
-        [random_tokens(60), random_tokens(60, seed=1)],
-        curve,
-        architecture=architecture(model),
-        dense_layers=(0,),
-        placement="pre_softmax",
-    )
-    assert counts.rows.tolist() == [0, 104, 104, 104]
-    assert (counts.rows_by_survivors[1:, :, 9:] == 2).all()
+    attention = SparseAttention(Variant(target="floor:0", dense_layers=(0,)), max_length=160)
+    sequences = [random_tokens(160), random_tokens(160, seed=1)]
+    counts = collect(model, sequences, attention, architecture=architecture(model))
+    assert counts.rows.tolist() == [0, 32, 32, 32]
+    assert (counts.rows_by_survivors[1:, :, NUM_ANCHORS + 1 :] == 2).all()
     assert not counts.lost_mass.any()
     assert (counts.value_rows_read == counts.value_rows_cached[:, None]).all()
     assert (counts.survivors_by_position[1:] == counts.keys_by_position[1:, None]).all()

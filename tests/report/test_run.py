@@ -6,25 +6,26 @@ import numpy as np
 import pytest
 
 from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model
-from tests.store_factory import make_store
 from vllm_toptheta import store
-from vllm_toptheta.errors import CalibrationError, FingerprintMismatch, ReportError, TargetOutOfRange
+from vllm_toptheta.errors import CalibrationError, EvaluationError, FingerprintMismatch, ReportError, TargetOutOfRange
+from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.report import Report, make_report
-from vllm_toptheta.report.run import default_targets
 
 
 def test_a_report_is_complete(report: Report, thresholds: store.ThresholdStore) -> None:
-    assert (report.model, report.thresholds, report.dense_layers) == ("tiny", "org/tiny-model", (0, 1))
+    assert (report.model, report.thresholds) == ("tiny", "org/tiny-model")
     assert report.not_held_out == report.not_calibrated_on == ()
-    assert [target.label for target in report.targets] == ["k:8", "k:16"]
-    for target, k in zip(report.targets, (8, 16), strict=True):
-        assert target.dense_length == k
-        assert target.lengths[0] == k + 1
-        assert target.lengths[-1] == thresholds.curve(k).max_length == 1024
-        np.testing.assert_allclose(target.thresholds, thresholds.curve(k).threshold(target.lengths), rtol=1e-6)
+    assert [target.label for target in report.targets] == ["floor:2", "k:8", "k:16"]
+    for target, k in zip(report.targets[1:], (8, 16), strict=True):
+        curves = target.curves
+        assert curves is not None
+        assert (target.dense_length, target.dense_layers, target.weight_floor) == (k, (0, 1), None)
+        assert (curves.placement, curves.lengths[0]) == ("pre_softmax", k + 1)
+        assert curves.lengths[-1] == thresholds.curve(k).max_length == 1024
+        np.testing.assert_allclose(curves.thresholds, thresholds.curve(k).threshold(curves.lengths), rtol=1e-6)
         assert target.calibration is not None
         for found in (target.held_out, target.calibration):
-            assert found.num_rows == 2 * (120 - k)
+            assert found.num_rows == 2 * (160 - k)
             assert k / 2 < found.mean_survivors < 2 * k
             assert 0 < found.mean_lost_mass < 1
             assert found.head_mean_survivors[0] == found.head_mean_survivors[1] == (0, 0, 0, 0)
@@ -34,9 +35,21 @@ def test_a_report_is_complete(report: Report, thresholds: store.ThresholdStore) 
         assert [source.name for source in target.held_out.text] == ["held-out.txt"]
         assert target.held_out.mean_survivors != target.calibration.mean_survivors
     # half of the layers are dense
-    shares = [rows.expectation.value_rows_share for rows in report.targets[0].held_out.by_length]
+    shares = [rows.expectation.value_rows_share for rows in report.targets[1].held_out.by_length]
     assert all(0.5 < share < 1 for share in shares)
     assert len(set(shares)) == len(shares) == 6
+
+
+def test_floors_need_nothing_calibrated(report: Report, folder: Path) -> None:
+    found = report.targets[0]
+    assert (found.weight_floor, found.curves, found.calibration, found.dense_layers) == (2, None, None, ())
+    assert (found.dense_length, found.held_out.num_rows) == (NUM_ANCHORS, 2 * (160 - NUM_ANCHORS))
+    assert min(map(min, found.held_out.head_mean_survivors)) > 0
+    assert 0 < found.held_out.sparse_value_rows_share < 1
+    # alone, and without a store: the default
+    options: dict[str, Any] = {"length": 160, "num_sequences": 2, "device": "cpu", "progress": False}
+    alone = make_report(folder / "tiny", [folder / "held-out.txt"], **options)
+    assert (alone.thresholds, alone.targets) == (None, (found,))
 
 
 def test_numbers_survive_json(report: Report) -> None:
@@ -63,6 +76,9 @@ def test_texts_in_the_wrong_role_are_pointed_out(folder: Path, thresholds: store
     ("options", "error", "message"),
     [
         ({"targets": ["32"], "length": 32}, ReportError, "length: rows of at most 32 tokens are dense"),
+        ({"targets": ["floor:2"], "length": 144}, ReportError, "length: rows of at most 144 tokens are dense"),
+        ({"targets": ["floor:-1"]}, EvaluationError, "targets: no weight floor: -1"),
+        ({"length": 1}, ReportError, "length: must be at least 2"),
         ({"num_sequences": 0}, ReportError, "num_sequences"),
         ({"attention_share": 1.5}, ReportError, "attention_share"),
         ({"attention_share": float("nan")}, ReportError, "attention_share"),
@@ -96,8 +112,9 @@ def test_another_model_and_dense_layers_alone_are_refused(
         make_report(folder / "tiny", texts, dense, targets=["8"], length=50, device="cpu", progress=False)
 
 
-def test_the_default_target_is_the_servers_or_the_last(tmp_path: Path) -> None:
-    wide = make_store(tmp_path / "wide", target_ks=(64, 256))
-    assert default_targets(wide.manifest) == ("k:128",)
-    narrow = make_store(tmp_path / "narrow", target_ks=(8, 32))
-    assert default_targets(narrow.manifest) == ("k:32",)
+def test_what_needs_a_store_is_refused_without_one(folder: Path) -> None:
+    texts = [folder / "held-out.txt"]
+    with pytest.raises(ReportError, match="calibration_texts: nothing was calibrated for floors"):
+        make_report(folder / "tiny", texts, calibration_texts=texts, device="cpu", progress=False)
+    with pytest.raises(EvaluationError, match="thresholds: top-theta k:8 needs what was calibrated"):
+        make_report(folder / "tiny", texts, targets=["floor:2", "8"], device="cpu", progress=False)

@@ -8,8 +8,8 @@ from vllm_toptheta.report.verdict import WORTHLESS_SPEEDUP, verdict
 
 
 def changed(report: Report, *, calibration: bool = True, **fields: Any) -> TargetFindings:
-    """The first target, with other findings on held-out text."""
-    target = report.targets[0]
+    """The first calibrated target, with other findings on held-out text."""
+    target = report.targets[1]
     held_out = target.held_out.model_copy(update=fields)
     return target.model_copy(update={"held_out": held_out, "calibration": target.calibration if calibration else None})
 
@@ -26,7 +26,7 @@ def reading(found: TextFindings, *shares: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("share", "helps"), [(0.1, True), (0.8, True), (0.83, False), (1.0, False)])
 def test_it_says_whether_it_helps(report: Report, share: float, helps: bool) -> None:
-    found = report.targets[0].held_out
+    found = report.targets[1].held_out
     said, paragraph = verdict(report, changed(report, **reading(found, 0.95, share)))
     assert said is helps
     assert (2 / (1 + share) >= WORTHLESS_SPEEDUP) is helps
@@ -39,7 +39,7 @@ def test_it_says_whether_it_helps(report: Report, share: float, helps: bool) -> 
 
 
 def test_text_of_another_kind_is_pointed_out(report: Report) -> None:
-    target = report.targets[0]
+    target = report.targets[1]
     assert target.calibration is not None
     expected = target.calibration.mean_survivors
     same = verdict(report, changed(report, mean_survivors=1.2 * expected))[1]
@@ -60,3 +60,12 @@ def test_a_lossy_layer_and_seen_text_are_named(report: Report) -> None:
     assert "not calibrated on" in paragraph
     seen = report.model_copy(update={"not_held_out": ("a.txt",)})
     assert "in part calibrated on" in verdict(seen, lossy)[1]
+
+
+def test_floors_say_what_they_guarantee_and_nothing_of_calibration(report: Report) -> None:
+    paragraph = verdict(report, report.targets[0])[1]
+    assert "The target floor:2 " in paragraph
+    assert "No key is skipped whose weight reaches 2 times the average of its row." in paragraph
+    assert "keys of a row on average on this text" in paragraph
+    assert "calibrat" not in paragraph
+    assert "No key is skipped" not in verdict(report, report.targets[1])[1]

@@ -23,7 +23,7 @@ from vllm_toptheta.evaluation.losses import compare_predictions
 from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.variants import Variant, expand_variants, store_of
+from vllm_toptheta.evaluation.variants import Variant, expand_variants, floor_label, store_of
 from vllm_toptheta.kernels.contract import (
     Counters,
     DecodeStep,
@@ -37,6 +37,7 @@ from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 from vllm_toptheta.selection import ServedThresholds
 from vllm_toptheta.store import ThresholdStore, read_architecture
 
@@ -138,7 +139,7 @@ def measure(
     texts: Sequence[Path],
     thresholds: ThresholdStore | None = None,
     *,
-    targets: Sequence[str],
+    targets: Sequence[str] = (),
     length: int = 2048,
     num_sequences: int = 8,
     seed: int = 0,
@@ -150,7 +151,7 @@ def measure(
         model_dir: A Hugging Face model directory, with its tokenizer.
         texts: UTF-8 text files that the thresholds were not calibrated on.
         thresholds: A store calibrated for the model; None where every target is a floor.
-        targets: What to compare, by label: floor:2, k:64; a bare number is a k.
+        targets: What to compare, by label: floor:2, k:64; none for the floor that is served if nothing is said.
         length: Tokens of a sequence.
         num_sequences: Sequences to compare on.
         seed: Chooses the sequences out of the texts.
@@ -169,7 +170,8 @@ def measure(
     stores = {} if thresholds is None else {"": thresholds}
     if thresholds is not None:
         thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
-    variants = expand_variants(stores, targets=targets, num_layers=architecture.num_layers)
+    default = floor_label(DEFAULT_WEIGHT_FLOOR, field="targets")
+    variants = expand_variants(stores, targets=targets or [default], num_layers=architecture.num_layers)
     read = [read_text(file) for file in texts]
     sequences = load_sequences(
         read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed
@@ -177,7 +179,8 @@ def measure(
     attentions = [
         SparseAttention(variant, store_of(variant, stores), max_length=length, device="cuda") for variant in variants
     ]
-    references = [SparseRoute(attention, counts=ReadCounts(length, device="cuda")) for attention in attentions]
+    counts = [ReadCounts(length, device="cuda") for _ in attentions]
+    references = [SparseRoute(attention, counts=count) for attention, count in zip(attentions, counts, strict=True)]
     kernels = [
         KernelRoute(served_thresholds(attention.variant, store_of(attention.variant, stores)), attention.dense_layers)
         for attention in attentions
@@ -212,7 +215,7 @@ def measure(
                 reference_error=reference[1],
                 kernel_change=kernel[0],
                 kernel_error=kernel[1],
-                reference_rows_share=references[index].counts.value_rows_share,
+                reference_rows_share=counts[index].value_rows_share,
                 kernel_rows_share=kernels[index].rows_share,
                 kl_divergence=statistics.mean(losses.kl_divergence for losses in between),
                 top1_agreement=statistics.mean(losses.top1_agreement for losses in between),

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vllm_toptheta.cli.terminal import TEXT_FILES, ThresholdsOption, print_table, words, write_json
-from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+from vllm_toptheta.cli.stores import ThresholdsOption, load_store
+from vllm_toptheta.cli.terminal import TEXT_FILES, print_table, words, write_json
 
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 
@@ -78,8 +78,14 @@ def bench_quality(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
     text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
     k: Annotated[
-        str, typer.Option("--k", "--targets", help="By commas: floor:2, which needs no store, or keys per query head.")
-    ] = f"floor:{DEFAULT_WEIGHT_FLOOR:g}",
+        str | None,
+        typer.Option(
+            "--k",
+            "--targets",
+            help="By commas: floor:2, which needs no store, or keys per query head. Default: the floor that is served "
+            "if nothing is said.",
+        ),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to evaluate on.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
@@ -87,15 +93,13 @@ def bench_quality(
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
     """Perplexity of a real model on the decode kernel, beside the reference's and dense; needs an NVIDIA GPU."""
-    from vllm_toptheta import store
     from vllm_toptheta.benchmarks.quality import kernel_quality_table, measure
 
-    targets = words(k)
-    needs_store = thresholds is not None or not all(target.startswith(store.FLOOR_PREFIX) for target in targets)
+    targets = words(k or "")
     report = measure(
         model,
         [*text, *map(Path, context.args)],
-        store.load(store.resolve(str(model), thresholds=thresholds)) if needs_store else None,
+        load_store(model, thresholds, targets=targets),
         targets=targets,
         length=length,
         num_sequences=sequences,

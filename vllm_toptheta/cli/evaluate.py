@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vllm_toptheta.cli import eval_options as options
+from vllm_toptheta.cli.stores import needs_store
 from vllm_toptheta.cli.terminal import TEXT_FILES, integers, numbers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
@@ -371,7 +372,7 @@ def _subject(model: Path, thresholds: list[str] | None, device: str, dtype: str,
                 f"{len(paths)} stores with one name", field="--thresholds", remedy="Write NAME=PATH, with other NAMEs"
             )
         stores[name] = store.load(store.resolve(str(model), thresholds=paths[0]))
-    if not stores and not all(target.startswith(store.FLOOR_PREFIX) for target in targets):
+    if not stores and needs_store(targets):
         stores = {"": store.load(store.resolve(str(model)))}
     return Subject(model, stores, device=device, dtype=dtype)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_toptheta.cli.stores import ThresholdsOption, load_store
 from vllm_toptheta.cli.terminal import words
 from vllm_toptheta.errors import ReportError, SettingsError
 
@@ -33,7 +34,8 @@ def report_command(
         typer.Option(
             "--k",
             "--targets",
-            help="Keys per query head, or other targets of the store, by commas. Default: 128 where calibrated.",
+            help="By commas: floor:2, which needs no store, or keys per query head and other targets of a store. "
+            "Default: the floor that is served if nothing is said.",
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of each kind of text.")] = 4,
@@ -42,10 +44,7 @@ def report_command(
         float, typer.Option(help="Share of a dense decode step that attention takes, for the step's speed-up.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option(help="A store or a directory of stores; default: TOPTHETA_THRESHOLDS, else the shipped ones."),
-    ] = None,
+    thresholds: ThresholdsOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto is a GPU where there is one.")] = "auto",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
@@ -62,7 +61,6 @@ def report_command(
         ) from None
     import torch
 
-    from vllm_toptheta import store
     from vllm_toptheta.report import make_report
     from vllm_toptheta.report.verdict import verdict
 
@@ -73,12 +71,13 @@ def report_command(
             field="--calibration-text",
             remedy="Repeat the options, or quote a pattern: --text 'held-out/*.txt' --calibration-text 'seen/*.txt'",
         )
+    targets = words(k or "")
     report = make_report(
         model,
         _files([*text, *context.args]),
-        store.load(store.resolve(str(model), thresholds=thresholds)),
+        load_store(model, thresholds, targets=targets),
         calibration_texts=_files(calibration_text or []),
-        targets=words(k or ""),
+        targets=targets,
         length=length,
         num_sequences=sequences,
         seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,15 +14,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["TEXT_FILES", "ThresholdsOption", "integers", "numbers", "print_error", "print_table", "words", "write_json"]
+__all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "words", "write_json"]
 
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
-
-ThresholdsOption = Annotated[
-    Path | None,
-    typer.Option(help="A store or a directory of stores; default: TOPTHETA_THRESHOLDS, else the shipped ones."),
-]
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_toptheta.cli.terminal import ThresholdsOption, print_error, print_table
+from vllm_toptheta.cli.stores import ThresholdsOption
+from vllm_toptheta.cli.terminal import print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:

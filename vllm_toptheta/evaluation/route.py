@@ -1,5 +1,7 @@
 """Sparse attention over a whole text at once, and the count of what its rows read and lost."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,20 @@ from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_bloc
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
-__all__ = ["ReadCounts", "SparseRoute"]
+__all__ = ["ReadCounts", "RowCounts", "SparseRoute"]
+
+
+class RowCounts(Protocol):
+    """What takes in the rows of sparse layers."""
+
+    def add(self, layer_idx: int, result: AttentionResult, *, start: int) -> None:
+        """Counts the thresholded rows of a result.
+
+        Args:
+            layer_idx: their layer.
+            result: of consecutive rows, with its survivors.
+            start: keys that come before the first of them.
+        """
 
 
 class ReadCounts:
@@ -26,13 +41,8 @@ class ReadCounts:
         # how many thresholded rows of query heads keep 0, 1, 2... keys; behind them, those that are not thresholded
         self._rows_by_survivors = torch.zeros(max_length + 2, dtype=torch.int64, device=device)
 
-    def add(self, result: AttentionResult, *, start: int) -> None:
-        """Counts the rows of a result, without waiting for it.
-
-        Args:
-            result: of consecutive rows.
-            start: keys that come before the first of them.
-        """
+    def add(self, layer_idx: int, result: AttentionResult, *, start: int) -> None:
+        """See `RowCounts.add`; all layers are one, and the result is not waited for."""
         thresholded, survivors = result.thresholded, result.num_survivors
         row_lengths = torch.arange(start + 1, start + 1 + len(thresholded), device=thresholded.device)
         num_keys = torch.where(thresholded, row_lengths, 0).sum()
@@ -120,10 +130,10 @@ class SparseRoute(DenseRoute):
     Args:
         attention: the variant.
         num_prompt_tokens: tokens of the sequence that are its prompt.
-        counts: what is read and lost is added there.
+        counts: what takes in the results.
     """
 
-    def __init__(self, attention: SparseAttention, *, num_prompt_tokens: int = 0, counts: ReadCounts) -> None:
+    def __init__(self, attention: SparseAttention, *, num_prompt_tokens: int = 0, counts: RowCounts) -> None:
         self.attention = attention
         self.num_prompt_tokens = num_prompt_tokens
         self.counts = counts
@@ -156,5 +166,5 @@ class SparseRoute(DenseRoute):
                 codes=None if codes is None else codes[:stop],
             )
             outputs.append(result.output)
-            self.counts.add(result, start=start)
+            self.counts.add(layer_idx, result, start=start)
         return torch.cat(outputs)

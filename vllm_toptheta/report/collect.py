@@ -1,18 +1,18 @@
 """Counts what thresholds keep of a text, by layer and head: how many keys, where they sit, which rows a group reads."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_blocks
 from vllm_toptheta.calibration.sampling import length_buckets
-from vllm_toptheta.reference import AttentionResult, Placement, top_theta_attention
-from vllm_toptheta.store import Architecture, ThresholdCurve
+from vllm_toptheta.evaluation.route import SparseRoute
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.reference import AttentionResult
+from vllm_toptheta.store import Architecture
 
 __all__ = ["NUM_BUCKETS", "RECENT_TOKENS", "SINK_TOKENS", "SurvivorCounts", "collect"]
 
@@ -54,13 +54,7 @@ class SurvivorCounts:
         self.value_rows_cached = np.zeros((num_layers, num_buckets), np.int64)
 
     def add(self, layer_idx: int, result: AttentionResult, *, start: int) -> None:
-        """Counts the thresholded rows of a result.
-
-        Args:
-            layer_idx: the layer.
-            result: of consecutive rows, with its survivors.
-            start: keys that come before the first of them.
-        """
+        """See `RowCounts.add`."""
         if result.survivors is None:
             raise ValueError("result: has no survivors, so their positions cannot be counted")
         if not bool(result.thresholded.any()):
@@ -98,91 +92,26 @@ class SurvivorCounts:
 def collect(
     model: Any,
     sequences: Sequence[Tensor],
-    curve: ThresholdCurve,
+    attention: SparseAttention,
     *,
     architecture: Architecture,
-    dense_layers: Collection[int],
-    placement: Placement,
     on_sequence: Callable[[], object] = lambda: None,
 ) -> SurvivorCounts:
-    """Runs the model over token sequences with the thresholds applied, every row as a decode step of its length.
+    """Runs the model over token sequences with thresholds applied, every row as a decode step of its length.
 
     Args:
         model: a transformers causal language model.
-        sequences: tensors `[seq_len]` int64, of one length, more than the curve's `dense_length`.
-        curve: the thresholds.
+        sequences: tensors `[seq_len]` int64, of one length, more than the thresholds keep dense.
+        attention: the thresholds, made for rows of that length.
         architecture: that of the model.
-        dense_layers: layers that are dense.
-        placement: what the thresholds apply to.
         on_sequence: called after each sequence.
 
     Raises:
         CalibrationError: the model is not supported.
     """
-    max_length = len(sequences[0])
-    counts = SurvivorCounts(architecture, dense_length=curve.dense_length, max_length=max_length)
-    thresholds = curve.threshold(np.arange(max_length + 1))
-    route = _CountingRoute(
-        thresholds, target_k=curve.dense_length, dense_layers=dense_layers, placement=placement, counts=counts
-    )
-    with routed(model, route):
+    counts = SurvivorCounts(architecture, dense_length=attention.dense_length, max_length=len(sequences[0]))
+    with routed(model, SparseRoute(attention, counts=counts)):
         for sequence in sequences:
             hidden_states(model, sequence)
             on_sequence()
     return counts
-
-
-class _CountingRoute(DenseRoute):
-    """Top-Theta attention in the sparse layers, with what it keeps added to the counts.
-
-    Args:
-        thresholds: `[max_length + 1, num_layers, num_heads]` float32, row n holds theta(n).
-        target_k: rows that see at most this many keys are dense.
-        dense_layers: layers that are dense.
-        placement: what the thresholds apply to.
-        counts: where to add.
-    """
-
-    def __init__(
-        self,
-        thresholds: NDArray[np.float32],
-        *,
-        target_k: int,
-        dense_layers: Collection[int],
-        placement: Placement,
-        counts: SurvivorCounts,
-    ) -> None:
-        self.thresholds = torch.from_numpy(thresholds)
-        self.target_k = target_k
-        self.dense_layers = frozenset(dense_layers)
-        self.placement: Placement = placement
-        self.counts = counts
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
-        """See `AttentionRoute.attend`."""
-        if layer_idx in self.dense_layers:
-            return super().attend(layer_idx, query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
-        outputs = []
-        for start, stop in row_blocks(query.shape[1], query.shape[0], block_bytes_on(query.device)):
-            result = top_theta_attention(
-                query[start:stop],
-                key[:stop],
-                value[:stop],
-                threshold=self.thresholds[start + 1 : stop + 1, layer_idx].to(query.device),
-                target_k=self.target_k,
-                softmax_scale=softmax_scale,
-                placement=self.placement,
-                logits_soft_cap=soft_cap,
-            )
-            outputs.append(result.output)
-            self.counts.add(layer_idx, result, start=start)
-        return torch.cat(outputs)

@@ -1,7 +1,8 @@
 """The figures of a report. Colours are Okabe and Ito's or viridis, which colour-blind readers tell apart."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from vllm_toptheta.report.collect import RECENT_TOKENS, SINK_TOKENS
-from vllm_toptheta.report.findings import Report, TargetFindings, TextFindings
+from vllm_toptheta.report.findings import Curves, TargetFindings, TextFindings
 
 __all__ = ["Picture", "draw"]
 
@@ -33,17 +34,19 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def draw(report: Report, target: TargetFindings) -> Iterator[Picture]:
+def draw(target: TargetFindings) -> Iterator[Picture]:
     """Yields the figures of one target, in the order in which a reader wants them."""
-    for name, title, painter in (
+    painters: list[tuple[str, str, Callable[[TargetFindings], tuple[Figure, str, str]]]] = [
         ("survivors", "How many keys each head keeps", _survivors),
         ("reads", "What a group of heads reads", _reads),
         ("lengths", "What grows with the context", _lengths),
         ("positions", "Where the kept keys sit", _positions),
         ("lost-mass", "What is lost", _lost_mass),
-        ("thresholds", "The thresholds", _thresholds),
-    ):
-        figure, caption, alt = painter(report, target)
+    ]
+    if target.curves is not None:
+        painters.append(("thresholds", "The thresholds", partial(_thresholds, curves=target.curves)))
+    for name, title, painter in painters:
+        figure, caption, alt = painter(target)
         stream = io.BytesIO()
         FigureCanvasAgg(figure)
         # no metadata, so that the same findings give the same bytes
@@ -59,9 +62,9 @@ def _texts(target: TargetFindings) -> list[tuple[str, str, str, TextFindings]]:
     return kinds
 
 
-def _survivors(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
+def _survivors(target: TargetFindings) -> tuple[Figure, str, str]:
     figure, (upper, lower) = _figure(5.2, rows=2, sharex=True)
-    layers = np.array(report.sparse_layers)
+    layers = np.array(target.sparse_layers)
     kinds = _texts(target)
     for axes, attribute, name in (
         (upper, "head_mean_survivors", "mean over rows"),
@@ -90,22 +93,25 @@ def _survivors(report: Report, target: TargetFindings) -> tuple[Figure, str, str
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_ylabel(f"keys kept,\n{name}")
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _layer_axis(lower, report)
+    _layer_axis(lower, target)
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
     parts = [
         f"on {text} {found.mean_survivors:.0f} on average and {found.p95_survivors} at the 95th percentile"
         for text, _, _, found in kinds
     ]
     caption = (
-        "Each mark is a query head. Heads far above the line keep more than was asked for; dense layers are left out."
+        "Each mark is a query head; dense layers are left out."
+        if target.curves is None
+        else "Each mark is a query head. Heads far above the line keep more than was asked for; dense layers are left "
+        "out."
     )
     return figure, caption, f"Keys kept by each head against the layer, over all heads {' and '.join(parts)}."
 
 
-def _reads(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
+def _reads(target: TargetFindings) -> tuple[Figure, str, str]:
     shares = np.array(target.held_out.group_value_rows_share)
-    figure = _heat(report, 100 * shares, ylabel="kv head", label="value rows read, % of cached", top=100)
-    sparse = shares[list(report.sparse_layers)]
+    figure = _heat(target, 100 * shares, ylabel="kv head", label="value rows read, % of cached", top=100)
+    sparse = shares[list(target.sparse_layers)]
     caption = (
         "A value row is read if any query head of the group keeps it. Held-out text, all thresholded rows; hatched "
         "layers are dense and read everything."
@@ -118,7 +124,7 @@ def _reads(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
     return figure, caption, alt
 
 
-def _lengths(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
+def _lengths(target: TargetFindings) -> tuple[Figure, str, str]:
     figure, (left, right) = _figure(3.3, columns=2)
     for text, colour, marker, found in _texts(target):
         middles = [np.sqrt(rows.min_length * rows.max_length) for rows in found.by_length]
@@ -162,9 +168,9 @@ def _lengths(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
     return figure, caption, alt
 
 
-def _positions(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
+def _positions(target: TargetFindings) -> tuple[Figure, str, str]:
     figure, (upper, lower) = _figure(4.8, rows=2, sharex=True)
-    layers = np.array(report.sparse_layers)
+    layers = np.array(target.sparse_layers)
     shares, rates = (
         100 * np.array(table)[layers] for table in (target.held_out.position_shares, target.held_out.position_rates)
     )
@@ -185,7 +191,7 @@ def _positions(report: Report, target: TargetFindings) -> tuple[Figure, str, str
     for axes in (upper, lower):
         axes.set_ylim(0, 100)
     lower.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _layer_axis(lower, report)
+    _layer_axis(lower, target)
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
     caption = (
         "Held-out text, over the heads of a layer. Above, what the kept keys are made of: those between would be lost "
@@ -201,9 +207,9 @@ def _positions(report: Report, target: TargetFindings) -> tuple[Figure, str, str
     return figure, caption, alt
 
 
-def _lost_mass(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
+def _lost_mass(target: TargetFindings) -> tuple[Figure, str, str]:
     lost = 100 * np.array(target.held_out.head_lost_mass)
-    figure = _heat(report, lost, ylabel="query head", label="lost mass, % of the softmax", top=None)
+    figure = _heat(target, lost, ylabel="query head", label="lost mass, % of the softmax", top=None)
     layer, worst = target.held_out.worst_layer
     caption = (
         "The share of the softmax that the skipped keys hold, mean over rows of held-out text. It is known exactly at "
@@ -216,27 +222,27 @@ def _lost_mass(report: Report, target: TargetFindings) -> tuple[Figure, str, str
     return figure, caption, alt
 
 
-def _thresholds(report: Report, target: TargetFindings) -> tuple[Figure, str, str]:
-    layers = report.sparse_layers
-    table = np.array(target.thresholds)
+def _thresholds(target: TargetFindings, curves: Curves) -> tuple[Figure, str, str]:
+    layers = target.sparse_layers
+    table = np.array(curves.thresholds)
     columns = min(_PANEL_COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
     figure, panels = _figure(0.9 + 1.15 * rows, rows=rows, columns=columns, sharex=True, sharey=True)
     for axes, layer in zip(panels, layers, strict=False):
-        axes.plot(target.lengths, table[:, layer], color=_BLUE, linewidth=0.7, alpha=0.55)
-        axes.plot(target.lengths, table[:, layer].mean(axis=1), color=_DARK, linewidth=1.6)
+        axes.plot(curves.lengths, table[:, layer], color=_BLUE, linewidth=0.7, alpha=0.55)
+        axes.plot(curves.lengths, table[:, layer].mean(axis=1), color=_DARK, linewidth=1.6)
         axes.set_title(f"layer {layer}", fontsize=8, pad=2)
         axes.set_xscale("log")
         axes.tick_params(labelsize=7)
-        _length_ticks(axes, target.lengths[0], target.lengths[-1], most=3)
+        _length_ticks(axes, curves.lengths[0], curves.lengths[-1], most=3)
     for axes in panels[len(layers) :]:
         axes.set_visible(False)
     # with columns cut short, the panel above the gap is the last of its own
     for column in range(columns):
         last = max(index for index in range(len(layers)) if index % columns == column)
         panels[last].tick_params(labelbottom=True)
-    unit = "scaled logits" if report.placement == "pre_softmax" else "probability"
-    if report.placement == "post_softmax":
+    unit = "scaled logits" if curves.placement == "pre_softmax" else "probability"
+    if curves.placement == "post_softmax":
         panels[0].set_yscale("log")
     figure.supxlabel("context, tokens", fontsize=9)
     figure.supylabel(f"threshold, {unit}", fontsize=9)
@@ -247,8 +253,8 @@ def _thresholds(report: Report, target: TargetFindings) -> tuple[Figure, str, st
     ends = table[:, list(layers)].mean(axis=(1, 2))
     alt = (
         f"One panel for each of {len(layers)} layers with the thresholds of its heads against the context length; over "
-        f"all heads the mean goes from {ends[0]:.3g} at {target.lengths[0]} tokens to {ends[-1]:.3g} at "
-        f"{target.lengths[-1]}."
+        f"all heads the mean goes from {ends[0]:.3g} at {curves.lengths[0]} tokens to {ends[-1]:.3g} at "
+        f"{curves.lengths[-1]}."
     )
     return figure, caption, alt
 
@@ -263,11 +269,11 @@ def _figure(
     return figure, list(panels.flat)
 
 
-def _heat(report: Report, table: NDArray[np.float64], *, ylabel: str, label: str, top: float | None) -> Figure:
+def _heat(target: TargetFindings, table: NDArray[np.float64], *, ylabel: str, label: str, top: float | None) -> Figure:
     """A heat map of `[num_layers, num_rows]`, layers from left to right, dense layers hatched."""
     num_rows = table.shape[1]
     figure, (axes,) = _figure(min(1.6 + 0.22 * num_rows, 7.0))
-    hidden = np.isin(np.arange(len(table)), report.dense_layers)
+    hidden = np.isin(np.arange(len(table)), target.dense_layers)
     axes.patch.set(facecolor="#eeeeee", edgecolor=_GREY, hatch="////")
     image = axes.imshow(
         np.where(hidden, np.nan, table.T),
@@ -286,9 +292,9 @@ def _heat(report: Report, table: NDArray[np.float64], *, ylabel: str, label: str
     return figure
 
 
-def _layer_axis(axes: Axes, report: Report) -> None:
+def _layer_axis(axes: Axes, target: TargetFindings) -> None:
     axes.set_xlabel("layer")
-    axes.set_xlim(-0.6, report.num_layers - 0.4)
+    axes.set_xlim(-0.6, target.num_layers - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
 
 

@@ -1,6 +1,6 @@
 """What a report found: as data, as JSON, and what follows from it for bytes and speed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_toptheta.report.collect import RECENT_TOKENS, SINK_TOKENS, SurvivorCounts
 from vllm_toptheta.store import TextSource
 
-__all__ = ["Expectation", "LengthFindings", "Report", "TargetFindings", "TextFindings", "expect", "summarise"]
+__all__ = ["Curves", "Expectation", "LengthFindings", "Report", "TargetFindings", "TextFindings", "expect", "summarise"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Table = tuple[tuple[float, ...], ...]
@@ -90,25 +90,42 @@ class TextFindings(_Model):
         return layer, by_layer[layer]
 
 
-class TargetFindings(_Model):
-    """One target of the store."""
+class Curves(_Model):
+    """Calibrated thresholds by length, where calibration puts them."""
 
-    label: str
-    dense_length: int = Field(ge=0, description="Rows of at most this many tokens are dense.")
+    placement: Literal["pre_softmax", "post_softmax"]
     lengths: tuple[int, ...] = Field(description="Tokens, at which the thresholds are given.")
     thresholds: tuple[Table, ...] = Field(description="[num_lengths][num_layers][num_heads]")
+
+
+class TargetFindings(_Model):
+    """One floor, or one target of the store."""
+
+    label: str
+    weight_floor: float | None = Field(description="In multiples of a row's average weight; null if calibrated.")
+    dense_length: int = Field(ge=0, description="Rows of at most this many tokens are dense.")
+    dense_layers: tuple[int, ...]
+    curves: Curves | None = Field(description="Of a target of the store; null where thresholds follow each row.")
     held_out: TextFindings
     calibration: TextFindings | None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.held_out.head_lost_mass)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers that are not dense."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
 
 
 class Report(_Model):
     """A report: what was run, and what was found for each target."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str = Field(description="Name of the model's directory.")
-    thresholds: str = Field(description="Model id that the thresholds were calibrated for.")
-    placement: Literal["pre_softmax", "post_softmax"]
-    dense_layers: tuple[int, ...]
+    thresholds: str | None = Field(description="Model id that a store was calibrated for; null without one.")
     num_sequences: int = Field(ge=1)
     length: int = Field(ge=2, description="Tokens of a sequence.")
     seed: int
@@ -120,16 +137,6 @@ class Report(_Model):
     versions: dict[str, str]
     targets: tuple[TargetFindings, ...] = Field(min_length=1)
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return len(self.targets[0].held_out.head_lost_mass)
-
-    @property
-    def sparse_layers(self) -> tuple[int, ...]:
-        """Layers that are not dense."""
-        return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
-
     @classmethod
     def read(cls, content: str) -> Self:
         """Return the report of a report.json."""
@@ -137,7 +144,7 @@ class Report(_Model):
 
 
 def summarise(
-    counts: SurvivorCounts, *, text: Sequence[TextSource], dense_layers: Sequence[int], attention_share: float
+    counts: SurvivorCounts, *, text: Sequence[TextSource], dense_layers: Collection[int], attention_share: float
 ) -> TextFindings:
     """Returns what was counted, per head and in total.
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_toptheta.errors import ReportError
 from vllm_toptheta.report.figures import Picture, draw
-from vllm_toptheta.report.findings import Report
+from vllm_toptheta.report.findings import Report, TargetFindings
 from vllm_toptheta.report.verdict import verdict
 
 __all__ = ["render", "write_report"]
@@ -32,7 +32,7 @@ def write_report(report: Report, out: Path, *, png: Path | None = None) -> tuple
     """
     if out.suffix == ".json":
         raise ReportError("the page cannot be a .json file", file=out, remedy="Name it report.html")
-    pictures = [list(draw(report, target)) for target in report.targets]
+    pictures = [list(draw(target)) for target in report.targets]
     content = {out: render(report, pictures).encode(), out.with_suffix(".json"): _json(report)}
     if png is not None:
         for target, drawn in zip(report.targets, pictures, strict=True):
@@ -73,16 +73,17 @@ def render(report: Report, pictures: Sequence[Sequence[Picture]]) -> str:
                 # a number and its unit stay on one line
                 "paragraph": paragraph.replace(" %", "\N{NO-BREAK SPACE}%"),
                 "pictures": drawn,
-                "layers": [_layer(report, target.held_out, layer) for layer in range(report.num_layers)],
+                "layers": [_layer(target, layer) for layer in range(target.num_layers)],
             }
         )
     return environment.get_template("template.html.j2").render(report=report, sections=sections)
 
 
-def _layer(report: Report, found: Any, layer: int) -> dict[str, Any]:
+def _layer(target: TargetFindings, layer: int) -> dict[str, Any]:
     """One line of the table of layers; only the layer of a dense one."""
-    if layer in report.dense_layers:
+    if layer in target.dense_layers:
         return {"layer": layer, "dense": True}
+    found = target.held_out
 
     def mean(table: Sequence[Sequence[float]]) -> float:
         return sum(table[layer]) / len(table[layer])

@@ -12,28 +12,22 @@ from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.errors import ReportError
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.variants import expand_variants, floor_label, store_of
+from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 from vllm_toptheta.report.collect import collect
-from vllm_toptheta.report.findings import Report, TargetFindings, summarise
-from vllm_toptheta.store import Manifest, ThresholdCurve, ThresholdStore, read_architecture
+from vllm_toptheta.report.findings import Curves, Report, TargetFindings, summarise
+from vllm_toptheta.store import ThresholdStore, read_architecture
 
-__all__ = ["default_targets", "make_report"]
+__all__ = ["make_report"]
 
-PREFERRED_K = 128  # what the server takes if nothing is said
 _NUM_LENGTHS = 24
-
-
-def default_targets(manifest: Manifest) -> tuple[str, ...]:
-    """Returns the target that is served if nothing is said, or the store's last if it was not calibrated for that."""
-    ks = manifest.target_ks
-    if ks and ks[0] <= PREFERRED_K <= ks[-1]:
-        return (f"k:{PREFERRED_K}",)
-    return manifest.labels[-1:] or (f"k:{PREFERRED_K}",)
 
 
 def make_report(
     model_dir: Path,
     texts: Sequence[Path],
-    thresholds: ThresholdStore,
+    thresholds: ThresholdStore | None = None,
     *,
     calibration_texts: Sequence[Path] = (),
     targets: Sequence[str] = (),
@@ -50,9 +44,9 @@ def make_report(
     Args:
         model_dir: a Hugging Face model directory, with its tokenizer.
         texts: text files that the thresholds were not calibrated on.
-        thresholds: a store calibrated for the model.
-        calibration_texts: the texts that they were calibrated on, to compare with; none to leave that out.
-        targets: labels, such as k:64; none for `default_targets`.
+        thresholds: a store calibrated for the model; None where every target is a floor.
+        calibration_texts: the texts that it was calibrated on, to compare with; none to leave that out.
+        targets: labels, such as floor:2 or k:64; none for the floor that is served if nothing is said.
         length: tokens of a sequence, more than any target keeps dense.
         num_sequences: sequences of each kind of text.
         seed: chooses the sequences out of the texts.
@@ -64,102 +58,123 @@ def make_report(
     Raises:
         ReportError: an option cannot be, or no layer is sparse.
         CalibrationError: a text cannot be used, there is no such device, or the model is not supported.
+        EvaluationError: a target needs a store, and there is none; or it is no floor.
         FingerprintMismatch: the thresholds are those of another architecture.
         TargetOutOfRange: a target was not calibrated.
     """
-    manifest = thresholds.manifest
-    curves = [thresholds.curve_of(label) for label in targets or default_targets(manifest)]
-    _check(manifest, curves, length=length, num_sequences=num_sequences, attention_share=attention_share)
+    architecture = read_architecture(model_dir)
+    if thresholds is not None:
+        thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
+    stores = {} if thresholds is None else {"": thresholds}
+    default = floor_label(DEFAULT_WEIGHT_FLOOR, field="targets")
+    variants = expand_variants(stores, targets=targets or [default], num_layers=architecture.num_layers)
+    if calibration_texts and thresholds is None:
+        raise ReportError(
+            "nothing was calibrated for floors", field="calibration_texts", remedy="Give a store too, or leave them out"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_device = usable_device(device)
-    architecture = manifest.architecture
-    architecture.check(read_architecture(model_dir), file=thresholds.folder)
+    _check_numbers(length=length, num_sequences=num_sequences, attention_share=attention_share)
+    attentions = [
+        SparseAttention(variant, store_of(variant, stores), max_length=length, device=torch_device)
+        for variant in variants
+    ]
+    for attention in attentions:
+        _check_rows(attention, length=length, num_layers=architecture.num_layers)
     held_out, calibrated = ([read_file(file) for file in files] for files in (texts, calibration_texts))
-    kinds = [kind for kind in (held_out, calibrated) if kind]
     tokenizer = load_tokenizer(model_dir)
     sequences = [
-        load_sequences(kind, tokenizer, num_sequences=num_sequences, max_length=length, seed=seed) for kind in kinds
+        load_sequences(kind, tokenizer, num_sequences=num_sequences, max_length=length, seed=seed)
+        for kind in (held_out, calibrated)
+        if kind
     ]
     model = load_model(model_dir, dtype=dtype, device=torch_device)
 
     found: list[TargetFindings] = []
     with progress_bar("passes", enabled=progress) as bar:
-        task = bar.add_task("measuring", total=len(curves) * len(kinds) * num_sequences)
-        for curve in curves:
+        num_kinds = [len(sequences) if attention.variant.weight_floor is None else 1 for attention in attentions]
+        task = bar.add_task("measuring", total=sum(num_kinds) * num_sequences)
+        for attention, kinds in zip(attentions, num_kinds, strict=True):
             summaries = [
                 summarise(
                     collect(
-                        model,
-                        of_kind,
-                        curve,
-                        architecture=architecture,
-                        dense_layers=manifest.dense_layers,
-                        placement=manifest.placement,
-                        on_sequence=lambda: bar.advance(task),
+                        model, of_kind, attention, architecture=architecture, on_sequence=lambda: bar.advance(task)
                     ),
                     text=[text.source for text in kind],
-                    dense_layers=manifest.dense_layers,
+                    dense_layers=attention.dense_layers,
                     attention_share=attention_share,
                 )
-                for kind, of_kind in zip(kinds, sequences, strict=True)
+                for kind, of_kind in zip((held_out, calibrated), sequences[:kinds], strict=False)
             ]
-            lengths = np.geomspace(curve.dense_length + 1, max(length, curve.max_length), _NUM_LENGTHS).round()
-            lengths = np.unique(lengths.astype(np.int64))
+            variant = attention.variant
             found.append(
                 TargetFindings(
-                    label=curve.label,
-                    dense_length=curve.dense_length,
-                    lengths=tuple(lengths.tolist()),
-                    thresholds=tuple(tuple(map(tuple, table)) for table in curve.threshold(lengths).tolist()),
+                    label=variant.target,
+                    weight_floor=variant.weight_floor,
+                    dense_length=attention.dense_length,
+                    dense_layers=tuple(sorted(attention.dense_layers)),
+                    curves=_curves(store_of(variant, stores), variant.target, length=length),
                     held_out=summaries[0],
-                    calibration=summaries[1] if calibrated else None,
+                    calibration=summaries[1] if len(summaries) > 1 else None,
                 )
             )
     return Report(
         model=model_dir.absolute().name,
-        thresholds=manifest.model.id,
-        placement=manifest.placement,
-        dense_layers=manifest.dense_layers,
+        thresholds=thresholds.manifest.model.id if thresholds else None,
         num_sequences=num_sequences,
         length=length,
         seed=seed,
         dtype=str(dtype).removeprefix("torch."),
         device=torch_device.type,
         attention_share=attention_share,
-        not_held_out=_named(manifest, held_out, known=True),
-        not_calibrated_on=_named(manifest, calibrated, known=False),
+        not_held_out=_named(thresholds, held_out, known=True),
+        not_calibrated_on=_named(thresholds, calibrated, known=False),
         versions=package_versions(),
         targets=tuple(found),
     )
 
 
-def _check(
-    manifest: Manifest,
-    curves: Sequence[ThresholdCurve],
-    *,
-    length: int,
-    num_sequences: int,
-    attention_share: float,
-) -> None:
-    if len(manifest.dense_layers) >= manifest.architecture.num_layers:
+def _curves(thresholds: ThresholdStore | None, target: str, *, length: int) -> Curves | None:
+    """The thresholds of a target by length, as far as both the sequences and calibration go; None without a store."""
+    if thresholds is None:
+        return None
+    curve = thresholds.curve_of(target)
+    lengths = np.geomspace(curve.dense_length + 1, max(length, curve.max_length), _NUM_LENGTHS).round()
+    lengths = np.unique(lengths.astype(np.int64))
+    return Curves(
+        placement=thresholds.manifest.placement,
+        lengths=tuple(lengths.tolist()),
+        thresholds=tuple(tuple(map(tuple, table)) for table in curve.threshold(lengths).tolist()),
+    )
+
+
+def _check_rows(attention: SparseAttention, *, length: int, num_layers: int) -> None:
+    """Refuse what would leave no row thresholded."""
+    if len(attention.dense_layers) >= num_layers:
         raise ReportError(
             "every layer is dense, so the thresholds keep everything", field="dense_layers", remedy="Calibrate again"
         )
-    dense_length = max(curve.dense_length for curve in curves)
-    if dense_length >= length:
+    if attention.dense_length >= length:
         raise ReportError(
-            f"rows of at most {dense_length} tokens are dense, so sequences of {length} tokens show nothing",
+            f"rows of at most {attention.dense_length} tokens are dense, so sequences of {length} tokens show nothing",
             field="length",
             remedy="Raise it",
         )
+
+
+def _check_numbers(*, length: int, num_sequences: int, attention_share: float) -> None:
+    if length < 2:
+        raise ReportError(f"must be at least 2, got {length}", field="length")
     if num_sequences < 1:
         raise ReportError(f"must be at least 1, got {num_sequences}", field="num_sequences")
     if not 0 <= attention_share <= 1:
         raise ReportError(f"must be from 0 to 1, got {attention_share}", field="attention_share")
 
 
-def _named(manifest: Manifest, texts: Sequence[Text], *, known: bool) -> tuple[str, ...]:
-    """The names of the texts that the manifest knows, or does not know."""
-    calibrated_on = {source.sha256 for source in manifest.calibration.text}
+def _named(thresholds: ThresholdStore | None, texts: Sequence[Text], *, known: bool) -> tuple[str, ...]:
+    """The names of the texts that the manifest knows, or does not know; none without a store."""
+    if thresholds is None:
+        return ()
+    calibrated_on = {source.sha256 for source in thresholds.manifest.calibration.text}
     return tuple(text.source.name for text in texts if (text.source.sha256 in calibrated_on) == known)

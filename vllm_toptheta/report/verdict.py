@@ -23,17 +23,21 @@ def verdict(report: Report, target: TargetFindings) -> tuple[bool, str]:
     expectation = longest.expectation
     helps = expectation.attention_speedup >= WORTHLESS_SPEEDUP
     times = f"{expectation.attention_speedup:.2f}"
-    kind = "in part calibrated on" if report.not_held_out else "not calibrated on"
+    if target.weight_floor is not None:
+        kind = "on this text"
+    else:
+        kind = f"on text that it was {'in part' if report.not_held_out else 'not'} calibrated on"
     sentences = [
         f"The target {target.label} may help: attention can become at most {times} times as fast."
         if helps
         else f"The target {target.label} would not help: attention could become at most {times} times as fast, and a "
         "kernel never reaches its bound in full.",
-        f"A query head keeps {found.mean_survivors:.0f} keys of a row on average on text that it was {kind}, and more "
-        f"than {found.p95_survivors} in one row out of twenty.",
+        *_guarantee(target),
+        f"A query head keeps {found.mean_survivors:.0f} keys of a row on average {kind}, and more than "
+        f"{found.p95_survivors} in one row out of twenty.",
         f"The heads of a group read one cache together, so with {_length(longest.min_length, longest.max_length)} of "
         f"context {_percent(expectation.value_rows_share)} of the value rows are read"
-        + (f", the {_count(len(report.dense_layers), 'dense layer')} in full." if report.dense_layers else "."),
+        + (f", the {_count(len(target.dense_layers), 'dense layer')} in full." if target.dense_layers else "."),
         f"Every key is still read, so attention moves {_percent(expectation.bytes_share)} of the bytes of dense "
         f"attention. If attention takes {_percent(report.attention_share)} of a decode step, the step can become at "
         f"most {expectation.step_speedup:.2f} times as fast.",
@@ -42,6 +46,12 @@ def verdict(report: Report, target: TargetFindings) -> tuple[bool, str]:
         *_trend(found, helps=helps),
     ]
     return helps, " ".join(sentences)
+
+
+def _guarantee(target: TargetFindings) -> list[str]:
+    if target.weight_floor is None:
+        return []
+    return [f"No key is skipped whose weight reaches {target.weight_floor:g} times the average of its row."]
 
 
 def _lost(found: TextFindings) -> str:
@@ -57,7 +67,7 @@ def _lost(found: TextFindings) -> str:
 
 
 def _drift(target: TargetFindings) -> list[str]:
-    """What differs between the text calibrated on, or the k aimed at, and held-out text."""
+    """What differs between the text calibrated on, or the k aimed at, and held-out text; nothing without a store."""
     kept = target.held_out.mean_survivors
     if target.calibration is not None:
         reference, name = target.calibration.mean_survivors, "on the calibration text"
