@@ -2,7 +2,8 @@
 
 Keys, values and queries are random, and so are the scores. The thresholds are therefore calibrated on the very scores
 that are measured (the k-th largest of each head), which gives the wanted number of survivors but not their clustering
-in real text. Random survivors rarely coincide between the heads of a group, so more rows are read here.
+in real text. Random survivors rarely coincide between the heads of a group, so more rows are read here. With patterns
+(`patterns`), the same step is also timed with the survivors of each, and with as many rows evenly spread.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from rich.table import Table
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
+    import torch
+
+    from vllm_toptheta.benchmarks.patterns import Pattern
+    from vllm_toptheta.benchmarks.registry import Inputs
     from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
@@ -49,13 +54,15 @@ class KernelWorkload(BaseModel):
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     target_k: int = Field(default=128, ge=1, description="Survivors of a head, on average.")
+    patterns: list[str] = Field(default=[], description="Also where survivors are: rules or files, see `patterns`.")
 
 
 class KernelTime(BaseModel):
     """One kernel on one batch."""
 
     kernel: str
-    microseconds: float = Field(description="Median over graph replays.")
+    microseconds: float = Field(description="Median over graph replays; of a pattern, mean over its layers.")
+    slowest_microseconds: float | None = Field(default=None, description="Of a pattern's slowest layer.")
     tb_per_s: float = Field(description="Bytes that it has to read, over time.")
     ratio: float = Field(description="Time of the faster FlashAttention-3 over this one.")
     rows_read_share: float = Field(description="Value rows read over rows cached (f).")
@@ -110,16 +117,18 @@ def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] 
     """
     import torch
 
+    from vllm_toptheta.benchmarks.patterns import pattern_of
     from vllm_toptheta.benchmarks.registry import versions
 
     batches = [(spec, parse_spec(spec)) for spec in workload.specs]
+    patterns = [pattern_of(name, target_k=workload.target_k) for name in workload.patterns]
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
     copy_tb_per_s = _copy_tb_per_s()
     reports = []
     for spec, lens in batches:
         report_progress(spec)
-        reports.append(_measure(workload, spec, lens))
+        reports.append(_measure(workload, spec, lens, patterns))
         torch.cuda.empty_cache()
     return KernelReport(
         workload=workload,
@@ -140,7 +149,7 @@ def kernel_table(report: KernelReport) -> Table:
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
         + f"; thresholds: {report.thresholds}",
     )
-    for heading in ("batch", "kernel", "us", "TB/s", "rows read %", "ratio", "of the limit %"):
+    for heading in ("batch", "kernel", "us", "slowest layer", "TB/s", "rows read %", "ratio", "of the limit %"):
         table.add_column(heading, justify="left" if heading in ("batch", "kernel") else "right")
     for batch in report.batches:
         for kernel in batch.kernels:
@@ -148,6 +157,7 @@ def kernel_table(report: KernelReport) -> Table:
                 batch.spec,
                 kernel.kernel,
                 f"{kernel.microseconds:.1f}",
+                "" if kernel.slowest_microseconds is None else f"{kernel.slowest_microseconds:.1f}",
                 f"{kernel.tb_per_s:.2f}",
                 f"{100 * kernel.rows_read_share:.1f}",
                 f"{kernel.ratio:.3f}",
@@ -251,11 +261,13 @@ def _copy_tb_per_s() -> float:
     return 2e-6 * COPY_BYTES / time_in_graph([lambda: target.copy_(source)])
 
 
-def _measure(workload: KernelWorkload, spec: str, lens: list[int]) -> BatchReport:
+def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Sequence[Pattern]) -> BatchReport:
+    from vllm_toptheta.benchmarks.patterns import Batch, Spread
     from vllm_toptheta.benchmarks.registry import DENSE, toptheta
 
     copies = _inputs(workload, lens)
     times: dict[str, tuple[float, float]] = {}
+    slowest: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, build in DENSE.items():
         try:
@@ -272,12 +284,19 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int]) -> BatchRepor
         if options.get("count", True):
             share = float(built[0][1].value_rows_read.sum()) / (sum(lens) * workload.num_kv_heads)
         times[name] = time_in_graph([call for call, _ in built]), share
+    batch = Batch(lens, workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
+    for pattern in [one for given in patterns for one in (Spread(given), given)]:
+        of_layers = [_time_layer(pattern.survivors(layer, batch), copies) for layer in range(pattern.num_layers)]
+        name = f"Top-Theta, {pattern.name}"
+        times[name] = statistics.mean(time for time, _ in of_layers), statistics.mean(share for _, share in of_layers)
+        slowest[name] = max(time for time, _ in of_layers)
     return BatchReport(
         spec=spec,
         kernels=[
             KernelTime(
                 kernel=name,
                 microseconds=time,
+                slowest_microseconds=slowest.get(name),
                 tb_per_s=1e-6 * copies[0].kv_bytes * (1 + share) / 2 / time,
                 ratio=baseline / time,
                 rows_read_share=share,
@@ -287,6 +306,18 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int]) -> BatchRepor
         ],
         missing=missing,
     )
+
+
+def _time_layer(survivors: Sequence[torch.Tensor], copies: Sequence[Inputs]) -> tuple[float, float]:
+    """Microseconds of our kernel where these survive, and the share of value rows that it reads."""
+    from vllm_toptheta.benchmarks.registry import toptheta
+
+    built = [toptheta(inputs.replay(survivors)) for inputs in copies]
+    (call, counters), *_ = built
+    call()
+    rows_cached = int(copies[0].seq_lens.sum()) * copies[0].kv_cache.shape[1]
+    share = float(counters.value_rows_read.sum()) / rows_cached
+    return time_in_graph([call for call, _ in built]), share
 
 
 def _inputs(workload: KernelWorkload, lens: list[int]) -> list[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -25,13 +25,14 @@ from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
-from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import anchor_lse, causal_scores
 
 Call = Callable[[], Any]
 KEEPS_EVERYTHING = 2**31 - 1  # as max_dense_len
 LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
+BELOW = -30.0  # the score of keys that a pattern does not keep; bfloat16 and float8 have it
 FILL_BLOCKS = 4096  # pages filled with random numbers at a time
 
 
@@ -118,13 +119,42 @@ class Inputs:
         inputs.relative[:, 3] = 1.0
         return inputs
 
+    def replay(self, survivors: Sequence[torch.Tensor]) -> Inputs:
+        """The step with other queries and keys, written over these, so that just the keys of a pattern survive.
+
+        Query head i of a group looks at channel i of the keys alone, which scores 0 if it survives and `BELOW` if not.
+        A sequence in which a head keeps no anchor keeps its last key too, as real ones do.
+
+        Args:
+            survivors: Of each sequence, [num_kv_heads, group, seq_len] bool.
+        """
+        num_seqs, num_heads, head_size = self.query.shape
+        _, num_kv_heads, block_size, _ = self.kv_cache.shape
+        group = num_heads // num_kv_heads
+        members = torch.arange(num_heads, device=self.query.device) % group
+        one_hot = torch.nn.functional.one_hot(members, head_size) / self.softmax_scale
+        self.query.copy_(one_hot.expand(num_seqs, -1, -1))
+        for row, of_sequence in enumerate(survivors):
+            kept = of_sequence.to(self.query.device, copy=True)
+            length = kept.shape[2]
+            anchors = torch.cat([kept[..., :NUM_FIRST_ANCHORS], kept[..., -NUM_LAST_ANCHORS:]], dim=2)
+            kept[..., -1] |= ~anchors.any(dim=2)
+            position = torch.arange(length, device=kept.device)
+            blocks = self.block_table[row, position // block_size].long()
+            scores = torch.where(kept, 0.0, BELOW).permute(2, 0, 1).to(self.kv_cache.dtype)
+            _writable(self.kv_cache)[blocks, :, position % block_size, :group] = _writable(scores)
+        # no head keeps more than all anchors, so anchor_lse is 0 to ln(144), and half way down lies between both scores
+        absolute, relative = torch.zeros_like(self.absolute), torch.zeros_like(self.relative)
+        absolute[:, 0] = relative[:, 0] = BELOW / 2
+        relative[:, 3] = 1.0
+        return replace(self, absolute=absolute, relative=relative)
+
     def sequence(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a sequence, [seq_len, num_kv_heads, head_size] float32."""
         block_size = self.kv_cache.shape[2]
         length = int(self.seq_lens[row])
         blocks = self.block_table[row, : -(-length // block_size)].long()
-        cache = self.kv_cache.view(torch.uint8) if self.kv_cache.dtype.itemsize == 1 else self.kv_cache
-        pages = cache[blocks].view(self.kv_cache.dtype).float()
+        pages = _writable(self.kv_cache)[blocks].view(self.kv_cache.dtype).float()
         tokens = pages.transpose(1, 2).flatten(0, 1)[:length]
         key, value = tokens.chunk(2, dim=-1)
         return key, value
@@ -148,12 +178,12 @@ class Inputs:
 
     def step(self, *, max_dense_len: int = NUM_ANCHORS, per_request: bool = True) -> DecodeStep:
         """The step; with `per_request` every sequence has an offset, although all are 0."""
-        offset = torch.zeros(len(self.seq_lens), device="cuda") if per_request else None
+        offset = torch.zeros(len(self.seq_lens), device=self.query.device) if per_request else None
         return DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST), offset)
 
     def write_tails(self, shadow: ShadowLayer | None = None) -> None:
         """Write the value sums of all full pages, and their codes if there is a codec."""
-        starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device="cuda")
+        starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device=self.query.device)
         starts[1:] = self.seq_lens.cumsum(0)
         layer = Layer(self.softmax_scale, thresholds=self.thresholds(), shadow=shadow)
         step = TailStep(self.block_table, self.seq_lens, starts, self.max_seq_len)
@@ -168,6 +198,11 @@ class Inputs:
         """Bytes of the step's keys and values."""
         _, num_kv_heads, _, width = self.kv_cache.shape
         return int(self.seq_lens.sum()) * num_kv_heads * width * self.kv_cache.element_size()
+
+
+def _writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes, of a dtype that can be indexed: float8 cannot."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def toptheta(
@@ -191,9 +226,10 @@ def toptheta(
     """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
-    counters = Counters.allocate(num_heads, num_kv_heads, "cuda")
+    device = inputs.query.device
+    counters = Counters.allocate(num_heads, num_kv_heads, device)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device="cuda", config=config)
+    scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config)
     layer = Layer(
         inputs.softmax_scale,
         thresholds=inputs.thresholds(is_relative=is_relative),

@@ -18,7 +18,14 @@ def bench_kernels(
     specs: Annotated[
         str | None, typer.Option(help="Batches in vLLM's grammar, separated by commas: 32q1s32k is 32 requests of 32K.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Survivors of a head, on average.")] = 128,
+    k: Annotated[int, typer.Option(help="Survivors of a head, on average, where they are not recorded.")] = 128,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Also where survivors are, by commas: even, clustered, skewed-by-sequence, skewed-by-head, or files "
+            "of `bench record`; each beside as many value rows evenly spread."
+        ),
+    ] = "",
     block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
@@ -26,10 +33,40 @@ def bench_kernels(
     from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table
 
     batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
-    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k)
+    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k, patterns=words(pattern))
     report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
     print_table(kernel_table(report))
     write_json(json, report)
+
+
+@bench_app.command("record", context_settings=TEXT_FILES)
+def bench_record(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files.")],
+    length: Annotated[int, typer.Option(help="Tokens of the context.")],
+    out: Annotated[Path, typer.Option(help="The pattern, a .safetensors file.")],
+    rows: Annotated[int, typer.Option(help="Rows to record of each layer, among the last tokens.")] = 2,
+    weight_floor: Annotated[float | None, typer.Option(help="As for serve; default: the backend's.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sequence out of the texts.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto is a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations; attention is float32.")] = "float32",
+) -> None:
+    """Record which keys a real model keeps at the end of a long context, for `bench kernels --pattern`."""
+    from vllm_toptheta.benchmarks.record import record
+    from vllm_toptheta.evaluation import Subject
+    from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
+
+    pattern = record(
+        Subject(model, {}, device=device, dtype=dtype),
+        [*text, *map(Path, context.args)],
+        length=length,
+        num_rows=rows,
+        weight_floor=DEFAULT_WEIGHT_FLOOR if weight_floor is None else weight_floor,
+        seed=seed,
+    )
+    pattern.save(out)
+    typer.echo(f"{pattern.name}: {100 * pattern.info.rows_read_share:.1f} % of the value rows are read")
 
 
 @bench_app.command("tune")

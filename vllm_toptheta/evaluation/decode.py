@@ -23,7 +23,7 @@ from vllm_toptheta.evaluation.window import AttentionCall, read_prefix, read_win
 from vllm_toptheta.evaluation.window_reads import EqualRows, WindowRecorder
 from vllm_toptheta.reference import AttentionResult
 
-__all__ = ["DecodeOptions", "evaluate_decode"]
+__all__ = ["DecodeOptions", "check_options", "evaluate_decode"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate_decode(
     """
     if not variants and not options.equal_rows:
         raise EvaluationError("nothing to compare", field="weight_floor", remedy="Give at least one")
-    _check_options(subject, options)
+    check_options(subject, options)
     for length in options.lengths:
         matched = [Variant(target=floor_label(floor, field="equal_rows")) for floor in options.equal_rows]
         for variant in (*variants, *matched):
@@ -126,7 +126,16 @@ def evaluate_decode(
     return report
 
 
-def _check_options(subject: Subject, options: DecodeOptions) -> None:
+def check_options(subject: Subject, options: DecodeOptions) -> None:
+    """Refuses what cannot be measured.
+
+    Args:
+        subject: the model.
+        options: what to measure.
+
+    Raises:
+        EvaluationError: a number cannot be, or a sequence is longer than the model's positions.
+    """
     longest = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
     if options.num_sequences < 1:
         raise EvaluationError(f"no number of sequences: {options.num_sequences}", field="sequences")
