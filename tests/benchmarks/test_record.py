@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.benchmarks.test_patterns import recorded
 from tests.calibration.tiny_model import save_model_dir, write_text
 from vllm_toptheta.benchmarks.patterns import Recorded
-from vllm_toptheta.benchmarks.record import ROW_DISTANCE, record
+from vllm_toptheta.benchmarks.record import ROW_DISTANCE, record, summary
 from vllm_toptheta.calibration.data import load_sequences
 from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.errors import BenchmarkError, EvaluationError
@@ -63,6 +64,12 @@ def test_rows_keep_what_decoding_keeps(subject: Subject, text: Path, tmp_path: P
     loaded = Recorded.load(tmp_path / "pattern.safetensors")
     assert loaded.info == info
     assert loaded.name == "tiny, 220 tokens, floor:1.5"
+    said = summary(loaded)
+    assert said.startswith(
+        f"tiny, 220 tokens, floor:1.5: {100 * info.rows_read_share:.1f} % of the value rows are read"
+    )
+    assert f"keeps {counts.min()} to {counts.max()} keys" in said
+    assert "fullest" not in said
     assert loaded.kept[3][2][1].tolist() == pattern.kept[3][2][1].tolist()
 
 
@@ -81,3 +88,15 @@ def test_what_cannot_be_recorded_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         record(subject, [text], **{"length": LENGTH, "progress": False, **options})
+
+
+def test_the_summary_says_how_close_together_rows_are() -> None:
+    generator = np.random.default_rng(0)
+    # half of the rows in the last of eight stretches
+    kept = tuple(
+        np.sort(np.concatenate([generator.choice(7168, 50, replace=False), 7168 + generator.choice(1024, 50, False)]))
+        for _ in range(4)
+    )
+    info = recorded((8192,), num_layers=1).info
+    _, clusters = summary(Recorded(info, ((kept,),))).splitlines()
+    assert clusters.startswith("the fullest 1,024 tokens hold 4.")

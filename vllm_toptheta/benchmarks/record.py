@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_toptheta.benchmarks.patterns import PatternInfo, Recorded
+from vllm_toptheta.benchmarks.patterns import CLUSTER_TOKENS, PatternInfo, Recorded
 from vllm_toptheta.calibration.data import load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.sources import read_file
@@ -85,6 +85,29 @@ def record(
         rows_read_share=recorder.rows_read / recorder.rows_cached,
     )
     return Recorded(info, tuple(tuple(recorder.kept[layer]) for layer in info.layers))
+
+
+def summary(pattern: Recorded) -> str:
+    """What a pattern is like: how many keys are kept, how unevenly, and in long rows how close together."""
+    info = pattern.info
+    counts = np.array([len(head) for layer in pattern.kept for row in layer for head in row])
+    least, median, p99, most = np.percentile(counts, [0, 50, 99, 100])
+    fullest = []
+    group = info.num_heads // info.num_kv_heads
+    for layer in pattern.kept:
+        for length, row in zip(info.row_lengths, layer, strict=True):
+            for head in range(0, info.num_heads, group):
+                rows_read = np.unique(np.concatenate(row[head : head + group]))
+                in_clusters = np.bincount(rows_read // CLUSTER_TOKENS)
+                fullest.append(in_clusters.max() / (len(rows_read) * CLUSTER_TOKENS / length))
+    kept = (
+        f"{pattern.name}: {100 * info.rows_read_share:.1f} % of the value rows are read; a head keeps {least:,.0f} to "
+        f"{most:,.0f} keys, median {median:,.0f}, p99 {p99:,.0f}"
+    )
+    if min(info.row_lengths) < 4 * CLUSTER_TOKENS:
+        return kept
+    middle, p90 = np.percentile(fullest, [50, 90])
+    return f"{kept}\nthe fullest {CLUSTER_TOKENS:,} tokens hold {middle:.1f} times the mean (median), p90 {p90:.1f}"
 
 
 class _Recorder:

@@ -53,7 +53,7 @@ def bench_record(
     dtype: Annotated[str, typer.Option(help="Of weights and activations; attention is float32.")] = "float32",
 ) -> None:
     """Record which keys a real model keeps at the end of a long context, for `bench kernels --pattern`."""
-    from vllm_toptheta.benchmarks.record import record
+    from vllm_toptheta.benchmarks.record import record, summary
     from vllm_toptheta.evaluation import Subject
     from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 
@@ -66,7 +66,7 @@ def bench_record(
         seed=seed,
     )
     pattern.save(out)
-    typer.echo(f"{pattern.name}: {100 * pattern.info.rows_read_share:.1f} % of the value rows are read")
+    typer.echo(summary(pattern))
 
 
 @bench_app.command("tune")
