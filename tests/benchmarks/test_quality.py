@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.store_factory import make_store
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -52,9 +53,8 @@ def test_a_whole_text_on_the_kernel(target: str, seq_len: int, longest_dense: in
     counts = ReadCounts(seq_len, device=DEVICE)
     reference = SparseRoute(attention, counts=counts)
     kernel = KernelRoute(served_thresholds(variant, store), dense_layers=[0])
-    options = {"softmax_scale": HEAD_SIZE**-0.5, "soft_cap": None}
-    expected = reference.attend(layer, query, key, value, **options)
-    actual = kernel.attend(layer, query, key, value, **options)
+    call = AttentionCall(layer, query, key, value, softmax_scale=HEAD_SIZE**-0.5)
+    expected, actual = reference.attend(call), kernel.attend(call)
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=3e-3)
     if layer == 0:
         assert kernel.rows_cached == 0

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.calibration.test_capture import random_attention
 from vllm_toptheta.calibration.capture import observe_top_k
 from vllm_toptheta.calibration.measure import ROW_MEASURES, measure_rows
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.reference import causal_scores, top_theta_attention
 
 PlacementName = Literal["pre_softmax", "post_softmax"]
@@ -34,13 +35,9 @@ def test_rows_are_measured_as_the_reference_does(
     query, key, value = random_attention()
     thresholds = median_thresholds(query, key, placement, soft_cap)
     output, measures = measure_rows(
-        query,
-        key,
-        value,
+        AttentionCall(0, query, key, value, 0.25, soft_cap),
         thresholds=thresholds,
         dense_length=16,
-        softmax_scale=0.25,
-        soft_cap=soft_cap,
         placement=placement,
         block_bytes=block_bytes,
     )
@@ -70,9 +67,9 @@ def test_rows_are_measured_as_the_reference_does(
 
 
 def test_a_threshold_above_every_score_loses_everything() -> None:
-    query, key, value = random_attention()
-    thresholds = torch.full((len(query), 6), 1e4)
-    output, measures = measure_rows(query, key, value, thresholds=thresholds, dense_length=4, softmax_scale=0.25)
+    call = AttentionCall(0, *random_attention(), softmax_scale=0.25)
+    thresholds = torch.full((len(call.query), 6), 1e4)
+    output, measures = measure_rows(call, thresholds=thresholds, dense_length=4)
     assert bool((measures[0, :, 4:] >= 1).all())  # the largest score is among what is lost
     assert not measures[1, :, 4:].any()
     assert output.isfinite().all()
@@ -82,9 +79,8 @@ def test_little_that_is_lost_is_measured_exactly() -> None:
     """One key takes nearly all: as a difference of sums near 1, what the others have would be rounding."""
     query, key, value = torch.ones(40, 1, 1), torch.zeros(40, 1, 1), torch.randn(40, 1, 1)
     key[0] = 24.0
-    _, measures = measure_rows(
-        query, key, value, thresholds=torch.full((40, 1), 1.0), dense_length=1, softmax_scale=1.0
-    )
+    call = AttentionCall(0, query, key, value, softmax_scale=1.0)
+    _, measures = measure_rows(call, thresholds=torch.full((40, 1), 1.0), dense_length=1)
     lengths = torch.arange(2.0, 41.0)
     torch.testing.assert_close(measures[0, 0, 1:], (lengths - 1) * torch.tensor(-24.0).exp())
     torch.testing.assert_close(measures[1, 0, 1:], torch.tensor(-1.0).exp().expand(39), rtol=1e-4, atol=0)
@@ -104,11 +100,10 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("seq_len", [256, 1024])
 def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
-    query, key, value = random_attention(seq_len)
+    call = AttentionCall(0, *random_attention(seq_len), softmax_scale=0.25)
     block_bytes = 1 << 16
-    options: dict[str, Any] = {"softmax_scale": 0.25, "block_bytes": block_bytes}
     with LargestTensor() as largest:
-        observe_top_k(query, key, value, target_ks=(8, 64), sparse_k=8, **options)
-        measure_rows(query, key, value, thresholds=torch.zeros(seq_len, 6), dense_length=8, **options)
+        observe_top_k(call, target_ks=(8, 64), sparse_k=8, block_bytes=block_bytes)
+        measure_rows(call, thresholds=torch.zeros(seq_len, 6), dense_length=8, block_bytes=block_bytes)
     # booleans that become indices are eight times as large as those of a block
-    assert largest.num_bytes <= max(2 * block_bytes, query.nbytes)
+    assert largest.num_bytes <= max(2 * block_bytes, call.query.nbytes)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.calibration.test_capture import random_attention
 from tests.calibration.test_measure import LargestTensor, median_thresholds
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.screening import (
     MARGIN_EDGES,
     AlwaysRead,
@@ -42,17 +43,14 @@ def fitted(query: Tensor, key: Tensor, num_channels: int = 4) -> KeyProjection:
 
 def screened(soft_cap: float | None = None, **options: Any) -> tuple[ScreenedRows, Tensor]:
     """Sampled rows of random attention, and the thresholds of all rows."""
-    query, key, _ = random_attention()
+    query, key, value = random_attention()
     thresholds = median_thresholds(query, key, "pre_softmax", soft_cap)
     rows = ScreenedRows(
-        query,
-        key,
+        AttentionCall(0, query, key, value, 0.25, soft_cap),
         LENGTHS,
         thresholds[LENGTHS - 1],
         projection=fitted(query, key),
         always_read=ENDS,
-        softmax_scale=0.25,
-        soft_cap=soft_cap,
         **options,
     )
     return rows, thresholds
@@ -75,7 +73,7 @@ def test_moments_are_those_of_the_group() -> None:
 @pytest.mark.parametrize("block_bytes", [1, 1 << 14, None])
 def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None, block_bytes: int | None) -> None:
     rows, thresholds = screened(soft_cap, block_bytes=block_bytes)
-    query, key, num_heads = rows.query, rows.key, rows.query.shape[1]
+    query, key, num_heads = rows.call.query, rows.call.key, rows.call.query.shape[1]
     margin = torch.linspace(0.0, 0.3, num_heads)
     found = measure_candidates(rows, margin)
     shadows = shadow_scores(
@@ -107,7 +105,7 @@ def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None,
 def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None) -> None:
     rows, thresholds = screened(block_bytes=block_bytes)
     histogram = shortfall_histogram(rows)
-    query, key = rows.query, rows.key
+    query, key = rows.call.query, rows.call.key
     scores = causal_scores(query, key, softmax_scale=0.25)
     shadows = shadow_scores(
         quantize_query(query, rows.projection, softmax_scale=0.25), encode_keys(key, rows.projection)
@@ -148,16 +146,14 @@ def test_the_same_rows_give_the_same_integers() -> None:
 
 @pytest.mark.parametrize("seq_len", [256, 1024])
 def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
-    query, key, _ = random_attention(seq_len)
+    query, key, value = random_attention(seq_len)
     lengths = torch.arange(65, seq_len + 1)
     rows = ScreenedRows(
-        query,
-        key,
+        AttentionCall(0, query, key, value, softmax_scale=0.25),
         lengths,
         torch.zeros(len(lengths), query.shape[1]),
         projection=fitted(query, key),
         always_read=ENDS,
-        softmax_scale=0.25,
         block_bytes=1 << 16,
     )
     with LargestTensor() as largest:
@@ -170,8 +166,9 @@ def test_nothing_waits_for_the_device_or_mixes_devices() -> None:
     """Tensors without data, on a device of their own: a number that the host asks for is an error."""
     rows, _ = screened(soft_cap=5.0, block_bytes=1 << 14)
     projection = KeyProjection(*(tensor.to("meta") for tensor in vars(rows.projection).values()))
-    query, key, thresholds = (tensor.to("meta") for tensor in (rows.query, rows.key, rows.thresholds))
-    rows = replace(rows, query=query, key=key, thresholds=thresholds, projection=projection)
+    query, key, thresholds = (tensor.to("meta") for tensor in (rows.call.query, rows.call.key, rows.thresholds))
+    call = replace(rows.call, query=query, key=key)
+    rows = replace(rows, call=call, thresholds=thresholds, projection=projection)
     results = [
         key_moments(query, key).key_covariance,
         shortfall_histogram(rows),

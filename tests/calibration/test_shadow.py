@@ -13,7 +13,8 @@ from tests.calibration.test_run import run
 from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
 from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
 from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.relative import Attended, RelativeRoute
+from vllm_toptheta.calibration.relative import RelativeRoute
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.screening import MARGIN_EDGES
 from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
@@ -88,12 +89,14 @@ def test_a_lower_floor_needs_more_candidates(job: ShadowCalibration) -> None:
 
 def test_every_layer_attends_by_relative_thresholds() -> None:
     query, key, value = random_attention(200)
-    seen: dict[int, Attended] = {}
-    route = RelativeRoute(2.0, seen.__setitem__)
-    output = route.attend(3, query, key, value, softmax_scale=0.25, soft_cap=5.0)
+    call = AttentionCall(3, query, key, value, softmax_scale=0.25, soft_cap=5.0)
+    seen: list[tuple[AttentionCall, torch.Tensor]] = []
+    output = RelativeRoute(2.0, lambda *attended: seen.append(attended)).attend(call)
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=5.0)
     thresholds = relative_threshold(scores, torch.arange(1, 201), 2.0)
-    torch.testing.assert_close(seen[3].thresholds, thresholds)
+    ((observed, used),) = seen
+    assert observed is call
+    torch.testing.assert_close(used, thresholds)
     expected = top_theta_attention(
         query, key, value, threshold=thresholds, target_k=0, softmax_scale=0.25, logits_soft_cap=5.0
     )

@@ -15,7 +15,7 @@ import torch
 from tests.e2e.generate import Call, generate
 from tests.e2e.texts import ON_GPU, cut
 from vllm_toptheta.calibration.model import hidden_states, load_model, routed
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
 from vllm_toptheta.evaluation.losses import next_token_logits
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import FULL_COMPENSATION, causal_scores, relative_threshold, top_theta_attention
@@ -37,16 +37,8 @@ class PromptRoute(AttentionRoute):
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        query, key, value, softmax_scale = call.query, call.key, call.value, call.softmax_scale
         heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         output = torch.nn.functional.scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=softmax_scale, enable_gqa=True

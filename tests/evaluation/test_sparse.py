@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -14,9 +15,8 @@ def test_relative_thresholds_are_those_of_the_reference(num_rows: int, seq_len: 
     torch.manual_seed(0)
     query, key, value = (torch.randn(n, h, 16) for n, h in ((num_rows, 4), (seq_len, 2), (seq_len, 2)))
     attention = SparseAttention(Variant(target="floor:2.5"), max_length=seq_len)
-    result = attention.attend(
-        0, query, key, value, softmax_scale=1.0, soft_cap=soft_cap, num_prompt_tokens=seq_len - num_rows
-    )
+    call = AttentionCall(0, query, key, value, softmax_scale=1.0, soft_cap=soft_cap)
+    result = attention.attend(call, num_prompt_tokens=seq_len - num_rows)
     scores = causal_scores(query, key, softmax_scale=1.0, logits_soft_cap=soft_cap)
     expected = top_theta_attention(
         query,

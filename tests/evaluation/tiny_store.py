@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.calibration.tiny_model import architecture, random_tokens
 from tests.store_factory import make_draft, make_tensors
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.calibration.screening import key_moments
 from vllm_toptheta.reference import KeyProjection, causal_scores, fit_projection, kth_largest_scores
 from vllm_toptheta.store import ThresholdStore, save
@@ -30,10 +30,10 @@ class Observe(DenseRoute):
         self.scales: dict[int, Tensor] = {}
         self.projections: dict[int, KeyProjection] = {}
 
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        scores = causal_scores(query, key, softmax_scale=options["softmax_scale"], logits_soft_cap=options["soft_cap"])[
-            TARGET_KS[-1] :
-        ]
+    def attend(self, call: AttentionCall) -> Tensor:
+        layer_idx, query, key = call.layer_idx, call.query, call.key
+        scores = causal_scores(query, key, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
+        scores = scores[TARGET_KS[-1] :]
         thetas = kth_largest_scores(scores, TARGET_KS)
         discarded = scores.unsqueeze(-1) < thetas.unsqueeze(-2)
         relative = (scores - scores.amax(-1, keepdim=True)).exp().unsqueeze(-1) * discarded
@@ -47,7 +47,7 @@ class Observe(DenseRoute):
         if self.after_softmax:
             thetas = thetas - scores.logsumexp(dim=-1, keepdim=True)
         self.thetas[layer_idx] = thetas.mean(dim=0)
-        return super().attend(layer_idx, query, key, value, **options)
+        return super().attend(call)
 
 
 def tiny_store(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from vllm_toptheta.calibration.data import load_sequences, read_text
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.losses import compare_predictions
 from vllm_toptheta.evaluation.paired import compare_perplexities
@@ -89,27 +89,19 @@ class KernelRoute(DenseRoute):
         self.rows_read = 0
         self.rows_cached = 0
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall) -> torch.Tensor:
         """See `AttentionRoute.attend`."""
-        if layer_idx in self.dense_layers:
-            return super().attend(layer_idx, query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
+        if call.layer_idx in self.dense_layers:
+            return super().attend(call)
+        query, key, value = call.query, call.key, call.value
         seq_len, num_heads, head_size = query.shape
         num_kv_heads = key.shape[1]
         kv_cache = _paged(key, value)
         pages = torch.arange(len(kv_cache), dtype=torch.int32, device=query.device)[None]
         counters = Counters.allocate(num_heads, num_kv_heads, query.device)
-        coefficients = torch.from_numpy(self.thresholds.of_heads(layer_idx, slice(0, num_heads))).to(query.device)
+        coefficients = torch.from_numpy(self.thresholds.of_heads(call.layer_idx, slice(0, num_heads))).to(query.device)
         thresholds = LayerThresholds(coefficients, self.thresholds.is_relative)
-        layer = Layer(softmax_scale, soft_cap, thresholds=thresholds, counters=counters)
+        layer = Layer(call.softmax_scale, call.soft_cap, thresholds=thresholds, counters=counters)
         cache = LayerCache.of(kv_cache, layer)
         whole = torch.tensor([0, seq_len], dtype=torch.int32, device=query.device)
         write_tails(TailStep(pages, whole[1:], whole, seq_len), cache, layer)

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from vllm_toptheta.benchmarks.patterns import CLUSTER_TOKENS, PatternInfo, Recorded
 from vllm_toptheta.calibration.data import load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation import DecodeOptions, Subject, Variant, floor_label
 from vllm_toptheta.evaluation.decode import check_options
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.window import AttentionCall, read_prefix, read_window
+from vllm_toptheta.evaluation.window import read_prefix, read_window
 from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 from vllm_toptheta.reference import AttentionResult
 
@@ -122,7 +123,7 @@ class _Recorder:
         """See `window.read_window`."""
         if result is None or result.survivors is None:
             return
-        first = len(call.key) - len(call.query) + 1
+        first = call.num_before + 1
         for row, survivors in enumerate(result.survivors):
             length = first + row
             if length in self.row_lengths:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import block_bytes_on, row_blocks
+from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, row_blocks
 from vllm_toptheta.reference import causal_value_mean
 
 __all__ = ["BlockSums", "SampledBlock", "ScoreBlock", "attend_blocks", "sampled_blocks"]
@@ -56,14 +56,10 @@ class BlockSums:
 
 
 def attend_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    call: AttentionCall,
     *,
     select: Callable[[ScoreBlock], Tensor | None],
     report: Callable[[BlockSums], None] | None = None,
-    softmax_scale: float,
-    soft_cap: float | None = None,
     block_bytes: int | None = None,
 ) -> Tensor:
     """Causal attention over a whole sequence over the keys that `select` chooses, with full compensation.
@@ -72,23 +68,20 @@ def attend_blocks(
     `reference.FULL_COMPENSATION`.
 
     Args:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        value: `[seq_len, num_kv_heads, head_size]` float.
+        call: of all rows of the sequence.
         select: called with each block; returns the thresholds `[num_kv_heads, group, rows]` float32 that the scores
             of the block must reach, scaled logits, or None to keep every key.
         report: called with the sums of each block for which `select` returned thresholds.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
         block_bytes: bytes that the scores of a block may take; None for what suits the device.
 
     Returns:
         `[seq_len, num_heads, head_size]` float32.
     """
+    query, key, value, soft_cap = call.query, call.key, call.value, call.soft_cap
     seq_len, num_heads, _ = query.shape
     num_kv_heads = key.shape[1]
     # heads first, and the heads of a group as rows of one product
-    queries = (query.float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    queries = (query.float() * call.softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
     keys = key.float().permute(1, 2, 0)
     values = value.float().transpose(0, 1).contiguous()
     value_mean = causal_value_mean(value.float(), seq_len).transpose(0, 1).unsqueeze(1)
@@ -140,29 +133,19 @@ class SampledBlock:
     scores: Tensor
 
 
-def sampled_blocks(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    *,
-    softmax_scale: float,
-    soft_cap: float | None = None,
-    block_bytes: int | None = None,
-) -> Iterator[SampledBlock]:
+def sampled_blocks(call: AttentionCall, lengths: Tensor, *, block_bytes: int | None = None) -> Iterator[SampledBlock]:
     """Yields the scores of sampled rows, as many at a time as a block may hold.
 
     Args:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
+        call: of all rows of the sequence.
         lengths: `[num_rows]` int64 ascending, the keys that the rows see; on the host, where its numbers are needed.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
         block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
     """
+    query, key, soft_cap = call.query, call.key, call.soft_cap
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     keys = key.float().permute(1, 2, 0)
     rows_seen = lengths.to(query.device)
-    queries = (query[rows_seen - 1].float() * softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    queries = (query[rows_seen - 1].float() * call.softmax_scale).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
     block_rows = max(1, (block_bytes or block_bytes_on(query.device)) // (4 * num_heads * len(query)))
     for start in range(0, len(lengths), block_rows):
         rows = slice(start, start + block_rows)

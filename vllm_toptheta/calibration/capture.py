@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
 from vllm_toptheta.reference import Placement
 
 __all__ = ["TopKRoute", "largest_with_kth", "observe_top_k"]
@@ -50,42 +50,25 @@ class TopKRoute(AttentionRoute):
         self.report = report
         self.placement = placement
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionRoute.attend`."""
         output, kth_scores = observe_top_k(
-            query,
-            key,
-            value,
+            call,
             target_ks=self.target_ks,
             lengths=self.lengths,
-            sparse_k=None if layer_idx in self.dense_layers else self.sparse_k,
+            sparse_k=None if call.layer_idx in self.dense_layers else self.sparse_k,
             placement=self.placement,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
         )
-        self.report(layer_idx, kth_scores)
+        self.report(call.layer_idx, kth_scores)
         return output
 
 
 def observe_top_k(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    call: AttentionCall,
     *,
     target_ks: Sequence[int],
     lengths: NDArray[np.int64] | None = None,
     sparse_k: int | None,
-    softmax_scale: float,
-    soft_cap: float | None = None,
     placement: Placement = "pre_softmax",
     block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -94,16 +77,12 @@ def observe_top_k(
     Agrees with `reference.top_k_attention` and `reference.dense_attention`.
 
     Args:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        value: `[seq_len, num_kv_heads, head_size]` float.
+        call: of all rows of the sequence.
         target_ks: the k to observe, each at least 1.
         lengths: `[num_rows]` ascending, the keys that the rows to observe see; None for every row. Searching fewer
             rows is what makes a calibration on a sample of them fast.
         sparse_k: the output keeps the scores that reach the k-th largest with this k, one of `target_ks`, with exact
             denominator and value mean compensation; None for dense attention.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
         placement: unit of what is returned: scaled logits before the softmax, the logarithm of the dense probability
             after it.
         block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
@@ -113,10 +92,11 @@ def observe_top_k(
         `[len(target_ks), num_heads, num_rows]` float32, in the unit of `placement`; minus infinity where a row sees
         fewer than k keys.
     """
-    seq_len, num_heads, _ = query.shape
-    groups = (key.shape[1], num_heads // key.shape[1])
+    seq_len, num_heads, _ = call.query.shape
+    num_kv_heads = call.key.shape[1]
+    groups = (num_kv_heads, num_heads // num_kv_heads)
     observed = np.arange(1, seq_len + 1) if lengths is None else lengths
-    kth_scores = query.new_full((len(target_ks), *groups, len(observed)), -torch.inf, dtype=torch.float32)
+    kth_scores = call.query.new_full((len(target_ks), *groups, len(observed)), -torch.inf, dtype=torch.float32)
 
     def select(block: ScoreBlock) -> Tensor | None:
         first, end = np.searchsorted(observed, [block.start + 1, block.stop + 1])
@@ -141,9 +121,7 @@ def observe_top_k(
             place -= scores.logsumexp(dim=-1)
         return threshold
 
-    output = attend_blocks(
-        query, key, value, select=select, softmax_scale=softmax_scale, soft_cap=soft_cap, block_bytes=block_bytes
-    )
+    output = attend_blocks(call, select=select, block_bytes=block_bytes)
     return output, kth_scores.flatten(1, 2)
 
 

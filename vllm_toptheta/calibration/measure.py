@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
 from vllm_toptheta.reference import Placement
 
 __all__ = ["ROW_MEASURES", "ServedRoute", "measure_rows"]
@@ -45,55 +45,34 @@ class ServedRoute(AttentionRoute):
         self.placement = placement
         self.report = report
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionRoute.attend`."""
         output, measures = measure_rows(
-            query,
-            key,
-            value,
-            thresholds=self.thresholds[1 : len(query) + 1, layer_idx].to(query.device),
+            call,
+            thresholds=self.thresholds[1 : len(call.key) + 1, call.layer_idx].to(call.query.device),
             dense_length=self.dense_length,
             placement=self.placement,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
         )
-        self.report(layer_idx, measures)
-        if layer_idx in self.dense_layers:
-            return _dense(query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
+        self.report(call.layer_idx, measures)
+        if call.layer_idx in self.dense_layers:
+            return attend_blocks(call, select=lambda block: None)
         return output
 
 
 def measure_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    call: AttentionCall,
     *,
     thresholds: Tensor,
     dense_length: int,
-    softmax_scale: float,
-    soft_cap: float | None = None,
     placement: Placement = "pre_softmax",
     block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Top-Theta attention over a whole sequence with full compensation, and what every row discards.
 
     Args:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        value: `[seq_len, num_kv_heads, head_size]` float.
+        call: of all rows of the sequence.
         thresholds: `[seq_len, num_heads]` float32, scaled logits, or after the softmax the logarithm of a probability.
         dense_length: rows that see at most this many keys keep them all.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
         placement: what the thresholds apply to.
         block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
 
@@ -102,11 +81,12 @@ def measure_rows(
         the sum of exp(s - m) over the discarded scores (what `offline` compensation
         knows the mean of), and the mean of exp(s - theta) over them (r), NaN in a row that discards nothing.
     """
-    num_heads, seq_len = query.shape[1], query.shape[0]
-    groups = (key.shape[1], num_heads // key.shape[1])
+    seq_len, num_heads, _ = call.query.shape
+    num_kv_heads = call.key.shape[1]
+    groups = (num_kv_heads, num_heads // num_kv_heads)
     per_row = thresholds.T.unflatten(0, groups).clone()
     per_row[..., :dense_length] = -torch.inf
-    measures = query.new_zeros((len(ROW_MEASURES), *groups, seq_len), dtype=torch.float32)
+    measures = call.query.new_zeros((len(ROW_MEASURES), *groups, seq_len), dtype=torch.float32)
 
     def select(block: ScoreBlock) -> Tensor | None:
         place = per_row[..., block.rows]
@@ -116,25 +96,12 @@ def measure_rows(
 
     def report(sums: BlockSums) -> None:
         rows = slice(sums.start, sums.stop)
-        seen = torch.arange(sums.start + 1, sums.stop + 1, device=query.device)
+        seen = torch.arange(sums.start + 1, sums.stop + 1, device=call.query.device)
         discarded = (sums.num_discarded.squeeze(-1) - (sums.stop - seen)).clamp_(min=0)
         lost, largest = sums.lost.squeeze(-1), sums.largest.squeeze(-1)
         scale = (lost.log() + largest - per_row[..., rows] - discarded.log()).exp()
         measures[0, ..., rows] = lost
         measures[1, ..., rows] = scale.masked_fill(discarded == 0, torch.nan)
 
-    output = attend_blocks(
-        query,
-        key,
-        value,
-        select=select,
-        report=report,
-        softmax_scale=softmax_scale,
-        soft_cap=soft_cap,
-        block_bytes=block_bytes,
-    )
+    output = attend_blocks(call, select=select, report=report, block_bytes=block_bytes)
     return output, measures.flatten(1, 2)
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float, soft_cap: float | None) -> Tensor:
-    return attend_blocks(query, key, value, select=lambda block: None, softmax_scale=softmax_scale, soft_cap=soft_cap)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_toptheta.calibration.route import AttentionRoute, windowed_attention
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError
 
 __all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "usable_device"]
@@ -258,15 +258,9 @@ def _attend(
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tensors = tuple(tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if sliding_window is None:
-        output = _active_route.get().attend(
-            int(module.layer_idx), *tensors, softmax_scale=softmax_scale, soft_cap=softcap
-        )
-    else:
-        output = windowed_attention(
-            *tensors, softmax_scale=softmax_scale, soft_cap=softcap, sliding_window=sliding_window
-        )
+    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
+    output = _active_route.get().attend(call) if sliding_window is None else windowed_attention(call, sliding_window)
     return output[None].to(query.dtype), None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import sampled_blocks
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.reference import (
     KeyProjection,
     ShadowQuery,
@@ -135,46 +136,34 @@ class ScreenedRows:
     """Sampled rows of a layer, and what screens the keys for them.
 
     Attributes:
-        query: `[seq_len, num_heads, head_size]` float.
-        key: `[seq_len, num_kv_heads, head_size]` float.
+        call: of all rows of the sequence.
         lengths: `[num_rows]` int64 ascending, the keys that the sampled rows see; on the host.
         thresholds: `[num_rows, num_heads]` float32, scaled logits.
         projection: of the layer.
         always_read: keys that are candidates whatever they score.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
         block_bytes: bytes that the scores of a block of rows may take; None for what suits the device.
     """
 
-    query: Tensor
-    key: Tensor
+    call: AttentionCall
     lengths: Tensor
     thresholds: Tensor
     projection: KeyProjection
     always_read: AlwaysRead
-    softmax_scale: float
-    soft_cap: float | None = None
     block_bytes: int | None = None
 
     def blocks(self) -> Iterator[ScreenedBlock]:
         """Yields the rows, as many at a time as a block may hold."""
-        lengths = self.lengths.to(self.query.device)
-        codes = encode_keys(self.key, self.projection)
-        sampled = quantize_query(self.query[lengths - 1], self.projection, softmax_scale=self.softmax_scale)
-        for block in sampled_blocks(
-            self.query,
-            self.key,
-            self.lengths,
-            softmax_scale=self.softmax_scale,
-            soft_cap=self.soft_cap,
-            block_bytes=self.block_bytes,
-        ):
+        call = self.call
+        lengths = self.lengths.to(call.query.device)
+        codes = encode_keys(call.key, self.projection)
+        sampled = quantize_query(call.query[lengths - 1], self.projection, softmax_scale=call.softmax_scale)
+        for block in sampled_blocks(call, self.lengths, block_bytes=self.block_bytes):
             longest = block.scores.shape[-1]
             part = ShadowQuery(sampled.codes[block.rows], sampled.step[block.rows], sampled.offset[block.rows])
             yield ScreenedBlock(
                 lengths=block.lengths,
                 scores=block.scores.flatten(0, 1),
-                shadow_scores=shadow_scores(part, codes[:longest], logits_soft_cap=self.soft_cap).transpose(0, 1),
+                shadow_scores=shadow_scores(part, codes[:longest], logits_soft_cap=call.soft_cap).transpose(0, 1),
                 thresholds=self.thresholds[block.rows].T.unsqueeze(-1),
                 always_read=self.always_read.mask(block.lengths, longest),
             )
@@ -193,7 +182,7 @@ def shortfall_histogram(rows: ScreenedRows) -> Tensor:
         `[num_heads, len(MARGIN_EDGES)]` int64: the mass that needs a margin of that edge and no smaller one, in
         2^-40 of a row's softmax. What needs more than the largest is counted there.
     """
-    num_heads, num_margins, device = rows.query.shape[1], len(MARGIN_EDGES), rows.query.device
+    num_heads, num_margins, device = rows.call.query.shape[1], len(MARGIN_EDGES), rows.call.query.device
     histogram = torch.zeros(num_heads * num_margins, dtype=torch.int64, device=device)
     first_of_head = torch.arange(num_heads, device=device)[:, None, None] * num_margins
     for block in rows.blocks():
@@ -215,7 +204,8 @@ def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
         rows: what to look at.
         margin: `[num_heads]` float32, scaled logits.
     """
-    num_heads, num_kv_heads, device = rows.query.shape[1], rows.key.shape[1], rows.query.device
+    query, num_kv_heads = rows.call.query, rows.call.key.shape[1]
+    num_heads, device = query.shape[1], query.device
     masses, candidate_counts = [], []
     for block in rows.blocks():
         scores, thresholds, lengths = block.scores, block.thresholds, block.lengths

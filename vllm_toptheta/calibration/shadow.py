@@ -17,7 +17,8 @@ from torch import Tensor
 from vllm_toptheta.calibration.fit import fit_scale
 from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.options import CalibrationOptions
-from vllm_toptheta.calibration.relative import Attended, RelativeRoute
+from vllm_toptheta.calibration.relative import RelativeRoute
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.sampling import measured_lengths
 from vllm_toptheta.calibration.screening import (
     MARGIN_EDGES,
@@ -99,30 +100,32 @@ class ShadowCalibration:
             *(partial(self._screen, index) for index in measured),
         ]
 
-    def _run(self, index: int, observe: Callable[[int, Attended], None]) -> None:
+    def _run(self, index: int, observe: Callable[[AttentionCall, Tensor], None]) -> None:
         with routed(self.model, RelativeRoute(self.options.weight_floor, observe)):
             hidden_states(self.model, self.sequences[index])
 
     def _observe(self, index: int) -> None:
-        def observe(layer_idx: int, attended: Attended) -> None:
+        def observe(call: AttentionCall, thresholds: Tensor) -> None:
             # the first keys are unlike all others, and never looked up by their shadows
-            query, key = (tensor[NUM_FIRST_ANCHORS:] for tensor in (attended.query, attended.key))
-            self._add_moments(layer_idx, key_moments(query, key))
+            query, key = (tensor[NUM_FIRST_ANCHORS:] for tensor in (call.query, call.key))
+            self._add_moments(call.layer_idx, key_moments(query, key))
 
         self._run(index, observe)
 
     def _measure(self, index: int) -> None:
-        def observe(layer_idx: int, attended: Attended) -> None:
-            self._shortfalls[layer_idx] += shortfall_histogram(self._rows(index, layer_idx, attended)).cpu().numpy()
+        def observe(call: AttentionCall, thresholds: Tensor) -> None:
+            histogram = shortfall_histogram(self._rows(index, call, thresholds))
+            self._shortfalls[call.layer_idx] += histogram.cpu().numpy()
 
         self._run(index, observe)
 
     def _screen(self, index: int) -> None:
         start, lengths = sum(map(len, self._lengths[:index])), self._lengths[index]
 
-        def observe(layer_idx: int, attended: Attended) -> None:
-            margin = torch.from_numpy(self.margins[layer_idx]).to(attended.query.device)
-            found = measure_candidates(self._rows(index, layer_idx, attended), margin)
+        def observe(call: AttentionCall, thresholds: Tensor) -> None:
+            layer_idx = call.layer_idx
+            margin = torch.from_numpy(self.margins[layer_idx]).to(call.query.device)
+            found = measure_candidates(self._rows(index, call, thresholds), margin)
             masses = torch.stack([found.unread_mass, found.estimate])
             self._masses[:, layer_idx, :, start : start + len(lengths)] = masses.cpu().numpy()
             self._candidates[layer_idx] += found.candidates.sum(dim=-1).cpu().numpy()
@@ -130,19 +133,17 @@ class ShadowCalibration:
 
         self._run(index, observe)
 
-    def _rows(self, index: int, layer_idx: int, attended: Attended) -> ScreenedRows:
+    def _rows(self, index: int, call: AttentionCall, thresholds: Tensor) -> ScreenedRows:
+        device = call.query.device
         lengths = torch.from_numpy(self._lengths[index])
-        projection = self.projections[layer_idx]
+        projection = self.projections[call.layer_idx]
         parts = (projection.encoder, projection.decoder, projection.key_mean)
         return ScreenedRows(
-            attended.query,
-            attended.key,
+            call,
             lengths,
-            attended.thresholds[lengths.to(attended.query.device) - 1],
-            projection=KeyProjection(*(part.to(attended.query.device) for part in parts)),
+            thresholds[lengths.to(device) - 1],
+            projection=KeyProjection(*(part.to(device) for part in parts)),
             always_read=self.always_read,
-            softmax_scale=attended.softmax_scale,
-            soft_cap=attended.soft_cap,
         )
 
     @cached_property

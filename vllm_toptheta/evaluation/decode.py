@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_toptheta.calibration.data import Text, load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport, WindowResult, length_report
 from vllm_toptheta.evaluation.decode_state import DecodeArguments, DecodeState, model_files
@@ -19,7 +20,7 @@ from vllm_toptheta.evaluation.losses import compare_predictions
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.subject import Subject
 from vllm_toptheta.evaluation.variants import Variant, floor_label, store_of
-from vllm_toptheta.evaluation.window import AttentionCall, read_prefix, read_window
+from vllm_toptheta.evaluation.window import read_prefix, read_window
 from vllm_toptheta.evaluation.window_reads import EqualRows, WindowRecorder
 from vllm_toptheta.reference import AttentionResult
 

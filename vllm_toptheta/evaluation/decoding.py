@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from vllm_toptheta.calibration.model import attending, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -168,15 +168,8 @@ def _attend_step(
                 step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap
             )
         else:
-            result = lane.attention.attend(
-                layer_idx,
-                step_query,
-                step_key,
-                step_value,
-                softmax_scale=softmax_scale,
-                soft_cap=softcap,
-                num_prompt_tokens=lane.prompt.num_tokens,
-            )
+            call = AttentionCall(layer_idx, step_query, step_key, step_value, softmax_scale, softcap)
+            result = lane.attention.attend(call, num_prompt_tokens=lane.prompt.num_tokens)
         outputs.append(result.output)
     return torch.stack(outputs).to(query.dtype), None
 

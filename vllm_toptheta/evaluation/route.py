@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import DenseRoute, block_bytes_on, row_blocks
+from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
@@ -138,33 +138,18 @@ class SparseRoute(DenseRoute):
         self.num_prompt_tokens = num_prompt_tokens
         self.counts = counts
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionRoute.attend`."""
-        if layer_idx in self.attention.dense_layers:
-            return super().attend(layer_idx, query, key, value, softmax_scale=softmax_scale, soft_cap=soft_cap)
-        seq_len, num_heads, _ = query.shape
-        codes = self.attention.encode(layer_idx, key)
+        if call.layer_idx in self.attention.dense_layers:
+            return super().attend(call)
+        codes = self.attention.encode(call.layer_idx, call.key)
         outputs = []
-        for start, stop in row_blocks(num_heads, seq_len, block_bytes_on(query.device)):
+        for block in call.blocks():
             result = self.attention.attend(
-                layer_idx,
-                query[start:stop],
-                key[:stop],
-                value[:stop],
-                softmax_scale=softmax_scale,
-                soft_cap=soft_cap,
+                block,
                 num_prompt_tokens=self.num_prompt_tokens,
-                codes=None if codes is None else codes[:stop],
+                codes=None if codes is None else codes[: len(block.key)],
             )
             outputs.append(result.output)
-            self.counts.add(layer_idx, result, start=start)
+            self.counts.add(block.layer_idx, result, start=block.num_before)
         return torch.cat(outputs)

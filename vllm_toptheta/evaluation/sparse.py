@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.screening import ShadowScreen
 from vllm_toptheta.evaluation.variants import Variant
@@ -105,38 +106,24 @@ class SparseAttention:
         """
         return None if self._screen is None else self._screen.encode(layer_idx, key)
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        softmax_scale: float,
-        soft_cap: float | None,
-        num_prompt_tokens: int,
-        codes: Tensor | None = None,
-    ) -> AttentionResult:
+    def attend(self, call: AttentionCall, *, num_prompt_tokens: int, codes: Tensor | None = None) -> AttentionResult:
         """Returns the attention of some rows of a layer, which must not be a dense one.
 
         Args:
-            layer_idx: which layer of the model asks.
-            query: `[num_queries, num_heads, head_size]` float, the last positions.
-            key: `[seq_len, num_kv_heads, head_size]` float, at most `max_length` tokens.
-            value: `[seq_len, num_kv_heads, head_size]` float.
-            softmax_scale: factor on the products of query and key.
-            soft_cap: cap on the scores, scaled logits; None for a model without one.
+            call: of rows that see at most `max_length` keys.
             num_prompt_tokens: tokens of the sequence that are its prompt.
             codes: those of the keys, from `encode`; None to encode them now.
 
         Raises:
             EvaluationError: a row is longer than `max_length`.
         """
+        layer_idx, query, key, value = call.layer_idx, call.query, call.key, call.value
+        softmax_scale, soft_cap = call.softmax_scale, call.soft_cap
         if len(key) > self.max_length:
             raise EvaluationError(f"a row of {len(key)} keys, made for {self.max_length}")
 
         def of_rows(table: Tensor) -> Tensor:
-            return table[len(key) - len(query) + 1 : len(key) + 1, layer_idx]
+            return table[call.num_before + 1 : len(key) + 1, layer_idx]
 
         compensation = Compensation(
             self.variant.denominator,
@@ -157,10 +144,7 @@ class SparseAttention:
                 num_prompt_tokens=num_prompt_tokens,
             )
         screened = None
-        if self._thresholds is not None:
-            threshold = of_rows(self._thresholds)
-        else:
-            threshold = self._relative_threshold(query, key, softmax_scale=softmax_scale, soft_cap=soft_cap)
+        threshold = of_rows(self._thresholds) if self._thresholds is not None else self._relative_threshold(call)
         if self._screen is not None:
             screened = self._screen.screen(
                 layer_idx,
@@ -187,14 +171,12 @@ class SparseAttention:
             shadow_scores=None if screened is None else screened.shadow_scores,
         )
 
-    def _relative_threshold(
-        self, query: Tensor, key: Tensor, *, softmax_scale: float, soft_cap: float | None
-    ) -> Tensor:
+    def _relative_threshold(self, call: AttentionCall) -> Tensor:
         """`reference.relative_threshold` of these rows, without the scores of keys that are no row's anchors."""
-        seq_len, num_before = len(key), len(key) - len(query)
+        key, num_before, seq_len = call.key, call.num_before, len(call.key)
         anchors = torch.cat([key[:NUM_FIRST_ANCHORS], key[max(NUM_FIRST_ANCHORS, num_before + 1 - NUM_LAST_ANCHORS) :]])
         num_keys = torch.arange(num_before + 1, seq_len + 1, device=key.device)
-        scores = causal_scores(query, anchors, softmax_scale=softmax_scale, logits_soft_cap=soft_cap)
+        scores = causal_scores(call.query, anchors, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
         floor = torch.tensor(self.variant.weight_floor, dtype=scores.dtype, device=scores.device)
         return anchor_lse(scores, num_keys - (seq_len - len(anchors))) + (floor / num_keys).log()[:, None]
 

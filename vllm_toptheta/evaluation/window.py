@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,50 +18,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from vllm_toptheta.calibration.model import attending
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult, causal_scores
 
-__all__ = ["AttentionCall", "fork_cache", "read_prefix", "read_window"]
+__all__ = ["Observer", "fork_cache", "read_prefix", "read_window"]
 
 _ATTENTION_NAME = "toptheta_window"
 # rows of a prefix that go through the model at a time
 _PREFIX_ROWS = 1024
 # of scores: few enough to stay in a CPU's cache, enough for a product to pay on long rows
 _BLOCK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What a layer without a sliding window asks for.
-
-    Attributes:
-        layer_idx: which layer of the model.
-        query: `[num_queries, num_heads, head_size]` float, the last positions.
-        key: `[seq_len, num_kv_heads, head_size]` float.
-        value: `[seq_len, num_kv_heads, head_size]` float.
-        softmax_scale: factor on the products of query and key.
-        soft_cap: cap on the scores, scaled logits; None for a model without one.
-    """
-
-    layer_idx: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    softmax_scale: float
-    soft_cap: float | None
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block."""
-        return max(1, _BLOCK_BYTES // (4 * self.query.shape[1] * len(self.key)))
-
-    def blocks(self) -> Iterator["AttentionCall"]:
-        """Yields calls for `block_rows` rows each, the last one fewer, whose scores fit a bound."""
-        end = len(self.key) - len(self.query)
-        for query in self.query.split(self.block_rows):
-            end += len(query)
-            yield replace(self, query=query, key=self.key[:end], value=self.value[:end])
 
 
 Observer = Callable[[AttentionCall, AttentionResult | None], None]
@@ -173,16 +141,8 @@ def _attend(
         this.observe(call, None)
         return _dense(call, len(key[0, 0]))[None].to(query.dtype), None
     outputs = []
-    for block in call.blocks():
-        result = this.attention.attend(
-            block.layer_idx,
-            block.query,
-            block.key,
-            block.value,
-            softmax_scale=block.softmax_scale,
-            soft_cap=block.soft_cap,
-            num_prompt_tokens=len(call.key) - len(call.query),
-        )
+    for block in call.blocks(_BLOCK_BYTES):
+        result = this.attention.attend(block, num_prompt_tokens=call.num_before)
         this.observe(block, result)
         outputs.append(result.output)
     return torch.cat(outputs)[None].to(query.dtype), None
@@ -203,7 +163,8 @@ def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
         return output[0].transpose(0, 1)
     # torch's own attention knows no cap
     blocks = []
-    for block, block_mask in zip(call.blocks(), mask.split(call.block_rows), strict=True):
+    for block in call.blocks(_BLOCK_BYTES):
+        block_mask = mask[block.num_before - call.num_before :][: len(block.query)]
         scores = causal_scores(block.query, block.key, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
         weights = (scores + block_mask[:, None, : len(block.key)]).softmax(dim=-1)
         grouped = weights.unflatten(1, (block.value.shape[1], -1))

@@ -1,15 +1,15 @@
 """What each layer of a window reads and loses, row by row; and the exact top-k that reads as much."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.window import AttentionCall
 from vllm_toptheta.reference import AttentionResult, causal_scores
 
 __all__ = ["EqualRows", "WindowReads", "WindowRecorder"]
@@ -53,7 +53,7 @@ class WindowRecorder:
         """See `window.read_window`."""
         layer = call.layer_idx
         if result is None:
-            lengths = torch.arange(len(call.key) - len(call.query) + 1, len(call.key) + 1)
+            lengths = torch.arange(call.num_before + 1, len(call.key) + 1)
             self._value_rows[layer] = [lengths[:, None].expand(-1, call.key.shape[1])]
             return
         self._value_rows.setdefault(layer, []).append(result.value_rows_read.cpu())
@@ -100,25 +100,17 @@ class EqualRows:
 
     def __call__(self, call: AttentionCall, result: AttentionResult | None) -> None:
         """See `window.read_window`."""
-        num_before, num_kv_heads = len(call.key) - len(call.query), call.key.shape[1]
+        num_before, num_kv_heads = call.num_before, call.key.shape[1]
         step = -(-len(call.query) // _SAMPLED_ROWS)
         for row in range(step - 1, len(call.query), step):
-            query = call.query[row : row + 1]
-            key, value = call.key[: num_before + row + 1], call.value[: num_before + row + 1]
-            sparse = self._attention.attend(
-                call.layer_idx,
-                query,
-                key,
-                value,
-                softmax_scale=call.softmax_scale,
-                soft_cap=call.soft_cap,
-                num_prompt_tokens=num_before,
-            )
+            seen = num_before + row + 1
+            one = replace(call, query=call.query[row : row + 1], key=call.key[:seen], value=call.value[:seen])
+            sparse = self._attention.attend(one, num_prompt_tokens=num_before)
             self._rows_read += int(sparse.value_rows_read.sum())
-            scores = causal_scores(query, key, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)[0]
+            scores = causal_scores(one.query, one.key, softmax_scale=one.softmax_scale, logits_soft_cap=one.soft_cap)[0]
             ranks = torch.empty_like(scores, dtype=torch.int64)
             order = scores.argsort(dim=-1, descending=True)
-            ranks.scatter_(1, order, torch.arange(len(key), device=order.device).expand_as(order))
+            ranks.scatter_(1, order, torch.arange(seen, device=order.device).expand_as(order))
             of_groups = ranks.unflatten(0, (num_kv_heads, -1)).amin(dim=1).flatten().cpu()
             self._new_rows += torch.bincount(of_groups, minlength=len(self._new_rows))
 
