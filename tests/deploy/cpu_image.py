@@ -16,7 +16,7 @@ from typing import Any
 from tests.deploy.image import ROOT, Builder, Container, log, new_folder
 
 START_SECONDS = 400
-LAST_TOKENS = 500
+LAST_TOKENS = 300
 MODEL = "/models/SmolLM2-135M-Instruct"
 ASK = """
 import json, sys, urllib.request
