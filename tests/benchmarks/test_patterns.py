@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.deploy.image import ROOT
 from vllm_toptheta.benchmarks.patterns import (
     CLUSTER_TOKENS,
     RULES,
@@ -24,6 +25,7 @@ from vllm_toptheta.benchmarks.patterns import (
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
+RESULTS = ROOT / "docs" / "results"
 BATCH = Batch((4096, 3000, 4096, 700), num_kv_heads=4, group=3)
 
 
@@ -158,3 +160,20 @@ def test_what_is_no_pattern_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="cannot be written"):
         pattern.save(tmp_path / "text" / "pattern.safetensors")
     assert pattern_of("even", target_k=8) == Drawn("even", 8)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("pattern-*.safetensors")), ids=lambda file: file.name)
+def test_the_patterns_of_the_documents_are_whole(file: Path) -> None:
+    pattern = Recorded.load(file)
+    info = pattern.info
+    # a batch of the model's own shape holds each recorded row once
+    batch = Batch(info.row_lengths, info.num_kv_heads, info.num_heads // info.num_kv_heads)
+    read = sum(
+        int(kept.any(dim=1).sum()) for layer in range(pattern.num_layers) for kept in pattern.survivors(layer, batch)
+    )
+    cached = pattern.num_layers * info.num_kv_heads * sum(info.row_lengths)
+    assert read / cached == pytest.approx(info.rows_read_share)
+
+
+def test_there_are_patterns_in_the_documents() -> None:
+    assert len(list(RESULTS.glob("pattern-*.safetensors"))) == 3
