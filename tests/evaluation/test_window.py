@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.calibration.tiny_model import random_tokens, tiny_config, tiny_model
 from tests.evaluation.test_decoding import sliding_model
-from vllm_toptheta.calibration.model import hidden_states
+from vllm_toptheta.calibration.model import attending, hidden_states
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant, decoding, window
 from vllm_toptheta.evaluation.decoding import Lane, read_prompt
@@ -33,7 +33,7 @@ def step_by_step(model: Any, token_ids: Tensor, attention: SparseAttention | Non
     """The logits of a window whose tokens are decoded one at a time."""
     lane = Lane(read_prompt(model, token_ids[:PREFIX]), attention)
     cache = decoding._joined_cache([lane.prompt.cache])
-    with decoding._decoding(model, [lane]):
+    with attending(model, decoding._ATTENTION_NAME, decoding._active_lanes, [lane]):
         return torch.cat([decoding._next_logits(model, token[None, None], cache) for token in token_ids[PREFIX:]])
 
 

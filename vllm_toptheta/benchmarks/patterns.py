@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CLUSTER_TOKENS = 1024
-# of the logarithm of a cluster's weight: the fullest 1,024 of 32K tokens hold about 8 times the mean, as real ones do
+# of the logarithm of a cluster's weight: the fullest 1,024 of 32K tokens hold about 8 times the mean
 CLUSTER_SPREAD = 1.75
 SKEW = 100.0  # the most survivors of a sequence, or head, over the fewest
 _LONG_GAP = 255

@@ -191,21 +191,19 @@ def routed(model: Any, route: AttentionRoute) -> Iterator[None]:
     Raises:
         CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
     """
-    token = _active_route.set(route)
-    try:
-        with attending(model, _ATTENTION_NAME):
-            yield
-    finally:
-        _active_route.reset(token)
+    with attending(model, _ATTENTION_NAME, _active_route, route):
+        yield
 
 
 @contextmanager
-def attending(model: Any, name: str) -> Iterator[None]:
+def attending(model: Any, name: str, active: ContextVar[Any], value: Any) -> Iterator[None]:
     """Has a model take its attention from a function of `AttentionInterface`, and then from where it did.
 
     Args:
         model: a transformers model that follows `AttentionInterface`.
         name: what the function is registered as.
+        active: where the function finds what it needs.
+        value: that, as long as the model attends so.
 
     Raises:
         CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
@@ -213,6 +211,7 @@ def attending(model: Any, name: str) -> Iterator[None]:
     if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise CalibrationError("layers with chunked attention are not supported", field="layer_types")
     original = model.config._attn_implementation
+    token = active.set(value)
     try:
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
@@ -222,6 +221,7 @@ def attending(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(original)
+        active.reset(token)
 
 
 def hidden_states(model: Any, token_ids: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ Prompt rows follow the phase of the sparse attention (dense where it is `decode`
 thresholded by its own length. What a step computes is what `route.SparseRoute` computes for that row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +103,7 @@ def decode_greedily(
     """
     cache = _joined_cache([lane.prompt.cache for lane in lanes])
     tokens = [[int(lane.prompt.logits.argmax())] for lane in lanes]
-    with _decoding(model, lanes):
+    with attending(model, _ATTENTION_NAME, _active_lanes, lanes):
         for _ in range(max_new_tokens - 1):
             open_lanes = [lane for lane, found in enumerate(tokens) if not is_complete(found)]
             if not open_lanes:
@@ -131,16 +130,6 @@ def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
         output = model(input_ids=token_ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: Tensor = output.logits[:, -1]
     return logits
-
-
-@contextmanager
-def _decoding(model: Any, lanes: Sequence[Lane]) -> Iterator[None]:
-    token = _active_lanes.set(lanes)
-    try:
-        with attending(model, _ATTENTION_NAME):
-            yield
-    finally:
-        _active_lanes.reset(token)
 
 
 def _attend_step(

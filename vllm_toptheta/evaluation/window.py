@@ -6,8 +6,7 @@ and each row has the threshold of its own length.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from vllm_toptheta.calibration.model import attending
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.route import AttentionCall, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.reference import AttentionResult, causal_scores
+from vllm_toptheta.reference import AttentionResult
 
 __all__ = ["Observer", "fork_cache", "read_prefix", "read_window"]
 
@@ -56,7 +55,7 @@ def read_prefix(model: Any, token_ids: Tensor, *, on_rows: Callable[[int], objec
         CalibrationError: the model is not supported.
     """
     cache = DynamicCache(config=model.config)
-    with _attending(model, _Pass(None, lambda call, result: None)):
+    with attending(model, _ATTENTION_NAME, _active, _Pass(None, lambda call, result: None)):
         for rows in token_ids.split(_PREFIX_ROWS):
             _states(model, rows, cache)
             on_rows(len(rows))
@@ -89,7 +88,7 @@ def read_window(
         CalibrationError: the model is not supported.
         EvaluationError: a row is longer than the attention is made for.
     """
-    with _attending(model, _Pass(attention, observe)):
+    with attending(model, _ATTENTION_NAME, _active, _Pass(attention, observe)):
         return _states(model, token_ids, fork_cache(cache))
 
 
@@ -105,16 +104,6 @@ def _states(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
         output = model.base_model(input_ids=token_ids[None].to(model.device), past_key_values=cache, use_cache=True)
     states: Tensor = output.last_hidden_state[0]
     return states
-
-
-@contextmanager
-def _attending(model: Any, this: _Pass) -> Iterator[None]:
-    token = _active.set(this)
-    try:
-        with attending(model, _ATTENTION_NAME):
-            yield
-    finally:
-        _active.reset(token)
 
 
 def _attend(
@@ -149,27 +138,17 @@ def _attend(
 
 
 def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
-    """Causal attention of each row over its last `sliding_window` keys, `[num_queries, num_heads, head_size]`."""
+    """As `windowed_attention`, by torch's own attention where that can be: it knows no cap, and is faster."""
+    if call.soft_cap is not None:
+        return windowed_attention(call, sliding_window)
     positions = torch.arange(len(call.key), device=call.key.device)
     behind = positions[-len(call.query) :, None] - positions
     mask = torch.zeros(behind.shape, device=behind.device).masked_fill(
         (behind < 0) | (behind >= sliding_window), -torch.inf
     )
-    if call.soft_cap is None:
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (call.query, call.key, call.value))
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=call.softmax_scale, enable_gqa=True
-        )
-        return output[0].transpose(0, 1)
-    # torch's own attention knows no cap
-    blocks = []
-    for block in call.blocks(_BLOCK_BYTES):
-        block_mask = mask[block.num_before - call.num_before :][: len(block.query)]
-        scores = causal_scores(block.query, block.key, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
-        weights = (scores + block_mask[:, None, : len(block.key)]).softmax(dim=-1)
-        grouped = weights.unflatten(1, (block.value.shape[1], -1))
-        blocks.append(torch.einsum("qhgn,nhd->qhgd", grouped, block.value).flatten(1, 2))
-    return torch.cat(blocks)
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (call.query, call.key, call.value))
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.softmax_scale, enable_gqa=True)
+    return output[0].transpose(0, 1)
 
 
 AttentionInterface.register(_ATTENTION_NAME, _attend)
