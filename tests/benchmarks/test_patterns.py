@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.deploy.image import ROOT
 from vllm_toptheta.benchmarks.patterns import (
     CLUSTER_TOKENS,
     RULES,
@@ -25,7 +24,7 @@ from vllm_toptheta.benchmarks.patterns import (
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
-RESULTS = ROOT / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 BATCH = Batch((4096, 3000, 4096, 700), num_kv_heads=4, group=3)
 
 
@@ -129,6 +128,7 @@ def test_other_lengths_repeat_or_cut_what_lies_far_back() -> None:
     assert torch.equal(longer[..., -2 * (400 - head) : -(400 - head)], repeated)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # beside a card's other tests it is
 @given(near=st.sets(st.integers(0, 5000), max_size=60), far=st.sets(st.integers(0, 70_000), max_size=3))
 def test_files_keep_every_position(near: set[int], far: set[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     one = recorded((70_001,), num_layers=1)

@@ -8,6 +8,7 @@ import torch
 from tests.benchmarks.test_patterns import recorded
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from vllm_toptheta.benchmarks.patterns import Batch
+from vllm_toptheta.benchmarks.registry import Anchors
 from vllm_toptheta.kernels.pages import padded_page_bytes
 
 pytestmark = [
@@ -16,8 +17,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("is_relative", [True, False])
-def test_the_kernel_reads_what_a_pattern_keeps(is_relative: bool) -> None:
+@pytest.mark.parametrize("anchors", ["followed", "none"])
+def test_the_kernel_reads_what_a_pattern_keeps(anchors: Anchors) -> None:
     from vllm_toptheta.benchmarks.registry import Inputs, toptheta
 
     lens, num_kv_heads, group, head_size, block_size = [304, 290], 2, 2, 64, 16
@@ -45,7 +46,7 @@ def test_the_kernel_reads_what_a_pattern_keeps(is_relative: bool) -> None:
     kept = pattern.survivors(0, Batch(lens, num_kv_heads, group))
     replayed = inputs.replay(kept)
     replayed.write_tails()
-    call, counters = toptheta(replayed, is_relative=is_relative)
+    call, counters = toptheta(replayed, anchors=anchors)
     call()
     expected = [of_row.any(dim=1) for of_row in kept]
     for of_row, length in zip(expected, lens, strict=True):

@@ -165,11 +165,11 @@ def make_shadow_case(shape: Shape, threshold: float | None = None, margin: float
     # r of 0.03 to 0.4 at these lengths
     log_scale = torch.stack([constants - 1.0, -0.1 - 0.3 * slopes], dim=1)
     shadow = ShadowCase(case, codes, projection, margins, log_scale)
-    for _ in range(100):
+    for attempt in range(1, 100):
         too_near = _near_integers(shadow)
         if not bool(too_near.any()):
             return shadow
-        shadow.margin += 1e-3 * too_near
+        shadow.margin += 1e-3 * attempt * too_near
     raise AssertionError("no margins away from every integer")
 
 

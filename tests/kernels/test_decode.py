@@ -300,7 +300,7 @@ def test_no_sequences_is_no_work() -> None:
         ("seq_lens", {"seq_lens": torch.zeros(2, dtype=torch.int32)}),
         ("coefficients", {"coefficients": torch.zeros(3, 4)}),
         ("coefficients", {"coefficients": torch.zeros(4, 3)}),
-        ("coefficients", {"coefficients": torch.zeros(4, 8)[:, ::2]}),
+        ("coefficients", {"coefficients": torch.zeros(4, 8, device=DEVICE)[:, ::2]}),
         ("value_sum", {"value_sum": torch.zeros(2, 2, 64, dtype=torch.float16)}),
     ],
 )
@@ -312,7 +312,7 @@ def test_wrong_arguments_are_named(field: str, change: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize(
     "threshold_offset",
-    [torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]],
+    [torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.float64), torch.zeros(6, device=DEVICE)[::2]],
     ids=["fewer rows than sequences", "too many axes", "another dtype", "not contiguous"],
 )
 def test_wrong_offsets_are_named(threshold_offset: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,6 +29,7 @@ from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHOR
 from vllm_toptheta.reference import anchor_lse, causal_scores
 
 Call = Callable[[], Any]
+Anchors = Literal["followed", "scored", "none"]
 KEEPS_EVERYTHING = 2**31 - 1  # as max_dense_len
 LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
@@ -172,9 +173,9 @@ class Inputs:
         """[num_heads] float32, the relative one of a sequence that does not keep every key."""
         return self.relative[:, 0] + self.anchor_lse(row)
 
-    def thresholds(self, *, is_relative: bool = True) -> LayerThresholds:
+    def thresholds(self, anchors: Anchors = "followed") -> LayerThresholds:
         """What the kernels compare with."""
-        return LayerThresholds(self.relative if is_relative else self.absolute, is_relative)
+        return LayerThresholds(self.relative if anchors == "followed" else self.absolute, anchors != "none")
 
     def step(self, *, max_dense_len: int = NUM_ANCHORS, per_request: bool = True) -> DecodeStep:
         """The step; with `per_request` every sequence has an offset, although all are 0."""
@@ -210,7 +211,7 @@ def toptheta(
     *,
     keep_everything: bool = False,
     per_request: bool = True,
-    is_relative: bool = True,
+    anchors: Anchors = "followed",
     count: bool = True,
     config: LaunchConfig | None = None,
 ) -> tuple[Call, Counters]:
@@ -220,7 +221,8 @@ def toptheta(
         inputs: The step.
         keep_everything: As for contexts too short for thresholds.
         per_request: Whether every sequence has an offset, although all are 0; else it has none.
-        is_relative: Whether thresholds follow the anchors of each sequence, as they are served.
+        anchors: Whether thresholds follow the anchors of each sequence, as they are served; or are the same for all
+            sequences, be it that their anchors are scored nevertheless.
         count: Whether it counts.
         config: Launch parameters instead of the table's.
     """
@@ -232,7 +234,7 @@ def toptheta(
     scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config)
     layer = Layer(
         inputs.softmax_scale,
-        thresholds=inputs.thresholds(is_relative=is_relative),
+        thresholds=inputs.thresholds(anchors),
         counters=counters if count else None,
     )
     step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else NUM_ANCHORS, per_request=per_request)

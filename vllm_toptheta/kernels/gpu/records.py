@@ -49,34 +49,40 @@ class Queries(NamedTuple):
     Attributes:
         query: [num_seqs, num_heads, head_size].
         coefficients: [num_heads, NUM_COEFFICIENTS] float32.
+        thresholds: [num_seqs, num_heads] float32, to be written before they are read.
         q_scale, k_scale: [1] float32, or None.
         stride_seq, stride_head: Of the queries, elements.
+        num_heads: Query heads.
         softmax_scale: Factor on q . k.
         logits_soft_cap: Of the scores, or None.
     """
 
     query: torch.Tensor
     coefficients: torch.Tensor
+    thresholds: torch.Tensor
     q_scale: torch.Tensor | None
     k_scale: torch.Tensor | None
     stride_seq: int
     stride_head: int
+    num_heads: int
     softmax_scale: float
     logits_soft_cap: float | None
 
     @classmethod
-    def of(cls, call: LayerCall) -> Queries:
-        """Those of a call to a layer with thresholds."""
+    def of(cls, call: LayerCall, thresholds: torch.Tensor) -> Queries:
+        """Those of a call to a layer with thresholds, and scratch memory for what these are in its sequences."""
         layer, query = call.layer, call.query
         if layer.thresholds is None:
             raise ValueError("thresholds: None, and dense layers are not decoded here")
         return cls(
             query,
             layer.thresholds.coefficients,
+            thresholds,
             call.q_scale,
             call.cache.k_scale,
             query.stride(0),
             query.stride(1),
+            query.shape[1],
             layer.softmax_scale,
             layer.logits_soft_cap,
         )
@@ -149,7 +155,6 @@ class Shadow(NamedTuple):
     Attributes:
         codes: [num_blocks, num_kv_heads, block_size, CODE_BYTES] uint8.
         query_codes: [num_seqs, num_heads, 2 * CODE_BYTES] int8.
-        thresholds: [num_seqs, num_heads] float32.
         floors: [num_seqs, num_heads] int32, thresholds minus margins in codes.
         encoder, code_offset, decoder, key_mean: As of `ShadowCodec`.
         margin: [num_heads] float32.
@@ -159,7 +164,6 @@ class Shadow(NamedTuple):
 
     codes: torch.Tensor
     query_codes: torch.Tensor | None
-    thresholds: torch.Tensor | None
     floors: torch.Tensor | None
     encoder: torch.Tensor
     code_offset: torch.Tensor
@@ -177,7 +181,6 @@ class Shadow(NamedTuple):
         codes: torch.Tensor,
         *,
         query_codes: torch.Tensor | None = None,
-        thresholds: torch.Tensor | None = None,
         floors: torch.Tensor | None = None,
     ) -> Shadow:
         """Those of a layer; without scratch memory for what is compared with codes, to be written only."""
@@ -185,7 +188,6 @@ class Shadow(NamedTuple):
         return cls(
             codes,
             query_codes,
-            thresholds,
             floors,
             codec.encoder,
             codec.code_offset,

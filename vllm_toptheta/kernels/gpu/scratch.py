@@ -34,9 +34,10 @@ class Sizes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Of mode `values`; see `split.split_kernel` for the buffers."""
+    """Of mode `values`; see `threshold_kernel.threshold_kernel` and `split.split_kernel` for the buffers."""
 
     config: LaunchConfig
+    thresholds: torch.Tensor
     survivors: torch.Tensor
     order: torch.Tensor
     partial_output: torch.Tensor
@@ -47,8 +48,10 @@ class Scratch(NamedTuple):
         """The buffers for a GPU of `num_sms` multiprocessors."""
         num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
         num_programs = config.num_programs(num_kv_heads, num_sms)
-        num_lists, num_pieces = num_programs * num_kv_heads, (num_programs + sizes.max_num_seqs) * num_kv_heads
+        num_lists = num_programs * num_kv_heads
+        num_pieces = (num_programs + sizes.max_num_seqs) * num_kv_heads
         return (
+            ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
             ((num_lists, 2, LIST_DEPTH * config.tile), torch.int32),
             ((num_pieces, group, sizes.head_size), torch.float32),
@@ -72,8 +75,8 @@ class ShadowScratch(NamedTuple):
 
     config: ShadowConfig
     values_config: LaunchConfig
-    query_codes: torch.Tensor
     thresholds: torch.Tensor
+    query_codes: torch.Tensor
     floors: torch.Tensor
     candidates: torch.Tensor
     candidate_order: torch.Tensor
@@ -89,13 +92,13 @@ class ShadowScratch(NamedTuple):
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
         num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
         return (
+            values[0],
             ((sizes.max_num_seqs, sizes.num_heads, 2 * sizes.code_bytes), torch.int8),
-            ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((sizes.max_num_seqs, sizes.num_heads), torch.int32),
             ((num_lists, config.list_depth, config.tile), torch.int32),
             ((num_lists, config.list_depth * config.tile), torch.int32),
-            *values[:2],
-            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[2:]),
+            *values[1:3],
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
         )
 
     @classmethod

@@ -26,8 +26,9 @@ from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
 from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
+from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, has_dependent_launch, launch_options, num_multiprocessors
-from vllm_toptheta.kernels.gpu.values import DENSE_WORK, check_kernels, tiling_of
+from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 MIN_COLUMNS = 8  # of a product on tensor cores
@@ -44,7 +45,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     A step of few tokens, or of short sequences, as the scratch's `config` says, is faster if all keys are read: it is
     answered as by `values.decode`.
 
-    Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
+    Four launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Any number of candidates is right, however unlikely. Bits of the output do not
     depend on what `scratch` held. The lost mass that is counted is an estimate as far as it lies in keys that were not
     read.
@@ -82,30 +83,29 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     early = config.early_launch and has_dependent_launch(call.query.device)
     # pages, if the tiles of either kernel consist of them
     unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
-    values_schedule = schedule_of(
-        unit, min_tokens=values_config.min_work * values_config.tile, dense_work=DENSE_WORK, num_seqs=num_seqs
-    )
+    all_keys = values_schedule(values_config, unit, num_seqs)
     schedule = schedule_of(
         unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
     )
     on_gpu = call.query.is_cuda
-    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call), Shape.of(call)
+    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     shadows = Shadow.of(
         shadow,
         codes,
         query_codes=scratch.query_codes,
-        thresholds=scratch.thresholds,
         floors=scratch.floors,
     )
     few_tokens = config.few_tokens * num_programs
-    numbers = (
-        num_seqs,
-        step.max_dense_len,
-        *step.length_range,
-        step.block_table.stride(0),
-        few_tokens,
-        config.short_length,
+    size = (num_seqs, step.max_dense_len)
+    extent = (step.block_table.stride(0), few_tokens, config.short_length)
+    launch_thresholds(
+        step,
+        tokens,
+        queries,
+        shape,
+        num_kv_heads=num_kv_heads,
+        is_early=early,
     )
     query_kernel[(num_kv_heads, num_values_programs)](
         tokens,
@@ -114,13 +114,15 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         Lists(scratch.survivors, scratch.order),
         pieces,
         Counts.of(call.layer.counters),
-        *numbers,
+        *size,
+        *extent,
         shape,
-        values_schedule,
+        all_keys,
         tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
         TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
+        EARLY_QUERY=early,
         EARLY_SPLIT=early,
-        **launch_options(values_config.num_warps, values_config.max_registers),
+        **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),
     )
     shadow_split_kernel[(num_kv_heads, num_programs)](
         tokens,
@@ -129,7 +131,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         Lists(scratch.candidates, scratch.candidate_order),
         pieces,
         Counts.of(call.layer.counters),
-        *numbers,
+        *size,
+        *step.length_range,
+        *extent,
         shape,
         schedule,
         _tiling_of(config, shape.GROUP, on_gpu=on_gpu),
@@ -147,7 +151,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         num_programs=num_programs,
         num_warps=config.merge_warps,
         is_early=early,
-        choice=Choice(few_tokens, config.short_length, num_values_programs, values_schedule),
+        choice=Choice(few_tokens, config.short_length, num_values_programs, all_keys),
     )
 
 

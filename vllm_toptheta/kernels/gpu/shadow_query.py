@@ -1,4 +1,4 @@
-"""The first of the three Triton kernels of mode `shadow`: what the scan compares codes with, or all work.
+"""The Triton kernel of mode `shadow` that makes what the scan compares codes with, or does all work.
 
 With p = decoder @ q for a query head, one step per head turns p into integers of 8 bits, and the comparison of a shadow
 key's score with threshold minus margin becomes one of integers:
@@ -23,8 +23,7 @@ import triton.language as tl
 from vllm_toptheta.kernels.gpu.codes import DEPTH, encode_tokens
 from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys
 from vllm_toptheta.kernels.gpu.split import split_step
-from vllm_toptheta.kernels.gpu.thresholds import keeps_all, thresholds_of
-from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds
 
 NO_CODES = tl.constexpr(1 << 30)  # a floor above every sum of products of codes
 MIDDLE = tl.constexpr(7.5)
@@ -32,10 +31,8 @@ QUERY_LEVELS = tl.constexpr(127.0)
 
 
 @triton.jit
-def _project_queries(
-    tokens, queries, shadow, block_row, seq, seq_len, kv_head, num_seqs, num_heads, min_length, max_length, shape
-):
-    """Write the codes, thresholds and floors of the queries of a sequence and a kv head."""
+def _project_queries(queries, shadow, seq, kv_head, num_heads, shape, EARLY_QUERY: tl.constexpr):
+    """Write the codes and floors of the queries of a sequence and a kv head."""
     HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
     CODE_BYTES: tl.constexpr = shape.CODE_BYTES
     row = seq.to(tl.int64)
@@ -74,12 +71,9 @@ def _project_queries(
     tl.store(target, lower.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
     tl.store(target + CODE_BYTES, upper.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
 
-    threshold = thresholds_of(
-        load_query(queries, seq, head, mask_g, shape), queries, tokens,
-        tokens.kv_cache + kv_head * tokens.stride_head, block_row, seq, seq_len, head, mask_g, num_seqs, min_length,
-        max_length, score_scale(queries), shape,
-    )  # fmt: skip
-    tl.store(shadow.thresholds + row * num_heads + head, threshold, mask=mask_g)
+    if EARLY_QUERY:
+        tl.extra.cuda.gdc_wait()
+    threshold = load_thresholds(queries, seq, head, mask_g)
     wanted = threshold - tl.load(shadow.margin + head, mask=mask_g, other=0.0)
     if queries.logits_soft_cap is not None:
         soft_cap = queries.logits_soft_cap
@@ -99,8 +93,6 @@ def _project_queries(
     do_not_specialize=(
         "num_seqs",
         "max_dense_len",
-        "min_length",
-        "max_length",
         "stride_table_seq",
         "few_tokens",
         "short_length",
@@ -109,14 +101,12 @@ def _project_queries(
 def query_kernel(
     tokens,  # Tokens
     queries,  # Queries
-    shadow,  # Shadow, whose codes of queries, thresholds and floors are written
+    shadow,  # Shadow, whose codes of queries and floors are written
     lists,  # Lists of survivors
     pieces,  # Pieces
     counts,  # Counts
     num_seqs,
     max_dense_len,
-    min_length,
-    max_length,
     stride_table_seq,
     few_tokens,
     short_length,
@@ -124,6 +114,7 @@ def query_kernel(
     schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     tiling: tl.constexpr,  # Tiling of the same
     TOKENS: tl.constexpr,  # that are encoded at a time
+    EARLY_QUERY: tl.constexpr,
     EARLY_SPLIT: tl.constexpr,
 ):
     BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
@@ -135,8 +126,8 @@ def query_kernel(
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
     if reads_all_keys(seq_lens, few_tokens, short_length):
         split_step(
-            tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, min_length, max_length,
-            stride_table_seq, shape, schedule, tiling,
+            tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, stride_table_seq, shape, schedule, tiling,
+            EARLY_QUERY,
         )  # fmt: skip
         if counts.keys_read is not None and program == 0:
             tl.atomic_add(counts.keys_read + kv_head, tl.sum(seq_lens.to(tl.int64), axis=0), sem="relaxed")
@@ -145,11 +136,7 @@ def query_kernel(
         while seq < num_seqs:
             seq_len = tl.load(tokens.seq_lens + seq)
             if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len) == 0:
-                block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
-                _project_queries(
-                    tokens, queries, shadow, block_row, seq, seq_len, kv_head, num_seqs, num_heads, min_length,
-                    max_length, shape,
-                )  # fmt: skip
+                _project_queries(queries, shadow, seq, kv_head, num_heads, shape, EARLY_QUERY)
             seq += tl.num_programs(1)
     # from the other end, because the last programs have the least to do
     seq = tl.num_programs(1) - 1 - program

@@ -1,4 +1,4 @@
-"""The second of the three Triton kernels of mode `shadow`: pieces of sequences by their shadow keys.
+"""The Triton kernel of mode `shadow` behind `query_kernel`: pieces of sequences by their shadow keys.
 
 Each is scanned and walked (`candidates.py`), unless the sequence is too short for thresholds or its request says so:
 then it keeps everything. Where the step reads all keys, there is nothing left to do (`shadow_query.py`).
@@ -19,7 +19,7 @@ from vllm_toptheta.kernels.gpu.schedule import (
     work_of_step,
 )
 from vllm_toptheta.kernels.gpu.survivors import attend_all
-from vllm_toptheta.kernels.gpu.thresholds import HIGHEST, keeps_all, unread_ratios_of
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds, unread_ratios_of
 from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
 from vllm_toptheta.limits import NUM_LAST_ANCHORS
 
@@ -106,13 +106,12 @@ def shadow_split_kernel(
                 open_start = seq_len
                 if shape.VALUE_MEAN:
                     open_start = seq_len // BLOCK_SIZE * BLOCK_SIZE
-                num_heads = num_kv_heads * GROUP
-                threshold = tl.load(shadow.thresholds + row * num_heads + head, mask=mask_g, other=HIGHEST)
+                threshold = load_thresholds(queries, seq, head, mask_g)
                 ratio = unread_ratios_of(shadow, seq_len, head, mask_g, min_length, max_length)
                 # the page of the last token has no codes yet, or only since this step
                 first_recent = tl.minimum(seq_len - _LAST_ANCHORS, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE)
                 piece = attend_candidates(
-                    query, threshold, ratio, tokens, shadow, row * num_heads + kv_head * GROUP, key_base,
+                    query, threshold, ratio, tokens, shadow, row * queries.num_heads + kv_head * GROUP, key_base,
                     shadow.codes + kv_head * shadow.stride_head, block_row, lists, list_index, start, end, first_recent,
                     open_start, scale, queries.logits_soft_cap, shape, tiling, ROW_TOKENS, COLUMN_HEADS,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The first of the two Triton kernels of mode `values`: one new token per sequence over the paged KV cache.
+"""The Triton kernel of mode `values` that reads keys and values: one new token per sequence over the paged KV cache.
 
 For a query head with scores s_j = softmax_scale * q . k_j over the n cached keys, and S = {j : s_j >= theta}:
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.schedule import first_of_share, store_piece, units_of_piece, work_of_step
 from vllm_toptheta.kernels.gpu.survivors import attend_all, attend_survivors
-from vllm_toptheta.kernels.gpu.thresholds import keeps_all, thresholds_of
+from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds
 from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
 
 
@@ -30,12 +30,11 @@ def split_step(
     counts,  # Counts
     num_seqs,
     max_dense_len,
-    min_length,
-    max_length,
     stride_table_seq,
     shape: tl.constexpr,  # Shape
     schedule: tl.constexpr,  # Schedule
     tiling: tl.constexpr,  # Tiling
+    EARLY_SPLIT: tl.constexpr,  # whether the kernel before may still run
 ):
     """What a program of a grid [num_kv_heads, num_programs] has to do of a step that reads all keys."""
     kv_head = tl.program_id(0).to(tl.int64)
@@ -45,6 +44,8 @@ def split_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK, schedule
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
+    if EARLY_SPLIT:
+        tl.extra.cuda.gdc_wait()
 
     offs_g = tl.arange(0, tiling.G_PAD)
     mask_g = offs_g < shape.GROUP
@@ -73,10 +74,7 @@ def split_step(
                 open_start = seq_len
                 if shape.VALUE_MEAN:
                     open_start = seq_len // shape.BLOCK_SIZE * shape.BLOCK_SIZE
-                threshold = thresholds_of(
-                    query, queries, tokens, key_base, block_row, seq, seq_len, head, mask_g, num_seqs, min_length,
-                    max_length, scale, shape,
-                )  # fmt: skip
+                threshold = load_thresholds(queries, seq, head, mask_g)
                 piece = attend_survivors(
                     query, threshold, tokens, key_base, block_row, lists, list_index, start, end, open_start, scale,
                     queries.logits_soft_cap, shape, tiling,
@@ -90,7 +88,7 @@ def split_step(
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
-@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "min_length", "max_length", "stride_table_seq"))
+@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "stride_table_seq"))
 def split_kernel(
     tokens,
     queries,
@@ -99,17 +97,16 @@ def split_kernel(
     counts,
     num_seqs,
     max_dense_len,
-    min_length,
-    max_length,
     stride_table_seq,
     shape: tl.constexpr,
     schedule: tl.constexpr,
     tiling: tl.constexpr,
+    EARLY_SPLIT: tl.constexpr,
     EARLY_MERGE: tl.constexpr,
 ):
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
     split_step(
-        tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, min_length, max_length, stride_table_seq,
-        shape, schedule, tiling,
+        tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, stride_table_seq, shape, schedule, tiling,
+        EARLY_SPLIT,
     )  # fmt: skip

@@ -35,7 +35,7 @@ class LaunchConfig:
         min_work: Tiles of keys that are worth a program.
         programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
         merge_warps: Warps of a program of the merge; 0 chooses.
-        early_merge: Launch the merge while the pieces are still computed (programmatic dependent launch).
+        early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
     """
 
     tile: int = 64
@@ -45,11 +45,11 @@ class LaunchConfig:
     scan_stages: int = 3
     dense_tile: int = 64
     dense_stages: int = 2
-    gather_stages: int = 1
+    gather_stages: int = 3
     min_work: int = 4
     programs_per_sm: int = 3
     merge_warps: int = 0
-    early_merge: bool = True
+    early_launch: bool = True
 
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
         """Programs of each kv head."""
@@ -78,7 +78,7 @@ class ShadowConfig:
         min_work: Tiles that are worth a program.
         programs_per_sm: As for `LaunchConfig`.
         merge_warps: As for `LaunchConfig`.
-        early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
+        early_launch: As for `LaunchConfig`.
     """
 
     tile: int = 256

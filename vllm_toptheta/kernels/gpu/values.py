@@ -13,6 +13,7 @@ from vllm_toptheta.kernels.gpu.records import (
     Lists,
     Pieces,
     Queries,
+    Schedule,
     Shape,
     Tiling,
     Tokens,
@@ -22,6 +23,7 @@ from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.split import split_kernel
 from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
+from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tiles import ROW_ALIGNMENT
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, has_dependent_launch, launch_options, num_multiprocessors
 from vllm_toptheta.limits import HEAD_SIZES, MAX_QUERIES_PER_KV
@@ -32,7 +34,7 @@ DENSE_WORK = 2  # of a unit of which keys and values are read, where otherwise i
 def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     """One new token per sequence: score every cached key, read only the value rows that some head of the group keeps.
 
-    Two launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
+    Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Lengths are read on the device. Bits of the output do not depend on what `scratch`
     held.
 
@@ -54,30 +56,26 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(call.query.device))
     if len(scratch.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
-    early_merge = config.early_merge and has_dependent_launch(call.query.device)
+    early = config.early_launch and has_dependent_launch(call.query.device)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
-    schedule = schedule_of(
-        unit_of(config.tile, block_size),
-        min_tokens=config.min_work * config.tile,
-        dense_work=DENSE_WORK,
-        num_seqs=num_seqs,
-    )
-    shape = Shape.of(call)
+    schedule = values_schedule(config, unit_of(config.tile, block_size), num_seqs)
+    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
+    launch_thresholds(step, tokens, queries, shape, num_kv_heads=num_kv_heads, is_early=early)
     split_kernel[(num_kv_heads, num_programs)](
-        Tokens.of(step, call.cache),
-        Queries.of(call),
+        tokens,
+        queries,
         Lists(scratch.survivors, scratch.order),
         pieces,
         Counts.of(call.layer.counters),
         num_seqs,
         step.max_dense_len,
-        *step.length_range,
         step.block_table.stride(0),
         shape,
         schedule,
         tiling_of(config, shape.GROUP, on_gpu=call.query.is_cuda),
-        EARLY_MERGE=early_merge,
-        **launch_options(config.num_warps, config.max_registers),
+        EARLY_SPLIT=early,
+        EARLY_MERGE=early,
+        **launch_options(config.num_warps, config.max_registers, is_early=early),
     )
     launch_merge(
         step,
@@ -86,7 +84,17 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         schedule,
         num_programs=num_programs,
         num_warps=config.merge_warps,
-        is_early=early_merge,
+        is_early=early,
+    )
+
+
+def values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
+    """How a step of which all keys are read is shared out, in units of `unit` tokens."""
+    return schedule_of(
+        unit,
+        min_tokens=config.min_work * config.tile,
+        dense_work=DENSE_WORK,
+        num_seqs=num_seqs,
     )
 
 

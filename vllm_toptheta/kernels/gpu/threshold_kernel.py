@@ -1,0 +1,107 @@
+"""The first Triton kernel of both modes: the thresholds of a step, and nothing else.
+
+A kernel of its own, because whoever scores a sequence's 144 anchors waits for three loads that depend on each other,
+about 6 us: each of the programs that share the sequence out would. Here all wait for it once, and the next kernel
+starts meanwhile. And all programs of a row get the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, DecodeStep
+from vllm_toptheta.kernels.gpu.records import Queries, Shape, Tokens, next_power_of_2
+from vllm_toptheta.kernels.gpu.thresholds import HIGHEST, keeps_all, log_length_of, offset_of
+from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E, load_query, score_scale, tile_scores
+from vllm_toptheta.kernels.gpu.tuning import launch_options
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS
+
+NUM_WARPS = 8
+MIN_COLUMNS = 8  # of a product on tensor cores
+_COEFFICIENTS = tl.constexpr(NUM_COEFFICIENTS)
+_NUM_ANCHORS = tl.constexpr(NUM_ANCHORS)
+_FIRST_ANCHORS = tl.constexpr(NUM_FIRST_ANCHORS)
+_TILE = tl.constexpr(next_power_of_2(NUM_ANCHORS))
+
+
+@triton.jit
+def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_table_seq, shape):
+    """ln of the sum of exp(score) over a sequence's anchors, [G_PAD] float32."""
+    anchor = tl.arange(0, _TILE)
+    is_anchor = anchor < _NUM_ANCHORS
+    position = tl.where(anchor < _FIRST_ANCHORS, anchor, seq_len - _NUM_ANCHORS + anchor)
+    block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
+    block = tl.load(block_row + position // shape.BLOCK_SIZE, mask=is_anchor, other=0).to(tl.int64)
+    row = block * tokens.stride_block + position % shape.BLOCK_SIZE * tokens.stride_token
+    query = load_query(queries, seq, head, mask_g, shape)
+    key_base = tokens.kv_cache + kv_head * tokens.stride_head
+    scores = tile_scores(query, key_base, row, is_anchor, score_scale(queries), queries.logits_soft_cap, shape)
+    scores = tl.where(is_anchor[:, None], scores, DISCARDED)
+    maximum = tl.max(scores, axis=0)
+    return maximum + tl.log(tl.sum(tl.exp2((scores - maximum[None, :]) * LOG2_E), axis=0))
+
+
+# lengths and counts change from batch to batch: one compilation serves them all
+@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "min_length", "max_length", "stride_table_seq"))
+def threshold_kernel(
+    tokens,  # Tokens
+    queries,  # Queries, whose thresholds are written
+    num_seqs,
+    max_dense_len,
+    min_length,
+    max_length,
+    stride_table_seq,
+    shape: tl.constexpr,  # Shape
+    G_PAD: tl.constexpr,
+    EARLY_SPLIT: tl.constexpr,
+):
+    """The group of a kv head in a sequence is a program's, of a grid [num_kv_heads, num_seqs]."""
+    if EARLY_SPLIT:
+        tl.extra.cuda.gdc_launch_dependents()
+    kv_head = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(1)
+    seq_len = tl.load(tokens.seq_lens + seq)
+    if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len):
+        return
+    offs_g = tl.arange(0, G_PAD)
+    mask_g = offs_g < shape.GROUP
+    head = kv_head * shape.GROUP + offs_g
+    coefficients = queries.coefficients + head * _COEFFICIENTS
+    log_length = tl.log(seq_len.to(tl.float32)) if shape.RELATIVE else log_length_of(seq_len, min_length, max_length)
+    threshold = tl.load(coefficients + 2, mask=mask_g, other=0.0)
+    threshold = threshold * log_length + tl.load(coefficients + 1, mask=mask_g, other=0.0)
+    threshold = threshold * log_length + tl.load(coefficients, mask=mask_g, other=0.0)
+    if shape.RELATIVE:
+        slope = tl.load(coefficients + 3, mask=mask_g, other=0.0)
+        threshold += slope * _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_table_seq, shape)
+    if tokens.threshold_offset is not None:
+        threshold += offset_of(tokens, seq, num_seqs)
+    # finite, so that differences of two of them are no NaN, and above what is discarded
+    threshold = tl.minimum(tl.maximum(threshold, -HIGHEST), HIGHEST)
+    tl.store(queries.thresholds + seq.to(tl.int64) * queries.num_heads + head, threshold, mask=mask_g)
+
+
+def launch_thresholds(
+    step: DecodeStep,
+    tokens: Tokens,
+    queries: Queries,
+    shape: Shape,
+    *,
+    num_kv_heads: int,
+    is_early: bool,
+) -> None:
+    """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself."""
+    num_seqs = len(queries.query)
+    threshold_kernel[(num_kv_heads, num_seqs)](
+        tokens,
+        queries,
+        num_seqs,
+        step.max_dense_len,
+        *step.length_range,
+        step.block_table.stride(0),
+        shape,
+        G_PAD=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
+        EARLY_SPLIT=is_early,
+        **launch_options(NUM_WARPS),
+    )
