@@ -182,8 +182,9 @@ def demo(model: Path, text_ids: list[int]) -> Subject:
         model,
         text_ids,
         thresholds={},
-        floor=20.0,
-        other=5.0,
+        # at 20, a head of layer 0 loses nine tenths of its mass
+        floor=4.0,
+        other=1.0,
         num_heads=9,
         differing=0.1,
         engine={},
