@@ -8,7 +8,7 @@ import torch
 from tests.benchmarks.test_patterns import recorded
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from vllm_toptheta.benchmarks.patterns import Batch
-from vllm_toptheta.benchmarks.registry import Anchors
+from vllm_toptheta.benchmarks.registry import Anchors, Inputs, toptheta
 from vllm_toptheta.kernels.pages import padded_page_bytes
 
 pytestmark = [
@@ -17,10 +17,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("anchors", ["followed", "none"])
+@pytest.mark.parametrize("anchors", ["followed", "scored", "none"])
 def test_the_kernel_reads_what_a_pattern_keeps(anchors: Anchors) -> None:
-    from vllm_toptheta.benchmarks.registry import Inputs, toptheta
-
     lens, num_kv_heads, group, head_size, block_size = [304, 290], 2, 2, 64, 16
     pages = [-(-length // block_size) for length in lens]
     width, content = 2 * head_size, num_kv_heads * block_size * 2 * head_size

@@ -27,11 +27,11 @@ from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
 from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
 from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
+from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, has_dependent_launch, launch_options, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
-MIN_COLUMNS = 8  # of a product on tensor cores
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
@@ -90,23 +90,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     on_gpu = call.query.is_cuda
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
-    shadows = Shadow.of(
-        shadow,
-        codes,
-        query_codes=scratch.query_codes,
-        floors=scratch.floors,
-    )
+    shadows = Shadow.of(shadow, codes, query_codes=scratch.query_codes, floors=scratch.floors)
     few_tokens = config.few_tokens * num_programs
-    size = (num_seqs, step.max_dense_len)
-    extent = (step.block_table.stride(0), few_tokens, config.short_length)
-    launch_thresholds(
-        step,
-        tokens,
-        queries,
-        shape,
-        num_kv_heads=num_kv_heads,
-        is_early=early,
-    )
+    launch_thresholds(step, tokens, queries, shape, is_early=early)
     query_kernel[(num_kv_heads, num_values_programs)](
         tokens,
         queries,
@@ -114,8 +100,11 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         Lists(scratch.survivors, scratch.order),
         pieces,
         Counts.of(call.layer.counters),
-        *size,
-        *extent,
+        num_seqs,
+        step.max_dense_len,
+        step.block_table.stride(0),
+        few_tokens,
+        config.short_length,
         shape,
         all_keys,
         tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
@@ -131,9 +120,12 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         Lists(scratch.candidates, scratch.candidate_order),
         pieces,
         Counts.of(call.layer.counters),
-        *size,
+        num_seqs,
+        step.max_dense_len,
         *step.length_range,
-        *extent,
+        step.block_table.stride(0),
+        few_tokens,
+        config.short_length,
         shape,
         schedule,
         _tiling_of(config, shape.GROUP, on_gpu=on_gpu),

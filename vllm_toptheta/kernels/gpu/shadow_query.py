@@ -31,14 +31,14 @@ QUERY_LEVELS = tl.constexpr(127.0)
 
 
 @triton.jit
-def _project_queries(queries, shadow, seq, kv_head, num_heads, shape, EARLY_QUERY: tl.constexpr):
+def _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY: tl.constexpr):
     """Write the codes and floors of the queries of a sequence and a kv head."""
     HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
     CODE_BYTES: tl.constexpr = shape.CODE_BYTES
     row = seq.to(tl.int64)
     query_ptr = queries.query + row * queries.stride_seq
-    query_codes_ptr = shadow.query_codes + row * num_heads * 2 * CODE_BYTES
-    floors_ptr = shadow.floors + row * num_heads
+    query_codes_ptr = shadow.query_codes + row * queries.num_heads * 2 * CODE_BYTES
+    floors_ptr = shadow.floors + row * queries.num_heads
     offs_g = tl.arange(0, 16)
     offs_c = tl.arange(0, CODE_BYTES)
     mask_g = offs_g < shape.GROUP
@@ -120,7 +120,6 @@ def query_kernel(
     BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
     kv_head = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    num_heads = tl.num_programs(0) * shape.GROUP
     if EARLY_SPLIT:
         tl.extra.cuda.gdc_launch_dependents()
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
@@ -136,7 +135,7 @@ def query_kernel(
         while seq < num_seqs:
             seq_len = tl.load(tokens.seq_lens + seq)
             if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len) == 0:
-                _project_queries(queries, shadow, seq, kv_head, num_heads, shape, EARLY_QUERY)
+                _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY)
             seq += tl.num_programs(1)
     # from the other end, because the last programs have the least to do
     seq = tl.num_programs(1) - 1 - program

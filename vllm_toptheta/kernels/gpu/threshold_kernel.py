@@ -13,12 +13,11 @@ import triton.language as tl
 from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, DecodeStep
 from vllm_toptheta.kernels.gpu.records import Queries, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.thresholds import HIGHEST, keeps_all, log_length_of, offset_of
-from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E, load_query, score_scale, tile_scores
+from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E, MIN_COLUMNS, load_query, score_scale, tile_scores
 from vllm_toptheta.kernels.gpu.tuning import launch_options
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS
 
 NUM_WARPS = 8
-MIN_COLUMNS = 8  # of a product on tensor cores
 _COEFFICIENTS = tl.constexpr(NUM_COEFFICIENTS)
 _NUM_ANCHORS = tl.constexpr(NUM_ANCHORS)
 _FIRST_ANCHORS = tl.constexpr(NUM_FIRST_ANCHORS)
@@ -82,18 +81,10 @@ def threshold_kernel(
     tl.store(queries.thresholds + seq.to(tl.int64) * queries.num_heads + head, threshold, mask=mask_g)
 
 
-def launch_thresholds(
-    step: DecodeStep,
-    tokens: Tokens,
-    queries: Queries,
-    shape: Shape,
-    *,
-    num_kv_heads: int,
-    is_early: bool,
-) -> None:
+def launch_thresholds(step: DecodeStep, tokens: Tokens, queries: Queries, shape: Shape, *, is_early: bool) -> None:
     """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself."""
     num_seqs = len(queries.query)
-    threshold_kernel[(num_kv_heads, num_seqs)](
+    threshold_kernel[(queries.num_heads // shape.GROUP, num_seqs)](
         tokens,
         queries,
         num_seqs,

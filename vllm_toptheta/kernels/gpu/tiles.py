@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 ROW_ALIGNMENT = tl.constexpr(16)  # elements
+MIN_COLUMNS = 8  # of a product on tensor cores
 LOG2_E = tl.constexpr(1.4426950408889634)
 DISCARDED = tl.constexpr(-2.0e30)  # score of a key that a head does not see or keep
 

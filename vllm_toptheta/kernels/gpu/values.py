@@ -60,7 +60,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     schedule = values_schedule(config, unit_of(config.tile, block_size), num_seqs)
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
-    launch_thresholds(step, tokens, queries, shape, num_kv_heads=num_kv_heads, is_early=early)
+    launch_thresholds(step, tokens, queries, shape, is_early=early)
     split_kernel[(num_kv_heads, num_programs)](
         tokens,
         queries,
