@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, parse_spec
+from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, gain_begins, parse_spec
 from vllm_toptheta.errors import BenchmarkError
 
 
@@ -17,3 +17,16 @@ def test_batches() -> None:
 def test_other_batches_are_refused(spec: str) -> None:
     with pytest.raises(BenchmarkError):
         parse_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("lost", "length"),
+    [
+        ([3.0, 1.0, -1.0, -9.0], 300),
+        ([3.0, 1.0, 0.5, 0.1], 800),
+        ([-1.0, 2.0, -1.0, 0.0], 0),
+        ([2.0, 0.0, 1.0, 1.0], 200),
+    ],
+)
+def test_where_a_gain_begins(lost: list[float], length: float) -> None:
+    assert gain_begins([100, 200, 400, 800], lost) == length

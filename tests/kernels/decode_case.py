@@ -124,6 +124,7 @@ class Case:
         coefficients: torch.Tensor | None = None,
         threshold_offset: torch.Tensor | None = None,
         max_dense_len: int | None = None,
+        min_step_tokens: int = 0,
         shadow: ShadowLayer | None = None,
         codes: torch.Tensor | None = None,
     ) -> tuple[DecodeStep, LayerCall]:
@@ -134,6 +135,7 @@ class Case:
             self.block_table,
             self.seq_lens,
             max_dense_len=shape.max_dense_len if max_dense_len is None else max_dense_len,
+            min_step_tokens=min_step_tokens,
             length_range=self.length_range,
             threshold_offset=threshold_offset,
         )

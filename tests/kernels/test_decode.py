@@ -26,7 +26,7 @@ from tests.kernels.decode_case import (
 from vllm_toptheta.kernels.contract import Counters
 from vllm_toptheta.kernels.gpu.merge import _bucket
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
-from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, num_multiprocessors
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import relative_threshold
 
@@ -171,6 +171,28 @@ def test_minus_infinity_is_dense_attention(exact: bool) -> None:
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
     assert counters.value_rows_read.tolist() == [sum(LENS)] * 2
     assert not counters.lost_mass.any()
+
+
+@pytest.mark.parametrize("programs_per_sm", [20, 80])
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_pieces_that_several_programs_join(programs_per_sm: int, head_size: int) -> None:
+    config = LaunchConfig(programs_per_sm=programs_per_sm, min_work=1, tile=16, dense_tile=16)
+    pages = num_multiprocessors(torch.device(DEVICE)) * 2
+    case = make_case(Shape((16 * pages * 16,), head_size=head_size, slope=1.0, max_dense_len=NUM_ANCHORS))
+    check(case, *case.run(config))
+
+
+def test_a_step_of_few_tokens_is_dense() -> None:
+    case = make_case(Shape(LENS, slope=1.0, max_dense_len=NUM_ANCHORS), threshold=1.0)
+    dense, expected = case.run(max_dense_len=10**6)
+    output, counters = case.run(min_step_tokens=sum(LENS) + 1)
+    assert torch.equal(output, dense)
+    assert torch.equal(counters.totals, expected.totals)
+    assert torch.equal(counters.value_rows_read, expected.value_rows_read)
+    assert not counters.lost_mass_histogram.any()
+    sparse, counted = case.run(min_step_tokens=sum(LENS))
+    assert torch.equal(sparse, case.run()[0])
+    assert counted.value_rows_read.sum() < expected.value_rows_read.sum()
 
 
 @pytest.mark.parametrize("exact", [True, False])

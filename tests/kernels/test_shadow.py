@@ -130,6 +130,17 @@ def test_minus_infinity_is_dense_attention() -> None:
     assert not counters.lost_mass.any()
 
 
+@pytest.mark.parametrize("config", [FEW, ShadowConfig()], ids=["scans", "reads all keys"])
+def test_a_step_of_few_tokens_is_dense(config: ShadowConfig) -> None:
+    shadow = make_shadow_case(SHAPES["plain"], threshold=1.0)
+    dense, expected, _ = shadow.run(config, max_dense_len=10**6)
+    output, counters, keys_read = shadow.run(config, min_step_tokens=sum(LENS) + 1)
+    assert torch.equal(output, dense)
+    assert torch.equal(counters.totals, expected.totals)
+    assert keys_read.tolist() == counters.value_rows_read.tolist() == [sum(LENS)] * 2
+    assert torch.equal(shadow.run(config, min_step_tokens=sum(LENS))[0], shadow.run(config)[0])
+
+
 @pytest.mark.parametrize("threshold", [40.0, torch.inf])
 def test_without_survivors_the_output_is_the_mean_value(threshold: float) -> None:
     shadow = make_shadow_case(Shape((5, 200, 250), num_channels=32), threshold=1.0)

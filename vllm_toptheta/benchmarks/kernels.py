@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
@@ -31,16 +32,18 @@ COPY_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20  # a step that reads less is timed on several copies, so that the L2 cache serves none of it
 GRAPH_MICROSECONDS = 3000  # work in a graph, so that its launch does not count
 REPLAYS = 21
-# as it is served, and what it costs to be able to choose for each request, to score anchors, and to count. Thresholds
-# that follow anchors keep more rows of some sequences than of others, so the cost of anchors is between the third and
-# the fourth, which keep the same
+DENSE_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # where thresholds may begin to pay, for one sequence
+# as it is served; then, with thresholds at any length, what it costs to be able to choose for each request, to score
+# anchors, and to count. Thresholds that follow anchors keep more rows of some sequences than of others, so the cost of
+# anchors is between the fourth and the fifth, which keep the same
 OURS: dict[str, dict[str, Any]] = {
-    "Top-Theta": {},
+    "Top-Theta": {"dense": "served"},
+    "Top-Theta, thresholds at any length": {},
     "Top-Theta, no choice per request": {"per_request": False},
     "Top-Theta, the same thresholds for all sequences": {"anchors": "scored"},
     "Top-Theta, the same, no anchors scored": {"anchors": "none"},
     "Top-Theta, not counted": {"count": False},
-    "Top-Theta, context too short": {"keep_everything": True},
+    "Top-Theta, context too short": {"dense": "always"},
 }
 
 _SPEC = re.compile(r"(\d*)q(\d+)(k?)(?:s(\d+)(k?))?")
@@ -205,6 +208,8 @@ def tune(
 ) -> tuple[str, LaunchConfig]:
     """The card's name, and the candidate with the least product of times over the batches, thresholds on and off.
 
+    With a pattern, also how many tokens make it faster than reading every key.
+
     Raises:
         BenchmarkError: There is no GPU.
     """
@@ -221,8 +226,8 @@ def tune(
         copies = _inputs(workload, parse_spec(spec))
         for config in scores:
             times = []
-            for keep in (False, True):
-                calls = [toptheta(inputs, keep_everything=keep, config=config)[0] for inputs in copies]
+            for dense in ("never", "always"):
+                calls = [toptheta(inputs, dense=dense, config=config)[0] for inputs in copies]
                 try:
                     times.append(time_in_graph(calls))
                 except OutOfResources:
@@ -231,7 +236,47 @@ def tune(
             report_progress(f"{spec}: {times[0]:.1f} us, {times[1]:.1f} us with every key kept; {config}")
         del copies
         torch.cuda.empty_cache()
-    return card_name(torch.device("cuda")), min(scores, key=lambda config: scores[config])
+    best = min(scores, key=lambda config: scores[config])
+    if workload.patterns:
+        best = replace(best, dense_tokens=_dense_tokens(workload, best, report_progress))
+    return card_name(torch.device("cuda")), best
+
+
+def _dense_tokens(workload: KernelWorkload, config: LaunchConfig, report_progress: Callable[[str], None]) -> int:
+    """Tokens of a step for each program, below which a sequence is decoded sooner if every key is kept.
+
+    By single sequences, with the survivors of a pattern.
+    """
+    import torch
+
+    from vllm_toptheta.benchmarks.patterns import Batch, pattern_of
+    from vllm_toptheta.benchmarks.registry import toptheta
+    from vllm_toptheta.kernels.gpu.tuning import num_multiprocessors
+
+    pattern = pattern_of(workload.patterns[0], target_k=workload.target_k)
+    num_programs: int = config.num_programs(workload.num_kv_heads, num_multiprocessors(torch.device("cuda")))
+    lost = []
+    for length in DENSE_LENGTHS:
+        copies = _inputs(workload, [length])
+        batch = Batch([length], workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
+        layers = [pattern.survivors(layer, batch) for layer in range(pattern.num_layers)]
+        sparse = statistics.mean(_time_layer(survivors, copies, config)[0] for survivors in layers)
+        dense = time_in_graph([toptheta(inputs, dense="always", config=config)[0] for inputs in copies])
+        report_progress(f"1 x {length}: {sparse:.1f} us, {dense:.1f} us with every key kept")
+        lost.append(sparse - dense)
+        del copies
+        torch.cuda.empty_cache()
+    return round(gain_begins(DENSE_LENGTHS, lost) / num_programs)
+
+
+def gain_begins(lengths: Sequence[int], lost: Sequence[float]) -> float:
+    """The length behind which nothing is lost any more, on a line between the two around it; at most the last one."""
+    length, last = 0.0, 0.0
+    for longer, more in zip(lengths, lost, strict=True):
+        if more <= 0:
+            return length + (longer - length) * last / (last - more) if last > 0 else length
+        length, last = longer, more
+    return length
 
 
 def candidates() -> list[LaunchConfig]:
@@ -311,11 +356,13 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
     )
 
 
-def _time_layer(survivors: Sequence[torch.Tensor], copies: Sequence[Inputs]) -> tuple[float, float]:
+def _time_layer(
+    survivors: Sequence[torch.Tensor], copies: Sequence[Inputs], config: LaunchConfig | None = None
+) -> tuple[float, float]:
     """Microseconds of our kernel where these survive, and the share of value rows that it reads."""
     from vllm_toptheta.benchmarks.registry import toptheta
 
-    built = [toptheta(inputs.replay(survivors)) for inputs in copies]
+    built = [toptheta(inputs.replay(survivors), config=config) for inputs in copies]
     (call, counters), *_ = built
     call()
     rows_cached = int(copies[0].seq_lens.sum()) * copies[0].kv_cache.shape[1]
@@ -341,8 +388,6 @@ def _inputs(workload: KernelWorkload, lens: list[int]) -> list[Any]:
 
 def _copy(inputs: Any) -> Any:
     """The same step in other memory."""
-    from dataclasses import replace
-
     import torch
 
     cache = inputs.kv_cache

@@ -22,7 +22,7 @@ from vllm_toptheta.kernels.contract import (
 )
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
@@ -30,6 +30,7 @@ from vllm_toptheta.reference import anchor_lse, causal_scores
 
 Call = Callable[[], Any]
 Anchors = Literal["followed", "scored", "none"]
+Dense = Literal["never", "served", "always"]
 KEEPS_EVERYTHING = 2**31 - 1  # as max_dense_len
 LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
@@ -177,10 +178,18 @@ class Inputs:
         """What the kernels compare with."""
         return LayerThresholds(self.relative if anchors == "followed" else self.absolute, anchors != "none")
 
-    def step(self, *, max_dense_len: int = NUM_ANCHORS, per_request: bool = True) -> DecodeStep:
+    def step(
+        self, *, max_dense_len: int = NUM_ANCHORS, min_step_tokens: int = 0, per_request: bool = True
+    ) -> DecodeStep:
         """The step; with `per_request` every sequence has an offset, although all are 0."""
-        offset = torch.zeros(len(self.seq_lens), device=self.query.device) if per_request else None
-        return DecodeStep(self.block_table, self.seq_lens, max_dense_len, (1, LONGEST), offset)
+        return DecodeStep(
+            self.block_table,
+            self.seq_lens,
+            max_dense_len,
+            min_step_tokens,
+            length_range=(1, LONGEST),
+            threshold_offset=torch.zeros(len(self.seq_lens), device=self.query.device) if per_request else None,
+        )
 
     def write_tails(self, shadow: ShadowLayer | None = None) -> None:
         """Write the value sums of all full pages, and their codes if there is a codec."""
@@ -209,17 +218,17 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
 def toptheta(
     inputs: Inputs,
     *,
-    keep_everything: bool = False,
+    dense: Dense = "never",
     per_request: bool = True,
     anchors: Anchors = "followed",
     count: bool = True,
     config: LaunchConfig | None = None,
 ) -> tuple[Call, Counters]:
-    """Our kernel, by default as it is served, and what it adds to.
+    """Our kernel, and what it adds to.
 
     Args:
         inputs: The step.
-        keep_everything: As for contexts too short for thresholds.
+        dense: Whether every key is kept: as is best where it is served without a `min_context`, or in any case.
         per_request: Whether every sequence has an offset, although all are 0; else it has none.
         anchors: Whether thresholds follow the anchors of each sequence, as they are served; or are the same for all
             sequences, be it that their anchors are scored nevertheless.
@@ -237,7 +246,10 @@ def toptheta(
         thresholds=inputs.thresholds(anchors),
         counters=counters if count else None,
     )
-    step = inputs.step(max_dense_len=KEEPS_EVERYTHING if keep_everything else NUM_ANCHORS, per_request=per_request)
+    longest = {"never": NUM_ANCHORS, "served": scratch.config.dense_length, "always": KEEPS_EVERYTHING}[dense]
+    num_programs = scratch.config.num_programs(num_kv_heads, num_multiprocessors(device))
+    fewest = scratch.config.dense_tokens * num_programs if dense == "served" else 0
+    step = inputs.step(max_dense_len=longest, min_step_tokens=fewest, per_request=per_request)
     call = LayerCall(inputs.query, torch.empty_like(inputs.query), LayerCache.of(inputs.kv_cache, layer), layer)
     return lambda: decode(step, call, scratch), counters
 

@@ -74,13 +74,17 @@ def bench_tune(
     head_size: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     kv_dtype: Annotated[str, typer.Option(help="bfloat16 or float8_e4m3fn.")] = "bfloat16",
     specs: Annotated[str, typer.Option(help="Batches to be fast on, as for `bench kernels`.")] = "16q1s16k,1q1s32k",
+    pattern: Annotated[
+        str | None, typer.Option(help="Where survivors are, to find out which steps are dense by themselves.")
+    ] = None,
     write: Annotated[bool, typer.Option(help="Write the best into the table that serving uses.")] = False,
 ) -> None:
     """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
     from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
     from vllm_toptheta.kernels.gpu.tuning import save_entry
 
-    workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype)
+    patterns = [pattern] if pattern else []
+    workload = KernelWorkload(specs=specs.split(","), head_size=head_size, kv_dtype=kv_dtype, patterns=patterns)
     card, best = tune(workload, report_progress=lambda line: typer.echo(line, err=True))
     typer.echo(best)
     if write:

@@ -41,6 +41,7 @@ class DecodeStep(NamedTuple):
             rows are zero.
         max_dense_len: Sequences of at most that many tokens keep every key; at least the number of anchors where
             thresholds are relative.
+        min_step_tokens: In a step of fewer tokens, over all its sequences, all keep every key.
         length_range: Lengths, in tokens, to which n is clamped in what is calibrated: r(n), and theta(n) where
             thresholds are not relative.
         threshold_offset: [at least num_seqs] float32, contiguous, scaled logits; None if all are 0.
@@ -50,6 +51,7 @@ class DecodeStep(NamedTuple):
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     max_dense_len: int = 0
+    min_step_tokens: int = 0
     length_range: tuple[int, int] = (1, 2**31 - 1)
     threshold_offset: torch.Tensor | None = None
     prepared: Any = None

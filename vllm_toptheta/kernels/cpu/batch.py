@@ -60,7 +60,9 @@ class Batch:
         offsets = (
             torch.zeros(len(seq_lens)) if step.threshold_offset is None else step.threshold_offset[: len(seq_lens)]
         )
-        is_dense, is_common = (seq_lens <= step.max_dense_len) | (offsets == -torch.inf), offsets == 0
+        is_small = int(seq_lens.sum()) < step.min_step_tokens
+        is_dense = (seq_lens <= step.max_dense_len) | (offsets == -torch.inf) | is_small
+        is_common = offsets == 0
         last_anchors = seq_lens[:, None] - NUM_LAST_ANCHORS + torch.arange(NUM_LAST_ANCHORS)
         first_anchors = torch.arange(NUM_FIRST_ANCHORS).minimum(seq_lens[:, None] - 1)
         totals = (

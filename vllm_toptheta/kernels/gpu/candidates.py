@@ -205,7 +205,7 @@ def attend_candidates(
                 lane_kept = lane_kept * rescale[None, :] + weights
                 lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
                 lane_read += (survives & (block != open_block)).to(tl.int32)
-                output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
+                output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
                 maximum = new_maximum
             list_length = tl.zeros((TILE,), dtype=tl.int32)
             # the next scan writes over what this walk reads

@@ -13,7 +13,13 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens, next_power_of_2
-from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys, units_of_piece, work_of_step
+from vllm_toptheta.kernels.gpu.schedule import (
+    dense_length,
+    load_lengths,
+    reads_all_keys,
+    units_of_piece,
+    work_of_step,
+)
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all, offset_of
 from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E
 from vllm_toptheta.kernels.gpu.tuning import launch_options
@@ -69,6 +75,7 @@ def _fills(block, tokens, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr, 
         "num_programs",
         "num_values_programs",
         "max_dense_len",
+        "min_step_tokens",
         "few_tokens",
         "short_length",
     )
@@ -90,12 +97,14 @@ def merge_kernel(
     num_programs,
     num_values_programs,
     max_dense_len,
+    min_step_tokens,
     few_tokens,
     short_length,
     shape: tl.constexpr,  # Shape
     schedule: tl.constexpr,  # Schedule
     values_schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     PIECE_BLOCK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
     DENOMINATOR_COMPENSATION: tl.constexpr,
@@ -105,21 +114,23 @@ def merge_kernel(
     BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
     HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
     GROUP: tl.constexpr = shape.GROUP
-    D_PAD: tl.constexpr = shape.D_PAD
+    WIDTH: tl.constexpr = shape.D_PAD // NUM_PARTS
     SEQ_BLOCK: tl.constexpr = schedule.SEQ_BLOCK
-    head = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64) // NUM_PARTS
+    part = tl.program_id(0) % NUM_PARTS
     seq = tl.program_id(1)
     row = seq.to(tl.int64)
     kv_head = head // GROUP
     group_index = head % GROUP
-    offs_d = tl.arange(0, D_PAD)
+    offs_d = part * WIDTH + tl.arange(0, WIDTH)
     mask_d = offs_d < HEAD_SIZE
+    max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK)
     output_row = output_ptr + row * stride_output_seq + head * stride_output_head + offs_d
-    if counts.totals is not None and (head == 0) & (seq == 0):
+    if counts.totals is not None and (tl.program_id(0) == 0) & (seq == 0):
         _count_tokens(counts.totals, tokens, num_seqs, max_dense_len, SEQ_BLOCK)
     seq_len = tl.load(tokens.seq_lens + seq)
     if seq_len <= 0:
-        tl.store(output_row, tl.zeros((D_PAD,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(output_row, tl.zeros((WIDTH,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
 
     is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
@@ -180,7 +191,7 @@ def merge_kernel(
     maximum = tl.full((), DISCARDED, dtype=tl.float32)
     kept_sum = tl.zeros((), dtype=tl.float32)
     lost_sum = tl.zeros((), dtype=tl.float32)
-    weighted = tl.zeros((D_PAD,), dtype=tl.float32)
+    weighted = tl.zeros((WIDTH,), dtype=tl.float32)
     last_program = last_work // share
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
@@ -224,7 +235,7 @@ def merge_kernel(
         result *= tl.load(v_scale_ptr)
     tl.store(output_row, result.to(output_ptr.dtype.element_ty), mask=mask_d)
     if counts.lost_mass is not None:
-        is_common = offset_of(tokens, seq, num_seqs) == 0.0
+        is_common = (part == 0) & (offset_of(tokens, seq, num_seqs) == 0.0)
         tl.atomic_add(counts.lost_mass + head, lost_mass.to(tl.float64), mask=is_common, sem="relaxed")
         bucket = counts.lost_mass_histogram + head * NUM_BUCKETS + _bucket(lost_mass, NUM_BUCKETS)
         tl.atomic_add(bucket, 1, mask=is_common & (seq_len > max_dense_len), sem="relaxed")
@@ -260,8 +271,8 @@ def launch_merge(
     output, cache, counters = call.output, call.cache, call.layer.counters
     num_seqs, num_heads, _ = output.shape
     chosen = choice or Choice(0, 0, num_programs, schedule)
-    piece_block, merge_warps = _merge_shape(num_programs / num_seqs)
-    merge_kernel[(num_heads, num_seqs)](
+    piece_block, num_parts, merge_warps = _merge_shape(num_programs / num_seqs)
+    merge_kernel[(num_heads * num_parts, num_seqs)](
         Tokens.of(step, cache),
         pieces,
         Counts.of(counters),
@@ -278,12 +289,14 @@ def launch_merge(
         num_programs,
         chosen.num_programs,
         step.max_dense_len,
+        step.min_step_tokens,
         chosen.few_tokens,
         chosen.short_length,
         Shape.of(call),
         schedule,
         chosen.schedule,
         PIECE_BLOCK=piece_block,
+        NUM_PARTS=num_parts,
         BLOCK_PAD=next_power_of_2(cache.kv_cache.shape[2]),
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         DENOMINATOR_COMPENSATION=call.layer.denominator_compensation,
@@ -293,6 +306,10 @@ def launch_merge(
     )
 
 
-def _merge_shape(programs_per_seq: float) -> tuple[int, int]:
-    """Pieces that a program of the merge reads at a time, all of a sequence's where lengths are even, and its warps."""
-    return next(((size, warps) for size, warps in ((4, 1), (16, 2)) if programs_per_seq + 2 <= size), (64, 4))
+def _merge_shape(programs_per_seq: float) -> tuple[int, int, int]:
+    """Pieces that a program of the merge reads at a time, parts that the channels of a head are divided into, warps.
+
+    All of a sequence's pieces, where lengths are even. Few sequences have many pieces, and few programs to join them.
+    """
+    shapes = ((4, 1, 1), (16, 1, 2), (64, 4, 4))
+    return next((shape for shape in shapes if programs_per_seq + 2 <= shape[0]), (256, 4, 4))

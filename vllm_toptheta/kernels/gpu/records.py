@@ -94,8 +94,8 @@ class Lists(NamedTuple):
     Attributes:
         entries: Of survivors [num_lists, LIST_DEPTH, TILE, GROUP + 1] int32, the bits of a score for each head and the
             position; of candidates [num_lists, LIST_DEPTH, TILE] int32, positions.
-        order: Of survivors [num_lists, 2, LIST_DEPTH * TILE] int32, entries of the list and the slots of their tokens;
-            of candidates [num_lists, LIST_DEPTH * TILE] int32, slots.
+        order: Of survivors [num_lists, 2, LIST_DEPTH * TILE] int64, where entries of the list and the rows of their
+            tokens start; of candidates [num_lists, LIST_DEPTH * TILE] int32, slots (block * block_size + offset).
     """
 
     entries: torch.Tensor

@@ -18,6 +18,7 @@ from vllm_toptheta.kernels.gpu.records import Schedule, next_power_of_2
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all
 
 MIN_BLOCK_SIZE = 16
+_ANY_LENGTH = tl.constexpr(2**31 - 1)
 
 
 def unit_of(tile: int, block_size: int) -> int:
@@ -27,9 +28,12 @@ def unit_of(tile: int, block_size: int) -> int:
 
 def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int) -> Schedule:
     """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth."""
-    # few sizes, because each is compiled
-    room = next((size for size in (32, 128, 512) if num_seqs <= size), next_power_of_2(num_seqs))
-    return Schedule(unit, max(1, min_tokens // unit), dense_work, room)
+    return Schedule(unit, max(1, min_tokens // unit), dense_work, room_for(num_seqs))
+
+
+def room_for(num_seqs: int) -> int:
+    """Size of a vector over all sequences: one of few, because each is compiled."""
+    return next((size for size in (32, 128, 512) if num_seqs <= size), next_power_of_2(num_seqs))
 
 
 @triton.jit
@@ -37,6 +41,13 @@ def load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK: tl.constexpr):
     """Lengths of all sequences, [SEQ_BLOCK] int32; 0 behind the last one."""
     index = tl.arange(0, SEQ_BLOCK)
     return tl.load(seq_lens_ptr + index, mask=index < num_seqs, other=0)
+
+
+@triton.jit
+def dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK: tl.constexpr):
+    """The longest sequence of a step that keeps every key: any, if the step has less than `min_step_tokens`."""
+    num_tokens = tl.sum(load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK), axis=0)
+    return tl.where(num_tokens < min_step_tokens, _ANY_LENGTH, max_dense_len)
 
 
 @triton.jit

@@ -53,7 +53,7 @@ class Scratch(NamedTuple):
         return (
             ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
-            ((num_lists, 2, LIST_DEPTH * config.tile), torch.int32),
+            ((num_lists, 2, LIST_DEPTH * config.tile), torch.int64),
             ((num_pieces, group, sizes.head_size), torch.float32),
             ((num_pieces, 3, group), torch.float32),
         )

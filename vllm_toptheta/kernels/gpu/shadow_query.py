@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.codes import DEPTH, encode_tokens
-from vllm_toptheta.kernels.gpu.schedule import load_lengths, reads_all_keys
+from vllm_toptheta.kernels.gpu.schedule import dense_length, load_lengths, reads_all_keys
 from vllm_toptheta.kernels.gpu.split import split_step
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds
 
@@ -93,6 +93,7 @@ def _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY: tl.const
     do_not_specialize=(
         "num_seqs",
         "max_dense_len",
+        "min_step_tokens",
         "stride_table_seq",
         "few_tokens",
         "short_length",
@@ -107,6 +108,7 @@ def query_kernel(
     counts,  # Counts
     num_seqs,
     max_dense_len,
+    min_step_tokens,
     stride_table_seq,
     few_tokens,
     short_length,
@@ -125,12 +127,13 @@ def query_kernel(
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
     if reads_all_keys(seq_lens, few_tokens, short_length):
         split_step(
-            tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, stride_table_seq, shape, schedule, tiling,
-            EARLY_QUERY,
+            tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, min_step_tokens, stride_table_seq, shape,
+            schedule, tiling, EARLY_QUERY,
         )  # fmt: skip
         if counts.keys_read is not None and program == 0:
             tl.atomic_add(counts.keys_read + kv_head, tl.sum(seq_lens.to(tl.int64), axis=0), sem="relaxed")
     else:
+        max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
         seq = program
         while seq < num_seqs:
             seq_len = tl.load(tokens.seq_lens + seq)

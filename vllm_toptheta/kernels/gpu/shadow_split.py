@@ -11,6 +11,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.candidates import attend_candidates
 from vllm_toptheta.kernels.gpu.schedule import (
+    dense_length,
     first_of_share,
     load_lengths,
     reads_all_keys,
@@ -31,6 +32,7 @@ _LAST_ANCHORS = tl.constexpr(NUM_LAST_ANCHORS)
     do_not_specialize=(
         "num_seqs",
         "max_dense_len",
+        "min_step_tokens",
         "min_length",
         "max_length",
         "stride_table_seq",
@@ -47,6 +49,7 @@ def shadow_split_kernel(
     counts,  # Counts
     num_seqs,
     max_dense_len,
+    min_step_tokens,
     min_length,
     max_length,
     stride_table_seq,
@@ -65,6 +68,7 @@ def shadow_split_kernel(
     kv_head = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
+    max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
     work, share = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK, schedule
     )

@@ -15,7 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.schedule import first_of_share, store_piece, units_of_piece, work_of_step
+from vllm_toptheta.kernels.gpu.schedule import (
+    dense_length,
+    first_of_share,
+    store_piece,
+    units_of_piece,
+    work_of_step,
+)
 from vllm_toptheta.kernels.gpu.survivors import attend_all, attend_survivors
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds
 from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
@@ -30,23 +36,22 @@ def split_step(
     counts,  # Counts
     num_seqs,
     max_dense_len,
+    min_step_tokens,
     stride_table_seq,
     shape: tl.constexpr,  # Shape
     schedule: tl.constexpr,  # Schedule
     tiling: tl.constexpr,  # Tiling
-    EARLY_SPLIT: tl.constexpr,  # whether the kernel before may still run
+    EARLY_SPLIT: tl.constexpr,  # whether the kernel before, of which only thresholds are needed, may still run
 ):
     """What a program of a grid [num_kv_heads, num_programs] has to do of a step that reads all keys."""
     kv_head = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
+    max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
     work, share = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK, schedule
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
-    if EARLY_SPLIT:
-        tl.extra.cuda.gdc_wait()
-
     offs_g = tl.arange(0, tiling.G_PAD)
     mask_g = offs_g < shape.GROUP
     head = kv_head * shape.GROUP + offs_g
@@ -74,6 +79,8 @@ def split_step(
                 open_start = seq_len
                 if shape.VALUE_MEAN:
                     open_start = seq_len // shape.BLOCK_SIZE * shape.BLOCK_SIZE
+                if EARLY_SPLIT:
+                    tl.extra.cuda.gdc_wait()
                 threshold = load_thresholds(queries, seq, head, mask_g)
                 piece = attend_survivors(
                     query, threshold, tokens, key_base, block_row, lists, list_index, start, end, open_start, scale,
@@ -83,12 +90,15 @@ def split_step(
             store_piece(pieces, (program + seq).to(tl.int64) * num_kv_heads + kv_head, piece, shape, tiling)
         work_before += tl.cdiv(seq_len, schedule.UNIT) * tl.where(is_dense, schedule.DENSE_WORK, 1)
         seq += 1
+    if EARLY_SPLIT:
+        # in any case: whoever waits for this kernel relies on the one before it too
+        tl.extra.cuda.gdc_wait()
     if counts.value_rows_read is not None:
         tl.atomic_add(counts.value_rows_read + kv_head, all_rows_read, sem="relaxed")
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
-@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "stride_table_seq"))
+@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "min_step_tokens", "stride_table_seq"))
 def split_kernel(
     tokens,
     queries,
@@ -97,6 +107,7 @@ def split_kernel(
     counts,
     num_seqs,
     max_dense_len,
+    min_step_tokens,
     stride_table_seq,
     shape: tl.constexpr,
     schedule: tl.constexpr,
@@ -107,6 +118,6 @@ def split_kernel(
     if EARLY_MERGE:
         tl.extra.cuda.gdc_launch_dependents()
     split_step(
-        tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, stride_table_seq, shape, schedule, tiling,
-        EARLY_SPLIT,
+        tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, min_step_tokens, stride_table_seq, shape,
+        schedule, tiling, EARLY_SPLIT,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from vllm_toptheta.kernels.gpu.records import Piece
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
+    ROW_ALIGNMENT,
     load_blocks,
     load_values,
     store_where,
@@ -55,23 +56,25 @@ def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, 
         row = tile_rows(blocks, tile_start, tokens.stride_block, tokens.stride_token, shape.BLOCK_SIZE, TILE)
         # a tile ahead, so that the loads of keys wait for nothing
         blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
-        scores = tile_scores(query, key_base, row, valid, scale, soft_cap, shape)
+        # behind the end this reads block 0 or the rest of a page: any keys do
+        scores = tile_scores(query, key_base, row, None, scale, soft_cap, shape)
         value = load_values(value_base, row, valid, query.dtype, shape)
         scores = tl.where(valid[:, None], scores, DISCARDED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
         weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
         rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
         kept_sum = kept_sum * rescale + tl.sum(weights, axis=0)
-        output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output * rescale[None, :])
+        output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
         maximum = new_maximum
     return Piece(output, maximum, kept_sum, lost_sum, rows_read, rows_read)
 
 
 @triton.jit
 def _order_survivors(
+    tokens,
     block_row,
     list_ptr,
-    order_ptr,  # [2, LIST_DEPTH * TILE] int32: entries of the list, and the slots of their tokens
+    order_ptr,  # [2, LIST_DEPTH * TILE] int64: where entries of the list start, and the rows of their tokens
     list_length,  # [TILE]
     depth,
     BLOCK_SIZE: tl.constexpr,
@@ -79,21 +82,25 @@ def _order_survivors(
     TILE: tl.constexpr,
     LIST_DEPTH: tl.constexpr,
 ):
-    """Number the survivors of all lanes one after the other, and look up their slots (block * block_size + offset).
+    """Number the survivors of all lanes one after the other, and look up where their keys and values start.
 
-    For all of them at once: tile by tile, the gather would wait for each of these loads behind other programs' keys.
+    For all of them at once: tile by tile, the gather would wait for each of these loads behind other programs' keys,
+    and every thread that loads a part of a row would work out where it is.
     """
     lane = tl.arange(0, TILE)
     first_index = tl.cumsum(list_length, axis=0) - list_length
     for first_depth in range(0, depth, ORDERED_AT_ONCE):
         depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
-        entry = depths[:, None] * TILE + lane[None, :]
+        entry = (depths[:, None] * TILE + lane[None, :]) * ENTRY
         listed = depths[:, None] < list_length[None, :]
-        position = tl.load(list_ptr + entry * ENTRY + (ENTRY - 1), mask=listed, other=0)
+        position = tl.load(list_ptr + entry + (ENTRY - 1), mask=listed, other=0)
         block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
+        # in units of what the compiler is to know that it is a multiple of, so that values are loaded in large pieces
+        row = block.to(tl.int64) * (tokens.stride_block // ROW_ALIGNMENT)
+        row += position % BLOCK_SIZE * (tokens.stride_token // ROW_ALIGNMENT)
         index = first_index[None, :] + depths[:, None]
-        tl.store(order_ptr + index, entry, mask=listed)
-        tl.store(order_ptr + LIST_DEPTH * TILE + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
+        tl.store(order_ptr + index, entry.to(tl.int64), mask=listed)
+        tl.store(order_ptr + LIST_DEPTH * TILE + index, row, mask=listed)
 
 
 @triton.jit
@@ -140,7 +147,8 @@ def attend_survivors(
             row = tile_rows(blocks, tile_start, tokens.stride_block, tokens.stride_token, shape.BLOCK_SIZE, TILE)
             # a tile ahead, so that the loads of keys wait for nothing
             blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
-            scores = tile_scores(query, key_base, row, valid, scale, soft_cap, shape)
+            # behind the end this reads block 0 or the rest of a page: any keys do
+            scores = tile_scores(query, key_base, row, None, scale, soft_cap, shape)
             scores = tl.where(valid[:, None], scores, DISCARDED)
             keep = scores >= threshold[None, :]
             lane_lost += tl.where(keep, 0.0, tl.exp2(scores * LOG2_E + exponent_offset[None, :]))
@@ -166,28 +174,29 @@ def attend_survivors(
             lane_kept *= rescale[None, :]
             maximum = new_maximum
             _order_survivors(
-                block_row, list_ptr, order_ptr, list_length, depth, shape.BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH
+                tokens, block_row, list_ptr, order_ptr, list_length, depth, shape.BLOCK_SIZE, ENTRY, TILE, LIST_DEPTH
             )
             # so was their order
             tl.debug_barrier()
             num_listed = tl.sum(list_length, axis=0)
+            # the last one again behind it: its values are as good as any to be weighed with 0
+            last = tl.maximum(num_listed - 1, 0)
+            entry = tl.load(order_ptr + tl.minimum(lane, last))
+            row = tl.load(order_ptr + LIST_DEPTH * TILE + tl.minimum(lane, last))
             for first in tl.range(0, num_listed, TILE, num_stages=tiling.GATHER_STAGES):
-                index = first + lane
-                listed = index < num_listed
-                entry = tl.load(order_ptr + index, mask=listed, other=0)
-                slot = tl.load(order_ptr + LIST_DEPTH * TILE + index, mask=listed, other=0)
-                bits = tl.load(
-                    list_ptr + (entry * ENTRY)[:, None] + offs_g[None, :],
-                    mask=listed[:, None] & (offs_g < shape.GROUP)[None, :],
-                    other=0,
-                )
-                row = (slot // shape.BLOCK_SIZE).to(tl.int64) * tokens.stride_block
-                row += slot % shape.BLOCK_SIZE * tokens.stride_token
-                value = load_values(value_base, row, listed, query.dtype, shape)
+                bits_row = list_ptr + entry
+                value_row = row * ROW_ALIGNMENT
+                # a tile ahead, so that the loads of values wait for nothing
+                ahead = tl.minimum(first + TILE + lane, last)
+                entry = tl.load(order_ptr + ahead)
+                row = tl.load(order_ptr + LIST_DEPTH * TILE + ahead)
+                bits = tl.load(bits_row[:, None] + offs_g[None, :], mask=(offs_g < shape.GROUP)[None, :], other=0)
+                value = load_values(value_base, value_row, None, query.dtype, shape)
+                listed = first + lane < num_listed
                 scores = tl.where(listed[:, None], bits.to(tl.float32, bitcast=True), DISCARDED)
                 weights = tl.exp2((scores - maximum[None, :]) * LOG2_E)
                 lane_kept += weights
-                output = tl.dot(tl.trans(value), weights.to(query.dtype), acc=output)
+                output = tl.dot(value, weights.to(query.dtype), acc=output)
             list_length = tl.zeros((TILE,), dtype=tl.int32)
             # the next scan writes over what this gather reads
             tl.debug_barrier()

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, DecodeStep
 from vllm_toptheta.kernels.gpu.records import Queries, Shape, Tokens, next_power_of_2
+from vllm_toptheta.kernels.gpu.schedule import dense_length, room_for
 from vllm_toptheta.kernels.gpu.thresholds import HIGHEST, keeps_all, log_length_of, offset_of
 from vllm_toptheta.kernels.gpu.tiles import DISCARDED, LOG2_E, MIN_COLUMNS, load_query, score_scale, tile_scores
 from vllm_toptheta.kernels.gpu.tuning import launch_options
@@ -42,25 +43,32 @@ def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_tab
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
-@triton.jit(do_not_specialize=("num_seqs", "max_dense_len", "min_length", "max_length", "stride_table_seq"))
+@triton.jit(
+    do_not_specialize=("num_seqs", "max_dense_len", "min_step_tokens", "min_length", "max_length", "stride_table_seq")
+)
 def threshold_kernel(
     tokens,  # Tokens
     queries,  # Queries, whose thresholds are written
     num_seqs,
     max_dense_len,
+    min_step_tokens,
     min_length,
     max_length,
     stride_table_seq,
     shape: tl.constexpr,  # Shape
     G_PAD: tl.constexpr,
-    EARLY_SPLIT: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,  # sequences that there is room for
+    IS_EARLY: tl.constexpr,  # whether whatever ran before may still run, and the next kernel may start
 ):
     """The group of a kv head in a sequence is a program's, of a grid [num_kv_heads, num_seqs]."""
-    if EARLY_SPLIT:
+    if IS_EARLY:
+        # in this order: the next kernel reads queries and keys at once, and waits for this one only
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1)
     seq_len = tl.load(tokens.seq_lens + seq)
+    max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK)
     if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len):
         return
     offs_g = tl.arange(0, G_PAD)
@@ -82,17 +90,22 @@ def threshold_kernel(
 
 
 def launch_thresholds(step: DecodeStep, tokens: Tokens, queries: Queries, shape: Shape, *, is_early: bool) -> None:
-    """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself."""
+    """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself.
+
+    Then it is also launched while whatever was launched before it still runs, and waits for that.
+    """
     num_seqs = len(queries.query)
     threshold_kernel[(queries.num_heads // shape.GROUP, num_seqs)](
         tokens,
         queries,
         num_seqs,
         step.max_dense_len,
+        step.min_step_tokens,
         *step.length_range,
         step.block_table.stride(0),
         shape,
         G_PAD=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
-        EARLY_SPLIT=is_early,
-        **launch_options(NUM_WARPS),
+        SEQ_BLOCK=room_for(num_seqs),
+        IS_EARLY=is_early,
+        **launch_options(NUM_WARPS, is_early=is_early),
     )

@@ -22,16 +22,13 @@ def tile_scores(query, key_base, row, valid, scale, soft_cap, shape):
         query: [D_PAD, G_PAD].
         key_base: Where the keys of the kv head start.
         row: [TILE] int64, where each token's keys and values start.
-        valid: [TILE].
+        valid: [TILE], or None: what the others score is thrown away then, and their rows only have to be there.
         scale: Factor on q . k.
         soft_cap: Of the scores, or None.
         shape: `Shape`.
     """
     offs_d = tl.arange(0, shape.D_PAD)
-    mask = valid[:, None]
-    if shape.D_PAD != shape.HEAD_SIZE:
-        mask = mask & (offs_d < shape.HEAD_SIZE)[None, :]
-    key = tl.load(key_base + row[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    key = _load_rows(key_base + row[:, None] + offs_d[None, :], valid, offs_d < shape.HEAD_SIZE, 0, shape)
     scores = tl.dot(key.to(query.dtype), query) * scale
     if soft_cap is not None:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -88,12 +85,28 @@ def tile_rows(blocks, start, stride_kv_block, stride_kv_token, BLOCK_SIZE: tl.co
 
 @triton.jit
 def load_values(value_base, row, mask, dtype: tl.constexpr, shape):
-    """Value rows that start at `row`, [TILE, D_PAD]."""
+    """Value rows that start at `row`, as columns, [D_PAD, TILE]; `mask` may be None.
+
+    As the product takes them: rows that are turned between the load and the product are not copied to shared memory
+    while others are worked on, but wait in registers, a tile of which is 32 of a thread's.
+    """
     offs_d = tl.arange(0, shape.D_PAD)
-    mask = mask[:, None]
-    if shape.D_PAD != shape.HEAD_SIZE:
-        mask = mask & (offs_d < shape.HEAD_SIZE)[None, :]
-    return tl.load(value_base + row[:, None] + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+    value = _load_rows(value_base + row[None, :] + offs_d[:, None], mask, offs_d < shape.HEAD_SIZE, 1, shape)
+    return value.to(dtype)
+
+
+@triton.jit
+def _load_rows(pointer, row_mask, channel_mask, ROW_AXIS: tl.constexpr, shape):
+    """Load a tile's keys or values, 0 where there is no such row, of a mask that may be None, or no such channel."""
+    if row_mask is not None:
+        mask = tl.expand_dims(row_mask, 1 - ROW_AXIS)
+        if shape.D_PAD != shape.HEAD_SIZE:
+            mask = mask & tl.expand_dims(channel_mask, ROW_AXIS)
+        return tl.load(pointer, mask=mask, other=0.0)
+    elif shape.D_PAD != shape.HEAD_SIZE:
+        return tl.load(pointer, mask=tl.expand_dims(channel_mask, ROW_AXIS), other=0.0)
+    else:
+        return tl.load(pointer)
 
 
 # the constant is the policy `createpolicy.fractional.L2::evict_last` with fraction 1

@@ -36,6 +36,8 @@ class LaunchConfig:
         programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
         merge_warps: Warps of a program of the merge; 0 chooses.
         early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
+        dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
+        dense_tokens: Likewise, the tokens for each program up to which a step does.
     """
 
     tile: int = 64
@@ -45,11 +47,13 @@ class LaunchConfig:
     scan_stages: int = 3
     dense_tile: int = 64
     dense_stages: int = 2
-    gather_stages: int = 3
+    gather_stages: int = 2
     min_work: int = 4
     programs_per_sm: int = 3
     merge_warps: int = 0
     early_launch: bool = True
+    dense_length: int = 2048
+    dense_tokens: int = 640
 
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
         """Programs of each kv head."""
@@ -79,6 +83,7 @@ class ShadowConfig:
         programs_per_sm: As for `LaunchConfig`.
         merge_warps: As for `LaunchConfig`.
         early_launch: As for `LaunchConfig`.
+        dense_length, dense_tokens: As for `LaunchConfig`.
     """
 
     tile: int = 256
@@ -99,6 +104,8 @@ class ShadowConfig:
     programs_per_sm: int = 2
     merge_warps: int = 0
     early_launch: bool = True
+    dense_length: int = 2048
+    dense_tokens: int = 448
 
     def scans(self, num_seqs: int, length: int, *, num_programs: int) -> bool:
         """Whether sequences of `length` tokens each are scanned, as `schedule.reads_all_keys` decides on the device."""
@@ -107,7 +114,7 @@ class ShadowConfig:
     @property
     def scanning(self) -> ShadowConfig:
         """The same, but for scanning every step."""
-        return replace(self, few_tokens=0, short_length=0)
+        return replace(self, few_tokens=0, short_length=0, dense_length=0, dense_tokens=0)
 
     def __post_init__(self) -> None:
         if not 0 < self.chunk_tiles <= self.list_depth:

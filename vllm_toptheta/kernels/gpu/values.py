@@ -69,6 +69,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         Counts.of(call.layer.counters),
         num_seqs,
         step.max_dense_len,
+        step.min_step_tokens,
         step.block_table.stride(0),
         shape,
         schedule,
