@@ -74,11 +74,12 @@ class Settings(BaseSettings):
         None,
         description="Layers that read everything, as a list or '0,1'. Without, none; with target, the store's.",
     )
-    min_context: int = Field(
-        0,
+    min_context: int | None = Field(
+        None,
         ge=0,
-        description=f"A sequence of at most this many tokens stays dense; so does one of up to {NUM_ANCHORS}, or too "
-        "short for the target.",
+        description="A sequence of at most this many tokens stays dense. Without, on GPUs those that are no faster "
+        "otherwise: short ones, and all while few tokens are cached, which depends on other requests. In any case one "
+        f"of up to {NUM_ANCHORS} does, or too short for the target.",
     )
     guard: Literal["off", "warn", "relax"] = Field(
         "relax",

@@ -37,7 +37,7 @@ SCALES = {"_q_scale": 0.9, "_k_scale": 1.1, "_v_scale": 0.7}  # of a layer with 
 SCALE, THETA, TARGET_K = HEAD_SIZE**-0.5, 0.5, 8
 
 
-def make_plan(weight_floor: float | None = None, *, refusal: str | None = None) -> Plan:
+def make_plan(weight_floor: float | None = None, *, min_context: int | None = 0, refusal: str | None = None) -> Plan:
     """Two layers in mode `values`, the second of them sparse, with k:8 unless a floor is given."""
     if weight_floor is None:
         coefficients = np.full((2, NUM_HEADS, 1), THETA, np.float32)
@@ -46,7 +46,7 @@ def make_plan(weight_floor: float | None = None, *, refusal: str | None = None) 
     else:
         thresholds = ServedThresholds.relative(weight_floor)
     return Plan(
-        settings=Settings.load({}),
+        settings=Settings(min_context=min_context),
         thresholds=thresholds,
         model_id="acme/tiny",
         origin="a test",

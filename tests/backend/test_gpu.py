@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backend.gpu_engine import NUM_HEADS, Engine, asking, make_plan
-from tests.kernels.decode_case import RUNS_HERE, WHY_NOT
+from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, Engine, asking, make_plan
+from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from vllm_toptheta.backend.hooks import warm_up
+from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 
@@ -37,6 +38,19 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert layer_plan.counters.buffers.lost_mass_histogram.sum(dim=1).tolist() == [decoded] * NUM_HEADS
     assert 0 < int(layer_plan.counters.buffers.value_rows_read.max()) < cached
     assert float(layer_plan.counters.buffers.lost_mass.min()) > 0
+
+
+@pytest.mark.parametrize("lens", [[60, 90], [2048, 2300]])
+def test_what_is_no_faster_otherwise_is_dense(monkeypatch: pytest.MonkeyPatch, lens: list[int]) -> None:
+    engine = Engine(monkeypatch, lens, plan=make_plan(2.0, min_context=None))
+    rule, config = engine.builder.dense_rule, launch_config(HEAD_SIZE, 2, DEVICE)
+    num_programs = config.num_programs(NUM_KV_HEADS, num_multiprocessors(torch.device(DEVICE)))
+    assert rule == (config.dense_length, config.dense_tokens * num_programs)
+    prompts = [length - 1 for length in lens]
+    engine.step([0, 1], prompts, prompts)
+    engine.step([0, 1], lens, [1, 1])
+    dense = [length for length in lens if length <= rule.max_len or sum(lens) < rule.min_step_tokens]
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist()[:2] == [2, len(dense)]
 
 
 def test_requests_have_floors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

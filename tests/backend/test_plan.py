@@ -16,7 +16,7 @@ from tests.shadow_store import make_shadow_store
 from vllm_toptheta import errors, store
 from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
-from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.plan import DenseRule, Plan
 from vllm_toptheta.kernels.contract import DecodeStep
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
@@ -34,7 +34,7 @@ def _registered() -> None:
 def test_without_a_store_thresholds_are_relative_and_no_layer_is_dense(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
     assert plan.dense_layers == frozenset()
-    assert (plan.model_id, plan.max_dense_len, plan.length_range) == (None, NUM_ANCHORS, (1, 2**31 - 1))
+    assert (plan.model_id, plan.dense_rule(), plan.length_range) == (None, (NUM_ANCHORS, 0), (1, 2**31 - 1))
     layer_plan = plan.for_layer(0, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
     assert layer_plan.thresholds.is_relative
@@ -98,7 +98,17 @@ def test_short_sequences_are_dense(make_config: MakeConfig, calibrated: Options)
         (calibrated | {"target": "k:64"}, 64),
         (calibrated | {"min_context": 500}, 500),
     ):
-        assert Plan.resolve(make_config(options)).max_dense_len == length, options
+        assert Plan.resolve(make_config(options)).dense_rule() == (length, 0), options
+
+
+def test_what_stays_dense_is_the_hardwares_unless_it_is_set(make_config: MakeConfig) -> None:
+    automatic = DenseRule(2048, 30_000)
+    for options, rule in (
+        ({}, automatic),
+        ({"min_context": 0}, (NUM_ANCHORS, 0)),
+        ({"min_context": 9000}, (9000, 0)),
+    ):
+        assert Plan.resolve(make_config(options)).dense_rule(automatic) == rule, options
 
 
 def test_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
@@ -144,7 +154,8 @@ def test_a_server_of_short_steps_is_told_so(
     warnings: list[str] = []
     monkeypatch.setattr(plan_module.logger, "warning_once", lambda message, *_: warnings.append(message))
     options = {"thresholds": str(shadow_folder)} if mode == "shadow" else {}
-    Plan.resolve(make_config({**options, "mode": mode, "guard": "off"})).log(scans=scans)
+    plan = Plan.resolve(make_config({**options, "mode": mode, "guard": "off"}))
+    plan.log(plan.dense_rule(), scans=scans)
     assert [warning for warning in warnings if "long enough for shadow keys" in warning] == warnings
     assert bool(warnings) == is_said
 

@@ -110,11 +110,12 @@ def main() -> None:
     from vllm_toptheta.telemetry.reader import STATS_RPC
 
     config = json.load(sys.stdin)
-    options = config.get("options")
+    # contexts are short here, and those are dense on GPUs unless told otherwise
+    options = {"min_context": 0} | (config.get("options") or {})
     llm = LLM(
         model=config["model"],
         attention_backend=config.get("backend"),
-        **({"additional_config": {"toptheta": options}} if options else {}),
+        additional_config={"toptheta": options},
         **{
             "max_model_len": 4096,
             "max_num_seqs": 8,

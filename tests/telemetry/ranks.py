@@ -21,6 +21,7 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
         "target": "k:128",
         "compensation": "sdc+vmc",
         "min_context": 128,
+        "min_step_tokens": 0,
         "thresholds": "acme/tiny",
         "calibrated_lengths": (129, 4096),
         "choices": ["dense", "k:128"],

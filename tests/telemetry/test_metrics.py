@@ -77,6 +77,7 @@ def test_the_thresholds_are_described(stats: Stats) -> None:
         "target": "k:128",
         "compensation": "sdc+vmc",
         "min_context": "128",
+        "min_step_tokens": "0",
         "dense_layers": "0,3",
     }
 

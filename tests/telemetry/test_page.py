@@ -143,7 +143,7 @@ def test_before_the_first_token_it_says_what_to_do(page: Page) -> None:
         page.open(f"http://127.0.0.1:{port}/toptheta")
         page.wait_for(IDLE)
         assert "No token has been decoded yet" in page.text("#notice")
-        assert "at most 128 tokens" in page.text("#notice")
+        assert "dense up to 128 tokens" in page.text("#notice")
         assert (page.text("#rows-share"), page.text("#lost-mean")) == ("–", "–")
         assert cell(page, "rows-map", 1, 0) == "layer 1, kv head 0, no tokens yet"
     assert page.complaints == []

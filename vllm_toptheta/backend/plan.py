@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.logger import init_logger
@@ -21,6 +21,21 @@ _LOGGED = {"mode", "compensation", "max_lost_mass", "guard_share", "always_shado
 
 # below vLLM's own logger, so that its format and level apply
 logger = init_logger("vllm.toptheta")
+
+
+class DenseRule(NamedTuple):
+    """Which sequences keep every key, beside those whose requests ask for it.
+
+    Attributes:
+        max_len: Those of at most this many tokens.
+        min_step_tokens: All in a step that holds fewer, over its sequences.
+    """
+
+    max_len: int
+    min_step_tokens: int
+
+
+ALWAYS_SPARSE = DenseRule(0, 0)
 
 
 @dataclass(frozen=True)
@@ -128,10 +143,12 @@ class Plan:
         """Bytes of a token's shadow key in each kv head; 0 without."""
         return 0 if self.shadow is None else self.shadow.section.num_channels // 2
 
-    @property
-    def max_dense_len(self) -> int:
-        """The longest context, in tokens, that still stays dense."""
-        return max(self.settings.min_context, self.thresholds.max_dense_len if self.thresholds else 0)
+    def dense_rule(self, automatic: DenseRule = ALWAYS_SPARSE) -> DenseRule:
+        """Which sequences stay dense, by the setting, or as is best for the hardware where it is not set."""
+        max_len, min_step_tokens = automatic
+        if self.settings.min_context is not None:
+            max_len, min_step_tokens = self.settings.min_context, 0
+        return DenseRule(max(max_len, self.thresholds.max_dense_len if self.thresholds else 0), min_step_tokens)
 
     @property
     def length_range(self) -> tuple[int, int]:
@@ -145,10 +162,11 @@ class Plan:
         """What the guard does; with shadow keys it is off, because what is lost is only estimated."""
         return self.settings.guard if self.thresholds is not None and self.shadow is None else "off"
 
-    def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
+    def log(self, rule: DenseRule, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
 
         Args:
+            rule: Of `dense_rule`.
             more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
             scans: Whether a step can be long enough to go by shadow keys.
         """
@@ -169,10 +187,11 @@ class Plan:
                 )
         options = self.settings.model_dump(include=_LOGGED)
         logger.info_once(
-            "toptheta: thresholds %s: %s; dense up to %d tokens, dense_layers=%s, guard=%s, %s",
+            "toptheta: thresholds %s: %s; dense up to %d tokens%s, dense_layers=%s, guard=%s, %s",
             self.thresholds.label,
             self.origin,
-            self.max_dense_len,
+            rule.max_len,
+            f", and in steps of fewer than {rule.min_step_tokens}" if rule.min_step_tokens else "",
             ",".join(map(str, sorted(self.dense_layers))) or "none",
             self.guard,
             ", ".join(f"{name}={value}" for name, value in options.items()),

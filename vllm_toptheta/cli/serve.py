@@ -28,7 +28,9 @@ def serve(
     target: Annotated[str | None, typer.Option(help="Calibrated thresholds instead, as k:128.")] = None,
     compensation: Annotated[str | None, typer.Option(help="sdc+vmc, sdc or none.")] = None,
     dense_layers: Annotated[str | None, typer.Option(help="Layers that read everything, as 0,1.")] = None,
-    min_context: Annotated[int | None, typer.Option(help="Tokens up to which a sequence stays dense.")] = None,
+    min_context: Annotated[
+        int | None, typer.Option(help="Tokens up to which a sequence stays dense; by default automatic.")
+    ] = None,
     guard: Annotated[str | None, typer.Option(help="Where too much is lost: relax, warn or off.")] = None,
     max_lost_mass: Annotated[float | None, typer.Option(help="Share of the softmax that a token may lose.")] = None,
     guard_share: Annotated[float | None, typer.Option(help="Share of tokens that may lose too much.")] = None,

@@ -119,6 +119,7 @@ def _info(stats: Stats) -> InfoMetricFamily:
             "target": stats.target or "",
             "compensation": stats.compensation,
             "min_context": str(stats.min_context),
+            "min_step_tokens": str(stats.min_step_tokens),
             "dense_layers": ",".join(map(str, stats.dense_layers)),
         },
     )

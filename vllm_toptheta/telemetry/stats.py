@@ -61,6 +61,7 @@ class InForce(BaseModel):
     target: str | None = Field(description="What the thresholds aim at, floor:2 or k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")
+    min_step_tokens: int = Field(description="All sequences are dense in a step of fewer tokens, over all of them.")
     thresholds: str | None = Field(
         description="The model that something was calibrated on; null where thresholds are relative to each row."
     )

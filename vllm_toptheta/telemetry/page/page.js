@@ -117,13 +117,18 @@ function describeGuard(stats) {
   return `${stats.guard}: thresholds lowered in layers ${lowered.map(text).join(", ")}`;
 }
 
+function describeDense(stats) {
+  const sequence = `${grouped.format(stats.min_context)} tokens of context`;
+  return stats.min_step_tokens ? `${sequence}, or ${grouped.format(stats.min_step_tokens)} in all requests` : sequence;
+}
+
 function drawInForce(stats) {
   const rows = {
     "thresholds of": stats.thresholds ?? "none: every layer is dense",
     "target": stats.target ?? "–",
     "compensation": stats.compensation,
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
-    "dense up to": `${grouped.format(stats.min_context)} tokens of context`,
+    "dense up to": describeDense(stats),
     "dense layers": stats.dense_layers.join(", ") || "none",
     "guard": describeGuard(stats),
     "mode": stats.mode,
@@ -218,7 +223,7 @@ async function ask() {
     $("content").hidden = false;
     const rate = draw();
     const hint = body.thresholds === null ? "There are no thresholds for this model: every layer is dense."
-      : `No token has been decoded yet. Contexts of at most ${grouped.format(body.min_context)} tokens are decoded densely, so ask something long.`;
+      : `No token has been decoded yet. Decoding is dense up to ${describeDense(body)}, so ask something long.`;
     show(rate > 0 ? "live" : "idle", rate > 0 ? "Decoding" : "Idle", body.decode_tokens && body.thresholds !== null ? "" : hint);
   }
 }
