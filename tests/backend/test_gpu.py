@@ -15,6 +15,7 @@ import torch
 
 from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, Engine, asking, make_plan
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from vllm_toptheta.backend import gpu
 from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
 
@@ -51,6 +52,15 @@ def test_what_is_no_faster_otherwise_is_dense(monkeypatch: pytest.MonkeyPatch, l
     engine.step([0, 1], lens, [1, 1])
     dense = [length for length in lens if length <= rule.max_len or sum(lens) < rule.min_step_tokens]
     assert engine.impl.layer_plan.counters.buffers.totals.tolist()[:2] == [2, len(dense)]
+
+
+def test_a_server_with_few_kv_heads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, is_said in ((NUM_KV_HEADS * HEAD_SIZE, True), (NUM_KV_HEADS * HEAD_SIZE - 1, False)):
+        warnings: list[str] = []
+        monkeypatch.setattr(gpu.logger, "warning_once", lambda message, *_, said=warnings: said.append(message))
+        monkeypatch.setattr(gpu, "FEW_CHANNELS", most)
+        Engine(monkeypatch, [60])
+        assert any("FlashAttention-3 was faster" in warning for warning in warnings) is is_said
 
 
 def test_requests_have_floors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

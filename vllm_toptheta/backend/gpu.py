@@ -36,7 +36,7 @@ from vllm_toptheta.backend.capabilities import (
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.backend.pages import more_memory
-from vllm_toptheta.backend.plan import DenseRule, Plan
+from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.versions import without_decodes
@@ -46,6 +46,9 @@ from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors
 from vllm_toptheta.limits import HEAD_SIZES
+
+# channels of the kv heads on a GPU up to which FlashAttention-3 was faster in every step measured (docs/limits.md)
+FEW_CHANNELS = 128
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
 
@@ -103,6 +106,14 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
                 scans=config.scans(max_num_seqs, vllm_config.model_config.max_model_len, num_programs=num_programs),
             )
+            is_small = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size <= FEW_CHANNELS
+            if is_small and self.plan.settings.mode == "values" and self.plan.thresholds is not None:
+                logger.warning_once(
+                    "toptheta: %d kv heads of size %d on each GPU leave little to save: FlashAttention-3 was faster in "
+                    "every step that was measured (docs/limits.md)",
+                    kv_cache_spec.num_kv_heads,
+                    kv_cache_spec.head_size,
+                )
         warm_up.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
