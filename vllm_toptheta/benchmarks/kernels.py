@@ -208,7 +208,7 @@ def tune(
 ) -> tuple[str, LaunchConfig]:
     """The card's name, and the candidate with the least product of times over the batches, thresholds on and off.
 
-    With a pattern, also how many tokens make it faster than reading every key.
+    With a pattern, also how many tokens make it faster than reading every key; without, the table's number stays.
 
     Raises:
         BenchmarkError: There is no GPU.
@@ -217,7 +217,7 @@ def tune(
     from triton.runtime.errors import OutOfResources
 
     from vllm_toptheta.benchmarks.registry import toptheta
-    from vllm_toptheta.kernels.gpu.tuning import card_name
+    from vllm_toptheta.kernels.gpu.tuning import card_name, launch_config
 
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
@@ -237,9 +237,10 @@ def tune(
         del copies
         torch.cuda.empty_cache()
     best = min(scores, key=lambda config: scores[config])
-    if workload.patterns:
-        best = replace(best, dense_tokens=_dense_tokens(workload, best, report_progress))
-    return card_name(torch.device("cuda")), best
+    device, element_bytes = torch.device("cuda"), getattr(torch, workload.kv_dtype).itemsize
+    known = launch_config(workload.head_size, element_bytes, device)
+    dense_tokens = _dense_tokens(workload, best, report_progress) if workload.patterns else known.dense_tokens
+    return card_name(device), replace(best, dense_length=known.dense_length, dense_tokens=dense_tokens)
 
 
 def _dense_tokens(workload: KernelWorkload, config: LaunchConfig, report_progress: Callable[[str], None]) -> int:
