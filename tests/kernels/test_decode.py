@@ -42,6 +42,7 @@ SHAPES = {
     "plain": Shape(LENS),
     "mha": Shape(LENS, num_heads=2),
     "gqa 3, head size 80, block 32": Shape(LENS, num_heads=6, head_size=80, block_size=32),
+    "gqa 8": Shape(LENS, num_heads=8, num_kv_heads=1),
     "gqa 16, head size 96, HND": Shape(LENS[1:], num_heads=16, num_kv_heads=1, head_size=96, layout="HND"),
     "head size 128, block 128": Shape(LENS, head_size=128, block_size=128),
     "head size 256": Shape(LENS[:4], num_kv_heads=1, num_heads=2, head_size=256),

@@ -161,6 +161,11 @@ def attend_survivors(
                 (survives > 0)[:, None] & (offs_g <= shape.GROUP)[None, :],
                 tiling.ON_GPU,
             )
+            if G_PAD == shape.GROUP:
+                # no column is left beside the heads' scores
+                store_where(
+                    list_ptr + list_length * LAYER + lane * ENTRY + shape.GROUP, positions, survives > 0, tiling.ON_GPU
+                )
             list_length += survives
             lane_read += tl.where(valid & (positions >= open_start), 1, survives)
 

@@ -105,8 +105,7 @@ def tiling_of(config: LaunchConfig, group: int, *, on_gpu: bool) -> Tiling:
     return Tiling(
         TILE=config.tile,
         SCAN_STAGES=config.scan_stages,
-        # one column more than the group has heads, for the position that a list keeps beside their scores
-        G_PAD=max(config.min_group, next_power_of_2(group + 1)),
+        G_PAD=max(config.min_group, next_power_of_2(group)),
         CHUNK_TILES=CHUNK_TILES,
         LIST_DEPTH=LIST_DEPTH,
         DENSE_TILE=config.dense_tile,
