@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, gain_begins, parse_spec
+from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, gain_begins, layers_of, parse_shape, parse_spec
 from vllm_toptheta.errors import BenchmarkError
 
 
@@ -30,3 +30,16 @@ def test_other_batches_are_refused(spec: str) -> None:
 )
 def test_where_a_gain_begins(lost: list[float], length: float) -> None:
     assert gain_begins([100, 200, 400, 800], lost) == length
+
+
+def test_shapes() -> None:
+    assert parse_shape("28, 4,128") == (28, 4, 128)
+    for shape in ("", "32,8", "32,0,128", "32,x,128", "30,8,128", "32,1,128", "32,8,100"):
+        with pytest.raises(BenchmarkError, match="--shape"):
+            parse_shape(shape)
+
+
+def test_layers_are_evenly_spread() -> None:
+    assert list(layers_of(24, 6)) == [0, 4, 8, 12, 16, 20]
+    assert list(layers_of(24, 5)) == [0, 5, 10, 15, 20]
+    assert list(layers_of(3, None)) == list(layers_of(3, 100)) == [0, 1, 2]

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 
 from vllm_toptheta.errors import BenchmarkError
+from vllm_toptheta.limits import gpus_lack
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ OURS: dict[str, dict[str, Any]] = {
     "Top-Theta, context too short": {"dense": "always"},
 }
 
+_SHAPE = re.compile(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)")
 _SPEC = re.compile(r"(\d*)q(\d+)(k?)(?:s(\d+)(k?))?")
 
 
@@ -61,6 +63,7 @@ class KernelWorkload(BaseModel):
     kv_dtype: str = "bfloat16"
     target_k: int = Field(default=128, ge=1, description="Survivors of a head, on average.")
     patterns: list[str] = Field(default=[], description="Also where survivors are: rules or files, see `patterns`.")
+    max_layers: int | None = Field(default=None, ge=1, description="Of a pattern, evenly spread; all without.")
 
 
 class KernelTime(BaseModel):
@@ -92,6 +95,30 @@ class KernelReport(BaseModel):
     copy_tb_per_s: float = Field(description="Of a device-to-device copy, bytes read and written.")
     thresholds: str = "k-th largest of the same random scores, relative to each row's anchors unless said"
     batches: list[BatchReport]
+
+
+def parse_shape(shape: str) -> tuple[int, int, int]:
+    """Query heads, kv heads and head size of a layer, given as 32,8,128.
+
+    Raises:
+        BenchmarkError: It is malformed, or there are no kernels for it.
+    """
+    match = _SHAPE.fullmatch(shape.replace(" ", ""))
+    if match is None:
+        raise BenchmarkError(
+            f"{shape!r} is no shape", field="--shape", remedy="Write <query heads>,<kv heads>,<head size>: 32,8,128"
+        )
+    num_heads, num_kv_heads, head_size = map(int, match.groups())
+    if num_heads % num_kv_heads:
+        raise BenchmarkError(f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads", field="--shape")
+    if lacking := gpus_lack(head_size, num_heads, num_kv_heads):
+        raise BenchmarkError(lacking, field="--shape")
+    return num_heads, num_kv_heads, head_size
+
+
+def layers_of(num_layers: int, most: int | None) -> range:
+    """All layers of a pattern, or at most some, the first and others at equal distances."""
+    return range(0, num_layers, 1 if most is None else -(-num_layers // most))
 
 
 def parse_spec(spec: str) -> list[int]:
@@ -260,7 +287,7 @@ def _dense_tokens(workload: KernelWorkload, config: LaunchConfig, report_progres
     for length in DENSE_LENGTHS:
         copies = _inputs(workload, [length])
         batch = Batch([length], workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
-        layers = [pattern.survivors(layer, batch) for layer in range(pattern.num_layers)]
+        layers = [pattern.survivors(layer, batch) for layer in layers_of(pattern.num_layers, workload.max_layers)]
         sparse = statistics.mean(_time_layer(survivors, copies, config)[0] for survivors in layers)
         dense = time_in_graph([toptheta(inputs, dense="always", config=config)[0] for inputs in copies])
         report_progress(f"1 x {length}: {sparse:.1f} us, {dense:.1f} us with every key kept")
@@ -335,7 +362,8 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
         times[name] = time_in_graph([call for call, _ in built]), share
     batch = Batch(lens, workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
     for pattern in [one for given in patterns for one in (Spread(given), given)]:
-        of_layers = [_time_layer(pattern.survivors(layer, batch), copies) for layer in range(pattern.num_layers)]
+        layers = layers_of(pattern.num_layers, workload.max_layers)
+        of_layers = [_time_layer(pattern.survivors(layer, batch), copies) for layer in layers]
         name = f"Top-Theta, {pattern.name}"
         times[name] = statistics.mean(time for time, _ in of_layers), statistics.mean(share for _, share in of_layers)
         slowest[name] = max(time for time, _ in of_layers)

@@ -26,14 +26,27 @@ def bench_kernels(
             "of `bench record`; each beside as many value rows evenly spread."
         ),
     ] = "",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of a pattern to time, evenly spread over them; all without.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Query heads, kv heads and head size of a layer.")] = "32,8,128",
     block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
 ) -> None:
     """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
-    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table
+    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table, parse_shape
 
-    batches = list(DEFAULT_SPECS) if specs is None else specs.split(",")
-    workload = KernelWorkload(specs=batches, block_size=block_size, target_k=k, patterns=words(pattern))
+    num_heads, num_kv_heads, head_size = parse_shape(shape)
+    workload = KernelWorkload(
+        specs=list(DEFAULT_SPECS) if specs is None else specs.split(","),
+        block_size=block_size,
+        target_k=k,
+        patterns=words(pattern),
+        max_layers=layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+    )
     report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
     print_table(kernel_table(report))
     write_json(json, report)
