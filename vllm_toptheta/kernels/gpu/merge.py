@@ -104,7 +104,7 @@ def merge_kernel(
     schedule: tl.constexpr,  # Schedule
     values_schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     PIECE_BLOCK: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,  # that the channels of a head are divided into, a program each
     BLOCK_PAD: tl.constexpr,
     NUM_BUCKETS: tl.constexpr,
     DENOMINATOR_COMPENSATION: tl.constexpr,
