@@ -109,8 +109,8 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             is_small = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size <= FEW_CHANNELS
             if is_small and self.plan.settings.mode == "values" and self.plan.thresholds is not None:
                 logger.warning_once(
-                    "toptheta: %d kv heads of size %d on each GPU leave little to save: with thresholds, every step that "
-                    "was measured took longer than with FlashAttention-3 (docs/limits.md)",
+                    "toptheta: %d kv heads of size %d on each GPU leave little to save: with thresholds, every step "
+                    "that was measured took longer than with FlashAttention-3 (docs/limits.md)",
                     kv_cache_spec.num_kv_heads,
                     kv_cache_spec.head_size,
                 )
