@@ -117,7 +117,7 @@ class Harness:
             torch.tensor(step.seq_lens),
             starts,
             threshold=threshold,
-            target_k=self.builder.dense_rule.max_len,
+            target_k=self.builder.plan.dense_rule.max_len,
             softmax_scale=SCALE,
         ).output
 

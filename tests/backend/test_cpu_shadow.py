@@ -249,5 +249,5 @@ def test_at_the_start_it_is_said_what_shadow_keys_cost(
 ) -> None:
     plan = Plan.resolve(make_config({"mode": "shadow", "thresholds": str(shadow_folder), "per_request": False}))
     with caplog.at_level("INFO", logger="vllm.toptheta"):
-        plan.log(plan.dense_rule(), more_memory=0.0588)
+        plan.log(more_memory=0.0588)
     assert "shadow keys of 16 bytes make the pages of the KV cache 5.9 % larger; there is no guard" in caplog.text

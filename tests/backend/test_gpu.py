@@ -44,7 +44,7 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("lens", [[60, 90], [2048, 2300]])
 def test_what_is_no_faster_otherwise_is_dense(monkeypatch: pytest.MonkeyPatch, lens: list[int]) -> None:
     engine = Engine(monkeypatch, lens, plan=make_plan(2.0, min_context=None))
-    rule, config = engine.builder.dense_rule, launch_config(HEAD_SIZE, 2, DEVICE)
+    rule, config = engine.builder.plan.dense_rule, launch_config(HEAD_SIZE, 2, DEVICE)
     num_programs = config.num_programs(NUM_KV_HEADS, num_multiprocessors(torch.device(DEVICE)))
     assert rule == (config.dense_length, config.dense_tokens * num_programs)
     prompts = [length - 1 for length in lens]

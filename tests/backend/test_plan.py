@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def _registered() -> None:
 def test_without_a_store_thresholds_are_relative_and_no_layer_is_dense(make_config: MakeConfig) -> None:
     plan = Plan.resolve(make_config())
     assert plan.dense_layers == frozenset()
-    assert (plan.model_id, plan.dense_rule(), plan.length_range) == (None, (NUM_ANCHORS, 0), (1, 2**31 - 1))
+    assert (plan.model_id, plan.dense_rule, plan.length_range) == (None, (NUM_ANCHORS, 0), (1, 2**31 - 1))
     layer_plan = plan.for_layer(0, num_heads=3, num_kv_heads=1, rank=1)
     assert layer_plan is not None
     assert layer_plan.thresholds.is_relative
@@ -98,7 +99,7 @@ def test_short_sequences_are_dense(make_config: MakeConfig, calibrated: Options)
         (calibrated | {"target": "k:64"}, 64),
         (calibrated | {"min_context": 500}, 500),
     ):
-        assert Plan.resolve(make_config(options)).dense_rule() == (length, 0), options
+        assert Plan.resolve(make_config(options)).dense_rule == (length, 0), options
 
 
 def test_what_stays_dense_is_the_hardwares_unless_it_is_set(make_config: MakeConfig) -> None:
@@ -108,7 +109,7 @@ def test_what_stays_dense_is_the_hardwares_unless_it_is_set(make_config: MakeCon
         ({"min_context": 0}, (NUM_ANCHORS, 0)),
         ({"min_context": 9000}, (9000, 0)),
     ):
-        assert Plan.resolve(make_config(options)).dense_rule(automatic) == rule, options
+        assert replace(Plan.resolve(make_config(options)), automatic=automatic).dense_rule == rule, options
 
 
 def test_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
@@ -154,8 +155,7 @@ def test_a_server_of_short_steps_is_told_so(
     warnings: list[str] = []
     monkeypatch.setattr(plan_module.logger, "warning_once", lambda message, *_: warnings.append(message))
     options = {"thresholds": str(shadow_folder)} if mode == "shadow" else {}
-    plan = Plan.resolve(make_config({**options, "mode": mode, "guard": "off"}))
-    plan.log(plan.dense_rule(), scans=scans)
+    Plan.resolve(make_config({**options, "mode": mode, "guard": "off"})).log(scans=scans)
     assert [warning for warning in warnings if "long enough for shadow keys" in warning] == warnings
     assert bool(warnings) == is_said
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, gain_begins, layers_of, parse_shape, parse_spec
+from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, layers_of, parse_shape, parse_spec
+from vllm_toptheta.benchmarks.tune import gain_begins
 from vllm_toptheta.errors import BenchmarkError
 
 

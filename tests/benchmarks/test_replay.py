@@ -7,8 +7,9 @@ import torch
 
 from tests.benchmarks.test_patterns import recorded
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from vllm_toptheta.benchmarks.inputs import Anchors, Inputs
 from vllm_toptheta.benchmarks.patterns import Batch
-from vllm_toptheta.benchmarks.registry import Anchors, Inputs, toptheta
+from vllm_toptheta.benchmarks.registry import toptheta
 from vllm_toptheta.kernels.pages import padded_page_bytes
 
 pytestmark = [

@@ -86,18 +86,16 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = Plan.resolve(vllm_config)
-        self.dense_rule = self.plan.dense_rule()
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
-            self.plan.log(self.dense_rule, more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
+            self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
             impl = layer.impl
             if isinstance(impl, CpuTopThetaImpl):
                 layer_idx = extract_layer_index(name)
-                window = impl.sliding_window
-                impl.bind(self.plan, self.dense_rule, layer_idx, self.requests, rank=rank, sliding_window=window)
+                impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         settings = self.plan.settings
         self.guard_monitor = GuardMonitor(
@@ -126,8 +124,8 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         decode = DecodeStep(
             block_table[rows],
             seq_lens[rows],
-            max_dense_len=self.dense_rule.max_len,
-            min_step_tokens=self.dense_rule.min_step_tokens,
+            max_dense_len=self.plan.dense_rule.max_len,
+            min_step_tokens=self.plan.dense_rule.min_step_tokens,
             length_range=self.plan.length_range,
             threshold_offset=self.requests.offsets[rows],
         )

@@ -7,7 +7,7 @@ run in FULL CUDA graphs, so there everything that depends on lengths is decided 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,11 +70,10 @@ class StepSplit:
     prefill: FlashAttentionMetadata | None
 
 
-def dense_rule(plan: Plan, spec: AttentionSpec, device: torch.device) -> DenseRule:
-    """Which sequences of a rank stay dense, by the table of launch parameters where no setting says so."""
+def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device) -> DenseRule:
+    """Which sequences of a rank are decoded no faster by thresholds, as the launch parameters say."""
     config = shadow_config(plan) if plan.code_bytes else launch_config(spec.head_size, spec.dtype.itemsize, device)
-    num_programs = config.num_programs(spec.num_kv_heads, num_multiprocessors(device))
-    return plan.dense_rule(DenseRule(config.dense_length, config.dense_tokens * num_programs))
+    return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
 
 
 def shadow_config(plan: Plan) -> ShadowConfig:
@@ -94,15 +93,14 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         # FlashAttention's, which the instance says again
         self.supports_draft_decode_metadata_update = False
         self._init_reorder_batch_threshold(1)
-        self.plan = Plan.resolve(vllm_config)
-        self.dense_rule = dense_rule(self.plan, kv_cache_spec, device)
+        plan = Plan.resolve(vllm_config)
+        self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device))
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
             config = shadow_config(self.plan)
             num_programs = config.num_programs(kv_cache_spec.num_kv_heads, num_multiprocessors(device))
             self.plan.log(
-                self.dense_rule,
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
                 scans=config.scans(max_num_seqs, vllm_config.model_config.max_model_len, num_programs=num_programs),
             )
@@ -124,10 +122,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             if isinstance(impl, GpuTopThetaImpl):
                 window = None if impl.sliding_window == (-1, -1) else impl.sliding_window[0] + 1
                 layer_idx = extract_layer_index(name)
-                impl.bind(
-                    self.plan, self.dense_rule, layer_idx, self.requests, rank=rank, sliding_window=window,
-                    device=device,
-                )  # fmt: skip
+                impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         settings = self.plan.settings
@@ -153,8 +148,8 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             DecodeStep(
                 metadata.block_table[:num_decodes],
                 metadata.seq_lens[:num_decodes],
-                max_dense_len=self.dense_rule.max_len,
-                min_step_tokens=self.dense_rule.min_step_tokens,
+                max_dense_len=self.plan.dense_rule.max_len,
+                min_step_tokens=self.plan.dense_rule.min_step_tokens,
                 length_range=self.plan.length_range,
                 threshold_offset=self.requests.offsets if self.plan.choices.refusal is None else None,
             ),

@@ -86,6 +86,7 @@ class Plan:
         architecture: The model's heads and layers over all ranks.
         choices: What requests can ask for.
         shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
+        automatic: Which sequences are best dense on this hardware, where the settings do not say so.
     """
 
     settings: Settings
@@ -96,6 +97,7 @@ class Plan:
     architecture: Architecture
     choices: RequestChoices
     shadow: ShadowKeys | None = None
+    automatic: DenseRule = ALWAYS_SPARSE
 
     @classmethod
     def resolve(cls, vllm_config: Any) -> Plan:
@@ -143,9 +145,10 @@ class Plan:
         """Bytes of a token's shadow key in each kv head; 0 without."""
         return 0 if self.shadow is None else self.shadow.section.num_channels // 2
 
-    def dense_rule(self, automatic: DenseRule = ALWAYS_SPARSE) -> DenseRule:
-        """Which sequences stay dense, by the setting, or as is best for the hardware where it is not set."""
-        max_len, min_step_tokens = automatic
+    @property
+    def dense_rule(self) -> DenseRule:
+        """Which sequences stay dense."""
+        max_len, min_step_tokens = self.automatic
         if self.settings.min_context is not None:
             max_len, min_step_tokens = self.settings.min_context, 0
         return DenseRule(max(max_len, self.thresholds.max_dense_len if self.thresholds else 0), min_step_tokens)
@@ -162,11 +165,10 @@ class Plan:
         """What the guard does; with shadow keys it is off, because what is lost is only estimated."""
         return self.settings.guard if self.thresholds is not None and self.shadow is None else "off"
 
-    def log(self, rule: DenseRule, *, more_memory: float = 0.0, scans: bool = True) -> None:
+    def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
 
         Args:
-            rule: Of `dense_rule`.
             more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
             scans: Whether a step can be long enough to go by shadow keys.
         """
@@ -185,7 +187,7 @@ class Plan:
                     "toptheta: no step of this server can be long enough for shadow keys, so all keys are read; mode "
                     "values does the same in less memory"
                 )
-        options = self.settings.model_dump(include=_LOGGED)
+        options, rule = self.settings.model_dump(include=_LOGGED), self.dense_rule
         logger.info_once(
             "toptheta: thresholds %s: %s; dense up to %d tokens%s, dense_layers=%s, guard=%s, %s",
             self.thresholds.label,

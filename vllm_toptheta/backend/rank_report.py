@@ -24,14 +24,14 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
     # every layer decodes every token
     totals = counters[0].settled().totals.tolist() if counters else [0] * 5
     decode_tokens, dense_tokens, _, decode_steps, asked_tokens = totals
-    requests, rule = next((impl.requests, impl.dense_rule) for impl in impls if impl.plan is not None)
+    requests = next(impl.requests for impl in impls if impl.plan is not None)
     return {
         "mode": plan.settings.mode,
         "guard": plan.guard,
         "target": plan.thresholds and plan.thresholds.label,
         "compensation": plan.settings.compensation,
-        "min_context": rule.max_len,
-        "min_step_tokens": rule.min_step_tokens,
+        "min_context": plan.dense_rule.max_len,
+        "min_step_tokens": plan.dense_rule.min_step_tokens,
         "choices": plan.choices.labels,
         "max_lost_mass": plan.settings.max_lost_mass,
         "thresholds": plan.model_id,

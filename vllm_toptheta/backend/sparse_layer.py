@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from vllm_toptheta.backend.hooks import page_tails
-from vllm_toptheta.backend.plan import ALWAYS_SPARSE, DenseRule, LayerPlan, Plan
+from vllm_toptheta.backend.plan import LayerPlan, Plan
 from vllm_toptheta.backend.requests import RequestOffsets
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import Layer
@@ -21,7 +21,6 @@ class SparseLayer:
         scale: Factor on q . k.
         logits_soft_cap: Cap of the scores; 0 or None without.
         plan: The model's; None before `bind`.
-        dense_rule: Which sequences stay dense.
         layer_plan: This layer's share of it; None in a dense layer.
         layer: What kernels are told of the layer; None before `bind`.
         requests: What the rank's requests ask for.
@@ -32,7 +31,6 @@ class SparseLayer:
     scale: float
     logits_soft_cap: float | None
     plan: Plan | None = None
-    dense_rule: DenseRule = ALWAYS_SPARSE
     layer_plan: LayerPlan | None = None
     layer: Layer | None = None
     requests: RequestOffsets | None = None
@@ -56,7 +54,6 @@ class SparseLayer:
     def bind(
         self,
         plan: Plan,
-        rule: DenseRule,
         layer_idx: int,
         requests: RequestOffsets,
         *,
@@ -68,7 +65,6 @@ class SparseLayer:
 
         Args:
             plan: The model's plan.
-            rule: Which sequences stay dense.
             layer_idx: This layer's index in the model.
             requests: What this rank's requests ask for.
             rank: Tensor-parallel rank.
@@ -77,7 +73,7 @@ class SparseLayer:
         """
         if self.plan is not None:
             return
-        self.plan, self.dense_rule, self.requests = plan, rule, requests
+        self.plan, self.requests = plan, requests
         softmax_scale, soft_cap = float(self.scale), self.logits_soft_cap or None
         if sliding_window is None:
             self.layer_plan = plan.for_layer(

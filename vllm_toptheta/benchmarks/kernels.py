@@ -8,7 +8,6 @@ in real text. Random survivors rarely coincide between the heads of a group, so 
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ from vllm_toptheta.limits import gpus_lack
 if TYPE_CHECKING:
     import torch
 
+    from vllm_toptheta.benchmarks.inputs import Inputs
     from vllm_toptheta.benchmarks.patterns import Pattern
-    from vllm_toptheta.benchmarks.registry import Inputs
     from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
@@ -33,7 +32,6 @@ COPY_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20  # a step that reads less is timed on several copies, so that the L2 cache serves none of it
 GRAPH_MICROSECONDS = 3000  # work in a graph, so that its launch does not count
 REPLAYS = 21
-DENSE_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # where thresholds may begin to pay, for one sequence
 # as it is served; then, with thresholds at any length, what it costs to be able to choose for each request, to score
 # anchors, and to count. Thresholds that follow anchors keep more rows of some sequences than of others, so the cost of
 # anchors is between the fourth and the fifth, which keep the same
@@ -230,104 +228,6 @@ def time_in_graph(calls: Sequence[Callable[[], Any]]) -> float:
     return float(statistics.median(times))
 
 
-def tune(
-    workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None
-) -> tuple[str, LaunchConfig]:
-    """The card's name, and the candidate with the least product of times over the batches, thresholds on and off.
-
-    With a pattern, also how many tokens make it faster than reading every key; without, the table's number stays.
-
-    Raises:
-        BenchmarkError: There is no GPU.
-    """
-    import torch
-    from triton.runtime.errors import OutOfResources
-
-    from vllm_toptheta.benchmarks.registry import toptheta
-    from vllm_toptheta.kernels.gpu.tuning import card_name, launch_config
-
-    if not torch.cuda.is_available():
-        raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
-    scores = dict.fromkeys(candidates(), 0.0)
-    for spec in workload.specs:
-        copies = _inputs(workload, parse_spec(spec))
-        for config in scores:
-            times = []
-            for dense in ("never", "always"):
-                calls = [toptheta(inputs, dense=dense, config=config)[0] for inputs in copies]
-                try:
-                    times.append(time_in_graph(calls))
-                except OutOfResources:
-                    times.append(math.inf)  # more shared memory than the card has
-            scores[config] += sum(math.log(time) for time in times)
-            report_progress(f"{spec}: {times[0]:.1f} us, {times[1]:.1f} us with every key kept; {config}")
-        del copies
-        torch.cuda.empty_cache()
-    best = min(scores, key=lambda config: scores[config])
-    device, element_bytes = torch.device("cuda"), getattr(torch, workload.kv_dtype).itemsize
-    known = launch_config(workload.head_size, element_bytes, device)
-    dense_tokens = _dense_tokens(workload, best, report_progress) if workload.patterns else known.dense_tokens
-    return card_name(device), replace(best, dense_length=known.dense_length, dense_tokens=dense_tokens)
-
-
-def _dense_tokens(workload: KernelWorkload, config: LaunchConfig, report_progress: Callable[[str], None]) -> int:
-    """Tokens of a step for each program, below which a sequence is decoded sooner if every key is kept.
-
-    By single sequences, with the survivors of a pattern.
-    """
-    import torch
-
-    from vllm_toptheta.benchmarks.patterns import Batch, pattern_of
-    from vllm_toptheta.benchmarks.registry import toptheta
-    from vllm_toptheta.kernels.gpu.tuning import num_multiprocessors
-
-    pattern = pattern_of(workload.patterns[0], target_k=workload.target_k)
-    num_programs: int = config.num_programs(workload.num_kv_heads, num_multiprocessors(torch.device("cuda")))
-    lost = []
-    for length in DENSE_LENGTHS:
-        copies = _inputs(workload, [length])
-        batch = Batch([length], workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
-        layers = [pattern.survivors(layer, batch) for layer in layers_of(pattern.num_layers, workload.max_layers)]
-        sparse = statistics.mean(_time_layer(survivors, copies, config)[0] for survivors in layers)
-        dense = time_in_graph([toptheta(inputs, dense="always", config=config)[0] for inputs in copies])
-        report_progress(f"1 x {length}: {sparse:.1f} us, {dense:.1f} us with every key kept")
-        lost.append(sparse - dense)
-        del copies
-        torch.cuda.empty_cache()
-    return round(gain_begins(DENSE_LENGTHS, lost) / num_programs)
-
-
-def gain_begins(lengths: Sequence[int], lost: Sequence[float]) -> float:
-    """The length behind which nothing is lost any more, on a line between the two around it; at most the last one."""
-    length, last = 0.0, 0.0
-    for longer, more in zip(lengths, lost, strict=True):
-        if more <= 0:
-            return length + (longer - length) * last / (last - more) if last > 0 else length
-        length, last = longer, more
-    return length
-
-
-def candidates() -> list[LaunchConfig]:
-    """Launch parameters worth trying; the first is the default."""
-    from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
-
-    two: dict[str, Any] = {"programs_per_sm": 2, "max_registers": None}
-    return [
-        LaunchConfig(**options)
-        for options in (
-            {},
-            {"scan_stages": 4},
-            {"min_group": 16},
-            {"tile": 128},
-            {"tile": 128, "scan_stages": 4},
-            two,
-            {**two, "scan_stages": 4},
-            {**two, "dense_tile": 32},
-            {**two, "tile": 128},
-        )
-    ]
-
-
 def _copy_tb_per_s() -> float:
     """Rate of a device-to-device copy, bytes read and written."""
     import torch
@@ -341,7 +241,7 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
     from vllm_toptheta.benchmarks.patterns import Batch, Spread
     from vllm_toptheta.benchmarks.registry import DENSE, toptheta
 
-    copies = _inputs(workload, lens)
+    copies = inputs_of(workload, lens)
     times: dict[str, tuple[float, float]] = {}
     slowest: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -363,7 +263,7 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
     batch = Batch(lens, workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
     for pattern in [one for given in patterns for one in (Spread(given), given)]:
         layers = layers_of(pattern.num_layers, workload.max_layers)
-        of_layers = [_time_layer(pattern.survivors(layer, batch), copies) for layer in layers]
+        of_layers = [time_layer(pattern.survivors(layer, batch), copies) for layer in layers]
         name = f"Top-Theta, {pattern.name}"
         times[name] = statistics.mean(time for time, _ in of_layers), statistics.mean(share for _, share in of_layers)
         slowest[name] = max(time for time, _ in of_layers)
@@ -385,7 +285,7 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
     )
 
 
-def _time_layer(
+def time_layer(
     survivors: Sequence[torch.Tensor], copies: Sequence[Inputs], config: LaunchConfig | None = None
 ) -> tuple[float, float]:
     """Microseconds of our kernel where these survive, and the share of value rows that it reads."""
@@ -399,11 +299,11 @@ def _time_layer(
     return time_in_graph([call for call, _ in built]), share
 
 
-def _inputs(workload: KernelWorkload, lens: list[int]) -> list[Any]:
+def inputs_of(workload: KernelWorkload, lens: list[int]) -> list[Any]:
     """Random steps, as many as it takes to outgrow the L2 cache."""
     import torch
 
-    from vllm_toptheta.benchmarks.registry import Inputs
+    from vllm_toptheta.benchmarks.inputs import Inputs
 
     first = Inputs.random(
         lens,

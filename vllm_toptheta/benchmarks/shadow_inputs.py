@@ -18,7 +18,7 @@ from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHOR
 if TYPE_CHECKING:
     import torch
 
-    from vllm_toptheta.benchmarks.registry import Inputs
+    from vllm_toptheta.benchmarks.inputs import Inputs
     from vllm_toptheta.kernels.contract import ShadowLayer
     from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
     from vllm_toptheta.reference import KeyProjection
@@ -200,7 +200,7 @@ def random_inputs(lens: list[int], block_size: int, num_channels: int) -> Inputs
     """A random step whose pages have room for shadow keys."""
     import torch
 
-    from vllm_toptheta.benchmarks.registry import Inputs
+    from vllm_toptheta.benchmarks.inputs import Inputs
 
     workload = KernelWorkload(specs=[])
     return Inputs.random(

@@ -93,7 +93,8 @@ def bench_tune(
     write: Annotated[bool, typer.Option(help="Write the best into the table that serving uses.")] = False,
 ) -> None:
     """Search launch parameters of the decode kernel for one head size and cache dtype; needs an NVIDIA GPU."""
-    from vllm_toptheta.benchmarks.kernels import KernelWorkload, tune
+    from vllm_toptheta.benchmarks.kernels import KernelWorkload
+    from vllm_toptheta.benchmarks.tune import tune
     from vllm_toptheta.kernels.gpu.tuning import save_entry
 
     patterns = [pattern] if pattern else []

@@ -19,8 +19,23 @@ TUNED_CARD = "sm90"
 _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
 
 
+class _Programs:
+    """What follows from launch parameters of either mode."""
+
+    programs_per_sm: int
+    dense_tokens: int
+
+    def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
+        """Programs of each kv head."""
+        return max(1, self.programs_per_sm * num_sms // num_kv_heads)
+
+    def min_step_tokens(self, num_kv_heads: int, num_sms: int) -> int:
+        """Tokens of a step, over its sequences, below which it is no slower if every key is kept."""
+        return self.dense_tokens * self.num_programs(num_kv_heads, num_sms)
+
+
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(_Programs):
     """How the kernels of mode `values` are launched.
 
     Attributes:
@@ -55,13 +70,9 @@ class LaunchConfig:
     dense_length: int = 2048
     dense_tokens: int = 640
 
-    def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
-        """Programs of each kv head."""
-        return max(1, self.programs_per_sm * num_sms // num_kv_heads)
-
 
 @dataclass(frozen=True)
-class ShadowConfig:
+class ShadowConfig(_Programs):
     """How the kernels of mode `shadow` are launched.
 
     Attributes:
@@ -119,10 +130,6 @@ class ShadowConfig:
     def __post_init__(self) -> None:
         if not 0 < self.chunk_tiles <= self.list_depth:
             raise ValueError(f"list_depth: {self.list_depth} is less than the {self.chunk_tiles} tiles of a chunk")
-
-    def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
-        """Programs of each kv head."""
-        return max(1, self.programs_per_sm * num_sms // num_kv_heads)
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:
