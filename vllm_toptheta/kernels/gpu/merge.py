@@ -181,7 +181,7 @@ def merge_kernel(
         num_programs = tl.where(reads_all, num_values_programs, num_programs)
         min_work = tl.where(reads_all, values_schedule.MIN_WORK, schedule.MIN_WORK)
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
-    work, share = work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule)
+    work, share, _ = work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule)
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1

@@ -7,6 +7,10 @@ sequence that keeps everything counts `dense_work` times, because more is read o
 read and few values, more often where most keys are not read either. In mode `shadow`, a step may read all keys
 nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mode `values` then.
 
+A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning of
+the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps are
+bound by memory, and equal shares are faster.
+
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
 """
@@ -58,16 +62,30 @@ def reads_all_keys(seq_lens, few_tokens, short_length):
 
 
 @triton.jit
-def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule):
-    """Return the work of every sequence, [SEQ_BLOCK] int32, and a program's share of the whole.
+def work_of(seq_len, is_dense, dense_work, multiple, UNIT: tl.constexpr):
+    """Work of sequences of `seq_len` tokens, a scalar or a tensor, rounded up to a multiple."""
+    return tl.cdiv(tl.cdiv(seq_len, UNIT) * tl.where(is_dense, dense_work, 1), multiple) * multiple
 
-    `min_work` and `dense_work` are those of `schedule`, or of another one.
+
+@triton.jit
+def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule):
+    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s multiple.
+
+    `min_work` and `dense_work` are those of `schedule`, or of another one; `max_dense_len` is a `dense_length`.
     """
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
     seq = tl.arange(0, schedule.SEQ_BLOCK)
     is_dense = keeps_all(tokens, seq, seq_lens, num_seqs, max_dense_len)
-    work = tl.cdiv(seq_lens, schedule.UNIT) * tl.where(is_dense, dense_work, 1)
-    return work, tl.maximum(tl.cdiv(tl.sum(work, axis=0), num_programs), min_work)
+    work = work_of(seq_lens, is_dense, dense_work, 1, schedule.UNIT)
+    total = tl.sum(work, axis=0)
+    num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
+    is_rounded = (max_dense_len == _ANY_LENGTH) & (2 * num_decoded <= num_programs)
+    # either leaves programs for the part of a share that every sequence may waste; the first wastes none of even lengths
+    even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
+    rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
+    share = tl.maximum(tl.where(is_rounded, rounded, tl.cdiv(total, num_programs)), min_work)
+    multiple = tl.where(is_rounded, share, 1)
+    return tl.cdiv(work, multiple) * multiple, share, multiple
 
 
 @triton.jit

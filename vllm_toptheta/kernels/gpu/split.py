@@ -20,6 +20,7 @@ from vllm_toptheta.kernels.gpu.schedule import (
     first_of_share,
     store_piece,
     units_of_piece,
+    work_of,
     work_of_step,
 )
 from vllm_toptheta.kernels.gpu.survivors import attend_all, attend_survivors
@@ -48,7 +49,7 @@ def split_step(
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
-    work, share = work_of_step(
+    work, share, multiple = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK, schedule
     )
     seq, work_before, end_of_share = first_of_share(work, share, program)
@@ -88,7 +89,7 @@ def split_step(
                 )  # fmt: skip
             all_rows_read += piece.value_rows_read
             store_piece(pieces, (program + seq).to(tl.int64) * num_kv_heads + kv_head, piece, shape, tiling)
-        work_before += tl.cdiv(seq_len, schedule.UNIT) * tl.where(is_dense, schedule.DENSE_WORK, 1)
+        work_before += work_of(seq_len, is_dense, schedule.DENSE_WORK, multiple, schedule.UNIT)
         seq += 1
     if EARLY_SPLIT:
         # in any case: whoever waits for this kernel relies on the one before it too
