@@ -80,7 +80,7 @@ def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
     is_rounded = (max_dense_len == _ANY_LENGTH) & (2 * num_decoded <= num_programs)
-    # either leaves programs for the part of a share that every sequence may waste; the first wastes none of even lengths
+    # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
     share = tl.maximum(tl.where(is_rounded, rounded, tl.cdiv(total, num_programs)), min_work)
