@@ -24,6 +24,10 @@ NUM_ANCHORS = NUM_FIRST_ANCHORS + NUM_LAST_ANCHORS
 # in multiples of the average softmax weight 1 / n; 0 is dense. The default is measured (docs/accuracy.md)
 DEFAULT_WEIGHT_FLOOR = 2.0
 MAX_WEIGHT_FLOOR = 1000.0
+# what a key must weigh to be read exactly where there are copies, in multiples of what the anchors of its row weigh
+DEFAULT_HEAVY = 0.007
+# of GPUs, where there are copies of keys and values
+TIER_HEAD_SIZES = (64, 128, 256)
 
 # of ln r: keeps the missing mass of a row finite in float32
 MAX_LOG_SCALE = math.log(1e6)

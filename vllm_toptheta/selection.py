@@ -90,7 +90,8 @@ class Selection:
         model_id: The model that a store was calibrated on; None where none is used.
         origin: Where the thresholds come from, or why there are none; for people.
         dense_layers: Layers that read everything.
-        shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
+        shadow: Calibrated shadow keys; None without, or if the model runs dense.
+        heavy: What a key must weigh to be read exactly, where there are copies of keys and values; None where not.
     """
 
     thresholds: ServedThresholds | None
@@ -98,6 +99,7 @@ class Selection:
     origin: str
     dense_layers: frozenset[int]
     shadow: ShadowKeys | None = None
+    heavy: float | None = None
 
 
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -119,13 +121,18 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         return Selection(None, None, "weight_floor is 0", frozenset(range(num_layers)))
     if settings.target is not None:
         return _calibrated(settings, settings.target, model, architecture)
-    if settings.mode == "shadow":
+    has_copies = settings.has_copies
+    if settings.mode == "shadow" and not has_copies:
         return _shadow(settings, model, architecture)
     if settings.thresholds is not None:
         raise SettingsError(
-            "without a target, thresholds are relative to each row, and no store is read",
+            "copies of keys and values need no calibration, and no store is read"
+            if has_copies
+            else "without a target, thresholds are relative to each row, and no store is read",
             field="thresholds",
-            remedy="Name a calibrated target too, such as k:128, or leave it out",
+            remedy="Leave it out, or switch shadow_values off"
+            if has_copies
+            else "Name a calibrated target too, such as k:128, or leave it out",
         )
     weight_floor = DEFAULT_WEIGHT_FLOOR if settings.weight_floor is None else settings.weight_floor
     return Selection(
@@ -133,6 +140,7 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         None,
         f"relative to each row, no key of {weight_floor:g} times the average weight is skipped",
         _dense_layers(settings, (), architecture.num_layers if architecture else None),
+        heavy=settings.heavy if has_copies else None,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vllm_toptheta.errors import SettingsError
-from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS
+from vllm_toptheta.limits import DEFAULT_HEAVY, DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS
 
 OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
@@ -46,8 +46,20 @@ class Settings(BaseSettings):
 
     mode: Literal["values", "shadow"] = Field(
         "values",
-        description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits, "
-        "which toptheta calibrate --mode shadow makes for a model.",
+        description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits.",
+    )
+    shadow_values: bool | None = Field(
+        None,
+        description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and nothing "
+        "is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in less "
+        "memory. On if not given, unless thresholds names a store.",
+    )
+    heavy: float = Field(
+        DEFAULT_HEAVY,
+        ge=0.0,
+        le=1.0,
+        description="In mode shadow with copies of values: a key is read exactly that weighs at least this many times "
+        "what the first 16 and last 128 keys weigh together; 0 reads every key.",
     )
     weight_floor: float | None = Field(
         None,
@@ -55,20 +67,20 @@ class Settings(BaseSettings):
         le=MAX_WEIGHT_FLOOR,
         allow_inf_nan=False,
         description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
-        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given, in mode shadow what was calibrated.",
+        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given, or what calibrated shadow keys were calibrated at.",
     )
     target: str | None = Field(
         None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."
     )
     thresholds: Path | None = Field(
         None,
-        description="A threshold store, or a directory of stores, for target and for mode shadow; the shipped ones if "
-        "not given.",
+        description="A threshold store, or a directory of stores, for target, and for mode shadow without "
+        "shadow_values; the shipped ones if not given.",
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",
-        description="Softmax denominator of all keys (sdc), estimated in mode shadow, else exact; mean value for the "
-        "lost mass (vmc).",
+        description="Softmax denominator of all keys (sdc), by their scores or their copies', or estimated with calibrated "
+        "shadow keys; mean value for the lost mass (vmc).",
     )
     dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None,
@@ -84,7 +96,7 @@ class Settings(BaseSettings):
     guard: Literal["off", "warn", "relax"] = Field(
         "relax",
         description="What to do in layers that lose more than max_lost_mass too often: lower thresholds, or say so. "
-        "Off in mode shadow, which only estimates what is lost.",
+        "Off with calibrated shadow keys, by which what is lost is only estimated.",
     )
     max_lost_mass: float = Field(
         0.5,
@@ -157,6 +169,12 @@ class Settings(BaseSettings):
             ) from error
         settings._check_target(source)
         return settings
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether light keys are weighed by copies."""
+        wanted = self.thresholds is None if self.shadow_values is None else self.shadow_values
+        return self.mode == "shadow" and wanted
 
     def _check_target(self, source: Source) -> None:
         """Refuse options that have no effect beside each other.

@@ -15,8 +15,9 @@ from vllm_toptheta.kernels.contract import (
     LayerCall,
     LayerThresholds,
     ShadowLayer,
+    TierLayer,
 )
-from vllm_toptheta.kernels.cpu import shadow, values
+from vllm_toptheta.kernels.cpu import shadow, tiers, values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 
@@ -26,7 +27,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         output: [num_seqs, num_heads, head_size] float32.
-        value_rows_read, keys_read: [num_seqs, num_kv_heads] int64.
+        value_rows_read, keys_read, copies_read: [num_seqs, num_kv_heads] int64.
         lost_mass: [num_seqs, num_heads] float32.
     """
 
@@ -34,6 +35,7 @@ class Decoded(NamedTuple):
     value_rows_read: torch.Tensor
     lost_mass: torch.Tensor
     keys_read: torch.Tensor
+    copies_read: torch.Tensor | None
 
 
 class _Recording(CpuScratch):
@@ -49,10 +51,12 @@ def decode(
     threshold: torch.Tensor | None,
     *,
     slope: float = 0.0,
+    log_slope: float = 0.0,
     max_dense_len: int = 0,
     threshold_offset: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     shadow_layer: ShadowLayer | None = None,
+    tier_layer: TierLayer | None = None,
     value_mean: bool = True,
     **layer: Any,
 ) -> Decoded:
@@ -62,9 +66,9 @@ def decode(
         query: [num_seqs, num_heads, head_size].
         paged: The sequences.
         threshold: [num_heads] float32, or None for a dense layer.
-        slope: Of the thresholds over the anchors' log-sum-exp.
+        slope, log_slope: Of the thresholds over the anchors' log-sum-exp and ln n.
         max_dense_len: Up to which length every key is kept.
-        codes, shadow_layer: In mode `shadow`.
+        codes, shadow_layer, tier_layer: In mode `shadow`.
         value_mean: Whether the lost mass is given to the mean value.
         layer: Further fields of `Layer`.
     """
@@ -74,17 +78,18 @@ def decode(
     thresholds = None
     if threshold is not None:
         zero = torch.zeros_like(threshold)
-        coefficients = torch.stack([threshold, zero, zero, zero + slope], dim=1)
+        coefficients = torch.stack([threshold, zero + log_slope, zero, zero + slope], dim=1)
         thresholds = LayerThresholds(coefficients, is_relative=slope != 0)
     described = Layer(
         **{"softmax_scale": query.shape[-1] ** -0.5, "value_mean_compensation": value_mean, **layer},
         thresholds=thresholds,
         shadow=shadow_layer,
+        tiers=tier_layer,
     )
     cache = LayerCache(paged.kv_cache, paged.value_sum if value_mean and threshold is not None else None, codes)
     call = LayerCall(query, torch.full(query.shape, torch.nan), cache, described)
     scratch = _Recording()
-    kernel = values if shadow_layer is None else shadow
+    kernel = shadow if shadow_layer else tiers if tier_layer else values
     kernel.decode(prepare_decode(step, paged.kv_cache.shape[2]), call, scratch)
     counted = scratch.counted
-    return Decoded(call.output, counted.value_rows_read, counted.lost_mass, counted.keys_read)
+    return Decoded(call.output, counted.value_rows_read, counted.lost_mass, counted.keys_read, counted.copies_read)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_toptheta.kernels.contract import Layer, LayerCache, ShadowLayer, TailStep
+from vllm_toptheta.kernels.contract import Layer, LayerCache, ShadowLayer, TailStep, TierLayer
 from vllm_toptheta.kernels.cpu.batch import prepare_tails
 from vllm_toptheta.kernels.cpu.cache import split_cache, write_kv
 from vllm_toptheta.kernels.cpu.tails import write_tails
@@ -93,10 +93,14 @@ class PagedSequences:
         self.write_tails(before)
 
     def write_tails(
-        self, before: torch.Tensor, shadow: ShadowLayer | None = None, codes: torch.Tensor | None = None
+        self,
+        before: torch.Tensor,
+        shadow: ShadowLayer | None = None,
+        codes: torch.Tensor | None = None,
+        tiers: TierLayer | None = None,
     ) -> None:
         """Write the tails of a step that began when the sequences were as long as `before` says."""
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), (self.seq_lens - before).cumsum(0)]).int()
         step = TailStep(self.block_table, self.seq_lens.int(), starts, max_query_len=0)
         cache = LayerCache(self.kv_cache, self.value_sum, codes)
-        write_tails(prepare_tails(step, self.kv_cache.shape[2]), cache, Layer(1.0, shadow=shadow))
+        write_tails(prepare_tails(step, self.kv_cache.shape[2]), cache, Layer(1.0, shadow=shadow, tiers=tiers))

@@ -49,6 +49,7 @@ def test_stats() -> None:
             "rows_cached": 100,
             "rows_read": 5,
             "keys_read": None,
+            "copies_read": None,
             "lost_mass_mean": 0.125,
         }
     ]

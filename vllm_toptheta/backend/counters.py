@@ -23,6 +23,7 @@ class LayerCounters:
         num_queries_per_kv: Query heads that share one kv head.
         device: Where the buffers live; kernels add to them there.
         counts_keys: Whether keys are skipped, so that those read are counted.
+        counts_copies: Whether there are copies of values, so that those read are counted.
         buffers: The sums; on CPUs without the steps in `scratch`.
         scratch: Steps on the CPU that are not counted yet.
     """
@@ -32,13 +33,20 @@ class LayerCounters:
     num_queries_per_kv: int
     device: torch.device | str = "cpu"
     counts_keys: bool = False
+    counts_copies: bool = False
     buffers: Counters = field(init=False)
     scratch: CpuScratch = field(init=False, default_factory=CpuScratch)
 
     def __post_init__(self) -> None:
         num_kv_heads = len(self.kv_heads)
         num_heads = num_kv_heads * self.num_queries_per_kv
-        self.buffers = Counters.allocate(num_heads, num_kv_heads, self.device, counts_keys=self.counts_keys)
+        self.buffers = Counters.allocate(
+            num_heads,
+            num_kv_heads,
+            self.device,
+            counts_keys=self.counts_keys,
+            counts_copies=self.counts_copies,
+        )
 
     @torch.inference_mode()
     def settled(self) -> Counters:
@@ -57,7 +65,10 @@ class LayerCounters:
         counted = self.settled()
         decode_tokens, dense_tokens, rows_cached, _, asked_tokens = counted.totals.tolist()
         sums = counted.lost_mass.view(-1, self.num_queries_per_kv).mean(dim=1)
-        keys_read = [None] * len(self.kv_heads) if counted.keys_read is None else counted.keys_read.tolist()
+        keys_read, copies_read = (
+            [None] * len(self.kv_heads) if counter is None else counter.tolist()
+            for counter in (counted.keys_read, counted.copies_read)
+        )
         lost_mass = (sums / max(1, decode_tokens - dense_tokens - asked_tokens)).tolist()
         return [
             {
@@ -69,10 +80,11 @@ class LayerCounters:
                 "rows_cached": rows_cached,
                 "rows_read": rows_read,
                 "keys_read": keys,
+                "copies_read": copies,
                 "lost_mass_mean": lost_mass_mean,
             }
-            for kv_head, rows_read, keys, lost_mass_mean in zip(
-                self.kv_heads, counted.value_rows_read.tolist(), keys_read, lost_mass, strict=True
+            for kv_head, rows_read, keys, copies, lost_mass_mean in zip(
+                self.kv_heads, counted.value_rows_read.tolist(), keys_read, copies_read, lost_mass, strict=True
             )
         ]
 

@@ -35,7 +35,7 @@ from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
-from vllm_toptheta.kernels.cpu import shadow, values
+from vllm_toptheta.kernels.cpu import shadow, tiers, values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode, prepare_tails
 from vllm_toptheta.kernels.cpu.cache import write_kv
 from vllm_toptheta.kernels.cpu.prefill import prefill
@@ -241,7 +241,8 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
             decoded = query[step.decode_tokens]
             call = LayerCall(decoded, torch.empty(decoded.shape, dtype=torch.float32), cache, self.layer)
             scratch = self._uncounted if self.layer_plan is None else self.layer_plan.counters.scratch
-            (values if self.layer.shadow is None else shadow).decode(step.decode, call, scratch)
+            kernels = shadow if self.layer.shadow else tiers if self.layer.tiers else values
+            kernels.decode(step.decode, call, scratch)
             output[step.decode_tokens] = call.output.to(output.dtype)
         for chunk in step.prefills:
             output[chunk.tokens] = prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from vllm.logger import init_logger
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.request_choices import RequestChoices
-from vllm_toptheta.kernels.codec import ShadowCodec
-from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer
+from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec, tier_bytes
+from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer, TierLayer
 from vllm_toptheta.selection import ServedThresholds, select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.store import Architecture, ShadowKeys
@@ -49,7 +50,8 @@ class LayerPlan:
         value_mean_compensation: Whether the lost mass is given to the mean value.
         counters: What decoding does there.
         guard: Decides about the thresholds; None if it is off.
-        shadow: What mode `shadow` needs; None in mode `values`.
+        shadow: Calibrated shadow keys; None without.
+        tiers: What copies are for; None without.
     """
 
     thresholds: LayerThresholds
@@ -59,6 +61,7 @@ class LayerPlan:
     counters: LayerCounters
     guard: LayerGuard | None
     shadow: ShadowLayer | None = None
+    tiers: TierLayer | None = None
 
     def layer(self, *, softmax_scale: float, logits_soft_cap: float | None) -> Layer:
         """What kernels are told of the layer."""
@@ -69,6 +72,7 @@ class LayerPlan:
             value_mean_compensation=self.value_mean_compensation,
             thresholds=self.thresholds,
             shadow=self.shadow,
+            tiers=self.tiers,
             counters=self.counters.buffers,
         )
 
@@ -85,7 +89,8 @@ class Plan:
         dense_layers: Layers that read everything.
         architecture: The model's heads and layers over all ranks.
         choices: What requests can ask for.
-        shadow: What mode `shadow` needs; None in mode `values`, or if the model runs dense.
+        shadow: Calibrated shadow keys; None without, or if the model runs dense.
+        heavy: What a key must weigh to be read exactly, where there are copies of keys and values; None where not.
         automatic: Which sequences are best dense on this hardware, where the settings do not say so.
     """
 
@@ -97,6 +102,7 @@ class Plan:
     architecture: Architecture
     choices: RequestChoices
     shadow: ShadowKeys | None = None
+    heavy: float | None = None
     automatic: DenseRule = ALWAYS_SPARSE
 
     @classmethod
@@ -127,11 +133,12 @@ class Plan:
                 refusal=_refusal(settings, vllm_config),
             ),
             shadow=selection.shadow,
+            heavy=selection.heavy,
         )
 
     @classmethod
     def code_bytes_of(cls, vllm_config: Any) -> int:
-        """`code_bytes` of a configuration; without shadow keys no threshold is read for it.
+        """`code_bytes` of a configuration; in mode `values` no threshold is read for it.
 
         Raises:
             SettingsError: As for `resolve`, like the others.
@@ -142,7 +149,9 @@ class Plan:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of a token's shadow key in each kv head; 0 without."""
+        """Bytes of a token's shadow key or copies in each kv head; 0 without."""
+        if self.heavy is not None:
+            return tier_bytes(self.architecture.head_size)
         return 0 if self.shadow is None else self.shadow.section.num_channels // 2
 
     @property
@@ -162,30 +171,34 @@ class Plan:
 
     @property
     def guard(self) -> str:
-        """What the guard does; with shadow keys it is off, because what is lost is only estimated."""
+        """What the guard does; off with calibrated shadow keys, because what is lost is only estimated."""
         return self.settings.guard if self.thresholds is not None and self.shadow is None else "off"
 
     def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
 
         Args:
-            more_memory: By how much shadow keys lengthen the pages of the KV cache, as a share.
-            scans: Whether a step can be long enough to go by shadow keys.
+            more_memory: By how much shadow keys or copies lengthen the pages of the KV cache, as a share.
+            scans: Whether a step can be long enough to go by them.
         """
         if self.thresholds is None:
             logger.warning_once("toptheta: every layer runs dense: %s", self.origin)
             return
-        if self.shadow is not None:
+        if self.code_bytes:
+            has_no_guard = self.shadow is not None and self.settings.guard != "off"
             logger.info_once(
-                "toptheta: shadow keys of %d bytes make the pages of the KV cache %.1f %% larger%s",
+                "toptheta: %s of %d bytes make the pages of the KV cache %.1f %% larger%s",
+                "shadow keys"
+                if self.heavy is None
+                else f"copies of keys and values, exact rows from {self.heavy:g} of the anchors' weight on,",
                 self.code_bytes,
                 100 * more_memory,
-                "; there is no guard, because what is lost is only estimated" if self.settings.guard != "off" else "",
+                "; there is no guard, because what is lost is only estimated" if has_no_guard else "",
             )
             if not scans:
                 logger.warning_once(
-                    "toptheta: no step of this server can be long enough for shadow keys, so all keys are read; mode "
-                    "values does the same in less memory"
+                    "toptheta: no step of this server can be long enough to skip keys, so all are read; mode values "
+                    "does the same in less memory"
                 )
         options, rule = self.settings.model_dump(include=_LOGGED), self.dense_rule
         logger.info_once(
@@ -227,11 +240,23 @@ class Plan:
             constant_terms=coefficients[:, 0].clone(),
             denominator_compensation=self.settings.compensation != "none",
             value_mean_compensation=self.settings.compensation == "sdc+vmc",
-            counters=LayerCounters(layer, kv_heads, group, device, counts_keys=self.shadow is not None),
+            counters=LayerCounters(
+                layer,
+                kv_heads,
+                group,
+                device,
+                counts_keys=self.code_bytes > 0,
+                counts_copies=self.heavy is not None,
+            ),
             guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share),
             shadow=None
             if self.shadow is None
             else _shadow_layer(self.shadow, layer, heads=heads, kv_heads=kv_heads, device=device),
+            tiers=None
+            if self.heavy is None
+            else TierLayer(
+                TierCodec.build(self.architecture.head_size, device), math.log(self.heavy) if self.heavy else -math.inf
+            ),
         )
 
 

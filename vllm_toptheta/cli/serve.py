@@ -21,6 +21,12 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="A YAML file with what follows and vLLM's flags.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check everything, and exit with 0 or 2.")] = False,
     mode: Annotated[str | None, typer.Option(help="What is skipped: values, or shadow for keys too.")] = None,
+    shadow_values: Annotated[
+        str | None, typer.Option(help="on or off: copies of values too, in mode shadow; off needs a store.")
+    ] = None,
+    heavy: Annotated[
+        float | None, typer.Option(help="Share of the anchors' weight from which on a key is read exactly.")
+    ] = None,
     thresholds: Annotated[Path | None, typer.Option(help="A threshold store, or a directory of stores.")] = None,
     weight_floor: Annotated[
         float | None, typer.Option(help="Multiples of the average weight from which on no key is skipped; 0 is dense.")
@@ -50,6 +56,8 @@ def serve(
 
     options = {
         "mode": mode,
+        "shadow_values": shadow_values,
+        "heavy": heavy,
         "thresholds": None if thresholds is None else str(thresholds),
         "weight_floor": weight_floor,
         "target": target,

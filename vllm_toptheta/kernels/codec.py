@@ -1,4 +1,8 @@
-"""How keys become codes of shadow keys and back; no Triton, so that CPUs can use it too."""
+"""How keys and values become codes and back; no Triton, so that CPUs can use it too.
+
+Two formats: calibrated projections of keys (`ShadowCodec`), and copies of keys and values that need no calibration
+(`TierCodec`; `reference.tiers` has the formulas).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,13 @@ from typing import NamedTuple
 import torch
 
 from vllm_toptheta.limits import channels_for
+from vllm_toptheta.rotation import rotation
 
-NUM_LEVELS = 16  # of a channel
+NUM_LEVELS = 16  # of a channel of a key
+VALUE_LEVELS = 4
+LEAST_STEP = 2.0**-24  # of float16
+LARGEST_STEP = 65504.0
+_STEP_BYTES = 2
 
 
 class ShadowCodec(NamedTuple):
@@ -51,3 +60,34 @@ class ShadowCodec(NamedTuple):
     def code_bytes(self) -> int:
         """Bytes of a shadow key."""
         return self.encoder.shape[2] // 2
+
+
+class TierCodec(NamedTuple):
+    """What copies of keys and values are made with.
+
+    Attributes:
+        rotation: [head_size, head_size] float32, contiguous; rows are turned by it.
+    """
+
+    rotation: torch.Tensor
+
+    @classmethod
+    def build(cls, head_size: int, device: torch.device | str = "cpu") -> TierCodec:
+        """For heads of a size.
+
+        Raises:
+            ValueError: Codes of such heads do not fill bytes.
+        """
+        if head_size % 8:
+            raise ValueError(f"head_size: {head_size}, expected a multiple of 8 for copies of keys and values")
+        return cls(rotation(head_size).to(device).contiguous())
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a token's copies: 4 bits a channel of a key, 2 of a value, and their steps."""
+        return tier_bytes(len(self.rotation))
+
+
+def tier_bytes(head_size: int) -> int:
+    """`TierCodec.code_bytes` of heads of a size."""
+    return head_size // 2 + head_size // 4 + 2 * _STEP_BYTES

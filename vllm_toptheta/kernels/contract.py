@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_toptheta.kernels.codec import ShadowCodec
+from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec
 from vllm_toptheta.kernels.pages import codes_view, value_sum_view
-from vllm_toptheta.limits import NUM_ANCHORS, NUM_LOST_MASS_BUCKETS
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LOST_MASS_BUCKETS
 
 NUM_COEFFICIENTS = 4  # a, b, c, slope
 NUM_TOTALS = 5
@@ -101,6 +101,18 @@ class ShadowLayer(NamedTuple):
     log_unread_ratio: torch.Tensor
 
 
+class TierLayer(NamedTuple):
+    """What the copies of a layer's keys and values are, and which keys they are not enough for.
+
+    Attributes:
+        codec: What copies are written with.
+        log_heavy: ln of what a key weighs at least that is read exactly, over what the anchors of its row weigh.
+    """
+
+    codec: TierCodec
+    log_heavy: float
+
+
 class Counters(NamedTuple):
     """What decoding read and lost in a layer since the buffers were zeroed; decoding adds to them.
 
@@ -112,6 +124,7 @@ class Counters(NamedTuple):
             mass; bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
         totals: [5] int64: tokens decoded, those among them at offset 0 and kept dense, cached rows summed over tokens,
             steps that decoded, tokens at other offsets.
+        copies_read: [num_kv_heads] int64, copies of values fetched; None where a layer has none.
     """
 
     value_rows_read: torch.Tensor
@@ -119,10 +132,17 @@ class Counters(NamedTuple):
     lost_mass: torch.Tensor
     lost_mass_histogram: torch.Tensor
     totals: torch.Tensor
+    copies_read: torch.Tensor | None = None
 
     @classmethod
     def allocate(
-        cls, num_heads: int, num_kv_heads: int, device: torch.device | str = "cpu", *, counts_keys: bool = False
+        cls,
+        num_heads: int,
+        num_kv_heads: int,
+        device: torch.device | str = "cpu",
+        *,
+        counts_keys: bool = False,
+        counts_copies: bool = False,
     ) -> Counters:
         """Zeroed counters of a layer."""
 
@@ -135,6 +155,7 @@ class Counters(NamedTuple):
             lost_mass=zeros(num_heads, dtype=torch.float64),
             lost_mass_histogram=zeros(num_heads, NUM_LOST_MASS_BUCKETS),
             totals=zeros(NUM_TOTALS),
+            copies_read=zeros(num_kv_heads) if counts_copies else None,
         )
 
     def zero_(self) -> None:
@@ -154,7 +175,9 @@ class Layer(NamedTuple):
         denominator_compensation: Whether the softmax denominator is that of all keys instead of the survivors.
         value_mean_compensation: Whether the lost mass is given to the mean value.
         thresholds: None in a dense layer.
-        shadow: None in mode `values`.
+        shadow: None where keys are not screened by calibrated shadow keys.
+        tiers: None where there are no copies of keys and values. A layer has one of the two, or, in mode `values`,
+            neither.
         counters: None counts nothing.
     """
 
@@ -165,7 +188,14 @@ class Layer(NamedTuple):
     value_mean_compensation: bool = True
     thresholds: LayerThresholds | None = None
     shadow: ShadowLayer | None = None
+    tiers: TierLayer | None = None
     counters: Counters | None = None
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a token's codes in a page's tail; 0 without."""
+        part = self.shadow or self.tiers
+        return 0 if part is None else part.codec.code_bytes
 
 
 class LayerCache(NamedTuple):
@@ -177,8 +207,8 @@ class LayerCache(NamedTuple):
             float8; CPUs fill a page as `cpu.cache.split_cache` says.
         value_sum: [num_blocks, num_kv_heads, head_size] float32, last axis dense: running sums of the stored values of
             full pages (`kernels.pages`); None without the value-mean compensation.
-        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, pages of a head dense: shadow keys of full
-            pages (`kernels.pages`); None in mode `values`.
+        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, pages of a head dense: shadow keys or copies of
+            full pages (`kernels.pages`); None in mode `values`.
         k_scale, v_scale: One float32 each, factors on stored keys and values; None for 1.
     """
 
@@ -206,7 +236,7 @@ class LayerCache(NamedTuple):
         return cls(
             kv_cache,
             value_sum_view(kv_cache) if has_sums else None,
-            None if layer.shadow is None else codes_view(kv_cache, layer.shadow.codec.code_bytes),
+            codes_view(kv_cache, layer.code_bytes) if layer.code_bytes else None,
             k_scale,
             v_scale,
         )
@@ -267,19 +297,27 @@ def check(step: DecodeStep, call: LayerCall) -> None:
         if layer.thresholds.is_relative and step.max_dense_len < NUM_ANCHORS:
             raise ValueError(f"max_dense_len: {step.max_dense_len}, expected {NUM_ANCHORS} or more, the anchors")
         if layer.shadow is not None:
-            _check_shadow(layer.shadow, layer.counters, num_heads, num_kv_heads)
+            _check_shadow(layer.shadow, num_heads)
+        if layer.tiers is not None and not layer.thresholds.is_relative:
+            raise ValueError("thresholds: calibrated, expected relative ones where there are copies")
+        if layer.code_bytes and layer.counters is not None:
+            _check_key_counters(layer.counters, num_kv_heads, has_copies=layer.tiers is not None)
     check_tails(call.cache, layer)
 
 
-def _check_shadow(shadow: ShadowLayer, counters: Counters | None, num_heads: int, num_kv_heads: int) -> None:
+def _check_shadow(shadow: ShadowLayer, num_heads: int) -> None:
     expect("margin", shadow.margin, (num_heads,), torch.float32)
     expect("log_unread_ratio", shadow.log_unread_ratio, (num_heads, 2), torch.float32)
     _expect_contiguous("margin", shadow.margin)
     _expect_contiguous("log_unread_ratio", shadow.log_unread_ratio)
-    if counters is not None:
-        if counters.keys_read is None:
-            raise ValueError("keys_read: None, expected counters with one where there are shadow keys")
-        expect("keys_read", counters.keys_read, (num_kv_heads,), torch.int64)
+
+
+def _check_key_counters(counters: Counters, num_kv_heads: int, *, has_copies: bool) -> None:
+    for name in ("keys_read", "copies_read") if has_copies else ("keys_read",):
+        counter = getattr(counters, name)
+        if counter is None:
+            raise ValueError(f"{name}: None, expected counters with one where keys are skipped")
+        expect(name, counter, (num_kv_heads,), torch.int64)
 
 
 def check_tails(cache: LayerCache, layer: Layer) -> None:
@@ -292,15 +330,21 @@ def check_tails(cache: LayerCache, layer: Layer) -> None:
     head_size = content // 2
     if cache.value_sum is not None:
         expect("value_sum", cache.value_sum, (num_blocks, num_kv_heads, head_size), torch.float32)
-    if layer.shadow is not None:
-        codec, codes = layer.shadow.codec, cache.codes
+    if layer.code_bytes:
+        code_bytes, codes = layer.code_bytes, cache.codes
         if codes is None:
-            raise ValueError("codes: None, expected those of a layer with shadow keys")
-        expect("codes", codes, (num_blocks, num_kv_heads, block_size, codec.code_bytes), torch.uint8)
-        if codes.stride()[2:] != (codec.code_bytes, 1):
-            raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(codec.code_bytes, 1)}")
-        if tuple(codec.encoder.shape[:2]) != (num_kv_heads, head_size):
-            raise ValueError(f"codec: of {list(codec.encoder.shape[:2])}, expected {[num_kv_heads, head_size]}")
+            raise ValueError("codes: None, expected those of a layer that skips keys")
+        expect("codes", codes, (num_blocks, num_kv_heads, block_size, code_bytes), torch.uint8)
+        if codes.stride()[2:] != (code_bytes, 1):
+            raise ValueError(f"codes: inner strides {codes.stride()[2:]}, expected {(code_bytes, 1)}")
+    if layer.shadow is not None:
+        of = layer.shadow.codec.encoder.shape[:2]
+        if tuple(of) != (num_kv_heads, head_size):
+            raise ValueError(f"codec: of {list(of)}, expected {[num_kv_heads, head_size]}")
+    if layer.tiers is not None:
+        expect("rotation", layer.tiers.codec.rotation, (head_size, head_size), torch.float32)
+        if block_size < NUM_FIRST_ANCHORS:
+            raise ValueError(f"kv_cache: pages of {block_size} tokens, expected {NUM_FIRST_ANCHORS} or more for copies")
 
 
 def _expect_contiguous(name: str, tensor: torch.Tensor) -> None:

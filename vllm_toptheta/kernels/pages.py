@@ -6,8 +6,16 @@ A page of one layer holds `block_size` tokens of keys and values, and behind the
 
     value_sum   float32 [num_kv_heads, head_size]   sum of the value rows of the sequence from its first token to the
                                                     last token of this page; valid once the page is full
-    codes       uint8 [num_kv_heads, block_size, code_bytes]   shadow keys (`shadow_codes`), where a layer has them;
-                                                    valid once the page is full
+    codes       uint8 [num_kv_heads, block_size, code_bytes]   shadow keys, or copies of keys and values, where a layer
+                                                    has them; valid once the page is full
+
+Copies (`codec.TierCodec`) fill the bytes of a head one kind after the other, so that each is dense:
+
+    | keys, uint8 [block_size, head_size / 2] | values, uint8 [block_size, head_size / 4] | steps of keys, float16
+    [block_size] | steps of values, float16 [block_size] |
+
+Byte j of a key holds channel j in its lower half and channel j + head_size / 2 in its upper half; byte j of a value
+holds channel j + i * head_size / 4 in its bits 2 i and 2 i + 1.
 
 Because the tail is part of the page, vLLM accounts for its memory, prefix caching shares it together with the keys
 and values it was computed from, and it is freed with them.
@@ -16,6 +24,7 @@ and values it was computed from, and it is freed with them.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -92,3 +101,31 @@ def codes_view(kv_cache: torch.Tensor, code_bytes: int) -> torch.Tensor:
         (num_blocks, num_kv_heads, block_size, code_bytes),
         (page_bytes, block_size * code_bytes, code_bytes, 1),
     )
+
+
+class CopyViews(NamedTuple):
+    """Copies of keys and values of every page, as views of the cache's memory.
+
+    Attributes:
+        key_codes: [num_blocks, num_kv_heads, block_size, head_size / 2] uint8.
+        value_codes: [num_blocks, num_kv_heads, block_size, head_size / 4] uint8.
+        key_step, value_step: [num_blocks, num_kv_heads, block_size] float16.
+    """
+
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    key_step: torch.Tensor
+    value_step: torch.Tensor
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, head_size: int) -> CopyViews:
+        """Those in `codes_view`'s bytes."""
+        block_size = codes.shape[2]
+        key, value = block_size * head_size // 2, block_size * head_size // 4
+        parts = codes.flatten(2).split([key, value, 2 * block_size, 2 * block_size], dim=2)
+        return cls(
+            parts[0].unflatten(2, (block_size, -1)),
+            parts[1].unflatten(2, (block_size, -1)),
+            parts[2].view(torch.float16),
+            parts[3].view(torch.float16),
+        )

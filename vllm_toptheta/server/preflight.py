@@ -54,7 +54,10 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     if selection.model_id is None:
         unknown = f"; not compared with the model, because {local.unknown}" if local.unknown else ""
-        return f"thresholds {thresholds.label}: {selection.origin}; dense layers {dense_layers}{unknown}{caution}"
+        found = f"thresholds {thresholds.label}: {selection.origin}"
+        if selection.heavy is not None:
+            found += f"; copies of keys and values, exact rows from {selection.heavy:g} of the anchors' weight on"
+        return f"{found}; dense layers {dense_layers}{unknown}{caution}"
     lengths = "" if thresholds.is_relative else ", calibrated from {} to {} tokens".format(*thresholds.length_range)
     shadow = "" if selection.shadow is None else f", shadow keys of {selection.shadow.section.num_channels} channels"
     return (

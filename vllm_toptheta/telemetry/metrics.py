@@ -69,6 +69,13 @@ class StatsCollector(Collector):
                 "Keys read from the cache, summed over decoded tokens and kv heads; as many are cached as value rows.",
                 keys_read,
             )
+        copies_read = [(head.layer, head.copies_read) for head in stats.layers if head.copies_read is not None]
+        if copies_read:
+            yield _per_layer(
+                "toptheta_value_copies_read",
+                "Copies of values read instead of rows, summed over decoded tokens and kv heads.",
+                copies_read,
+            )
         lost_mass = HistogramMetricFamily(
             "toptheta_lost_mass",
             "Softmax mass of the keys whose values were not read, per decoded token and query head.",

@@ -27,6 +27,10 @@ class HeadStats(BaseModel):
         default=None,
         description="Keys fetched from the cache, of as many as rows_cached; null in mode values, which reads all.",
     )
+    copies_read: int | None = Field(
+        default=None,
+        description="Copies of values fetched from the cache instead of rows; null where there are none.",
+    )
     lost_mass_mean: float = Field(
         description="Softmax mass of the rows not read, mean over query heads and tokens to which the server's "
         "thresholds applied."
@@ -56,7 +60,9 @@ class InForce(BaseModel):
     """What the server was started with."""
 
     mode: str
-    guard: str = Field(description="off, warn or relax; off in mode shadow, which only estimates what is lost.")
+    guard: str = Field(
+        description="off, warn or relax; off with calibrated shadow keys, by which what is lost is only estimated."
+    )
     max_lost_mass: float = Field(description="What a token of a query head may lose before the guard counts it.")
     target: str | None = Field(description="What the thresholds aim at, floor:2 or k:128; null if none are used.")
     compensation: str
@@ -101,6 +107,9 @@ class Stats(InForce):
     keys_read_share: float | None = Field(
         description="keys_read / rows_cached over all layers; null in mode values, and before decoding."
     )
+    copies_read_share: float | None = Field(
+        description="copies_read / rows_cached over all layers; null where there are none, and before decoding."
+    )
     bytes_not_read: int = Field(description="Bytes of cached values that thresholds made unnecessary to read.")
     lost_mass_edges: list[float] = Field(description="Upper edges of the buckets in lost_mass, included.")
     layers: list[HeadStats]
@@ -138,7 +147,8 @@ def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
         asked_tokens=_over_replicas(engines, "asked_tokens"),
         requests=_requests(engines),
         rows_read_share=read / cached if cached else None,
-        keys_read_share=_keys_read_share(layers),
+        keys_read_share=_share(layers, "keys_read"),
+        copies_read_share=_share(layers, "copies_read"),
         bytes_not_read=(cached - read) * reports[0].value_row_bytes,
         lost_mass_edges=list(LOST_MASS_EDGES),
         layers=layers,
@@ -147,10 +157,11 @@ def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
     )
 
 
-def _keys_read_share(layers: list[HeadStats]) -> float | None:
-    counted = [(head.keys_read, head.rows_cached) for head in layers if head.keys_read is not None]
-    cached = sum(rows for _, rows in counted)
-    return sum(keys for keys, _ in counted) / cached if cached else None
+def _share(layers: list[HeadStats], field: str) -> float | None:
+    """What of a count that some heads have comes on a cached row of theirs."""
+    counted = [head for head in layers if getattr(head, field) is not None]
+    cached = sum(head.rows_cached for head in counted)
+    return sum(getattr(head, field) for head in counted) / cached if cached else None
 
 
 def _worst(states: Iterable[GuardState]) -> list[GuardState]:
@@ -192,9 +203,14 @@ def _add_heads(one: HeadStats, other: HeadStats) -> HeadStats:
         asked_tokens=one.asked_tokens + other.asked_tokens,
         rows_cached=one.rows_cached + other.rows_cached,
         rows_read=one.rows_read + other.rows_read,
-        keys_read=None if one.keys_read is None or other.keys_read is None else one.keys_read + other.keys_read,
+        keys_read=_sum(one.keys_read, other.keys_read),
+        copies_read=_sum(one.copies_read, other.copies_read),
         lost_mass_mean=lost / max(1, sum(sparse)),
     )
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def _add_lost_mass(one: LostMass, other: LostMass) -> LostMass:

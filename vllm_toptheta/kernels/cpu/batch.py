@@ -103,12 +103,14 @@ class ClosedPages:
         valid: [num_rows, max_pages] bool, False where padded.
         previous: [num_rows] int64, the block before the first of the row; meaningless for a sequence's first block.
         is_first: [num_rows] bool, the row starts with a sequence's first block.
+        sequence_start: [num_rows] int64, that block.
     """
 
     blocks: torch.Tensor
     valid: torch.Tensor
     previous: torch.Tensor
     is_first: torch.Tensor
+    sequence_start: torch.Tensor
 
     @classmethod
     def of_step(cls, step: TailStep, block_size: int) -> ClosedPages | None:
@@ -127,6 +129,7 @@ class ClosedPages:
             valid=valid,
             previous=table.gather(1, (first - 1).clamp(min=0)[:, None]).flatten(),
             is_first=first == 0,
+            sequence_start=table[:, 0],
         )
 
 

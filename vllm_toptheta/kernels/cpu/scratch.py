@@ -23,6 +23,7 @@ class Counted(NamedTuple):
         value_rows_read: [num_seqs, num_kv_heads] int64.
         lost_mass: [num_seqs, num_heads] float32.
         keys_read: [num_seqs, num_kv_heads] int64; all that are cached in mode `values`.
+        copies_read: [num_seqs, num_kv_heads] int64, or None where there are none.
     """
 
     totals: torch.Tensor
@@ -30,6 +31,7 @@ class Counted(NamedTuple):
     value_rows_read: torch.Tensor
     lost_mass: torch.Tensor
     keys_read: torch.Tensor
+    copies_read: torch.Tensor | None = None
 
 
 class CpuScratch:
@@ -50,12 +52,14 @@ class CpuScratch:
         """Count the steps that `add` remembered."""
         if not self._pending:
             return
-        totals, is_counted, value_rows_read, lost_mass, keys_read = zip(*self._pending, strict=True)
+        totals, is_counted, value_rows_read, lost_mass, keys_read, copies_read = zip(*self._pending, strict=True)
         self.forget()
         counters.totals.add_(torch.stack(totals).sum(dim=0))
         counters.value_rows_read.add_(torch.cat(value_rows_read).sum(dim=0))
         if counters.keys_read is not None:
             counters.keys_read.add_(torch.cat(keys_read).sum(dim=0))
+        if counters.copies_read is not None and (found := [read for read in copies_read if read is not None]):
+            counters.copies_read.add_(torch.cat(found).sum(dim=0))
         masses, tokens = torch.cat(lost_mass), torch.cat(is_counted)
         counters.lost_mass.add_((masses * tokens).sum(dim=0, dtype=torch.float64))
         buckets = torch.bucketize(masses, _INNER_EDGES)

@@ -125,6 +125,7 @@ class Counts(NamedTuple):
     lost_mass: torch.Tensor | None = None
     lost_mass_histogram: torch.Tensor | None = None
     totals: torch.Tensor | None = None
+    copies_read: torch.Tensor | None = None
 
     @classmethod
     def of(cls, counters: Counters | None) -> Counts:
