@@ -38,17 +38,20 @@ def channels_for(head_size: int) -> tuple[int, ...]:
     return tuple(number for number in CHANNELS if number <= head_size)
 
 
-def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int) -> str:
+def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int, *, has_copies: bool = False) -> str:
     """Why GPUs have no kernels for a model; empty if they have.
 
     Args:
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer.
         num_kv_heads: Key and value heads of a layer.
+        has_copies: Whether there are copies of keys and values.
     """
     reasons = []
-    if head_size not in HEAD_SIZES:
-        reasons.append(f"heads of {head_size}, only of {', '.join(map(str, HEAD_SIZES))}")
+    sizes = TIER_HEAD_SIZES if has_copies else HEAD_SIZES
+    if head_size not in sizes:
+        of_copies = "copies of " if has_copies and head_size in HEAD_SIZES else ""
+        reasons.append(f"{of_copies}heads of {head_size}, only of {', '.join(map(str, sizes))}")
     if num_heads // num_kv_heads > MAX_QUERIES_PER_KV:
         reasons.append(f"{num_heads // num_kv_heads} query heads per kv head, only for up to {MAX_QUERIES_PER_KV}")
     return f"there are no GPU kernels for {' and '.join(reasons)}" if reasons else ""

@@ -50,9 +50,9 @@ class Settings(BaseSettings):
     )
     shadow_values: bool | None = Field(
         None,
-        description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and nothing "
-        "is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in less "
-        "memory. On if not given, unless thresholds names a store.",
+        description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and "
+        "nothing is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in "
+        "less memory. On if not given, unless thresholds names a store.",
     )
     heavy: float = Field(
         DEFAULT_HEAVY,
@@ -79,8 +79,8 @@ class Settings(BaseSettings):
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",
-        description="Softmax denominator of all keys (sdc), by their scores or their copies', or estimated with calibrated "
-        "shadow keys; mean value for the lost mass (vmc).",
+        description="Softmax denominator of all keys (sdc), by their scores or their copies', or estimated with "
+        "calibrated shadow keys; mean value for the lost mass (vmc).",
     )
     dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None,

@@ -42,7 +42,7 @@ def test_configurations_are_checked(release: Release) -> None:
         "config_check.install(); config_check.install()\n"
         "support_checks.check_engine = lambda config: done.append('engine')\n"
         "support_checks.check_settings = lambda settings, config: done.append(settings)\n"
-        "support_checks.check_kernels = lambda architecture: done.append(architecture)\n"
+        "support_checks.check_kernels = lambda architecture, **_: done.append(architecture)\n"
         "request_validation.install = lambda: done.append('requests')\n"
         "Plan.resolve = lambda config: S(settings='settings', thresholds='some', architecture='kernels')\n"
         "for name in ('FLASH_ATTN', 'TOPTHETA'):\n"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.kernels.gaps import in_a_gap
+from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.contract import (
     NUM_COEFFICIENTS,
     Counters,
@@ -23,6 +24,7 @@ from vllm_toptheta.kernels.contract import (
     LayerThresholds,
     ShadowLayer,
     TailStep,
+    TierLayer,
 )
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
@@ -67,7 +69,12 @@ class Shape:
     max_dense_len: int = 0
     target_k: int = 20
     num_channels: int = 0  # of shadow keys
+    has_copies: bool = False
     seed: int = 0
+
+    @property
+    def code_bytes(self) -> int:
+        return tier_bytes(self.head_size) if self.has_copies else self.num_channels // 2
 
 
 @dataclass
@@ -126,6 +133,7 @@ class Case:
         max_dense_len: int | None = None,
         min_step_tokens: int = 0,
         shadow: ShadowLayer | None = None,
+        tiers: TierLayer | None = None,
         codes: torch.Tensor | None = None,
     ) -> tuple[DecodeStep, LayerCall]:
         """What the kernels take, by default by this case's own thresholds."""
@@ -146,6 +154,7 @@ class Case:
             value_mean_compensation=shape.value_mean,
             thresholds=LayerThresholds(coefficients, is_relative=shape.slope != 0),
             shadow=shadow,
+            tiers=tiers,
             counters=counters,
         )
         return step, LayerCall(self.query, output, self.cache(codes), layer, self.q_scale)
@@ -161,13 +170,14 @@ class Case:
         after: list[int],
         shadow: ShadowLayer | None = None,
         codes: torch.Tensor | None = None,
+        tiers: TierLayer | None = None,
     ) -> None:
         """Write the tails of a step in which the sequences grow from `before` to `after`."""
         lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
         query_lens = [end - start for start, end in zip(before, after, strict=True)]
         starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
         step = TailStep(self.block_table, lens, starts, max(query_lens))
-        write_tails(step, self.cache(codes), Layer(self.softmax_scale, shadow=shadow))
+        write_tails(step, self.cache(codes), Layer(self.softmax_scale, shadow=shadow, tiers=tiers))
 
     def new_query(self, row: int) -> torch.Tensor:
         """Query of a sequence, [1, num_heads, head_size] float32, scale applied."""
@@ -194,7 +204,7 @@ def make_case(shape: Shape, threshold: float | None = None) -> Case:
     width = max(1, *(-(-length // shape.block_size) for length in shape.lens)) + 1
     num_blocks = 1 + sum(-(-length // shape.block_size) for length in shape.lens)
     content = group_shape[0] * group_shape[1] * group_shape[2]
-    code_bytes = group_shape[0] * group_shape[1] * shape.num_channels // 2
+    code_bytes = group_shape[0] * group_shape[1] * shape.code_bytes
     page = padded_page_bytes(content * kv_dtype.itemsize, shape.num_kv_heads, shape.head_size, code_bytes=code_bytes)
     stride = page // kv_dtype.itemsize
     memory = torch.full((num_blocks * stride,), torch.nan, dtype=torch.float32, device=DEVICE).to(kv_dtype)

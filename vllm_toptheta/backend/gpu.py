@@ -41,10 +41,10 @@ from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
-from vllm_toptheta.kernels.gpu import shadow, values
-from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes
+from vllm_toptheta.kernels.gpu import shadow, tiers, values
+from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig, launch_config, num_multiprocessors
 from vllm_toptheta.limits import HEAD_SIZES
 
 # channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
@@ -78,7 +78,8 @@ def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device) -> DenseRu
 
 def shadow_config(plan: Plan) -> ShadowConfig:
     """Launch parameters of mode `shadow`."""
-    return ShadowConfig().scanning if plan.settings.always_shadow else ShadowConfig()
+    config = ShadowConfig() if plan.heavy is None else TIER_CONFIG
+    return config.scanning if plan.settings.always_shadow else config
 
 
 class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
@@ -255,20 +256,26 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
 
     def _decode(self, step: DecodeStep, call: LayerCall) -> None:
         scratch = self._scratch(len(call.query), call.cache.kv_cache.element_size(), call.query.device)
-        if isinstance(scratch, ShadowScratch):
+        if isinstance(scratch, TierScratch):
+            tiers.decode(step, call, scratch)
+        elif isinstance(scratch, ShadowScratch):
             shadow.decode(step, call, scratch)
         else:
             values.decode(step, call, scratch)
 
-    def _scratch(self, num_seqs: int, element_bytes: int, device: torch.device) -> Scratch | ShadowScratch:
+    def _scratch(
+        self, num_seqs: int, element_bytes: int, device: torch.device
+    ) -> Scratch | ShadowScratch | TierScratch:
         """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
         plan, layer = self.plan, self.layer
         num_sms = num_multiprocessors(device)
         share = current_workspace_manager().get_simultaneous
         config = launch_config(self.head_size, element_bytes, device)
         sizes = Sizes(num_seqs, self.num_heads, self.num_kv_heads, self.head_size)
-        if plan is None or layer is None or layer.shadow is None:
+        if plan is None or layer is None or not layer.code_bytes:
             return Scratch(config, *share(*Scratch.spec(sizes, config, num_sms)))
-        sizes = sizes._replace(code_bytes=layer.shadow.codec.code_bytes)
         chosen = shadow_config(plan)
+        if layer.tiers is not None:
+            return TierScratch(chosen, config, *share(*TierScratch.spec(sizes, chosen, config, num_sms)))
+        sizes = sizes._replace(code_bytes=layer.code_bytes)
         return ShadowScratch(chosen, config, *share(*ShadowScratch.spec(sizes, chosen, config, num_sms)))

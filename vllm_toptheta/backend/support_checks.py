@@ -74,18 +74,21 @@ def check_settings(settings: Settings, vllm_config: Any) -> None:
         )
 
 
-def check_kernels(architecture: Architecture) -> None:
+def check_kernels(architecture: Architecture, *, has_copies: bool = False) -> None:
     """Refuse thresholds for a model that the platform has no decode kernels for.
 
     Args:
         architecture: The model's heads over all ranks.
+        has_copies: Whether there are copies of keys and values.
 
     Raises:
         UnsupportedError: Says what GPUs do have kernels for.
     """
-    missing = gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads)
+    heads = architecture.head_size, architecture.num_heads, architecture.num_kv_heads
+    missing = gpus_lack(*heads, has_copies=has_copies)
     if missing and not current_platform.is_cpu():
-        raise UnsupportedError(f"attention backend toptheta: {missing}", remedy=_REMEDY)
+        remedy = _REMEDY if gpus_lack(*heads) else "Serve in mode values, or with shadow_values off"
+        raise UnsupportedError(f"attention backend toptheta: {missing}", remedy=remedy)
 
 
 def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:

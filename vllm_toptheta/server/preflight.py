@@ -50,7 +50,11 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
     thresholds = selection.thresholds
     if thresholds is None:
         return f"every layer will run dense: {selection.origin}"
-    caution = "" if local.architecture is None else _check_kernels(local.architecture, model)
+    caution = (
+        ""
+        if local.architecture is None
+        else _check_kernels(local.architecture, model, has_copies=selection.heavy is not None)
+    )
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     if selection.model_id is None:
         unknown = f"; not compared with the model, because {local.unknown}" if local.unknown else ""
@@ -68,7 +72,7 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
     )
 
 
-def _check_kernels(architecture: Architecture, model: str) -> str:
+def _check_kernels(architecture: Architecture, model: str, *, has_copies: bool) -> str:
     """Refuse a model that GPUs have no kernels for where it would be served on them.
 
     Returns:
@@ -77,10 +81,12 @@ def _check_kernels(architecture: Architecture, model: str) -> str:
     Raises:
         UnsupportedError: The installed vLLM is for GPUs.
     """
-    missing = gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads)
+    heads = architecture.head_size, architecture.num_heads, architecture.num_kv_heads
+    missing = gpus_lack(*heads, has_copies=has_copies)
     build = _vllm_build()
     if missing and build == "gpu":
-        raise UnsupportedError(missing, field=model, remedy="Serve it on CPUs, or without --attention-backend toptheta")
+        remedy = "without --attention-backend toptheta" if gpus_lack(*heads) else "with --shadow-values off"
+        raise UnsupportedError(missing, field=model, remedy=f"Serve it on CPUs, or {remedy}")
     return f"; on CPUs only, because {missing}" if missing and build is None else ""
 
 

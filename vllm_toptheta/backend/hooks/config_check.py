@@ -31,7 +31,7 @@ def _checking(check_and_update_config: Callable[..., Any]) -> Callable[..., Any]
             plan = Plan.resolve(vllm_config)
             support_checks.check_settings(plan.settings, vllm_config)
             if plan.thresholds is not None:
-                support_checks.check_kernels(plan.architecture)
+                support_checks.check_kernels(plan.architecture, has_copies=plan.heavy is not None)
             request_validation.install()
 
     return check

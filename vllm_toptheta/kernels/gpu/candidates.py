@@ -41,7 +41,7 @@ _HALVES_ASM: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def _halves(codes, PACKED: tl.constexpr):
+def halves(codes, PACKED: tl.constexpr):
     """Lower and upper halves of bytes, int8; `PACKED` takes four at a time where Triton would take them one by one."""
     if PACKED:
         lower, upper = tl.inline_asm_elementwise(
@@ -71,25 +71,30 @@ def _load_query(
 
 
 @triton.jit
-def _order_candidates(
+def order_lists(
     block_row,
-    list_ptr,  # [LIST_DEPTH, TILE] int32, positions
+    list_ptr,  # [LIST_DEPTH, TILE, ENTRY] int32, an entry's last number is a position
     order_ptr,  # [LIST_DEPTH * TILE] int32, slots (block * block_size + offset)
+    entry_ptr,  # [LIST_DEPTH * TILE] int32, where entries of the list start; None where they are positions alone
     list_length,  # [TILE]
     depth,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    ENTRY: tl.constexpr,
 ):
-    """Number the candidates of all lanes one after the other, and look up their slots, all at the same time."""
+    """Number what all lanes have listed one after the other, and look up the slots, all at the same time."""
     lane = tl.arange(0, TILE)
     first_index = tl.cumsum(list_length, axis=0) - list_length
     for first_depth in range(0, depth, ORDERED_AT_ONCE):
         depths = first_depth + tl.arange(0, ORDERED_AT_ONCE)
         listed = depths[:, None] < list_length[None, :]
-        position = tl.load(list_ptr + depths[:, None] * TILE + lane[None, :], mask=listed, other=0)
+        entry = (depths[:, None] * TILE + lane[None, :]) * ENTRY
+        position = tl.load(list_ptr + entry + (ENTRY - 1), mask=listed, other=0)
         block = tl.load(block_row + position // BLOCK_SIZE, mask=listed, other=0)
         index = first_index[None, :] + depths[:, None]
         tl.store(order_ptr + index, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=listed)
+        if entry_ptr is not None:
+            tl.store(entry_ptr + index, entry, mask=listed)
 
 
 @triton.jit
@@ -161,7 +166,7 @@ def attend_candidates(
             blocks = load_blocks(block_row, (tile_start + TILE) // ROW_TOKENS, row_end, ROW_BLOCK, ROWS)
             # behind the end this reads block 0 or the rest of a page: any bytes do
             codes = tl.load(code_base + row[:, None] + byte[None, :])
-            lower, upper = _halves(codes, tiling.ON_GPU)
+            lower, upper = halves(codes, tiling.ON_GPU)
             above = tl.zeros((ROWS, COLUMNS), dtype=tl.int32) - floor[None, :]
             above = tl.dot(lower, lower_query, acc=above, out_dtype=tl.int32)
             above = tl.dot(upper, upper_query, acc=above, out_dtype=tl.int32)
@@ -179,7 +184,7 @@ def attend_candidates(
         if (depth > LIST_DEPTH - tiling.CHUNK_TILES) | (chunk_end >= end):
             # the list was written by other threads
             tl.debug_barrier()
-            _order_candidates(block_row, list_ptr, order_ptr, list_length, depth, BLOCK_SIZE, TILE)
+            order_lists(block_row, list_ptr, order_ptr, None, list_length, depth, BLOCK_SIZE, TILE, 1)
             # so was their order
             tl.debug_barrier()
             num_listed = tl.sum(list_length, axis=0)
@@ -213,4 +218,5 @@ def attend_candidates(
     num_unread = (end - start - keys_read).to(tl.float32)
     lost_sum = tl.sum(lane_lost, axis=0) + ratio * num_unread * tl.exp2((threshold - maximum) * LOG2_E)
     rows_read += tl.sum(lane_read, axis=0)
-    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, rows_read, keys_read)
+    no_copies = tl.zeros((), dtype=tl.int32)
+    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, rows_read, keys_read, no_copies)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCache, LayerCall, ShadowLayer, TailStep
+from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCache, LayerCall, ShadowLayer, TailStep, TierLayer
 
 
 class Tokens(NamedTuple):
@@ -50,6 +50,7 @@ class Queries(NamedTuple):
         query: [num_seqs, num_heads, head_size].
         coefficients: [num_heads, NUM_COEFFICIENTS] float32.
         thresholds: [num_seqs, num_heads] float32, to be written before they are read.
+        anchor_lse: The same, of the anchors' scores; None where nobody asks.
         q_scale, k_scale: [1] float32, or None.
         stride_seq, stride_head: Of the queries, elements.
         num_heads: Query heads.
@@ -60,6 +61,7 @@ class Queries(NamedTuple):
     query: torch.Tensor
     coefficients: torch.Tensor
     thresholds: torch.Tensor
+    anchor_lse: torch.Tensor | None
     q_scale: torch.Tensor | None
     k_scale: torch.Tensor | None
     stride_seq: int
@@ -69,7 +71,7 @@ class Queries(NamedTuple):
     logits_soft_cap: float | None
 
     @classmethod
-    def of(cls, call: LayerCall, thresholds: torch.Tensor) -> Queries:
+    def of(cls, call: LayerCall, thresholds: torch.Tensor, anchor_lse: torch.Tensor | None = None) -> Queries:
         """Those of a call to a layer with thresholds, and scratch memory for what these are in its sequences."""
         layer, query = call.layer, call.query
         if layer.thresholds is None:
@@ -78,6 +80,7 @@ class Queries(NamedTuple):
             query,
             layer.thresholds.coefficients,
             thresholds,
+            anchor_lse,
             call.q_scale,
             call.cache.k_scale,
             query.stride(0),
@@ -93,9 +96,10 @@ class Lists(NamedTuple):
 
     Attributes:
         entries: Of survivors [num_lists, LIST_DEPTH, TILE, GROUP + 1] int32, the bits of a score for each head and the
-            position; of candidates [num_lists, LIST_DEPTH, TILE] int32, positions.
+            position; of candidates [num_lists, LIST_DEPTH, TILE] int32, positions. Light keys are kept like survivors.
         order: Of survivors [num_lists, 2, LIST_DEPTH * TILE] int64, where entries of the list and the rows of their
-            tokens start; of candidates [num_lists, LIST_DEPTH * TILE] int32, slots (block * block_size + offset).
+            tokens start; of candidates [num_lists, LIST_DEPTH * TILE] int32, slots (block * block_size + offset); of
+            light keys [num_lists, 2, LIST_DEPTH * TILE] int32, slots, and where entries of the list start.
     """
 
     entries: torch.Tensor
@@ -139,7 +143,7 @@ class Piece(NamedTuple):
     Attributes:
         output: [D_PAD, G_PAD] float32, weighted values.
         maximum, kept_sum, lost_sum: [G_PAD] float32.
-        value_rows_read, keys_read: int32.
+        value_rows_read, keys_read, copies_read: int32.
     """
 
     output: Any
@@ -148,6 +152,7 @@ class Piece(NamedTuple):
     lost_sum: Any
     value_rows_read: Any
     keys_read: Any
+    copies_read: Any
 
 
 class Shadow(NamedTuple):
@@ -201,6 +206,43 @@ class Shadow(NamedTuple):
         )
 
 
+class Copies(NamedTuple):
+    """Copies of a layer's keys and values, and what a step compares them with.
+
+    Attributes:
+        codes: [num_blocks, num_kv_heads, block_size, code_bytes] uint8, filled as `kernels.pages` says.
+        steps: The same memory as float16.
+        rotation: [head_size, head_size] float32.
+        query_codes: [num_seqs, num_heads, head_size] int8.
+        query_terms: [num_seqs, num_heads, 3] float32, scale, middle and offset: with the sum of products of codes and
+            the step of a key, its score is offset + scale * step * (sum - middle).
+        stride_block, stride_head: Of the codes, bytes.
+    """
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+    rotation: torch.Tensor
+    query_codes: torch.Tensor | None
+    query_terms: torch.Tensor | None
+    stride_block: int
+    stride_head: int
+
+    @classmethod
+    def of(
+        cls,
+        layer: TierLayer,
+        codes: torch.Tensor,
+        *,
+        query_codes: torch.Tensor | None = None,
+        query_terms: torch.Tensor | None = None,
+    ) -> Copies:
+        """Those of a layer; without scratch memory for what is compared with codes, to be written only."""
+        strides = codes.stride()
+        return cls(
+            codes, codes.view(torch.float16), layer.codec.rotation, query_codes, query_terms, strides[0], strides[1]
+        )
+
+
 class Shape(NamedTuple):
     """A layer's sizes, and what is computed of it.
 
@@ -210,7 +252,7 @@ class Shape(NamedTuple):
         FLOAT16: Whether products are of float16 instead of bfloat16.
         RELATIVE: Whether thresholds follow the scores of anchors.
         VALUE_MEAN: Whether the lost mass is given to the mean value.
-        CODE_BYTES: Bytes of a shadow key; 0 without.
+        CODE_BYTES: Bytes of a token's codes in a page's tail; 0 without.
     """
 
     BLOCK_SIZE: int
@@ -228,7 +270,6 @@ class Shape(NamedTuple):
         _, num_heads, head_size = call.query.shape
         _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
         thresholds = call.layer.thresholds
-        shadow = call.layer.shadow
         return cls(
             block_size,
             head_size,
@@ -237,7 +278,7 @@ class Shape(NamedTuple):
             call.output.dtype == torch.float16,
             thresholds is not None and thresholds.is_relative,
             call.cache.value_sum is not None,
-            0 if shadow is None else shadow.codec.code_bytes,
+            call.layer.code_bytes,
         )
 
 

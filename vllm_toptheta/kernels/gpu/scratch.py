@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
-from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, LaunchConfig, ShadowConfig, launch_config, num_multiprocessors
 
 Spec = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of every buffer, in the order of the fields
 
@@ -107,6 +107,59 @@ class ShadowScratch(NamedTuple):
     ) -> ShadowScratch:
         """As `Scratch.allocate`; steps of which all keys are read are launched by the table."""
         config = config or ShadowConfig()
+        values_config = launch_config(sizes.head_size, kv_dtype.itemsize, device)
+        spec = cls.spec(sizes, config, values_config, num_multiprocessors(torch.device(device)))
+        return cls(config, values_config, *_allocate(spec, device))
+
+
+class TierScratch(NamedTuple):
+    """Of copies of keys and values; see `tier_query.tier_query_kernel` and `tier_split.tier_split_kernel`.
+
+    Steps of which all keys are read need that of mode `values`, and `values_config` says how they are launched.
+    """
+
+    config: ShadowConfig
+    values_config: LaunchConfig
+    thresholds: torch.Tensor
+    anchor_lse: torch.Tensor
+    query_codes: torch.Tensor
+    query_terms: torch.Tensor
+    heavy: torch.Tensor
+    heavy_order: torch.Tensor
+    light: torch.Tensor
+    light_order: torch.Tensor
+    survivors: torch.Tensor
+    order: torch.Tensor
+    partial_output: torch.Tensor
+    partial_stats: torch.Tensor
+
+    @staticmethod
+    def spec(sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int) -> Spec:
+        """As `Scratch.spec`."""
+        values = Scratch.spec(sizes, values_config, num_sms)
+        group = sizes.num_heads // sizes.num_kv_heads
+        num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        room = config.list_depth * config.tile
+        return (
+            values[0],
+            values[0],
+            ((sizes.max_num_seqs, sizes.num_heads, sizes.head_size), torch.int8),
+            ((sizes.max_num_seqs, sizes.num_heads, 3), torch.float32),
+            ((num_lists, room), torch.int32),
+            ((num_lists, room), torch.int32),
+            ((num_lists, room, group + 1), torch.int32),
+            ((num_lists, 2, room), torch.int32),
+            *values[1:3],
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
+        )
+
+    @classmethod
+    def allocate(
+        cls, sizes: Sizes, *, kv_dtype: torch.dtype, device: torch.device | str, config: ShadowConfig | None = None
+    ) -> TierScratch:
+        """As `ShadowScratch.allocate`."""
+        config = config or TIER_CONFIG
         values_config = launch_config(sizes.head_size, kv_dtype.itemsize, device)
         spec = cls.spec(sizes, config, values_config, num_multiprocessors(torch.device(device)))
         return cls(config, values_config, *_allocate(spec, device))

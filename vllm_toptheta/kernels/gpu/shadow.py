@@ -130,7 +130,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         config.short_length,
         shape,
         schedule,
-        _tiling_of(config, shape.GROUP, on_gpu=on_gpu),
+        scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
         ROW_TOKENS=row_tokens,
         COLUMN_HEADS=max(next_power_of_2(shape.GROUP), MIN_COLUMNS // row_tokens),
         EARLY_SPLIT=early,
@@ -150,7 +150,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
 
 
 @functools.cache
-def _tiling_of(config: ShadowConfig, group: int, *, on_gpu: bool) -> Tiling:
+def scan_tiling(config: ShadowConfig, group: int, *, on_gpu: bool) -> Tiling:
     """The scan of shadow keys, and the walk of candidates, by `group` query heads."""
     return Tiling(
         TILE=config.tile,

@@ -66,7 +66,7 @@ def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, 
         kept_sum = kept_sum * rescale + tl.sum(weights, axis=0)
         output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
         maximum = new_maximum
-    return Piece(output, maximum, kept_sum, lost_sum, rows_read, rows_read)
+    return Piece(output, maximum, kept_sum, lost_sum, rows_read, rows_read, tl.zeros((), dtype=tl.int32))
 
 
 @triton.jit
@@ -206,4 +206,6 @@ def attend_survivors(
             # the next scan writes over what this gather reads
             tl.debug_barrier()
     lost_sum = tl.sum(lane_lost, axis=0) * tl.exp2((threshold - maximum) * LOG2_E)
-    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, tl.sum(lane_read, axis=0), end - start)
+    rows_read = tl.sum(lane_read, axis=0)
+    no_copies = tl.zeros((), dtype=tl.int32)
+    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, rows_read, end - start, no_copies)

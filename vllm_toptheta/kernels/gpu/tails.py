@@ -6,11 +6,13 @@ import torch
 
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep, check_tails, expect
 from vllm_toptheta.kernels.gpu.codes import write_codes
+from vllm_toptheta.kernels.gpu.copies import write_copies
 from vllm_toptheta.kernels.gpu.value_sums import write_value_sums
 
 
 def write_tails(step: TailStep, cache: LayerCache, layer: Layer) -> None:
-    """Write the tails of all pages that a step's tokens fill: value sums, and codes where the layer has shadow keys.
+    """Write the tails of all pages that a step's tokens fill: value sums, and shadow keys or copies where
+    the layer has them.
 
     A launch for each, whose grid depends on shapes and `max_query_len` only, and nothing allocated: the call can be
     captured in a CUDA graph. The tokens' keys and values must have been written. Sequences without tokens in this step
@@ -35,3 +37,4 @@ def write_tails(step: TailStep, cache: LayerCache, layer: Layer) -> None:
     if num_seqs:
         write_value_sums(step, cache)
         write_codes(step, cache, layer)
+        write_copies(step, cache, layer)

@@ -1,4 +1,4 @@
-"""The first Triton kernel of both modes: the thresholds of a step, and nothing else.
+"""The first Triton kernel of all modes: the thresholds of a step, and nothing else.
 
 A kernel of its own, because whoever scores a sequence's 144 anchors waits for three loads that depend on each other,
 about 6 us: each of the programs that share the sequence out would. Here all wait for it once, and the next kernel
@@ -48,7 +48,7 @@ def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_tab
 )
 def threshold_kernel(
     tokens,  # Tokens
-    queries,  # Queries, whose thresholds are written
+    queries,  # Queries, whose thresholds and sums over anchors are written
     num_seqs,
     max_dense_len,
     min_step_tokens,
@@ -81,7 +81,10 @@ def threshold_kernel(
     threshold = threshold * log_length + tl.load(coefficients, mask=mask_g, other=0.0)
     if shape.RELATIVE:
         slope = tl.load(coefficients + 3, mask=mask_g, other=0.0)
-        threshold += slope * _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_table_seq, shape)
+        lse = _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_table_seq, shape)
+        threshold += slope * lse
+        if queries.anchor_lse is not None:
+            tl.store(queries.anchor_lse + seq.to(tl.int64) * queries.num_heads + head, lse, mask=mask_g)
     if tokens.threshold_offset is not None:
         threshold += offset_of(tokens, seq, num_seqs)
     # finite, so that differences of two of them are no NaN, and above what is discarded

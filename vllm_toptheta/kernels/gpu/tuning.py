@@ -73,7 +73,7 @@ class LaunchConfig(_Programs):
 
 @dataclass(frozen=True)
 class ShadowConfig(_Programs):
-    """How the kernels of mode `shadow` are launched.
+    """How the kernels of mode `shadow` are launched, by calibrated shadow keys or by copies of keys and values.
 
     Attributes:
         tile: Shadow keys per step of the scan.
@@ -130,6 +130,10 @@ class ShadowConfig(_Programs):
     def __post_init__(self) -> None:
         if not 0 < self.chunk_tiles <= self.list_depth:
             raise ValueError(f"list_depth: {self.list_depth} is less than the {self.chunk_tiles} tiles of a chunk")
+
+
+# of copies of keys and values: scores are weighed in the scan, which takes twice the registers a row
+TIER_CONFIG = ShadowConfig(tile=128)
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:

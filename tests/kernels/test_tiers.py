@@ -1,0 +1,210 @@
+"""The kernels of tiers against the fp32 reference, with NaN or garbage in every byte that was not written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
+from tests.kernels.tier_case import GARBAGE, SCANNING, check, check_copies, make_tier_case
+from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.tails import write_tails
+from vllm_toptheta.kernels.gpu.tiers import decode
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
+from vllm_toptheta.reference import dense_attention
+
+pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
+
+LENS = (1, 0, 160, 333)
+
+SHAPES = {
+    "plain": Shape(LENS),
+    "mha": Shape(LENS, num_heads=2),
+    "group of 5": Shape(LENS[2:], num_heads=5, num_kv_heads=1),
+    "group of 8": Shape(LENS, num_heads=8, num_kv_heads=1),
+    "group of 16, HND": Shape(LENS[2:], num_heads=16, num_kv_heads=1, layout="HND"),
+    "head size 128, block 128": Shape(LENS, head_size=128, block_size=128),
+    "head size 128, block 32": Shape(LENS, num_heads=8, head_size=128, block_size=32),
+    "head size 256": Shape(LENS[:3], num_kv_heads=1, num_heads=2, head_size=256),
+    "block size that is no power of two": Shape(LENS, block_size=48),
+    "soft cap": Shape(LENS, soft_cap=5.0),
+    "short sequences kept": Shape(LENS, max_dense_len=160),
+    "everything kept": Shape(LENS, max_dense_len=1000),
+    "no value mean": Shape(LENS, value_mean=False),
+}
+# few programs, so that sequences are split in the middle and programs cross from one to the next
+FEW = replace(SCANNING, tile=64, programs_per_sm=1, min_work=1, walk_tile=32, chunk_tiles=2, list_depth=4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode(name: str) -> None:
+    tiers = make_tier_case(SHAPES[name])
+    if not SHAPES[name].value_mean:
+        # the reference gives the lost mass to the mean, which here it is not
+        output, counters = tiers.run(FEW if INTERPRETED else SCANNING)
+        full, expected = make_tier_case(replace(SHAPES[name], value_mean=True)).run(FEW if INTERPRETED else SCANNING)
+        assert torch.equal(counters.lost_mass, expected.lost_mass)
+        row = len(SHAPES[name].lens) - 1
+        lost = tiers.reference(row).lost_mass[0][:, None]
+        mean = tiers.case.sequence(row)[1].mean(0).repeat_interleave(2, dim=0)
+        torch.testing.assert_close(output[row].float(), full[row].float() - lost * mean, rtol=0, atol=3e-3)
+        return
+    check(tiers, *tiers.run(FEW if INTERPRETED else SCANNING))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].value_mean])
+def test_decode_bfloat16(name: str) -> None:
+    tiers = make_tier_case(replace(SHAPES[name], dtype=torch.bfloat16))
+    check(tiers, *tiers.run())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes the interpreter too long")
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+def test_long_sequences(group: int, head_size: int) -> None:
+    shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
+    tiers = make_tier_case(shape)
+    check(tiers, *tiers.run())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(FEW, chunk_tiles=1, list_depth=1),
+        replace(FEW, tile=128, chunk_tiles=4, list_depth=9, scan_stages=1, walk_tile=64),
+    ],
+    ids=["a walk after every tile", "other sizes"],
+)
+def test_variants(config: ShadowConfig) -> None:
+    tiers = make_tier_case(SHAPES["plain"])
+    check(tiers, *tiers.run(config))
+
+
+@pytest.mark.parametrize("name", ["plain", "group of 8"])
+@pytest.mark.parametrize("is_short", [True, False])
+def test_all_keys_are_read_in_a_step_of_short_sequences(name: str, is_short: bool) -> None:
+    shape = SHAPES[name]
+    # 0 is padding, not a sequence
+    mean = sum(shape.lens) // sum(length > 0 for length in shape.lens)
+    tiers = replace(make_tier_case(shape), reads_all_keys=is_short)
+    output, counters = tiers.run(replace(FEW, short_length=mean + is_short))
+    check(tiers, output, counters)
+    if is_short:
+        assert counters.keys_read.tolist() == [sum(shape.lens)] * shape.num_kv_heads
+        assert not counters.copies_read.any()
+
+
+def test_a_step_of_few_tokens_is_dense() -> None:
+    tiers = make_tier_case(SHAPES["plain"])
+    output, counters = tiers.run(FEW, min_step_tokens=sum(LENS) + 1)
+    dense, _ = tiers.run(FEW, max_dense_len=10**6)
+    torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
+    assert counters.keys_read.tolist() == counters.value_rows_read.tolist() == [sum(LENS)] * 2
+    assert not counters.copies_read.any()
+
+
+def test_every_key_heavy_is_dense_attention() -> None:
+    tiers = make_tier_case(SHAPES["plain"], weight_floor=1e-9, heavy=0.0)
+    output, counters = tiers.run(FEW)
+    for row, length in enumerate(LENS):
+        if length:
+            expected = dense_attention(
+                tiers.case.new_query(row), *tiers.case.sequence(row), softmax_scale=tiers.case.softmax_scale
+            )
+            torch.testing.assert_close(output[row].float(), expected.output[0], rtol=0, atol=4e-3)
+    assert counters.keys_read.tolist() == [sum(LENS)] * 2
+    assert not counters.copies_read.any()
+
+
+def test_every_key_light() -> None:
+    tiers = make_tier_case(SHAPES["plain"], weight_floor=1e-6, heavy=1.0)
+    output, counters = tiers.run(FEW)
+    check(tiers, output, counters)
+    # both ends are exact, and nothing is lost
+    assert int(counters.copies_read.min()) > 0.6 * (333 - 144)
+    assert float(counters.lost_mass.max()) < 1e-4
+
+
+def test_a_request_moves_what_is_light_and_not_what_is_heavy() -> None:
+    tiers = make_tier_case(SHAPES["plain"])
+    offset = torch.zeros(len(LENS), device=DEVICE)
+    offset[3] = math.log(0.05)
+    output, counters = tiers.run(FEW, threshold_offset=offset)
+    _, plain = tiers.run(FEW)
+    assert torch.equal(counters.keys_read, plain.keys_read)
+    assert bool((counters.copies_read > plain.copies_read).all())
+    lower = replace(tiers, weight_floor=0.05 * tiers.weight_floor).reference(3)
+    torch.testing.assert_close(output[3].float(), lower.output[0], rtol=0, atol=6e-3)
+    offset[3] = -torch.inf
+    dense = dense_attention(
+        tiers.case.new_query(3), *tiers.case.sequence(3), softmax_scale=tiers.case.softmax_scale
+    ).output[0]
+    output, _ = tiers.run(FEW, threshold_offset=offset)
+    torch.testing.assert_close(output[3].float(), dense, rtol=0, atol=4e-3)
+
+
+def test_what_scratch_held_does_not_matter() -> None:
+    tiers = make_tier_case(SHAPES["plain"])
+    scratch = tiers.scratch(FEW)
+    results = []
+    for byte in (0x00, 0x7F, 0xFF):
+        for buffer in scratch[2:]:
+            buffer.view(torch.uint8).fill_(byte)
+        results.append(tiers.run(scratch=scratch)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("name", "before"), [("plain", (0, 0, 100, 31)), ("head size 128, block 32", (0, 0, 0, 320))])
+def test_copies_of_steps_that_fill_any_number_of_pages(name: str, before: tuple[int, ...]) -> None:
+    tiers = make_tier_case(SHAPES[name])
+    tiers.codes.fill_(GARBAGE)
+    tiers.write_tails([0] * len(LENS), list(before))
+    tiers.write_tails(list(before), list(LENS))
+    check_copies(tiers)
+    written = tiers.codes.clone()
+    tiers.write_tails([0] * len(LENS), list(LENS))
+    assert torch.equal(tiers.codes, written)
+    open_page = int(tiers.case.block_table[3, LENS[3] // SHAPES[name].block_size])
+    assert bool((tiers.codes[open_page] == GARBAGE).all())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_replayed_graphs_equal_eager_calls() -> None:
+    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16))
+    scratch = tiers.scratch()
+    output = torch.empty_like(tiers.case.query)
+    records = tiers.records(output)
+    decode(*records, scratch)
+    eager = output.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(*records, scratch)
+    output.zero_()
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(output, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head_size": 80}, "query: head_size is 80, expected one of 64, 128, 256"),
+        ({"kv_dtype": torch.float8_e4m3fn}, "kv_cache: dtype is torch.float8_e4m3fn, expected"),
+    ],
+)
+def test_what_has_no_kernels(change: dict[str, object], words: str) -> None:
+    tiers = make_tier_case(replace(Shape((200,)), **change))
+    with pytest.raises(ValueError, match=words):
+        tiers.run(FEW)
+
+
+def test_tails_without_codes_are_refused() -> None:
+    tiers = make_tier_case(Shape((200,)))
+    step = TailStep(tiers.case.block_table, tiers.case.seq_lens, torch.zeros(2, dtype=torch.int32, device=DEVICE), 1)
+    with pytest.raises(ValueError, match="codes: None"):
+        write_tails(step, LayerCache(tiers.case.kv_cache), Layer(1.0, tiers=tiers.layer))

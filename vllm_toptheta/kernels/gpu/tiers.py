@@ -1,0 +1,138 @@
+"""Top-Theta attention of one new token per sequence by tiers, on the GPU: exact rows, copies, and the mean value."""
+
+from __future__ import annotations
+
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
+from vllm_toptheta.kernels.gpu.copies import TOKENS_PER_STEP
+from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
+from vllm_toptheta.kernels.gpu.records import (
+    Copies,
+    Counts,
+    Lists,
+    Pieces,
+    Queries,
+    Shape,
+    Tokens,
+    next_power_of_2,
+)
+from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
+from vllm_toptheta.kernels.gpu.scratch import TierScratch
+from vllm_toptheta.kernels.gpu.shadow import scan_tiling
+from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
+from vllm_toptheta.kernels.gpu.tier_query import tier_query_kernel
+from vllm_toptheta.kernels.gpu.tier_split import tier_split_kernel
+from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
+from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, launch_options, num_multiprocessors
+from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
+from vllm_toptheta.limits import TIER_HEAD_SIZES
+
+
+def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
+    """One new token per sequence: score the copies of all keys, read heavy rows exactly and light values as copies.
+
+    `reference.tiers` has the formulas. A step of few tokens, or of short sequences, as the scratch's `config` says, is
+    faster if all keys are read: it is answered as by `values.decode`.
+
+    Four launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
+    can be captured in a CUDA graph. Any number of heavy and light keys is right, however unlikely. Bits of the output
+    do not depend on what `scratch` held.
+
+    Args:
+        step: The step.
+        call: Of a layer with relative thresholds and tiers.
+        scratch: For at least as many sequences.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
+            name.
+    """
+    check_kernels(call)
+    check(step, call)
+    num_seqs, _, head_size = call.query.shape
+    _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
+    tiers, codes = call.layer.tiers, call.cache.codes
+    if tiers is None or codes is None:
+        raise ValueError("tiers: None, expected a layer with copies")
+    if head_size not in TIER_HEAD_SIZES:
+        raise ValueError(f"query: head_size is {head_size}, expected one of {', '.join(map(str, TIER_HEAD_SIZES))}")
+    if call.cache.kv_cache.dtype != call.output.dtype:
+        raise ValueError(f"kv_cache: dtype is {call.cache.kv_cache.dtype}, expected {call.output.dtype} with copies")
+    if codes.stride(0) % 16 or codes.stride(1) % 16 or codes.data_ptr() % 16:
+        raise ValueError(f"codes: strides {codes.stride()}, expected blocks and heads at multiples of 16 bytes")
+    if num_seqs == 0:
+        return
+    config, values_config = scratch.config, scratch.values_config
+    num_sms = num_multiprocessors(call.query.device)
+    num_programs = config.num_programs(num_kv_heads, num_sms)
+    num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
+    num_pieces = (max(num_programs, num_values_programs) + num_seqs) * num_kv_heads
+    if len(scratch.partial_stats) < num_pieces or len(scratch.query_terms) < num_seqs:
+        raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
+    early = config.early_launch and has_dependent_launch(call.query.device)
+    # pages, if the tiles of either kernel consist of them
+    unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
+    all_keys = values_schedule(values_config, unit, num_seqs)
+    schedule = schedule_of(
+        unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
+    )
+    on_gpu = call.query.is_cuda
+    queries = Queries.of(call, scratch.thresholds, scratch.anchor_lse)
+    tokens, shape, counts = Tokens.of(step, call.cache), Shape.of(call), Counts.of(call.layer.counters)
+    pieces = Pieces(scratch.partial_output, scratch.partial_stats)
+    copies = Copies.of(tiers, codes, query_codes=scratch.query_codes, query_terms=scratch.query_terms)
+    few_tokens = config.few_tokens * num_programs
+    launch_thresholds(step, tokens, queries, shape, is_early=early)
+    tier_query_kernel[(num_kv_heads, num_values_programs)](
+        tokens,
+        queries,
+        copies,
+        Lists(scratch.survivors, scratch.order),
+        pieces,
+        counts,
+        num_seqs,
+        step.max_dense_len,
+        step.min_step_tokens,
+        step.block_table.stride(0),
+        few_tokens,
+        config.short_length,
+        shape,
+        all_keys,
+        tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
+        TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
+        EARLY_QUERY=early,
+        EARLY_SPLIT=early,
+        **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),
+    )
+    tier_split_kernel[(num_kv_heads, num_programs)](
+        tokens,
+        queries,
+        copies,
+        Lists(scratch.heavy, scratch.heavy_order),
+        Lists(scratch.light, scratch.light_order),
+        pieces,
+        counts,
+        num_seqs,
+        step.max_dense_len,
+        step.min_step_tokens,
+        step.block_table.stride(0),
+        few_tokens,
+        config.short_length,
+        tiers.log_heavy,
+        shape,
+        schedule,
+        scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
+        COLUMNS=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
+        EARLY_SPLIT=early,
+        EARLY_MERGE=early,
+        **launch_options(config.num_warps, config.max_registers, is_early=early),
+    )
+    launch_merge(
+        step,
+        call,
+        pieces,
+        schedule,
+        num_programs=num_programs,
+        num_warps=config.merge_warps,
+        is_early=early,
+        choice=Choice(few_tokens, config.short_length, num_values_programs, all_keys),
+    )
