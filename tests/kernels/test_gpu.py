@@ -14,10 +14,13 @@ import torch
 from tests.kernels.decode_case import Case, Shape, check, make_case
 from tests.kernels.shadow_case import SCANNING, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
+from tests.kernels.tier_case import check as check_tiers
+from tests.kernels.tier_case import make_tier_case
 from vllm_toptheta.kernels.contract import Layer, TailStep
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
 from vllm_toptheta.kernels.gpu.tails import write_tails
+from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
@@ -302,3 +305,27 @@ def test_shadow_keys_beyond_32_bits() -> None:
     output, _, moved_keys = moved.run()
     assert torch.equal(output, expected)
     assert moved_keys.tolist() == keys_read.tolist()
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+def test_long_sequences_by_tiers(group: int, head_size: int) -> None:
+    shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
+    tiers = make_tier_case(shape)
+    check_tiers(tiers, *tiers.run())
+
+
+def test_a_replayed_graph_by_tiers_equals_the_eager_call() -> None:
+    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16))
+    scratch = tiers.scratch()
+    output = torch.empty_like(tiers.case.query)
+    records = tiers.records(output)
+    decode_by_tiers(*records, scratch)
+    eager = output.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_by_tiers(*records, scratch)
+    output.zero_()
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(output, eager)

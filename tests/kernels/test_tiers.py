@@ -12,7 +12,6 @@ from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, S
 from tests.kernels.tier_case import GARBAGE, SCANNING, check, check_copies, make_tier_case
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.reference import dense_attention
 
@@ -59,15 +58,6 @@ def test_decode(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].value_mean])
 def test_decode_bfloat16(name: str) -> None:
     tiers = make_tier_case(replace(SHAPES[name], dtype=torch.bfloat16))
-    check(tiers, *tiers.run())
-
-
-@pytest.mark.skipif(INTERPRETED, reason="takes the interpreter too long")
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
-def test_long_sequences(group: int, head_size: int) -> None:
-    shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
-    tiers = make_tier_case(shape)
     check(tiers, *tiers.run())
 
 
@@ -171,23 +161,6 @@ def test_copies_of_steps_that_fill_any_number_of_pages(name: str, before: tuple[
     assert torch.equal(tiers.codes, written)
     open_page = int(tiers.case.block_table[3, LENS[3] // SHAPES[name].block_size])
     assert bool((tiers.codes[open_page] == GARBAGE).all())
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_replayed_graphs_equal_eager_calls() -> None:
-    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16))
-    scratch = tiers.scratch()
-    output = torch.empty_like(tiers.case.query)
-    records = tiers.records(output)
-    decode(*records, scratch)
-    eager = output.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decode(*records, scratch)
-    output.zero_()
-    for _ in range(3):
-        graph.replay()
-    assert torch.equal(output, eager)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from vllm_toptheta.kernels.contract import (
     LayerThresholds,
     ShadowLayer,
     TailStep,
+    TierLayer,
 )
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
@@ -26,6 +27,8 @@ Anchors = Literal["followed", "scored", "none"]
 LONGEST = 2**20  # tokens that thresholds are said to be calibrated for
 CALIBRATION_SEQUENCES = 4
 BELOW = -30.0  # the score of keys that a pattern does not keep; bfloat16 and float8 have it
+LIGHT = -8.0  # of those that it keeps, and that are light where there are copies
+LOG_HEAVY = -5.0  # between that and 0, whatever the anchors are
 FILL_BLOCKS = 4096  # pages filled with random numbers at a time
 
 
@@ -68,8 +71,8 @@ class Inputs:
     ) -> Inputs:
         """Normally distributed queries, keys and values; thresholds at the `target_k`-th largest scores.
 
-        `code_bytes` of shadow keys fit into the tails for every token and kv head; `key_scales` [head_size] are factors
-        on the channels of the keys.
+        `code_bytes` of shadow keys or copies fit into the tails for every token and kv head; `key_scales` [head_size]
+        are factors on the channels of the keys.
         """
         torch.manual_seed(0)
         pages = [-(-length // block_size) for length in lens]
@@ -112,7 +115,7 @@ class Inputs:
         inputs.relative[:, 3] = 1.0
         return inputs
 
-    def replay(self, survivors: Sequence[torch.Tensor]) -> Inputs:
+    def replay(self, survivors: Sequence[torch.Tensor], *, heavy_share: float = 1.0) -> Inputs:
         """The step with other queries and keys, written over these, so that just the keys of a pattern survive.
 
         Query head i of a group looks at channel i of the keys alone, which scores 0 if it survives and `BELOW` if not.
@@ -120,7 +123,9 @@ class Inputs:
 
         Args:
             survivors: Of each sequence, [num_kv_heads, group, seq_len] bool.
+            heavy_share: Of a head's survivors; the others score `LIGHT`. Which is chance.
         """
+        torch.manual_seed(0)
         num_seqs, num_heads, head_size = self.query.shape
         _, num_kv_heads, block_size, _ = self.kv_cache.shape
         group = num_heads // num_kv_heads
@@ -134,7 +139,10 @@ class Inputs:
             kept[..., -1] |= ~anchors.any(dim=2)
             position = torch.arange(length, device=kept.device)
             blocks = self.block_table[row, position // block_size].long()
-            scores = torch.where(kept, 0.0, BELOW).permute(2, 0, 1).to(self.kv_cache.dtype)
+            is_heavy = torch.rand(kept.shape, device=kept.device) < heavy_share
+            is_heavy[..., -1] = True
+            scores = torch.where(kept, torch.where(is_heavy, 0.0, LIGHT), BELOW)
+            scores = scores.permute(2, 0, 1).to(self.kv_cache.dtype)
             _writable(self.kv_cache)[blocks, :, position % block_size, :group] = _writable(scores)
         # no head keeps more than all anchors, so anchor_lse is 0 to ln(144), and half way down lies between both scores
         absolute, relative = torch.zeros_like(self.absolute), torch.zeros_like(self.relative)
@@ -182,11 +190,11 @@ class Inputs:
             threshold_offset=torch.zeros(len(self.seq_lens), device=self.query.device) if per_request else None,
         )
 
-    def write_tails(self, shadow: ShadowLayer | None = None) -> None:
+    def write_tails(self, shadow: ShadowLayer | None = None, tiers: TierLayer | None = None) -> None:
         """Write the value sums of all full pages, and their codes if there is a codec."""
         starts = torch.zeros(len(self.seq_lens) + 1, dtype=torch.int32, device=self.query.device)
         starts[1:] = self.seq_lens.cumsum(0)
-        layer = Layer(self.softmax_scale, thresholds=self.thresholds(), shadow=shadow)
+        layer = Layer(self.softmax_scale, thresholds=self.thresholds(), shadow=shadow, tiers=tiers)
         step = TailStep(self.block_table, self.seq_lens, starts, self.max_seq_len)
         write_tails(step, LayerCache.of(self.kv_cache, layer), layer)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_toptheta.benchmarks.inputs import Inputs
-    from vllm_toptheta.benchmarks.patterns import Pattern
+    from vllm_toptheta.benchmarks.patterns import Batch, Pattern
     from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
@@ -62,6 +62,9 @@ class KernelWorkload(BaseModel):
     target_k: int = Field(default=128, ge=1, description="Survivors of a head, on average.")
     patterns: list[str] = Field(default=[], description="Also where survivors are: rules or files, see `patterns`.")
     max_layers: int | None = Field(default=None, ge=1, description="Of a pattern, evenly spread; all without.")
+    heavy_share: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="Also by tiers where survivors are, of which this share is heavy."
+    )
 
 
 class KernelTime(BaseModel):
@@ -73,7 +76,9 @@ class KernelTime(BaseModel):
     tb_per_s: float = Field(description="Bytes that it has to read, over time.")
     ratio: float = Field(description="Time of the faster FlashAttention-3 over this one.")
     rows_read_share: float = Field(description="Value rows read over rows cached (f).")
-    limit_share: float = Field(description="The ratio over the byte limit 2 / (1 + f).")
+    limit_share: float = Field(description="The ratio over the byte limit 2 / (1 + f), or that of the tiers.")
+    keys_read_share: float | None = Field(default=None, description="Of tiers, exact keys read over keys cached.")
+    copies_read_share: float | None = Field(default=None, description="Of tiers, copies of values read.")
 
 
 class BatchReport(BaseModel):
@@ -190,7 +195,8 @@ def kernel_table(report: KernelReport) -> Table:
                 f"{kernel.microseconds:.1f}",
                 "" if kernel.slowest_microseconds is None else f"{kernel.slowest_microseconds:.1f}",
                 f"{kernel.tb_per_s:.2f}",
-                f"{100 * kernel.rows_read_share:.1f}",
+                f"{100 * kernel.rows_read_share:.1f}"
+                + (f" + {100 * kernel.copies_read_share:.1f} copies" if kernel.copies_read_share is not None else ""),
                 f"{kernel.ratio:.3f}",
                 f"{100 * kernel.limit_share:.0f}",
             )
@@ -267,6 +273,11 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
         name = f"Top-Theta, {pattern.name}"
         times[name] = statistics.mean(time for time, _ in of_layers), statistics.mean(share for _, share in of_layers)
         slowest[name] = max(time for time, _ in of_layers)
+    by_tiers = [
+        _time_tiers(workload, pattern, batch, copies, baseline)
+        for pattern in ([one for given in patterns for one in (Spread(given), given)])
+        if workload.heavy_share is not None
+    ]
     return BatchReport(
         spec=spec,
         kernels=[
@@ -280,8 +291,45 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
                 limit_share=baseline / time * (1 + share) / 2,
             )
             for name, (time, share) in times.items()
-        ],
+        ]
+        + by_tiers,
         missing=missing,
+    )
+
+
+def _time_tiers(
+    workload: KernelWorkload, pattern: Pattern, batch: Batch, copies: Sequence[Inputs], baseline: float
+) -> KernelTime:
+    """Our kernels with copies of keys and values, over the layers of a pattern."""
+    from vllm_toptheta.benchmarks.registry import toptheta_by_tiers
+    from vllm_toptheta.kernels.codec import tier_bytes
+
+    times, reads = [], []
+    head_size = workload.head_size
+    for layer in layers_of(pattern.num_layers, workload.max_layers):
+        survivors = pattern.survivors(layer, batch)
+        replays = [inputs.replay(survivors, heavy_share=workload.heavy_share or 0.0) for inputs in copies]
+        built = [toptheta_by_tiers(inputs) for inputs in replays]
+        built[0][0]()
+        counters = built[0][1]
+        counted = (counters.value_rows_read, counters.keys_read, counters.copies_read)
+        num_rows = sum(batch.lens) * workload.num_kv_heads
+        reads.append([float(count.sum()) / num_rows for count in counted if count is not None])
+        times.append(time_in_graph([call for call, _ in built]))
+    rows, keys, values = (statistics.mean(column) for column in zip(*reads, strict=True))
+    # a page's codes, of which those of values are read if they are asked for; 4 bytes a channel of a row in 16 bits
+    bytes_share = (tier_bytes(head_size) - (head_size / 4 + 2) * (1 - values)) / (4 * head_size) + (keys + rows) / 2
+    time = statistics.mean(times)
+    return KernelTime(
+        kernel=f"Top-Theta by tiers, {pattern.name}",
+        microseconds=time,
+        slowest_microseconds=max(times),
+        tb_per_s=1e-6 * copies[0].kv_bytes * bytes_share / time,
+        ratio=baseline / time,
+        rows_read_share=rows,
+        limit_share=baseline / time * bytes_share,
+        keys_read_share=keys,
+        copies_read_share=values,
     )
 
 
@@ -304,14 +352,17 @@ def inputs_of(workload: KernelWorkload, lens: list[int]) -> list[Any]:
     import torch
 
     from vllm_toptheta.benchmarks.inputs import Inputs
+    from vllm_toptheta.kernels.codec import tier_bytes
 
     first = Inputs.random(
         lens,
         **workload.model_dump(include={"num_heads", "num_kv_heads", "head_size", "block_size", "target_k"}),
         dtype=getattr(torch, workload.dtype),
         kv_dtype=getattr(torch, workload.kv_dtype),
+        code_bytes=0 if workload.heavy_share is None else tier_bytes(workload.head_size),
     )
-    count = max(1, -(-CACHE_BYTES // first.kv_bytes))
+    # by tiers, an eighth or so of the bytes is read
+    count = max(1, -(-CACHE_BYTES * (1 if workload.heavy_share is None else 6) // first.kv_bytes))
     return [first, *(_copy(first) for _ in range(count - 1))]
 
 

@@ -29,6 +29,14 @@ def bench_kernels(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of a pattern to time, evenly spread over them; all without.")
     ] = None,
+    heavy_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Also mode shadow with copies on patterns, where this share of survivors is heavy.",
+        ),
+    ] = None,
     shape: Annotated[str, typer.Option(help="Query heads, kv heads and head size of a layer.")] = "32,8,128",
     block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
     json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
@@ -43,6 +51,7 @@ def bench_kernels(
         target_k=k,
         patterns=words(pattern),
         max_layers=layers,
+        heavy_share=heavy_share,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
