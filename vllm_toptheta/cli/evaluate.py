@@ -163,7 +163,7 @@ def evaluate_decoding(
         str | None,
         typer.Option(
             help="Thresholds relative to the row, by commas: keys of so many times the average weight survive. "
-            "Default: 3."
+            "Default: 2."
         ),
     ] = None,
     top_k: options.TopKOption = "",
