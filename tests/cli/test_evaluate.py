@@ -214,6 +214,7 @@ def test_decode(run: Run, folder: Path, tmp_path: Path) -> None:
     arguments = (
         *("decode", folder / "tiny", "--device", "cpu", "--text", folder / "prose.txt", folder / "code.txt"),
         *("--lengths", "200,260", "--window", 32, "--sequences", 1, "--weight-floor", "1.5,3", "--equal-rows", "3"),
+        *("--heavy", "0.01,0.05"),
         *("--top-k", 16, "--thresholds", folder / "org--tiny-model", "--targets", "k:8", "--output", tmp_path / "out"),
     )
     code, out, err = run(*arguments)
@@ -223,9 +224,15 @@ def test_decode(run: Run, folder: Path, tmp_path: Path) -> None:
         variants = [one["variant"] for one in length["comparisons"]]
         assert [(variant["method"], variant["dense_layers"]) for variant in variants] == [
             *[("top_theta", None)] * 3,
+            *[("tiers", None)] * 4,
             *[("top_k", [])] * 2,
         ]
-        assert [variant["target"] for variant in variants[:4]] == ["floor:1.5", "floor:3", "k:8", "k:16"]
+        assert [variant["target"] for variant in variants[:3]] == ["floor:1.5", "floor:3", "k:8"]
+        assert [(variant["target"], variant["heavy"]) for variant in variants[3:8]] == [
+            *(("floor:1.5", heavy) for heavy in (0.01, 0.05)),
+            *(("floor:3", heavy) for heavy in (0.01, 0.05)),
+            ("k:16", None),
+        ]
         assert all(variant["target"] in out for variant in variants)
     before = (tmp_path / "out" / "report.json").read_bytes()
     assert run(*arguments)[:2] == (0, out)
@@ -241,6 +248,9 @@ def test_decode(run: Run, folder: Path, tmp_path: Path) -> None:
         (("--weight-floor", "many"), "--weight-floor: not numbers: 'many'. Write them as 1.5,3,6"),
         (("--weight-floor", "inf"), "--weight-floor: no weight floor: inf"),
         (("--weight-floor=-1",), "--weight-floor: no weight floor: -1"),
+        (("--heavy", "some"), "--heavy: not numbers: 'some'"),
+        (("--heavy", "1.5"), "heavy: no weight of heavy keys: 1.5"),
+        (("--heavy", "0.1", "--weight-floor", "2,0"), "heavy: tiers need a weight floor above 0"),
         (("--lengths", "2k"), "--lengths: not whole numbers: '2k'"),
         (("--lengths", "4096"), "lengths: 4096 tokens are more than the 1024 positions"),
         (("--lengths", "200", "--top-k", "0"), "top_k: no number of keys: 0"),

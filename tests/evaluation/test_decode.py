@@ -19,8 +19,10 @@ from vllm_toptheta.evaluation import (
     evaluate_decode,
     expand_variants,
 )
+from vllm_toptheta.evaluation.decode_report import share_of_bytes
 from vllm_toptheta.store import ThresholdStore
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 OPTIONS = DecodeOptions(lengths=(200, 260), num_sequences=2, window=32, equal_rows=(3.0,))
 VARIANTS = expand_variants({}, targets=["floor:0", "floor:1", "floor:3"], num_layers=NUM_LAYERS)
 
@@ -61,6 +63,9 @@ def test_a_larger_floor_reads_less_and_none_is_dense(report: DecodeReport) -> No
         assert [layer.layer for layer in large.layers] == list(range(NUM_LAYERS))
         shares = [layer.value_rows_share for layer in large.layers]
         assert large.value_rows_share == pytest.approx(np.mean(shares), abs=1e-4)
+        assert (nothing.keys_read_share, large.keys_read_share, nothing.bytes_share) == (1, 1, 1)
+        assert large.copies_read_share is None
+        assert large.bytes_share == pytest.approx((1 + large.value_rows_share) / 2, abs=1e-4)
 
 
 def test_calibrated_thresholds_and_their_dense_layers(subject: Subject, texts: list[Text]) -> None:
@@ -72,6 +77,44 @@ def test_calibrated_thresholds_and_their_dense_layers(subject: Subject, texts: l
     assert all(layer.value_rows_share < 1 and layer.survivors is not None for layer in sparse)
     assert (comparison.change_standard_error, comparison.kl_standard_error) == (None, None)
     assert found.setup.stores[0].model_id == "org/tiny-model"
+
+
+def test_tiers_read_some_keys_exactly_and_some_values_as_copies(subject: Subject, texts: list[Text]) -> None:
+    options = DecodeOptions(lengths=(260,), num_sequences=2, window=32)
+    variants = [Variant(method="tiers", target="floor:1", heavy=heavy, dense_layers=(2,)) for heavy in (0.0, 0.01, 0.1)]
+    found = evaluate_decode(subject, texts, variants, options, progress=False)
+    everything, some, few = found.lengths[0].comparisons
+    assert (everything.keys_read_share, everything.copies_read_share) == (1, 0)
+    assert 1 > some.keys_read_share > few.keys_read_share > 0.25
+    assert 0 < some.copies_read_share < few.copies_read_share < 0.75
+    assert everything.value_rows_share > some.value_rows_share > few.value_rows_share
+    assert everything.kl_divergence < few.kl_divergence
+    # heads of 16: a copy of a key has 10 bytes, of a value 6, and the dense layer has none
+    for one in found.lengths[0].comparisons:
+        exact = 32 * (one.keys_read_share + one.value_rows_share)
+        read = exact + 10 * 0.75 + 6 * one.copies_read_share
+        assert one.bytes_share == pytest.approx(read / 64, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ({"keys": 1.0, "value_rows": 1.0}, 1.0),
+        ({"keys": 1.0, "value_rows": 0.25}, 0.625),
+        # 64 channels: 34 of 256 bytes for a key's copy, 18 for a value's
+        ({"keys": 0.0, "value_rows": 0.0, "key_copies": 1.0}, 34 / 256),
+        ({"keys": 0.0, "value_rows": 0.0, "value_copies": 1.0}, 18 / 256),
+        ({"keys": 0.1, "value_rows": 0.05, "key_copies": 1.0, "value_copies": 0.5}, (19.2 + 34 + 9) / 256),
+    ],
+)
+def test_bytes_of_a_16_bit_cache(shares: dict[str, float], expected: float) -> None:
+    assert share_of_bytes(head_size=64, **shares) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*-decode-*.json")), ids=lambda file: file.stem)
+def test_reports_from_before_bytes_were_counted_can_be_read(file: Path) -> None:
+    older = DecodeReport.model_validate_json(file.read_bytes())
+    assert len(decode_table(older).rows) == sum(len(one.comparisons) for one in older.lengths)
 
 
 def test_one_that_was_killed_goes_on_at_the_next_sequence(

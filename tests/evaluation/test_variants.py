@@ -147,6 +147,50 @@ def test_targets_that_cannot_be_without_a_store(targets: list[str], message: str
         expand({}, targets=targets)
 
 
+def test_tiers_are_of_each_floor_and_weight(store: ThresholdStore) -> None:
+    variants = expand({"": store}, targets=["floor:2", "8", "floor:3"], heavy=[0.0067, 0], compensations=["none"])
+    assert [variant.name for variant in variants if variant.method == "tiers"] == [
+        "tiers floor:2 heavy:0.0067 sdc+vmc",
+        "tiers floor:2 heavy:0 sdc+vmc",
+        "tiers floor:3 heavy:0.0067 sdc+vmc",
+        "tiers floor:3 heavy:0 sdc+vmc",
+    ]
+    assert [variant.method for variant in variants].count("top_theta") == 3
+    assert store_of(variants[-1], {"": store}) is None
+    with pytest.raises(
+        EvaluationError, match=r"heavy: no weight of heavy keys: 1.5. Give multiples of what the anchors"
+    ):
+        expand({}, targets=["floor:2"], heavy=[0.1, 1.5])
+    with pytest.raises(EvaluationError, match="heavy: no weight of heavy keys: nan"):
+        expand({}, targets=["floor:2"], heavy=[float("nan")])
+    for targets in (["floor:2", "floor:0"], ["8"]):
+        with pytest.raises(
+            EvaluationError, match="heavy: tiers need a weight floor above 0. Ask for one, such as floor:2"
+        ):
+            expand({"": store}, targets=targets, heavy=[0.1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heavy": None}, "heavy is missing: tiers need to know which keys to read exactly"),
+        ({"heavy": -0.1}, "greater than or equal to 0"),
+        ({"heavy": 1.1}, "less than or equal to 1"),
+        ({"target": "floor:0"}, "floor:0 is no target of tiers, they need a weight floor above 0"),
+        ({"target": "k:8"}, "k:8 is no target of tiers"),
+        ({"compensation": "sdc"}, "sdc is no compensation of tiers, they have sdc.vmc"),
+        ({"thresholds": "a"}, "tiers have neither a store nor a cap"),
+        ({"cap_k": 8}, "tiers have neither a store nor a cap"),
+        ({"method": "top_theta"}, "heavy is of method tiers, not of top_theta"),
+    ],
+)
+def test_tiers_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    fitting = {"method": "tiers", "target": "floor:2", "heavy": 0.01}
+    assert Variant(**fitting).name == "tiers floor:2 heavy:0.01 sdc+vmc"
+    with pytest.raises(ValidationError, match=message):
+        Variant(**{**fitting, **fields})
+
+
 def test_mode_shadow_has_the_floor_of_its_store(store: ThresholdStore) -> None:
     modes = ["values", "shadow"]
     for targets, names in (

@@ -51,6 +51,7 @@ def at_once(model: Any, token_ids: Tensor, attention: SparseAttention | None) ->
         Variant(method="top_k", target="k:8"),
         Variant(target="k:8"),
         Variant(method="shadow", target="floor:3", compensation="candidates+vmc"),
+        Variant(method="tiers", target="floor:2", heavy=0.02),
     ],
     ids=lambda variant: "dense" if variant is None else variant.name,
 )
@@ -94,10 +95,31 @@ def test_what_is_recorded_is_what_is_read(model: Any) -> None:
     assert (reads.value_rows[2] == reads.row_lengths[:, None]).all()
     of_groups = reads.survivors.reshape(3, WINDOW, 2, 2)
     sparse_rows = reads.value_rows[[0, 1, 3]]
+    assert (reads.keys == reads.row_lengths[:, None]).all()
+    assert not reads.copies.any()
     assert (of_groups.max(axis=-1) <= sparse_rows).all()
     assert (sparse_rows <= of_groups.sum(axis=-1)).all()
     assert sparse_rows.sum() < np.tile(reads.row_lengths, 6).sum()
     assert ((reads.lost_mass > 0) == (reads.survivors < reads.row_lengths[:, None])).all()
+
+
+def test_exact_keys_and_copies_are_recorded(model: Any) -> None:
+    token_ids, recorder, read = random_tokens(LENGTH), WindowRecorder(), dict[int, list[Any]]()
+    variant = Variant(method="tiers", target="floor:2", heavy=0.02, dense_layers=(2,))
+
+    def observe(call: Any, result: Any) -> None:
+        recorder(call, result)
+        read.setdefault(call.layer_idx, []).append(result)
+
+    cache = read_prefix(model, token_ids[:PREFIX])
+    read_window(model, cache, token_ids[PREFIX:], SparseAttention(variant, max_length=LENGTH), observe=observe)
+    reads = recorder.reads(range(PREFIX + 1, LENGTH + 1))
+    assert reads.keys.shape == reads.copies.shape == (4, WINDOW, 2)
+    assert (reads.keys[2] == reads.row_lengths[:, None]).all()
+    assert not reads.copies[2].any()
+    for layer in (0, 1, 3):
+        assert reads.keys[layer].sum() == sum(int(result.keys_read.sum()) for result in read[layer])
+        assert reads.copies[layer].sum() == sum(int(result.copies_read.sum()) for result in read[layer]) > 0
 
 
 def test_equal_rows_are_the_least_k_that_reads_as_many() -> None:

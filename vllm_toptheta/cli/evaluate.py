@@ -163,9 +163,16 @@ def evaluate_decoding(
         str | None,
         typer.Option(
             help="Thresholds relative to the row, by commas: keys of so many times the average weight survive. "
-            "Default: 3."
+            "Default: 2."
         ),
     ] = None,
+    heavy: Annotated[
+        str,
+        typer.Option(
+            help="Also tiers at each weight floor, by commas: keys of so many times the weight of their row's anchors "
+            "are read exactly, lighter ones as copies."
+        ),
+    ] = "",
     top_k: options.TopKOption = "",
     equal_rows: Annotated[
         str,
@@ -198,6 +205,7 @@ def evaluate_decoding(
         targets=[*(floor_label(floor, field="--weight-floor") for floor in floors), *words(k)],
         num_layers=num_layers,
         compensations=words(compensations),
+        heavy=numbers("--heavy", heavy),
     )
     variants += expand_variants(
         {},

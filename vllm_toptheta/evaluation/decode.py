@@ -119,7 +119,7 @@ def evaluate_decode(
                 else:
                     bar.advance(task, tokens[length])
                 results.append(result)
-            reports.append(length_report(length, variants, results))
+            reports.append(length_report(length, variants, results, head_size=subject.architecture.head_size))
     report = DecodeReport(
         setup=arguments.setup, text=arguments.text, window=options.window, seed=options.seed, lengths=tuple(reports)
     )

@@ -26,6 +26,7 @@ __all__ = [
     "WindowResult",
     "decode_table",
     "length_report",
+    "share_of_bytes",
 ]
 
 _DIGITS = 5
@@ -97,6 +98,16 @@ class DecodeComparison(_Model):
     top1_agreement: Share = Field(description="Share of tokens for which both predict the same one.")
     acceptance: Share = Field(description="Sum over the vocabulary of the smaller probability, mean over tokens.")
     value_rows_share: Share = Field(description="Value rows read by a kv head over those cached, dense layers too.")
+    keys_read_share: Share | None = Field(
+        default=None, description="Likewise of keys, those read exactly; null in reports from before it was measured."
+    )
+    copies_read_share: Share | None = Field(
+        default=None, description="Likewise of values read as copies; null without copies."
+    )
+    bytes_share: Number | None = Field(
+        default=None,
+        description="Bytes read over those of dense attention, see `share_of_bytes`; null like `keys_read_share`.",
+    )
     survivors: Survivors | None = Field(description="Of thresholded layers; null if there are none.")
     lost_mass: LostMass | None
     layers: tuple[LayerReads, ...] = Field(description="Those without a sliding window.")
@@ -124,18 +135,27 @@ class DecodeReport(_Model):
     lengths: tuple[LengthReport, ...] = Field(min_length=1)
 
 
-def length_report(length: int, variants: Sequence[Variant], results: Sequence[WindowResult]) -> LengthReport:
+def length_report(
+    length: int, variants: Sequence[Variant], results: Sequence[WindowResult], *, head_size: int
+) -> LengthReport:
     """Sums up the sequences of one length.
 
     Args:
         length: their tokens.
         variants: those that were asked for, in the order of the results.
         results: at least one.
+        head_size: channels of a key.
     """
     compared: list[tuple[Variant, str | None]] = [(variant, None) for variant in variants]
     compared += [(variant, label) for label, variant in results[0].equal_rows.items()]
     comparisons = tuple(
-        _comparison(variant, label, [result.losses[index] for result in results], [r.reads[index] for r in results])
+        _comparison(
+            variant,
+            label,
+            [result.losses[index] for result in results],
+            [result.reads[index] for result in results],
+            head_size=head_size,
+        )
         for index, (variant, label) in enumerate(compared)
     )
     first = [result.losses[0] for result in results]
@@ -150,18 +170,20 @@ def length_report(length: int, variants: Sequence[Variant], results: Sequence[Wi
 
 
 def _comparison(
-    variant: Variant, equal_rows: str | None, losses: Sequence[Losses], reads: Sequence[WindowReads]
+    variant: Variant, equal_rows: str | None, losses: Sequence[Losses], reads: Sequence[WindowReads], *, head_size: int
 ) -> DecodeComparison:
     num_tokens = [loss.num_tokens for loss in losses]
     dense, sparse = [loss.dense for loss in losses], [loss.sparse for loss in losses]
     change, error = compare_perplexities(dense, sparse, num_tokens)
     kl_divergence, kl_error = mean_and_error([loss.kl_divergence for loss in losses], num_tokens)
     row_lengths = np.concatenate([read.row_lengths for read in reads])
-    value_rows, survivors, lost_mass = (
+    keys, value_rows, copies, survivors, lost_mass = (
         np.concatenate([getattr(read, name) for read in reads], axis=1)
-        for name in ("value_rows", "survivors", "lost_mass")
+        for name in ("keys", "value_rows", "copies", "survivors", "lost_mass")
     )
     sparse_layers = reads[0].sparse_layers.tolist()
+    keys_share, value_rows_share = _rows_share(keys, row_lengths), _rows_share(value_rows, row_lengths)
+    copies_share = _rows_share(copies, row_lengths) if variant.method == "tiers" else None
     return DecodeComparison(
         variant=variant,
         equal_rows=equal_rows,
@@ -171,7 +193,16 @@ def _comparison(
         kl_standard_error=kl_error,
         top1_agreement=mean_and_error([loss.top1_agreement for loss in losses], num_tokens)[0],
         acceptance=mean_and_error([min(loss.acceptance, 1.0) for loss in losses], num_tokens)[0],
-        value_rows_share=_rows_share(value_rows, row_lengths),
+        value_rows_share=value_rows_share,
+        keys_read_share=keys_share,
+        copies_read_share=copies_share,
+        bytes_share=share_of_bytes(
+            head_size=head_size,
+            keys=keys_share,
+            value_rows=value_rows_share,
+            key_copies=0.0 if copies_share is None else len(sparse_layers) / max(1, len(reads[0].layers)),
+            value_copies=0.0 if copies_share is None else copies_share,
+        ),
         survivors=_survivors(survivors),
         lost_mass=_lost_mass(lost_mass),
         layers=tuple(
@@ -185,6 +216,26 @@ def _comparison(
         ),
         nll_changes=tuple(np.subtract(sparse, dense).tolist()),
     )
+
+
+def share_of_bytes(
+    *, head_size: int, keys: float, value_rows: float, key_copies: float = 0.0, value_copies: float = 0.0
+) -> float:
+    """Returns the bytes that attention reads of a 16-bit cache, over those that dense attention reads.
+
+    With a head size of D, a key and a value have 2 D bytes each. A copy has 2 bytes for its step, and 4 bits a channel
+    if it is of a key, 2 if it is of a value.
+
+    Args:
+        head_size: D.
+        keys: share of the keys cached that are read exactly.
+        value_rows: share of the values cached that are read exactly.
+        key_copies: share of the keys cached whose copies are read: tiers read all of them, in layers that have tiers.
+        value_copies: share of the values cached that are read as copies.
+    """
+    exact = 2 * head_size * (keys + value_rows)
+    copied = (head_size / 2 + 2) * key_copies + (head_size / 4 + 2) * value_copies
+    return (exact + copied) / (4 * head_size)
 
 
 def _rows_share(value_rows: NDArray[np.int32], row_lengths: NDArray[np.int64]) -> float:
@@ -227,7 +278,8 @@ def decode_table(report: DecodeReport) -> Table:
     for heading in ("length", "attention"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "length" else "left")
     for heading in (
-        *("ppl change %", "KL", "same top-1 %", "accepted %", "value rows %", "survivors p50 / p99 / max"),
+        *("ppl change %", "KL", "same top-1 %", "accepted %", "keys %", "value rows %", "copies %", "bytes %"),
+        "survivors p50 / p99 / max",
         *("lost mass mean / p99", "rows losing > .5 / .9, %"),
     ):
         table.add_column(heading, justify="right")
@@ -248,8 +300,15 @@ def _cells(one: DecodeComparison) -> list[str]:
         f"{one.kl_divergence:.5f}" + ("" if one.kl_standard_error is None else f" +- {one.kl_standard_error:.5f}"),
         f"{100 * one.top1_agreement:.1f}",
         f"{100 * one.acceptance:.2f}",
-        f"{100 * one.value_rows_share:.1f}",
+        _percent(one.keys_read_share),
+        _percent(one.value_rows_share),
+        _percent(one.copies_read_share),
+        _percent(one.bytes_share),
         "" if survivors is None else f"{survivors.p50} / {survivors.p99} / {survivors.max}",
         "" if lost is None else f"{lost.mean:.3f} / {lost.p99:.3f}",
         "" if lost is None else f"{100 * lost.above_half:.2f} / {100 * lost.above_nine_tenths:.2f}",
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"

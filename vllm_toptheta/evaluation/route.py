@@ -142,14 +142,10 @@ class SparseRoute(DenseRoute):
         """See `AttentionRoute.attend`."""
         if call.layer_idx in self.attention.dense_layers:
             return super().attend(call)
-        codes = self.attention.encode(call.layer_idx, call.key)
+        encoded = self.attention.encode(call)
         outputs = []
         for block in call.blocks():
-            result = self.attention.attend(
-                block,
-                num_prompt_tokens=self.num_prompt_tokens,
-                codes=None if codes is None else codes[: len(block.key)],
-            )
+            result = self.attention.attend(block, num_prompt_tokens=self.num_prompt_tokens, encoded=encoded)
             outputs.append(result.output)
             self.counts.add(block.layer_idx, result, start=block.num_before)
         return torch.cat(outputs)

@@ -1,5 +1,7 @@
 """A variant made ready to attend: its thresholds and compensation terms, by layer, head and length of the row."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.screening import ShadowScreen
+from vllm_toptheta.evaluation.tiering import Copies, Tiers
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import (
@@ -21,7 +24,23 @@ from vllm_toptheta.reference import (
 )
 from vllm_toptheta.store import ThresholdStore
 
-__all__ = ["SparseAttention"]
+__all__ = ["Encoded", "SparseAttention"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is made of a layer's keys and values once, for all blocks of its rows; nothing for most variants.
+
+    Attributes:
+        codes: `[seq_len, num_kv_heads, num_channels]` uint8, of shadow keys.
+        copies: of tiers.
+    """
+
+    codes: Tensor | None = None
+    copies: Copies | None = None
+
+
+_NOTHING_ENCODED = Encoded()
 
 
 class SparseAttention:
@@ -35,7 +54,8 @@ class SparseAttention:
         device: of the queries.
 
     Raises:
-        EvaluationError: the variant's compensation is calibrated, and its thresholds are not.
+        EvaluationError: the variant's compensation is calibrated, and its thresholds are not; or tiers are of some rows
+            only.
         ExpectationsMissing: the store lacks what the variant's compensation needs.
         ShadowMissing: the store lacks shadow keys, and the variant needs them.
         SettingsError: the variant's target is not one.
@@ -60,6 +80,11 @@ class SparseAttention:
         self._offline_sum: Tensor | None = None
         self._exp_threshold_scale: Tensor | None = None
         self._screen: ShadowScreen | None = None
+        self._tiers: Tiers | None = None
+        if variant.weight_floor is not None and variant.heavy is not None:
+            if phase != "both":
+                raise EvaluationError(f"tiers are of every row, not of phase {phase} alone", field="phase")
+            self._tiers = Tiers(weight_floor=variant.weight_floor, heavy=variant.heavy)
         if store is None:
             if variant.calibrated_term is not None:
                 raise EvaluationError(
@@ -97,22 +122,26 @@ class SparseAttention:
             case "exp_threshold_scale":
                 self._exp_threshold_scale = torch.from_numpy(curve.expected("exp_threshold_scale", lengths)).to(device)
 
-    def encode(self, layer_idx: int, key: Tensor) -> Tensor | None:
-        """Returns the codes of shadow keys, for `attend` to be called with parts of them; None without shadow keys.
+    def encode(self, call: AttentionCall) -> Encoded:
+        """Returns what `attend` otherwise makes anew for each block of a call.
 
         Args:
-            layer_idx: which layer they are of.
-            key: `[seq_len, num_kv_heads, head_size]` float.
+            call: of all blocks.
         """
-        return None if self._screen is None else self._screen.encode(layer_idx, key)
+        return Encoded(
+            codes=None if self._screen is None else self._screen.encode(call.layer_idx, call.key),
+            copies=None if self._tiers is None else self._tiers.copy(call),
+        )
 
-    def attend(self, call: AttentionCall, *, num_prompt_tokens: int, codes: Tensor | None = None) -> AttentionResult:
+    def attend(
+        self, call: AttentionCall, *, num_prompt_tokens: int, encoded: Encoded = _NOTHING_ENCODED
+    ) -> AttentionResult:
         """Returns the attention of some rows of a layer, which must not be a dense one.
 
         Args:
             call: of rows that see at most `max_length` keys.
             num_prompt_tokens: tokens of the sequence that are its prompt.
-            codes: those of the keys, from `encode`; None to encode them now.
+            encoded: from `encode`, of a call that this is a block of; what it lacks is made now.
 
         Raises:
             EvaluationError: a row is longer than `max_length`.
@@ -121,6 +150,9 @@ class SparseAttention:
         softmax_scale, soft_cap = call.softmax_scale, call.soft_cap
         if len(key) > self.max_length:
             raise EvaluationError(f"a row of {len(key)} keys, made for {self.max_length}")
+
+        if self._tiers is not None:
+            return self._tiers.attend(call, encoded.copies)
 
         def of_rows(table: Tensor) -> Tensor:
             return table[call.num_before + 1 : len(key) + 1, layer_idx]
@@ -149,7 +181,7 @@ class SparseAttention:
             screened = self._screen.screen(
                 layer_idx,
                 query,
-                self._screen.encode(layer_idx, key) if codes is None else codes,
+                self._screen.encode(layer_idx, key) if encoded.codes is None else encoded.codes[: len(key)],
                 threshold,
                 softmax_scale=softmax_scale,
                 soft_cap=soft_cap,

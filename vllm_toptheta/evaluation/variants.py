@@ -1,7 +1,7 @@
-"""What is compared with dense attention: thresholds, with or without shadow keys, or exact top-k, at some target.
+"""What is compared with dense attention: thresholds, alone, with shadow keys or by tiers, or exact top-k.
 
-Thresholds relative to the row, `floor:2`, need no store: their number is a weight, in multiples of the average softmax
-weight of a row. Calibrated ones, `k:64` and what else a store has, are its.
+Thresholds relative to the row, `floor:2`, need no store, and so do tiers: their number is a weight, in multiples of the
+average softmax weight of a row. Calibrated ones, `k:64` and what else a store has, are its.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,10 +74,10 @@ class Variant(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["top_theta", "shadow", "top_k"] = Field(
+    method: Literal["top_theta", "shadow", "tiers", "top_k"] = Field(
         default="top_theta",
         description="Thresholds on all keys (mode values) or on the candidates that shadow keys name (mode shadow), or "
-        "an exact top-k search in every row.",
+        "tiers, heavy keys read exactly and light ones as copies, or an exact top-k search in every row.",
     )
     thresholds: str = Field(
         default="", description="Label of the store, if it has one; top_k takes only its dense layers."
@@ -93,6 +93,13 @@ class Variant(BaseModel):
     dense_layers: tuple[int, ...] | None = Field(
         default=None, description="Layers that read everything; None for those of the store, if there is one."
     )
+    heavy: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Of tiers: what a key must weigh at least to be read exactly, in multiples of what the row's "
+        "anchors weigh.",
+    )
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
@@ -100,6 +107,22 @@ class Variant(BaseModel):
             raise ValueError(f"{self.target} is no number of keys")
         if self.weight_floor is None and self.method == "shadow":
             raise ValueError(f"{self.target} is a target of method top_theta")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        if self.method != "tiers":
+            if self.heavy is not None:
+                raise ValueError(f"heavy is of method tiers, not of {self.method}")
+            return self
+        if self.heavy is None:
+            raise ValueError("heavy is missing: tiers need to know which keys to read exactly")
+        if not self.weight_floor:
+            raise ValueError(f"{self.target} is no target of tiers, they need a weight floor above 0")
+        if self.compensation != "sdc+vmc":
+            raise ValueError(f"{self.compensation} is no compensation of tiers, they have sdc+vmc")
+        if self.thresholds or self.cap_k is not None:
+            raise ValueError("tiers have neither a store nor a cap")
         return self
 
     @property
@@ -133,7 +156,9 @@ class Variant(BaseModel):
     @property
     def name(self) -> str:
         """The variant in a few words, unique among variants."""
-        parts = (self.method.replace("_", "-"), self.thresholds, self.target, self.compensation, self.restrictions)
+        heavy = "" if self.heavy is None else f"heavy:{self.heavy:g}"
+        method = self.method.replace("_", "-")
+        parts = (method, self.thresholds, self.target, heavy, self.compensation, self.restrictions)
         return " ".join(part for part in parts if part)
 
 
@@ -187,6 +212,7 @@ def expand_variants(
     num_layers: int,
     compensations: Sequence[str] = (),
     modes: Sequence[str] = ("values",),
+    heavy: Sequence[float] = (),
     top_k: Sequence[int] = (),
     cap_k: int | None = None,
     dense_layers: Sequence[tuple[int, ...] | None] = (None,),
@@ -201,6 +227,7 @@ def expand_variants(
         compensations: names out of `COMPENSATIONS`, each for the modes that have it, or `all`, which leaves out those
             that a store has no terms for; what a server of the mode has if none is named.
         modes: names out of `MODES`.
+        heavy: also tiers that read keys of this weight exactly, at each of the targets that are weight floors.
         top_k: also exact top-k with these k, with those compensations that start from no threshold.
         cap_k: survivors that thresholds keep at most; None for no cap.
         dense_layers: sets of layers that read everything; None stands for those of the store, and for none where
@@ -208,7 +235,7 @@ def expand_variants(
 
     Raises:
         EvaluationError: a compensation, a mode, a layer or a k is unknown, no mode has the compensation, a target has
-            no such mode, or needs a store, and there is none.
+            no such mode, or needs a store, and there is none; or tiers cannot be.
         SettingsError: a target is not one.
     """
     _check_names(compensations, modes)
@@ -242,6 +269,11 @@ def expand_variants(
         for name in _compensations(mode, compensations, store)
         for layers in dense_layers
     ]
+    variants += [
+        Variant(method="tiers", target=target, heavy=weight, dense_layers=layers)
+        for target, weight in _tiers(relative, heavy)
+        for layers in dense_layers
+    ]
     first, its_store = next(iter(stores.items()), ("", None))
     return variants + [
         Variant(method="top_k", thresholds=first, target=_k_label(k), compensation=name, dense_layers=layers)
@@ -250,6 +282,22 @@ def expand_variants(
         if _DENOMINATORS[name.removesuffix("+vmc")][0] in ("none", "exact")
         for layers in dense_layers
     ]
+
+
+def _tiers(relative: Sequence[str], heavy: Sequence[float]) -> list[tuple[str, float]]:
+    """The weight floors that were asked for, each with what makes a key heavy."""
+    for weight in heavy:
+        if not 0 <= weight <= 1:
+            raise EvaluationError(
+                f"no weight of heavy keys: {weight:g}",
+                field="heavy",
+                remedy="Give multiples of what the anchors of a row weigh, from 0 (every key) to 1",
+            )
+    if heavy and (not relative or floor_label(0, field="heavy") in relative):
+        raise EvaluationError(
+            "tiers need a weight floor above 0", field="heavy", remedy="Ask for one, such as floor:2, or for no tiers"
+        )
+    return [(target, weight) for target in relative for weight in heavy]
 
 
 def _shadow_target(store: ThresholdStore, relative: Sequence[str]) -> str:

@@ -129,9 +129,9 @@ def _attend(
     if this.attention is None or call.layer_idx in this.attention.dense_layers:
         this.observe(call, None)
         return _dense(call, len(key[0, 0]))[None].to(query.dtype), None
-    outputs = []
+    outputs, encoded = [], this.attention.encode(call)
     for block in call.blocks(_BLOCK_BYTES):
-        result = this.attention.attend(block, num_prompt_tokens=call.num_before)
+        result = this.attention.attend(block, num_prompt_tokens=call.num_before, encoded=encoded)
         this.observe(block, result)
         outputs.append(result.output)
     return torch.cat(outputs)[None].to(query.dtype), None

@@ -27,7 +27,10 @@ class WindowReads:
         layers: `[num_layers]` int64, which layers of the model, ascending.
         sparse_layers: `[num_sparse_layers]` int64, those of them that are thresholded.
         row_lengths: `[num_rows]` int64, keys that each row sees.
-        value_rows: `[num_layers, num_rows, num_kv_heads]` int32, read by any head of the group; all in dense layers.
+        keys: `[num_layers, num_rows, num_kv_heads]` int32, read exactly; all in dense layers.
+        value_rows: `[num_layers, num_rows, num_kv_heads]` int32, read exactly by any head of the group; all in dense
+            layers.
+        copies: `[num_layers, num_rows, num_kv_heads]` int32, values that any head of the group reads as copies.
         survivors: `[num_sparse_layers, num_rows, num_heads]` int32.
         lost_mass: `[num_sparse_layers, num_rows, num_heads]` float32, share of the dense softmax that does not survive.
     """
@@ -35,7 +38,9 @@ class WindowReads:
     layers: NDArray[np.int64]
     sparse_layers: NDArray[np.int64]
     row_lengths: NDArray[np.int64]
+    keys: NDArray[np.int32]
     value_rows: NDArray[np.int32]
+    copies: NDArray[np.int32]
     survivors: NDArray[np.int32]
     lost_mass: NDArray[np.float32]
 
@@ -44,19 +49,26 @@ class WindowRecorder:
     """Records a pass over a window; an observer of `window.read_window`."""
 
     def __init__(self) -> None:
+        self._keys: dict[int, list[Tensor]] = {}
         self._value_rows: dict[int, list[Tensor]] = {}
+        self._copies: dict[int, list[Tensor]] = {}
         self._survivors: dict[int, list[Tensor]] = {}
         self._lost_mass: dict[int, list[Tensor]] = {}
-        self._row_lengths = torch.empty(0)
 
     def __call__(self, call: AttentionCall, result: AttentionResult | None) -> None:
         """See `window.read_window`."""
         layer = call.layer_idx
         if result is None:
             lengths = torch.arange(call.num_before + 1, len(call.key) + 1)
-            self._value_rows[layer] = [lengths[:, None].expand(-1, call.key.shape[1])]
+            whole = lengths[:, None].expand(-1, call.key.shape[1])
+            self._keys[layer] = [whole]
+            self._value_rows[layer] = [whole]
+            self._copies[layer] = [torch.zeros_like(whole)]
             return
+        copies = torch.zeros_like(result.keys_read) if result.copies_read is None else result.copies_read
+        self._keys.setdefault(layer, []).append(result.keys_read.cpu())
         self._value_rows.setdefault(layer, []).append(result.value_rows_read.cpu())
+        self._copies.setdefault(layer, []).append(copies.cpu())
         self._survivors.setdefault(layer, []).append(result.num_survivors.cpu())
         self._lost_mass.setdefault(layer, []).append(result.true_lost_mass.cpu())
 
@@ -75,7 +87,9 @@ class WindowRecorder:
             layers=np.array(layers, np.int64),
             sparse_layers=np.array(sparse_layers, np.int64),
             row_lengths=np.array(row_lengths, np.int64),
+            keys=stacked(self._keys, layers).numpy().astype(np.int32),
             value_rows=stacked(self._value_rows, layers).numpy().astype(np.int32),
+            copies=stacked(self._copies, layers).numpy().astype(np.int32),
             survivors=stacked(self._survivors, sparse_layers).numpy().astype(np.int32),
             lost_mass=stacked(self._lost_mass, sparse_layers).numpy().astype(np.float32),
         )

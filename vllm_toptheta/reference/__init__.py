@@ -10,7 +10,7 @@ from vllm_toptheta.reference.attention import (
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
 from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
 from vllm_toptheta.reference.relative import anchor_lse, is_anchor, relative_threshold
-from vllm_toptheta.reference.scores import causal_scores
+from vllm_toptheta.reference.scores import causal_scores, group_counts
 from vllm_toptheta.reference.shadow import (
     KeyProjection,
     ShadowQuery,
@@ -67,6 +67,7 @@ __all__ = [
     "encode_keys",
     "fit_projection",
     "gather_sequence",
+    "group_counts",
     "is_anchor",
     "keep_last",
     "key_centre",

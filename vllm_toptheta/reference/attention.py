@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, causal_value_mean
-from vllm_toptheta.reference.scores import causal_scores, group_rows, row_lengths, ungroup_rows
+from vllm_toptheta.reference.scores import causal_scores, group_counts, group_rows, row_lengths, ungroup_rows
 from vllm_toptheta.reference.thresholds import (
     Phase,
     keep_last,
@@ -51,13 +51,16 @@ class AttentionResult:
     Attributes:
         output: `[num_queries, num_heads, head_size]`, float32 or float64.
         num_survivors: `[num_queries, num_heads]` int64, keys kept by the head.
-        value_rows_read: `[num_queries, num_kv_heads]` int64, value rows kept by any query head of the group.
+        value_rows_read: `[num_queries, num_kv_heads]` int64, value rows kept by any query head of the group and read
+            exactly.
         keys_read: `[num_queries, num_kv_heads]` int64, keys read exactly: the candidates, or all that the row sees.
         lost_mass: `[num_queries, num_heads]`, of the dtype of `output`, 1 - sum of the survivors' weights: 0 where
             everything survives, 1 where nothing does. What the denominator knows of it.
         true_lost_mass: the same shape, the share of the dense softmax that does not survive.
         thresholded: `[num_queries]` bool, rows whose keys the threshold decided on; the others kept all of them.
         survivors: `[num_queries, num_heads, seq_len]` bool; None from the paged form.
+        copies_read: `[num_queries, num_kv_heads]` int64, values kept by any query head of the group and read as copies;
+            None from attention without copies.
     """
 
     output: Tensor
@@ -68,6 +71,7 @@ class AttentionResult:
     true_lost_mass: Tensor
     thresholded: Tensor
     survivors: Tensor | None
+    copies_read: Tensor | None = None
 
 
 def dense_attention(
@@ -274,16 +278,10 @@ def _attend(
     return AttentionResult(
         output=output.contiguous(),
         num_survivors=num_survivors,
-        value_rows_read=_group_counts(survivors, num_kv_heads),
-        keys_read=_group_counts(read, num_kv_heads),
+        value_rows_read=group_counts(survivors, num_kv_heads),
+        keys_read=group_counts(read, num_kv_heads),
         lost_mass=lost_mass,
         true_lost_mass=true_lost_mass,
         thresholded=thresholded,
         survivors=survivors,
     )
-
-
-def _group_counts(keys: Tensor, num_kv_heads: int) -> Tensor:
-    """Keys `[num_queries, num_heads, seq_len]` that any head of a group has, `[num_queries, num_kv_heads]` int64."""
-    of_groups: Tensor = keys.unflatten(1, (num_kv_heads, -1)).any(dim=2)
-    return of_groups.sum(dim=-1)

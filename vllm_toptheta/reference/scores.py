@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["causal_scores", "group_rows", "row_lengths", "ungroup_rows"]
+__all__ = ["causal_scores", "group_counts", "group_rows", "row_lengths", "ungroup_rows"]
 
 
 def causal_scores(query: Tensor, key: Tensor, *, softmax_scale: float, logits_soft_cap: float | None = None) -> Tensor:
@@ -58,3 +58,9 @@ def group_rows(rows: Tensor, num_kv_heads: int) -> Tensor:
 def ungroup_rows(rows: Tensor, num_heads: int) -> Tensor:
     """The inverse of `group_rows`."""
     return rows.reshape(num_heads, -1, rows.shape[-1]).transpose(0, 1)
+
+
+def group_counts(keys: Tensor, num_kv_heads: int) -> Tensor:
+    """Keys `[num_queries, num_heads, seq_len]` that any head of a group has, `[num_queries, num_kv_heads]` int64."""
+    of_groups: Tensor = keys.unflatten(1, (num_kv_heads, -1)).any(dim=2)
+    return of_groups.sum(dim=-1)
