@@ -28,6 +28,10 @@ MAX_WEIGHT_FLOOR = 1000.0
 DEFAULT_HEAVY = 0.007
 # of GPUs, where there are copies of keys and values
 TIER_HEAD_SIZES = (64, 128, 256)
+# of heads of 256 with copies: with more, a kernel was seen to read where there is nothing
+TIER_WIDE_QUERIES_PER_KV = 8
+# with copies: KL to dense attention of at most 0.001 at 2,048 tokens asks for a lower floor (docs/shadow.md)
+DEFAULT_TIER_WEIGHT_FLOOR = 1.0
 
 # of ln r: keeps the missing mass of a row finite in float32
 MAX_LOG_SCALE = math.log(1e6)
@@ -52,6 +56,8 @@ def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int, *, has_copies: 
     if head_size not in sizes:
         of_copies = "copies of " if has_copies and head_size in HEAD_SIZES else ""
         reasons.append(f"{of_copies}heads of {head_size}, only of {', '.join(map(str, sizes))}")
-    if num_heads // num_kv_heads > MAX_QUERIES_PER_KV:
-        reasons.append(f"{num_heads // num_kv_heads} query heads per kv head, only for up to {MAX_QUERIES_PER_KV}")
+    is_wide = has_copies and head_size == max(TIER_HEAD_SIZES)
+    most = TIER_WIDE_QUERIES_PER_KV if is_wide else MAX_QUERIES_PER_KV
+    if num_heads // num_kv_heads > most:
+        reasons.append(f"{num_heads // num_kv_heads} query heads per kv head, only for up to {most}")
     return f"there are no GPU kernels for {' and '.join(reasons)}" if reasons else ""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vllm_toptheta import store
 from vllm_toptheta.errors import SettingsError, UnsupportedError
-from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
+from vllm_toptheta.limits import DEFAULT_TIER_WEIGHT_FLOOR, DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve, ThresholdStore
 
@@ -134,7 +134,9 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
             if has_copies
             else "Name a calibrated target too, such as k:128, or leave it out",
         )
-    weight_floor = DEFAULT_WEIGHT_FLOOR if settings.weight_floor is None else settings.weight_floor
+    weight_floor = settings.weight_floor
+    if weight_floor is None:
+        weight_floor = DEFAULT_TIER_WEIGHT_FLOOR if has_copies else DEFAULT_WEIGHT_FLOOR
     return Selection(
         ServedThresholds.relative(weight_floor),
         None,

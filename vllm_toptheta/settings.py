@@ -13,7 +13,13 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vllm_toptheta.errors import SettingsError
-from vllm_toptheta.limits import DEFAULT_HEAVY, DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANCHORS
+from vllm_toptheta.limits import (
+    DEFAULT_HEAVY,
+    DEFAULT_TIER_WEIGHT_FLOOR,
+    DEFAULT_WEIGHT_FLOOR,
+    MAX_WEIGHT_FLOOR,
+    NUM_ANCHORS,
+)
 
 OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
@@ -48,11 +54,11 @@ class Settings(BaseSettings):
         "values",
         description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits.",
     )
-    shadow_values: bool | None = Field(
-        None,
+    shadow_values: bool = Field(
+        False,
         description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and "
         "nothing is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in "
-        "less memory. On if not given, unless thresholds names a store.",
+        "less memory.",
     )
     heavy: float = Field(
         DEFAULT_HEAVY,
@@ -67,7 +73,8 @@ class Settings(BaseSettings):
         le=MAX_WEIGHT_FLOOR,
         allow_inf_nan=False,
         description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
-        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given, or what calibrated shadow keys were calibrated at.",
+        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; what they "
+        "were calibrated at with shadow keys.",
     )
     target: str | None = Field(
         None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."
@@ -173,8 +180,7 @@ class Settings(BaseSettings):
     @property
     def has_copies(self) -> bool:
         """Whether light keys are weighed by copies."""
-        wanted = self.thresholds is None if self.shadow_values is None else self.shadow_values
-        return self.mode == "shadow" and wanted
+        return self.mode == "shadow" and self.shadow_values
 
     def _check_target(self, source: Source) -> None:
         """Refuse options that have no effect beside each other.

@@ -30,7 +30,9 @@ class TierEngine(Engine):
     """The engine in mode `shadow` without a store; its reference decodes rows by tiers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], **options: Any) -> None:
-        settings = Settings.load({"mode": "shadow", "heavy": HEAVY, "always_shadow": True, **options})
+        settings = Settings.load(
+            {"mode": "shadow", "shadow_values": True, "heavy": HEAVY, "always_shadow": True, **options}
+        )
         thresholds = ServedThresholds.relative(WEIGHT_FLOOR)
         plan = Plan(
             settings=settings,

@@ -163,12 +163,13 @@ def test_a_server_of_short_steps_is_told_so(
 def test_copies_need_no_store_and_have_a_guard(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setattr(plan_module.logger, "info_once", lambda message, *args: messages.append(message % args))
-    plan = Plan.resolve(make_config({"mode": "shadow", "heavy": 0.02, "weight_floor": 3}))
+    copies = {"mode": "shadow", "shadow_values": True}
+    plan = Plan.resolve(make_config({**copies, "heavy": 0.02, "weight_floor": 3}))
     plan.log(more_memory=0.2)
     assert (plan.model_id, plan.shadow, plan.heavy, plan.guard) == (None, None, 0.02, "relax")
     assert plan.thresholds is not None
     assert plan.thresholds.label == "floor:3"
-    assert plan.code_bytes == 32 + 16 + 4 == Plan.code_bytes_of(make_config({"mode": "shadow"}))
+    assert plan.code_bytes == 32 + 16 + 4 == Plan.code_bytes_of(make_config(copies))
     assert plan.choices.refusal is None
     layer = plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0)
     assert layer is not None
@@ -177,17 +178,19 @@ def test_copies_need_no_store_and_have_a_guard(make_config: MakeConfig, monkeypa
     assert layer.counters.buffers.copies_read is not None
     assert "copies of keys and values" in messages[0]
     assert "52 bytes make the pages of the KV cache 20.0 % larger" in messages[0]
-    every = Plan.resolve(make_config({"mode": "shadow", "heavy": 0})).for_layer(0, num_heads=9, num_kv_heads=3, rank=0)
+    plan = Plan.resolve(make_config({**copies, "heavy": 0}))
+    assert plan.thresholds is not None
+    assert plan.thresholds.label == "floor:1"
+    every = plan.for_layer(0, num_heads=9, num_kv_heads=3, rank=0)
     assert every is not None
     assert every.tiers is not None
     assert every.tiers.log_heavy == -math.inf
 
 
-def test_a_store_chooses_calibrated_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
+def test_a_store_is_for_calibrated_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
     named = {"mode": "shadow", "thresholds": str(shadow_folder)}
-    for options in (named, named | {"shadow_values": False}):
-        plan = Plan.resolve(make_config(options))
-        assert (plan.heavy, plan.shadow is not None) == (None, True)
+    plan = Plan.resolve(make_config(named))
+    assert (plan.heavy, plan.shadow is not None) == (None, True)
     with pytest.raises(errors.SettingsError, match="thresholds: copies of keys and values need no calibration"):
         make_config(named | {"shadow_values": True})
 

@@ -80,6 +80,15 @@ def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch)
     words = "no GPU kernels for heads of 72, only of 64, .* and 17 query heads per kv head, only for up to 16"
     with pytest.raises(errors.UnsupportedError, match=words):
         support_checks.check_kernels(wide)
+    odd = Architecture(num_layers=1, num_heads=4, num_kv_heads=2, head_size=96, rope={})
+    support_checks.check_kernels(odd)
+    words = "no GPU kernels for copies of heads of 96, only of 64, 128, 256.*shadow_values off"
+    with pytest.raises(errors.UnsupportedError, match=words):
+        support_checks.check_kernels(odd, has_copies=True)
+    wide = Architecture(num_layers=1, num_heads=32, num_kv_heads=2, head_size=256, rope={})
+    support_checks.check_kernels(wide)
+    with pytest.raises(errors.UnsupportedError, match="16 query heads per kv head, only for up to 8"):
+        support_checks.check_kernels(wide, has_copies=True)
 
 
 def test_every_reason_is_named_at_once() -> None:

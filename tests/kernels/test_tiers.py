@@ -166,7 +166,8 @@ def test_copies_of_steps_that_fill_any_number_of_pages(name: str, before: tuple[
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"head_size": 80}, "query: head_size is 80, expected one of 64, 128, 256"),
+        ({"head_size": 80}, "query: there are no GPU kernels for copies of heads of 80, only of 64, 128, 256"),
+        ({"head_size": 256, "num_heads": 16, "num_kv_heads": 1}, "16 query heads per kv head, only for up to 8"),
         ({"kv_dtype": torch.float8_e4m3fn}, "kv_cache: dtype is torch.float8_e4m3fn, expected"),
     ],
 )

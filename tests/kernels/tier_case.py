@@ -143,7 +143,8 @@ def check(tiers: TierCase, output: torch.Tensor, counters: Counters) -> None:
                 logits_soft_cap=shape.soft_cap,
             )  # fmt: skip
             rows += length
-            torch.testing.assert_close(output[row].float(), dense.output[0], rtol=0, atol=4e-3)
+            allowed = 2 * error_of_dtype(case, row, dense) + 1e-3
+            assert float((output[row].float() - dense.output[0]).abs().max()) <= allowed
             continue
         if tiers.reads_all_keys:
             continue

@@ -112,6 +112,15 @@ def test_heavy_keys_and_both_ends_are_exact() -> None:
     assert bool((result.survivors & ~result.exact.repeat_interleave(3, dim=1)).any())
 
 
+def test_rows_of_anchors_alone_are_dense() -> None:
+    query, key, value = tensors(seq_len=145)
+    dense = dense_attention(query, key, value, softmax_scale=SCALE)
+    result = tiered_attention(query, key, value, weight_floor=40.0, heavy=0.5, block_size=16, softmax_scale=SCALE)
+    torch.testing.assert_close(result.output[:2], dense.output[:2], rtol=1e-4, atol=1e-5)
+    assert result.lost_mass[:2].max() < 1e-6
+    assert bool((result.lost_mass[2] > 0).all())
+
+
 def test_rows_do_not_depend_on_each_other() -> None:
     query, key, value = tensors()
     options = {"weight_floor": 2.0, "heavy": 0.01, "block_size": 16, "softmax_scale": SCALE}

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS
+from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from vllm_toptheta.reference.compensation import causal_value_mean
 from vllm_toptheta.reference.relative import anchor_lse, is_anchor
 from vllm_toptheta.reference.scores import causal_scores, group_rows, ungroup_rows
@@ -222,7 +222,8 @@ def tiered_attention(
     exact = (wanted | always[:, None]) & visible.unflatten(1, (num_kv_heads, group))[:, :, 0]
     is_exact = exact.repeat_interleave(group, dim=1)
     known = torch.where(is_exact, scores, score_copies).masked_fill(~visible, -torch.inf)
-    survivors = (known >= theta) & visible
+    # of anchors alone nothing is dropped
+    survivors = ((known >= theta) | (row_lengths <= NUM_ANCHORS)[:, None, None]) & visible
 
     largest = known.amax(dim=-1, keepdim=True)
     exponentials = torch.exp(known - largest)

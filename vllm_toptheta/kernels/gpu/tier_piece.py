@@ -45,19 +45,56 @@ def _step_rows(blocks, start, stride_block, BLOCK_SIZE: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def _quarter(codes, weights, acc, SHIFT: tl.constexpr):
-    """Weigh a quarter of the channels of light values."""
-    level = ((codes >> SHIFT) & 3).to(tl.float32) - VALUE_MIDDLE
-    return tl.dot(level.to(weights.dtype), weights, acc=acc)
+def _load_light(
+    light_ptr, code_base, step_base, slot, entry, copies, shape, G_PAD: tl.constexpr, QUARTER: tl.constexpr
+):  # fmt: skip
+    """Bits of the scores of light keys [WALK_TILE, G_PAD], steps [WALK_TILE] and codes [QUARTER, WALK_TILE] of values.
+
+    Args:
+        light_ptr: The list of light keys.
+        code_base, step_base: Where the codes of the kv head, and the steps of its first page's keys, start.
+        slot, entry: [WALK_TILE], where copies and entries of the list stand.
+        copies, shape: `Copies`, `Shape`.
+    """
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    offs_g = tl.arange(0, G_PAD)
+    bits = tl.load(light_ptr + entry[:, None] + offs_g[None, :], mask=(offs_g < shape.GROUP)[None, :], other=0)
+    page = (slot // BLOCK_SIZE).to(tl.int64) * copies.stride_block
+    offset = slot % BLOCK_SIZE
+    step = tl.load(step_base + (page // 2 + BLOCK_SIZE + offset))
+    row = tl.multiple_of(page + (BLOCK_SIZE * shape.HEAD_SIZE // 2 + offset * QUARTER), 16)
+    return bits, step, tl.load(code_base + row[None, :] + tl.arange(0, QUARTER)[:, None])
 
 
 @triton.jit
-def _turn_back(rotation_ptr, acc, first_channel, output, HEAD_SIZE: tl.constexpr, QUARTER: tl.constexpr):
-    """Add R^T acc to the output, of the rotated channels from `first_channel` on."""
+def _quarter(codes, weights, acc, SHIFT: tl.constexpr):
+    """Weigh a quarter of the channels of light values, each of which is more by `_code_offset` than what it stands for.
+
+    The code becomes the lowest bits of a number of 16 bits: no conversion, of which a GPU does few at a time.
+    """
+    code = ((codes >> SHIFT) & 3).to(tl.int16)
+    if weights.dtype == tl.float16:
+        level = (code | 0x6400).to(tl.float16, bitcast=True)  # 1024 and the code
+    else:
+        level = (code | 0x4300).to(tl.bfloat16, bitcast=True)  # 128 and the code
+    return tl.dot(level, weights, acc=acc)
+
+
+@triton.jit
+def _code_offset(dtype: tl.constexpr):
+    if dtype == tl.float16:
+        return 1024.0 + VALUE_MIDDLE
+    else:
+        return 128.0 + VALUE_MIDDLE
+
+
+@triton.jit
+def _turn_back(rotation_ptr, acc, offset, first_channel, output, HEAD_SIZE: tl.constexpr, QUARTER: tl.constexpr):
+    """Add R^T (acc - offset) to the output, of the rotated channels from `first_channel` on."""
     offs_d = tl.arange(0, HEAD_SIZE)
     offs_c = first_channel + tl.arange(0, QUARTER)
     part = tl.load(rotation_ptr + offs_c[None, :] * HEAD_SIZE + offs_d[:, None])
-    return tl.dot(part, acc * (1.0 / _SCALE_UP), acc=output, input_precision="tf32x3")
+    return tl.dot(part, (acc - offset[None, :]) * (1.0 / _SCALE_UP), acc=output, input_precision="tf32x3")
 
 
 @triton.jit
@@ -135,6 +172,7 @@ def attend_by_tiers(
     # added up by lane, so that loops reduce nothing but the maximum
     scan_lost = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
     lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
+    lane_weights = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)  # of copies, times their steps
     lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
     lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
     keys_read = tl.zeros((), dtype=tl.int32)
@@ -146,19 +184,25 @@ def attend_by_tiers(
     heavy_length = tl.zeros((TILE,), dtype=tl.int32)
     light_length = tl.zeros((TILE,), dtype=tl.int32)
     blocks = load_blocks(block_row, start, end, BLOCK_SIZE, TILE)
+    next_blocks = load_blocks(block_row, start + TILE, end, BLOCK_SIZE, TILE)
+    step = tl.load(step_base + _step_rows(blocks, start, copies.stride_block, BLOCK_SIZE, TILE))
     for chunk_start in range(start, end, CHUNK):
         chunk_end = tl.minimum(chunk_start + CHUNK, end)
         for tile_start in tl.range(chunk_start, chunk_end, TILE, num_stages=tiling.SCAN_STAGES):
             row = tile_rows(blocks, tile_start, copies.stride_block, HALF, BLOCK_SIZE, TILE)
-            step_row = _step_rows(blocks, tile_start, copies.stride_block, BLOCK_SIZE, TILE)
-            # a tile ahead, so that the loads of codes wait for nothing
-            blocks = load_blocks(block_row, tile_start + TILE, end, BLOCK_SIZE, TILE)
+            # a tile and two ahead, so that no load waits for another: Triton copies ahead what products take, and steps
+            # are not that
+            next_step = tl.load(
+                step_base + _step_rows(next_blocks, tile_start + TILE, copies.stride_block, BLOCK_SIZE, TILE)
+            )
+            blocks = next_blocks
+            next_blocks = load_blocks(block_row, tile_start + 2 * TILE, end, BLOCK_SIZE, TILE)
             # behind the end this reads block 0 or the rest of a page: any bytes do
             lower, upper = halves(tl.load(code_base + row[:, None] + byte[None, :]), tiling.ON_GPU)
-            step = tl.load(step_base + step_row).to(tl.float32)
             products = tl.dot(lower, lower_query, out_dtype=tl.int32)
             products = tl.dot(upper, upper_query, acc=products, out_dtype=tl.int32)
-            scores = (products.to(tl.float32) - middle[None, :]) * (step[:, None] * query_scale[None, :])
+            scores = (products.to(tl.float32) - middle[None, :]) * (step.to(tl.float32)[:, None] * query_scale[None, :])
+            step = next_step
             scores += offset[None, :]
             if soft_cap is not None:
                 # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -241,38 +285,47 @@ def attend_by_tiers(
             second_quarter *= rescale
             third_quarter *= rescale
             fourth_quarter *= rescale
+            lane_weights *= rescale
 
             num_listed = tl.sum(light_length, axis=0)
             copies_read += num_listed
-            offs_q = tl.arange(0, QUARTER)
-            for first in tl.range(0, num_listed, WALK_TILE, num_stages=tiling.GATHER_STAGES):
-                index = first + offs_w
-                listed = index < num_listed
-                slot = tl.load(light_order_ptr + index, mask=listed, other=0)
-                entry = tl.load(light_order_ptr + ROOM + index, mask=listed, other=0)
-                is_scored = listed[:, None] & mask_g[None, :]
-                bits = tl.load(light_ptr + entry[:, None] + offs_g[None, :], mask=is_scored, other=0)
-                page = (slot // BLOCK_SIZE).to(tl.int64) * copies.stride_block
-                step = tl.load(step_base + page // 2 + BLOCK_SIZE + slot % BLOCK_SIZE, mask=listed, other=0.0)
-                code_row = page + BLOCK_SIZE * HALF + slot % BLOCK_SIZE * QUARTER
-                codes = tl.load(code_base + code_row[None, :] + offs_q[:, None], mask=listed[None, :], other=0)
-                light_scores = tl.where(is_scored, bits.to(tl.float32, bitcast=True), DISCARDED)
-                weights = tl.exp2((light_scores - maximum[None, :]) * LOG2_E)
-                lane_kept += weights
-                weights = (weights * (step.to(tl.float32) * _SCALE_UP)[:, None]).to(query.dtype)
-                first_quarter = _quarter(codes, weights, first_quarter, 0)
-                second_quarter = _quarter(codes, weights, second_quarter, 2)
-                third_quarter = _quarter(codes, weights, third_quarter, 4)
-                fourth_quarter = _quarter(codes, weights, fourth_quarter, 6)
+            if num_listed > 0:
+                # a tile and two ahead, as in the scan; the last key again behind it, to be weighed with 0
+                last = num_listed - 1
+                slot = tl.load(light_order_ptr + tl.minimum(offs_w, last))
+                entry = tl.load(light_order_ptr + ROOM + tl.minimum(offs_w, last))
+                bits, value_step, codes = _load_light(
+                    light_ptr, code_base, step_base, slot, entry, copies, shape, G_PAD, QUARTER
+                )
+                slot = tl.load(light_order_ptr + tl.minimum(WALK_TILE + offs_w, last))
+                entry = tl.load(light_order_ptr + ROOM + tl.minimum(WALK_TILE + offs_w, last))
+                for first in tl.range(0, num_listed, WALK_TILE):
+                    next_bits, next_step, next_codes = _load_light(
+                        light_ptr, code_base, step_base, slot, entry, copies, shape, G_PAD, QUARTER
+                    )
+                    slot = tl.load(light_order_ptr + tl.minimum(first + 2 * WALK_TILE + offs_w, last))
+                    entry = tl.load(light_order_ptr + ROOM + tl.minimum(first + 2 * WALK_TILE + offs_w, last))
+                    is_scored = (first + offs_w < num_listed)[:, None] & mask_g[None, :]
+                    light_scores = tl.where(is_scored, bits.to(tl.float32, bitcast=True), DISCARDED)
+                    weights = tl.exp2((light_scores - maximum[None, :]) * LOG2_E)
+                    lane_kept += weights
+                    weights = (weights * (value_step.to(tl.float32) * _SCALE_UP)[:, None]).to(query.dtype)
+                    lane_weights += weights.to(tl.float32)
+                    first_quarter = _quarter(codes, weights, first_quarter, 0)
+                    second_quarter = _quarter(codes, weights, second_quarter, 2)
+                    third_quarter = _quarter(codes, weights, third_quarter, 4)
+                    fourth_quarter = _quarter(codes, weights, fourth_quarter, 6)
+                    bits, value_step, codes = next_bits, next_step, next_codes
             heavy_length = tl.zeros((TILE,), dtype=tl.int32)
             light_length = tl.zeros((TILE,), dtype=tl.int32)
             # the next scan writes over what this one reads
             tl.debug_barrier()
     if copies_read > 0:
-        output = _turn_back(copies.rotation, first_quarter, 0, output, HEAD_SIZE, QUARTER)
-        output = _turn_back(copies.rotation, second_quarter, QUARTER, output, HEAD_SIZE, QUARTER)
-        output = _turn_back(copies.rotation, third_quarter, 2 * QUARTER, output, HEAD_SIZE, QUARTER)
-        output = _turn_back(copies.rotation, fourth_quarter, 3 * QUARTER, output, HEAD_SIZE, QUARTER)
+        shift = tl.sum(lane_weights, axis=0) * _code_offset(query.dtype)
+        output = _turn_back(copies.rotation, first_quarter, shift, 0, output, HEAD_SIZE, QUARTER)
+        output = _turn_back(copies.rotation, second_quarter, shift, QUARTER, output, HEAD_SIZE, QUARTER)
+        output = _turn_back(copies.rotation, third_quarter, shift, 2 * QUARTER, output, HEAD_SIZE, QUARTER)
+        output = _turn_back(copies.rotation, fourth_quarter, shift, 3 * QUARTER, output, HEAD_SIZE, QUARTER)
     of_columns = tl.sum(scan_lost, axis=0)
     if COLUMNS != G_PAD:
         # the same heads in more columns

@@ -24,7 +24,7 @@ from vllm_toptheta.kernels.gpu.tier_split import tier_split_kernel
 from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
 from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, launch_options, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
-from vllm_toptheta.limits import TIER_HEAD_SIZES
+from vllm_toptheta.limits import gpus_lack
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
@@ -53,8 +53,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     tiers, codes = call.layer.tiers, call.cache.codes
     if tiers is None or codes is None:
         raise ValueError("tiers: None, expected a layer with copies")
-    if head_size not in TIER_HEAD_SIZES:
-        raise ValueError(f"query: head_size is {head_size}, expected one of {', '.join(map(str, TIER_HEAD_SIZES))}")
+    if lacking := gpus_lack(head_size, call.query.shape[1], num_kv_heads, has_copies=True):
+        raise ValueError(f"query: {lacking}")
     if call.cache.kv_cache.dtype != call.output.dtype:
         raise ValueError(f"kv_cache: dtype is {call.cache.kv_cache.dtype}, expected {call.output.dtype} with copies")
     if codes.stride(0) % 16 or codes.stride(1) % 16 or codes.data_ptr() % 16:
