@@ -73,8 +73,8 @@ class Settings(BaseSettings):
         le=MAX_WEIGHT_FLOOR,
         allow_inf_nan=False,
         description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
-        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; what they "
-        "were calibrated at with shadow keys.",
+        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; with "
+        "calibrated shadow keys, what those were calibrated at.",
     )
     target: str | None = Field(
         None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."

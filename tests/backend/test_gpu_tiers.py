@@ -30,9 +30,8 @@ class TierEngine(Engine):
     """The engine in mode `shadow` without a store; its reference decodes rows by tiers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], **options: Any) -> None:
-        settings = Settings.load(
-            {"mode": "shadow", "shadow_values": True, "heavy": HEAVY, "always_shadow": True, **options}
-        )
+        named = {"mode": "shadow", "shadow_values": True, "heavy": HEAVY, "always_shadow": True}
+        settings = Settings.load({**named, **options})
         thresholds = ServedThresholds.relative(WEIGHT_FLOOR)
         plan = Plan(
             settings=settings,

@@ -139,11 +139,17 @@ class Subject(NamedTuple):
         *,
         floor: float | None = None,
         mode: str = "values",
+        copies: bool = False,
         **engine: Any,
     ) -> list[dict[str, Any]]:
-        """The answers of ours, in mode `values` at `floor` or the model's, in mode `shadow` at the calibrated one."""
+        """The answers of ours, in mode `values` at `floor` or the model's, in mode `shadow` at the calibrated one.
+
+        With `copies`, mode `shadow` has copies of keys and values, and the model's floor.
+        """
         options: dict[str, Any] = {"mode": mode}
-        if mode == "shadow":
+        if copies:
+            options |= {"always_shadow": True, "shadow_values": True, "weight_floor": floor or self.floor}
+        elif mode == "shadow":
             options |= {"always_shadow": True, **self.thresholds}
         else:
             options["weight_floor"] = floor or self.floor

@@ -66,6 +66,37 @@ def test_chunks_small_blocks_and_the_prefix_cache(subject: Subject) -> None:
     assert_same_text(cached["outputs"], undisturbed["outputs"])
 
 
+@pytest.mark.xdist_group("stock")
+def test_every_key_read_exactly_gives_the_stock_backends_text(model: Path, stock: Stock) -> None:
+    (ours,) = generate(
+        [stock.calls["few"]],
+        model=str(model),
+        backend="toptheta",
+        options={
+            "mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, "weight_floor": 1e-300,
+        },
+    )  # fmt: skip
+    (stats,) = ours["stats"]
+    assert shares(stats) == (1.0, 1.0)
+    assert not any(head["copies_read"] for head in stats["layers"])
+    assert_same_text(ours["outputs"], stock.answers["few"]["outputs"])
+
+
+def test_copies_with_chunks_small_blocks_and_the_prefix_cache(subject: Subject) -> None:
+    call = Call(cut(subject.text, LENGTHS), MAX_TOKENS)
+    options = {"mode": "shadow", "copies": True, "block_size": 16}
+    (undisturbed,) = subject.sparse([call], enable_prefix_caching=False, max_num_batched_tokens=8192, **options)
+    (stats,) = undisturbed["stats"]
+    assert (stats["mode"], stats["guard"]) == ("shadow", "warn")  # there is one
+    keys, rows = shares(stats)
+    assert 0 < rows <= keys < 0.9
+    assert all(head["copies_read"] for head in stats["layers"])
+    chunked, cached = subject.sparse([call, call], enable_prefix_caching=True, max_num_batched_tokens=200, **options)
+    assert cached["prefix_hits"] > 2000
+    assert_same_text(chunked["outputs"], undisturbed["outputs"])
+    assert_same_text(cached["outputs"], undisturbed["outputs"])
+
+
 @pytest.fixture(scope="module")
 def eager(demo: Subject) -> dict[str, Any]:
     """No graphs at all."""

@@ -50,12 +50,15 @@ def counted(
     num_short: int = 0,
     num_asked: int = 0,
     keys_read: list[list[int]] | None = None,
+    copies_read: list[list[int]] | None = None,
 ) -> LayerCounters:
     """Counters after one step of sequences with 100 cached rows each.
 
     The first `num_short` were dense, and the last `num_asked` were decoded as their requests asked for.
     """
-    counters = LayerCounters(layer, kv_heads, num_queries_per_kv=2, counts_keys=keys_read is not None)
+    counters = LayerCounters(
+        layer, kv_heads, num_queries_per_kv=2, counts_keys=keys_read is not None, counts_copies=copies_read is not None
+    )
     tokens = len(rows_read)
     order = torch.arange(tokens)
     is_sparse = (order >= num_short).long()[:, None]
@@ -67,6 +70,7 @@ def counted(
             value_rows_read=torch.tensor(rows_read),
             lost_mass=is_sparse * torch.full((tokens, 2 * len(kv_heads)), lost_mass),
             keys_read=torch.tensor(rows_read if keys_read is None else keys_read),
+            copies_read=None if copies_read is None else torch.tensor(copies_read),
         ),
     )
     return counters

@@ -58,6 +58,9 @@ def test_keys_are_exposed_where_some_are_not_read(stats: Stats) -> None:
     found = samples(merge([[rank(*layers, mode="shadow")]]))
     assert found["toptheta_keys_read_total", "1"] == 13
     assert found["toptheta_keys_read_total", "2"] == 23
+    assert not [name for name, _ in found if "copies" in name]
+    layer = counted(1, [0, 1], [[4, 5]], 0.2, keys_read=[[10, 3]], copies_read=[[7, 8]])
+    assert samples(merge([[rank(layer, mode="shadow")]]))["toptheta_value_copies_read_total", "1"] == 15
 
 
 def test_the_histogram_is_cumulative_per_layer(stats: Stats) -> None:

@@ -115,6 +115,11 @@ def test_what_it_shows(page: Page) -> None:
 
 
 def test_keys_are_named_where_some_are_not_read(page: Page) -> None:
+    layer = counted(1, [0, 1], [[30, 10]], 0.25, keys_read=[[50, 20]], copies_read=[[60, 20]])
+    with serving(Engine([rank(layer, mode="shadow")])) as port:
+        page.open(f"http://127.0.0.1:{port}/toptheta")
+        page.wait_for(IDLE)
+        assert page.text("#rows-note") == "of 200 cached, in sparse layers; of keys 35 %; copies of 40 %"
     layer = counted(1, [0, 1], [[30, 10]], 0.25, keys_read=[[50, 20]])
     with serving(Engine([rank(layer, mode="shadow", guard="off")])) as port:
         page.open(f"http://127.0.0.1:{port}/toptheta")

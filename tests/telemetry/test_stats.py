@@ -51,6 +51,17 @@ def test_keys_are_counted_where_some_are_not_read() -> None:
     assert merge([[rank(one)]]).keys_read_share is None
 
 
+def test_copies_are_counted_where_there_are_any() -> None:
+    keys = {"keys_read": [[20, 30], [4, 5]]}
+    one = counted(2, [0, 1], [[7, 8], [1, 2]], 0.5, **keys, copies_read=[[40, 50], [6, 7]])
+    assert [head["copies_read"] for head in one.heads()] == [46, 57]
+    stats = merge([[rank(one)], [rank(counted(3, [0, 1], [[7, 8], [1, 2]], 0.5, **keys))]])
+    assert [head.copies_read for head in stats.layers] == [46, 57, None, None]
+    assert stats.copies_read_share == pytest.approx((46 + 57) / 400)
+    one.zero_()
+    assert [head["copies_read"] for head in one.heads()] == [0, 0]
+
+
 def test_in_mode_values_no_keys_are_counted() -> None:
     stats = merge([[rank(counted(2, [0], [[7]], 0.5))], [rank(counted(2, [0], [[5]], 0.2))]])
     assert (stats.layers[0].keys_read, stats.keys_read_share) == (None, None)

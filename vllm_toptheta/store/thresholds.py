@@ -66,7 +66,7 @@ class ThresholdStore:
                 "these thresholds came without shadow keys",
                 file=self.folder,
                 field="shadow",
-                remedy="Calibrate the model again, with --mode shadow, or switch on shadow_values, which needs no store",
+                remedy="Calibrate the model again, with --mode shadow, or switch shadow_values on, which needs none",
             )
         return self.shadow_keys
 

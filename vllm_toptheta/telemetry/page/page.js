@@ -157,7 +157,9 @@ function draw() {
   $("model").textContent = stats.thresholds ? `with the thresholds of ${stats.thresholds}` : "without thresholds";
   $("rows-share").textContent = percent(stats.rows_read_share);
   const keys = stats.keys_read_share === null ? "" : `; of keys ${percent(stats.keys_read_share)}`;
-  $("rows-note").textContent = `of ${compact.format(sum(stats.layers, (head) => head.rows_cached))} cached, in sparse layers${keys}`;
+  const copies = stats.copies_read_share === null ? "" : `; copies of ${percent(stats.copies_read_share)}`;
+  const cached = compact.format(sum(stats.layers, (head) => head.rows_cached));
+  $("rows-note").textContent = `of ${cached} cached, in sparse layers${keys}${copies}`;
   $("tokens-rate").textContent = significant.format(tokensRate);
   $("bytes-rate").textContent = bytes(perSecond(stats, recent, (one) => one.bytes_not_read));
   $("bytes-note").textContent = `${bytes(stats.bytes_not_read)} since the start`;
