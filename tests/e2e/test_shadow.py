@@ -84,7 +84,7 @@ def test_every_key_read_exactly_gives_the_stock_backends_text(model: Path, stock
 
 def test_copies_with_chunks_small_blocks_and_the_prefix_cache(subject: Subject) -> None:
     call = Call(cut(subject.text, LENGTHS), MAX_TOKENS)
-    options = {"mode": "shadow", "copies": True, "block_size": 16}
+    options = {"mode": "shadow", "copies": True, "floor": 1.0, "block_size": 16}
     (undisturbed,) = subject.sparse([call], enable_prefix_caching=False, max_num_batched_tokens=8192, **options)
     (stats,) = undisturbed["stats"]
     assert (stats["mode"], stats["guard"]) == ("shadow", "warn")  # there is one
