@@ -175,12 +175,32 @@ class Settings(BaseSettings):
                 remedy=f"known options are {known}",
             ) from error
         settings._check_target(source)
+        settings._check_copies(source)
         return settings
 
     @property
     def has_copies(self) -> bool:
         """Whether light keys are weighed by copies."""
         return self.mode == "shadow" and self.shadow_values
+
+    def _check_copies(self, source: Source) -> None:
+        """Refuse options of copies where there are none.
+
+        Raises:
+            SettingsError: Names one of them.
+        """
+        if self.shadow_values and self.mode != "shadow":
+            raise SettingsError(
+                "copies of values belong to mode shadow",
+                field=source.name("shadow_values"),
+                remedy="Leave it out, or choose mode shadow",
+            )
+        if "heavy" in self.model_fields_set and not self.has_copies:
+            raise SettingsError(
+                "without copies of values, keys are heavy by no bound",
+                field=source.name("heavy"),
+                remedy="Leave it out, or switch shadow_values on in mode shadow",
+            )
 
     def _check_target(self, source: Source) -> None:
         """Refuse options that have no effect beside each other.
