@@ -1,8 +1,8 @@
 """The backend on NVIDIA GPUs: FlashAttention for prompts and dense layers, Top-Theta for the tokens that are decoded.
 
 It subclasses vLLM's FlashAttention backend and adds to it, on sparse layers only: page tails with running value sums
-and shadow keys, and decode kernels that read surviving values, and in mode `shadow` few keys. Steps that only decode
-run in FULL CUDA graphs, so there everything that depends on lengths is decided on the device.
+and copies in few bits, and decode kernels that read surviving values, and in mode `shadow` few keys. Steps that only
+decode run in FULL CUDA graphs, so there everything that depends on lengths is decided on the device.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def with_tail(spec: AttentionSpec, *, code_bytes: int = 0) -> Any:
 
     Args:
         spec: A layer's pages as vLLM makes them; those that have a tail already are left alone.
-        code_bytes: Bytes of a token's shadow key in each kv head; 0 without shadow keys.
+        code_bytes: Bytes of a token's shadow key or copies in each kv head; 0 without.
     """
     if isinstance(spec, MLAAttentionSpec) or spec.page_size_padded is not None:
         return spec
@@ -26,7 +26,7 @@ def with_tail(spec: AttentionSpec, *, code_bytes: int = 0) -> Any:
 
 
 def more_memory(spec: AttentionSpec, code_bytes: int) -> float:
-    """By how much shadow keys lengthen a layer's pages, as a share."""
+    """By how much shadow keys or copies lengthen a layer's pages, as a share."""
     return _page_bytes(spec, code_bytes) / _page_bytes(spec, 0) - 1
 
 

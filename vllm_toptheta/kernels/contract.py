@@ -3,8 +3,9 @@
     decode(step, call, scratch)        one new token per sequence; writes `call.output` and adds to the layer's counters
     write_tails(step, cache, layer)    the tails of all pages that a step's tokens fill
 
-`kernels.gpu` and `kernels.cpu` have both, `decode` once for each mode (`values`, `shadow`). A `DecodeStep` is made once
-for all layers, a `Layer` once for all steps; a `LayerCall` brings the two together with this step's tensors.
+`kernels.gpu` and `kernels.cpu` have both, `decode` three times: for mode `values`, and for mode `shadow` with shadow
+keys and with copies of keys and values. A `DecodeStep` is made once for all layers, a `Layer` once for all steps; a
+`LayerCall` brings the two together with this step's tensors.
 
 A key survives whose score reaches
 

@@ -35,7 +35,7 @@ _FLOAT_BYTES = 4
 def padded_page_bytes(content_bytes: int, num_kv_heads: int, head_size: int, *, code_bytes: int = 0) -> int:
     """Bytes of a page whose keys and values take `content_bytes`, with its tail.
 
-    `code_bytes` are those of the shadow keys of all tokens and heads of the page, 0 where there are none. Pages are
+    `code_bytes` are those of the codes of all tokens and heads of the page, 0 where there are none. Pages are
     aligned, and whole numbers of rows of `head_size` elements of up to 4 bytes.
     """
     row_bytes = head_size * _FLOAT_BYTES
@@ -75,11 +75,11 @@ def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:
 
 
 def codes_view(kv_cache: torch.Tensor, code_bytes: int) -> torch.Tensor:
-    """The shadow keys of every page of a layer, as a view of the cache's memory.
+    """The codes of every page of a layer, as a view of the cache's memory.
 
     Args:
         kv_cache: As for `value_sum_view`.
-        code_bytes: Bytes of a token's shadow key.
+        code_bytes: Bytes of a token's shadow key or copies.
 
     Returns:
         [num_blocks, num_kv_heads, block_size, code_bytes] uint8.
@@ -93,7 +93,7 @@ def codes_view(kv_cache: torch.Tensor, code_bytes: int) -> torch.Tensor:
     page_bytes = kv_cache.stride(0) * element
     page_codes = num_kv_heads * block_size * code_bytes
     if page_bytes < padded_page_bytes(content * element, num_kv_heads, head_size, code_bytes=page_codes):
-        raise ValueError(f"KV pages of {page_bytes} bytes have no room for {page_codes} bytes of shadow keys")
+        raise ValueError(f"KV pages of {page_bytes} bytes have no room for {page_codes} bytes of codes")
     offset = (kv_cache.storage_offset() + content) * element + num_kv_heads * head_size * _FLOAT_BYTES
     return torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(
         kv_cache.untyped_storage(),

@@ -1,4 +1,4 @@
-"""Has our layers ask vLLM for longer pages, with a tail for value sums and shadow keys.
+"""Has our layers ask vLLM for longer pages, with a tail for value sums and shadow keys or copies.
 
 Replaces `Attention.get_kv_cache_spec` (0.26 to 0.33), which vLLM asks with the configuration, on which the length of a
 tail depends. The public `AttentionBackend.customize_spec` came with 0.27 and is not told the configuration.
