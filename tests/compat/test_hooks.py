@@ -44,7 +44,7 @@ def test_configurations_are_checked(release: Release) -> None:
         "support_checks.check_settings = lambda settings, config: done.append(settings)\n"
         "support_checks.check_kernels = lambda architecture, **_: done.append(architecture)\n"
         "request_validation.install = lambda: done.append('requests')\n"
-        "Plan.resolve = lambda config: S(settings='settings', thresholds='some', architecture='kernels')\n"
+        "Plan.resolve = lambda config: S(settings='settings', thresholds='some', architecture='kernels', heavy=None)\n"
         "for name in ('FLASH_ATTN', 'TOPTHETA'):\n"
         "    config = S(attention_config=S(backend=S(name=name)), model_config='model')\n"
         "    current_platform.check_and_update_config(config)\n"

@@ -44,7 +44,7 @@ GPU_ENGINE = {
 }
 
 COUNTS = ("decode_steps", "decode_tokens", "dense_tokens", "asked_tokens")
-HEAD_COUNTS = ("decode_tokens", "dense_tokens", "asked_tokens", "rows_cached", "rows_read", "keys_read")
+HEAD_COUNTS = ("decode_tokens", "dense_tokens", "asked_tokens", "rows_cached", "rows_read", "keys_read", "copies_read")
 
 
 class Call(NamedTuple):

@@ -29,8 +29,11 @@ def test_a_near_tie_is_excused_once_most_is_compared() -> None:
 
 
 def test_statistics_of_a_call_are_what_the_workers_counted_during_it() -> None:
-    first = counted(0, [0, 1], [[100, 100], [30, 10]], 0.25, num_short=1, keys_read=[[100, 100], [60, 50]])
-    second = counted(0, [0, 1], [[20, 40]] * 3, 0.125, num_asked=1, keys_read=[[50, 70]] * 3)
+    first = counted(
+        0, [0, 1], [[100, 100], [30, 10]], 0.25, num_short=1, keys_read=[[100, 100], [60, 50]],
+        copies_read=[[0, 0], [20, 30]],
+    )  # fmt: skip
+    second = counted(0, [0, 1], [[20, 40]] * 3, 0.125, num_asked=1, keys_read=[[50, 70]] * 3, copies_read=[[5, 6]] * 3)
     alone = rank(second, requests={"dense": 1})
     earlier = rank(first, requests={"floor": 2})
     for earlier_sum, later in zip(first.settled(), second.settled(), strict=True):
