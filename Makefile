@@ -47,8 +47,8 @@ test-soak: install ## Load, stop and kill servers, and set off the guard of one
 	python -m pytest -m soak
 
 test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
-	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/backend/test_guard_monitor.py \
-	    tests/benchmarks
+	$(PYTHON) -m pytest tests/kernels tests/backend/test_gpu.py tests/backend/test_gpu_shadow.py tests/backend/test_gpu_tiers.py \
+	    tests/backend/test_guard_monitor.py tests/benchmarks
 
 test-gpu-engine: ## Run engines on an NVIDIA GPU, several at a time with ARGS="-n 4 --dist loadgroup", two GPUs for all
 	$(PYTHON) -m pytest $(ARGS) tests/e2e/test_engine.py tests/e2e/test_invariance.py tests/e2e/test_shadow.py \
