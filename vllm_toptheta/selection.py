@@ -146,9 +146,11 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
     )
 
 
-def _load(settings: Settings, model: str, architecture: Architecture | None) -> ThresholdStore:
+def _load(
+    settings: Settings, model: str, architecture: Architecture | None, *, needs_shadow: bool = False
+) -> ThresholdStore:
     """The model's store, checked against its architecture where that is known."""
-    folder = store.resolve(model, thresholds=settings.thresholds)
+    folder = store.resolve(model, thresholds=settings.thresholds, needs_shadow=needs_shadow)
     thresholds = store.load(folder)
     if architecture is not None:
         thresholds.manifest.architecture.check(architecture, file=folder)
@@ -170,7 +172,7 @@ def _calibrated(settings: Settings, target: str, model: str, architecture: Archi
 
 
 def _shadow(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
-    thresholds = _load(settings, model, architecture)
+    thresholds = _load(settings, model, architecture, needs_shadow=True)
     manifest, shadow = thresholds.manifest, thresholds.shadow
     _check_channels(shadow)
     weight_floor = shadow.section.weight_floor

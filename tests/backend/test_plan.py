@@ -222,13 +222,22 @@ def test_tensor_parallel_ranks_take_their_heads(
     assert share.counters.kv_heads == kv_heads
 
 
-@pytest.mark.parametrize("options", [{"target": "k:128"}, {"mode": "shadow"}])
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ({"target": "k:128"}, r"toptheta calibrate .*tiny --text FILE\.\.\. --k"),
+        (
+            {"mode": "shadow"},
+            r"toptheta calibrate .*tiny --text FILE\.\.\. --mode shadow --out DIR; or .*shadow_values on",
+        ),
+    ],
+)
 def test_missing_thresholds_name_the_command_that_makes_them(
-    make_config: MakeConfig, tmp_path: Path, options: Options
+    make_config: MakeConfig, tmp_path: Path, options: Options, command: str
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(errors.StoreNotFound, match=r"toptheta calibrate .*tiny --text FILE"):
+    with pytest.raises(errors.StoreNotFound, match=command):
         make_config({"thresholds": str(empty), **options})
 
 

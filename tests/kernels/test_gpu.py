@@ -24,7 +24,7 @@ from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
-from vllm_toptheta.limits import NUM_ANCHORS, gpus_lack
+from vllm_toptheta.limits import NUM_ANCHORS, TIER_HEAD_SIZES, gpus_lack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -307,11 +307,16 @@ def test_shadow_keys_beyond_32_bits() -> None:
     assert moved_keys.tolist() == keys_read.tolist()
 
 
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize(
+    ("group", "head_size"),
+    [
+        (group, head_size)
+        for group in (1, 3, 4, 7, 8, 16)
+        for head_size in TIER_HEAD_SIZES
+        if not gpus_lack(head_size, group, 1, has_copies=True)
+    ],
+)
 def test_long_sequences_by_tiers(group: int, head_size: int) -> None:
-    if gpus_lack(head_size, 2 * group, 2, has_copies=True):
-        pytest.skip("is refused")
     shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
     tiers = make_tier_case(shape)
     check_tiers(tiers, *tiers.run())

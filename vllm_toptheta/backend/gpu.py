@@ -113,6 +113,11 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                     kv_cache_spec.num_kv_heads,
                     kv_cache_spec.head_size,
                 )
+            if self.plan.heavy is not None:
+                logger.warning_once(
+                    "toptheta: with copies of keys and values no step that was timed on a GPU was faster than in mode "
+                    "values (docs/shadow.md)"
+                )
         warm_up.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)

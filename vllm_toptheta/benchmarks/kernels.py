@@ -267,7 +267,8 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
             share = float(built[0][1].value_rows_read.sum()) / (sum(lens) * workload.num_kv_heads)
         times[name] = time_in_graph([call for call, _ in built]), share
     batch = Batch(lens, workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
-    for pattern in [one for given in patterns for one in (Spread(given), given)]:
+    replayed = [one for given in patterns for one in (Spread(given), given)]
+    for pattern in replayed:
         layers = layers_of(pattern.num_layers, workload.max_layers)
         of_layers = [time_layer(pattern.survivors(layer, batch), copies) for layer in layers]
         name = f"Top-Theta, {pattern.name}"
@@ -275,7 +276,7 @@ def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Seq
         slowest[name] = max(time for time, _ in of_layers)
     by_tiers = [
         _time_tiers(workload, pattern, batch, copies, baseline)
-        for pattern in ([one for given in patterns for one in (Spread(given), given)])
+        for pattern in replayed
         if workload.heavy_share is not None
     ]
     return BatchReport(
@@ -302,10 +303,9 @@ def _time_tiers(
 ) -> KernelTime:
     """Our kernels with copies of keys and values, over the layers of a pattern."""
     from vllm_toptheta.benchmarks.registry import toptheta_by_tiers
-    from vllm_toptheta.kernels.codec import tier_bytes
+    from vllm_toptheta.evaluation.decode_report import share_of_bytes
 
     times, reads = [], []
-    head_size = workload.head_size
     for layer in layers_of(pattern.num_layers, workload.max_layers):
         survivors = pattern.survivors(layer, batch)
         replays = [inputs.replay(survivors, heavy_share=workload.heavy_share or 0.0) for inputs in copies]
@@ -317,8 +317,9 @@ def _time_tiers(
         reads.append([float(count.sum()) / num_rows for count in counted if count is not None])
         times.append(time_in_graph([call for call, _ in built]))
     rows, keys, values = (statistics.mean(column) for column in zip(*reads, strict=True))
-    # a page's codes, of which those of values are read if they are asked for; 4 bytes a channel of a row in 16 bits
-    bytes_share = (tier_bytes(head_size) - (head_size / 4 + 2) * (1 - values)) / (4 * head_size) + (keys + rows) / 2
+    bytes_share = share_of_bytes(
+        head_size=workload.head_size, keys=keys, value_rows=rows, key_copies=1.0, value_copies=values
+    )
     time = statistics.mean(times)
     return KernelTime(
         kernel=f"Top-Theta by tiers, {pattern.name}",

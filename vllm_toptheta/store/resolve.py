@@ -53,13 +53,20 @@ def folder_name(model_id: str) -> str:
     return model_id.replace("/", "--")
 
 
-def resolve(model: str, *, thresholds: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path:
+def resolve(
+    model: str,
+    *,
+    thresholds: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    needs_shadow: bool = False,
+) -> Path:
     """Find the store of a model. No network.
 
     Args:
         model: A hub id (both parts must match, whatever their case) or a local directory (its last part must match).
         thresholds: A store, or a directory of stores; overrides the environment.
         environment: Where TOPTHETA_THRESHOLDS is looked up.
+        needs_shadow: Whether it is wanted for its shadow keys, which are not looked for here.
 
     Returns:
         The store's folder, not yet loaded.
@@ -79,7 +86,7 @@ def resolve(model: str, *, thresholds: Path | None = None, environment: Mapping[
             f"no thresholds for the model {model!r}; there are: {there}",
             file=source,
             field=origin,
-            remedy=f"Calibrate it: {calibrate_command(model)}",
+            remedy=f"Calibrate it: {calibrate_command(model, needs_shadow=needs_shadow)}",
         )
     if len(found) > 1:
         raise StoreNotFound(
@@ -101,8 +108,11 @@ def list_stores(*, thresholds: Path | None = None, environment: Mapping[str, str
     return [source] if _is_store(source) else _stores_in(source, origin)
 
 
-def calibrate_command(model: str) -> str:
-    """Return the command that makes thresholds for a model."""
+def calibrate_command(model: str, *, needs_shadow: bool = False) -> str:
+    """Return the command that makes thresholds for a model, or shadow keys."""
+    if needs_shadow:
+        of_shadow = f"toptheta calibrate {shlex.quote(model)} --text FILE... --mode shadow --out DIR"
+        return f"{of_shadow}; or switch shadow_values on, which needs no store"
     return f"toptheta calibrate {shlex.quote(model)} --text FILE... --k 32,64,128,256 --out DIR"
 
 

@@ -11,10 +11,10 @@ from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowCodec
 from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall, LayerThresholds, ShadowLayer, check
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token_rows
+from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
 from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 MIDDLE = (NUM_LEVELS - 1) / 2
 QUERY_LEVELS = 127
@@ -59,30 +59,17 @@ def _keep_survivors(
     grouped = call.query.float().view(num_seqs, num_kv_heads, -1, head_size)
     # also those of unwritten pages are numbers, unlike what keys in such memory may score
     shadows = _shadow_scores(grouped, codes, batch, layer, shadow.codec)
-    key_cache, value_cache = split_cache(call.cache.kv_cache)
-
-    def exact_scores(positions: torch.Tensor) -> torch.Tensor:
-        keys = token_rows(key_cache, batch.blocks, positions)
-        scores = torch.matmul(grouped * layer.softmax_scale, keys.transpose(2, 3))
-        if layer.logits_soft_cap is not None:
-            scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
-        return scores
-
+    _, value_cache = split_cache(call.cache.kv_cache)
     threshold = thresholds_at(
         thresholds,
         batch,
-        lambda positions: exact_scores(positions[:, None].expand(-1, num_kv_heads, -1)).flatten(1, 2),
+        lambda positions: exact_scores(call, batch, positions[:, None].expand(-1, num_kv_heads, -1)).flatten(1, 2),
     )
     floor = (threshold - shadow.margin).view(num_seqs, num_kv_heads, -1, 1)
-    position = torch.arange(batch.visible.shape[1])
-    # the page of the last token has no codes yet, or only since this step
-    last_page = (batch.seq_lens - 1) // block_size * block_size
-    first_recent = torch.minimum(batch.seq_lens - NUM_LAST_ANCHORS, last_page)
-    at_an_end = (position < NUM_FIRST_ANCHORS) | (position >= first_recent[:, None])
-    candidates = ((shadows >= floor).any(dim=2) | at_an_end[:, None]) & batch.visible[:, None]
+    candidates = ((shadows >= floor).any(dim=2) | at_an_end(batch, block_size)[:, None]) & batch.visible[:, None]
 
     positions, valid = packed_positions(candidates)
-    scores = exact_scores(positions)
+    scores = exact_scores(call, batch, positions)
     theta = threshold.clamp(-_HIGHEST, _HIGHEST).view(num_seqs, num_kv_heads, -1)
     survivors = (scores >= theta[..., None]) & valid[:, :, None]
     maximum = torch.maximum(scores.where(survivors, -torch.inf).amax(dim=3), theta)
@@ -137,6 +124,4 @@ def _shadow_scores(
     products = torch.matmul(lower, (packed & (NUM_LEVELS - 1)).float()) + torch.matmul(upper, (packed >> 4).float())
     products = products.permute(0, 2, 3, 1, 4).flatten(3)
     scores = (layer.softmax_scale * offset)[..., None] + (layer.softmax_scale * step)[..., None] * products
-    if layer.logits_soft_cap is not None:
-        scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
-    return scores
+    return capped(scores, layer.logits_soft_cap)

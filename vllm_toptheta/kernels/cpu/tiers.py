@@ -12,11 +12,12 @@ from vllm_toptheta.kernels.codec import NUM_LEVELS, VALUE_LEVELS, TierCodec
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, LayerThresholds, TierLayer, check
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token_rows
+from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values
 from vllm_toptheta.kernels.pages import CopyViews
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
 QUERY_LEVELS = 127
 
@@ -56,21 +57,12 @@ def _by_tiers(
     num_kv_heads, block_size = call.cache.kv_cache.shape[1:3]
     grouped = call.query.float().view(num_seqs, num_kv_heads, -1, head_size)
     key_cache, value_cache = split_cache(call.cache.kv_cache)
-
-    def exact_scores(positions: torch.Tensor) -> torch.Tensor:
-        keys = token_rows(key_cache, batch.blocks, positions)
-        return _capped(torch.matmul(grouped * layer.softmax_scale, keys.transpose(2, 3)), layer.logits_soft_cap)
-
-    # the page of the last token has no copies yet, or only since this step
-    last_page = (batch.seq_lens - 1) // block_size * block_size
-    position = torch.arange(batch.visible.shape[1])
-    first_recent = torch.minimum(batch.seq_lens - NUM_LAST_ANCHORS, last_page)
-    always = (position < NUM_FIRST_ANCHORS) | (position >= first_recent[:, None]) | batch.is_dense
+    always = at_an_end(batch, block_size) | batch.is_dense
     scores = _copy_scores(grouped, key_cache, copies, batch, tiers.codec) * layer.softmax_scale
     # what memory without copies holds may be anything, NaN included
-    scores = _capped(scores, layer.logits_soft_cap).where(~always[:, None, None], -torch.inf)
+    scores = capped(scores, layer.logits_soft_cap).where(~always[:, None, None], -torch.inf)
 
-    anchor_scores = exact_scores(batch.anchors[:, None].expand(-1, num_kv_heads, -1))
+    anchor_scores = exact_scores(call, batch, batch.anchors[:, None].expand(-1, num_kv_heads, -1))
     theta = thresholds_at(thresholds, batch, lambda positions: anchor_scores.flatten(1, 2))
     theta = theta.view(num_seqs, num_kv_heads, -1, 1)
     heavy = anchor_scores.logsumexp(dim=3, keepdim=True) + tiers.log_heavy
@@ -79,7 +71,7 @@ def _by_tiers(
     is_light = (scores >= theta).any(dim=2) & batch.visible[:, None] & ~is_exact
 
     exact_positions, exact_valid = packed_positions(is_exact)
-    exact = exact_scores(exact_positions).where(exact_valid[:, :, None], -torch.inf)
+    exact = exact_scores(call, batch, exact_positions).where(exact_valid[:, :, None], -torch.inf)
     scores = scores.where(batch.visible[:, None, None], -torch.inf)
     maximum = torch.maximum(exact.amax(dim=3), scores.amax(dim=3))[..., None]
     survives = (exact >= theta) & exact_valid[:, :, None]
@@ -119,10 +111,6 @@ def _by_tiers(
         copies_read=is_light.sum(dim=2),
     )
     scratch.add(layer.counters, counted)
-
-
-def _capped(scores: torch.Tensor, logits_soft_cap: float | None) -> torch.Tensor:
-    return scores if logits_soft_cap is None else logits_soft_cap * torch.tanh(scores / logits_soft_cap)
 
 
 def _copy_scores(

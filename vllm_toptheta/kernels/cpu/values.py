@@ -12,6 +12,7 @@ import torch
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, LayerThresholds, check
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, pages_of, split_cache, token_rows
+from vllm_toptheta.kernels.cpu.scores import capped
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
@@ -113,8 +114,7 @@ def _scores(
     grouped = call.query.view(num_seqs, 1, num_kv_heads, num_heads // num_kv_heads, head_size).float()
     grouped = grouped * layer.softmax_scale
     scores = torch.matmul(grouped, keys.transpose(3, 4)).permute(0, 2, 3, 1, 4).flatten(3)
-    if layer.logits_soft_cap is not None:
-        scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
+    scores = capped(scores, layer.logits_soft_cap)
     # this also replaces what unwritten memory holds, NaN included; in front, every sequence has a token
     masked = slice(0 if layer.sliding_window is not None else batch.min_len, None)
     scores[..., masked] = scores[..., masked].where(visible[:, None, None, masked], -torch.inf)
