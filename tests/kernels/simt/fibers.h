@@ -235,7 +235,8 @@ inline void allocate_stacks(size_t number) {
     if (number <= num_stacks) return;
     const size_t bytes = STACK_BYTES + PAGE_BYTES;
     if (stacks) munmap(stacks, num_stacks * bytes);
-    void* memory = mmap(nullptr, number * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = mmap(nullptr, number * bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED) {
         fprintf(stderr, "no memory for the stacks of %zu fibers\n", number);
         abort();
@@ -278,7 +279,8 @@ inline void report_deadlock() {
         const int start = snprintf(message, sizeof message, "block (%u, %u, %u), warp %zu: nobody can go on; ",
                                    block_index.x, block_index.y, block_index.z, &warp - warps.data());
         snprintf(message + start, sizeof message - start,
-                 "lanes %#x of %#x are at __syncthreads, lanes %#x at %s in line %d; %d of %d threads are at __syncthreads",
+                 "lanes %#x of %#x are at __syncthreads, lanes %#x at %s in line %d; "
+                 "%d of %d threads are at __syncthreads",
                  warp.at_barrier, warp.alive, warp.at_collective, warp.at_collective ? warp.operation : "nothing",
                  warp.line, waiting_threads, alive_threads);
         if (warp.at_collective) break;
@@ -322,8 +324,9 @@ inline const char* run_grid(Index grid, int num_threads, int shared_bytes) {
                 run_block(num_threads);
                 for (size_t i = shared_size; i < bytes && !has_failed; ++i) {
                     if (shared_memory[i] != 0x7F) {
-                        snprintf(message, sizeof message, "block (%u, %u, %u): byte %zu of %zu bytes of shared memory is written",
-                                 x, y, z, i, shared_size);
+                        snprintf(message, sizeof message,
+                                 "block (%u, %u, %u): byte %zu of shared memory is written, which has %zu", x, y, z, i,
+                                 shared_size);
                         has_failed = true;
                     }
                 }
@@ -352,10 +355,11 @@ Arguments argument_of(void (*)(Arguments));
 }  // namespace simt
 
 // Makes a kernel of one argument callable as run_NAME; the answer is null or what went wrong.
-#define SIMT_EXPORT(NAME)                                                                                            \
+#define SIMT_EXPORT(NAME)                                                                                             \
     extern "C" const char* run_##NAME(const void* arguments, size_t argument_bytes, unsigned grid_x, unsigned grid_y, \
                                       unsigned grid_z, int num_threads, int shared_bytes, int is_reversed) {          \
+        using Arguments = decltype(simt::argument_of(NAME));                                                          \
         simt::is_reversed = is_reversed != 0;                                                                         \
-        return simt::run<decltype(simt::argument_of(NAME)), NAME>(arguments, argument_bytes,                          \
-                                                                  {grid_x, grid_y, grid_z}, num_threads, shared_bytes); \
+        return simt::run<Arguments, NAME>(arguments, argument_bytes, {grid_x, grid_y, grid_z}, num_threads,           \
+                                          shared_bytes);                                                              \
     }
