@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
-from tests.kernels.tier_case import GARBAGE, SCANNING, check, check_copies, make_tier_case
+from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, cuda_loader, make_tier_case
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.reference import dense_attention
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
+Make = Callable[..., TierCase]
+
+
+@pytest.fixture(params=["Triton", "CUDA"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Makes cases for either kernel that reads."""
+    return partial(make_tier_case, loader=cuda_loader() if request.param == "CUDA" else None)
+
 
 LENS = (1, 0, 160, 333)
 
@@ -39,12 +49,12 @@ FEW = replace(SCANNING, tile=64, programs_per_sm=1, min_work=1, walk_tile=32, ch
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_decode(name: str) -> None:
-    tiers = make_tier_case(SHAPES[name])
+def test_decode(make: Make, name: str) -> None:
+    tiers = make(SHAPES[name])
     if not SHAPES[name].value_mean:
         # the reference gives the lost mass to the mean, which here it is not
         output, counters = tiers.run(FEW if INTERPRETED else SCANNING)
-        full, expected = make_tier_case(replace(SHAPES[name], value_mean=True)).run(FEW if INTERPRETED else SCANNING)
+        full, expected = make(replace(SHAPES[name], value_mean=True)).run(FEW if INTERPRETED else SCANNING)
         assert torch.equal(counters.lost_mass, expected.lost_mass)
         row = len(SHAPES[name].lens) - 1
         lost = tiers.reference(row).lost_mass[0][:, None]
@@ -56,8 +66,8 @@ def test_decode(name: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
 @pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].value_mean])
-def test_decode_bfloat16(name: str) -> None:
-    tiers = make_tier_case(replace(SHAPES[name], dtype=torch.bfloat16))
+def test_decode_bfloat16(make: Make, name: str) -> None:
+    tiers = make(replace(SHAPES[name], dtype=torch.bfloat16))
     check(tiers, *tiers.run())
 
 
@@ -69,18 +79,18 @@ def test_decode_bfloat16(name: str) -> None:
     ],
     ids=["a walk after every tile", "other sizes"],
 )
-def test_variants(config: ShadowConfig) -> None:
-    tiers = make_tier_case(SHAPES["plain"])
+def test_variants(make: Make, config: ShadowConfig) -> None:
+    tiers = make(SHAPES["plain"])
     check(tiers, *tiers.run(config))
 
 
 @pytest.mark.parametrize("name", ["plain", "group of 8"])
 @pytest.mark.parametrize("is_short", [True, False])
-def test_all_keys_are_read_in_a_step_of_short_sequences(name: str, is_short: bool) -> None:
+def test_all_keys_are_read_in_a_step_of_short_sequences(make: Make, name: str, is_short: bool) -> None:
     shape = SHAPES[name]
     # 0 is padding, not a sequence
     mean = sum(shape.lens) // sum(length > 0 for length in shape.lens)
-    tiers = replace(make_tier_case(shape), reads_all_keys=is_short)
+    tiers = replace(make(shape), reads_all_keys=is_short)
     output, counters = tiers.run(replace(FEW, short_length=mean + is_short))
     check(tiers, output, counters)
     if is_short:
@@ -88,8 +98,8 @@ def test_all_keys_are_read_in_a_step_of_short_sequences(name: str, is_short: boo
         assert not counters.copies_read.any()
 
 
-def test_a_step_of_few_tokens_is_dense() -> None:
-    tiers = make_tier_case(SHAPES["plain"])
+def test_a_step_of_few_tokens_is_dense(make: Make) -> None:
+    tiers = make(SHAPES["plain"])
     output, counters = tiers.run(FEW, min_step_tokens=sum(LENS) + 1)
     dense, _ = tiers.run(FEW, max_dense_len=10**6)
     torch.testing.assert_close(output, dense, rtol=0, atol=2e-3)
@@ -97,8 +107,8 @@ def test_a_step_of_few_tokens_is_dense() -> None:
     assert not counters.copies_read.any()
 
 
-def test_every_key_heavy_is_dense_attention() -> None:
-    tiers = make_tier_case(SHAPES["plain"], weight_floor=1e-9, heavy=0.0)
+def test_every_key_heavy_is_dense_attention(make: Make) -> None:
+    tiers = make(SHAPES["plain"], weight_floor=1e-9, heavy=0.0)
     output, counters = tiers.run(FEW)
     for row, length in enumerate(LENS):
         if length:
@@ -110,8 +120,8 @@ def test_every_key_heavy_is_dense_attention() -> None:
     assert not counters.copies_read.any()
 
 
-def test_every_key_light() -> None:
-    tiers = make_tier_case(SHAPES["plain"], weight_floor=1e-6, heavy=1.0)
+def test_every_key_light(make: Make) -> None:
+    tiers = make(SHAPES["plain"], weight_floor=1e-6, heavy=1.0)
     output, counters = tiers.run(FEW)
     check(tiers, output, counters)
     # both ends are exact, and nothing is lost
@@ -119,8 +129,8 @@ def test_every_key_light() -> None:
     assert float(counters.lost_mass.max()) < 1e-4
 
 
-def test_a_request_moves_what_is_light_and_not_what_is_heavy() -> None:
-    tiers = make_tier_case(SHAPES["plain"])
+def test_a_request_moves_what_is_light_and_not_what_is_heavy(make: Make) -> None:
+    tiers = make(SHAPES["plain"])
     offset = torch.zeros(len(LENS), device=DEVICE)
     offset[3] = math.log(0.05)
     output, counters = tiers.run(FEW, threshold_offset=offset)
@@ -137,12 +147,12 @@ def test_a_request_moves_what_is_light_and_not_what_is_heavy() -> None:
     torch.testing.assert_close(output[3].float(), dense, rtol=0, atol=4e-3)
 
 
-def test_what_scratch_held_does_not_matter() -> None:
-    tiers = make_tier_case(SHAPES["plain"])
+def test_what_scratch_held_does_not_matter(make: Make) -> None:
+    tiers = make(SHAPES["plain"])
     scratch = tiers.scratch(FEW)
     results = []
     for byte in (0x00, 0x7F, 0xFF):
-        for buffer in scratch[2:]:
+        for buffer in scratch[3:]:
             buffer.view(torch.uint8).fill_(byte)
         results.append(tiers.run(scratch=scratch)[0])
     assert torch.equal(results[0], results[1])
@@ -150,8 +160,8 @@ def test_what_scratch_held_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("name", "before"), [("plain", (0, 0, 100, 31)), ("head size 128, block 32", (0, 0, 0, 320))])
-def test_copies_of_steps_that_fill_any_number_of_pages(name: str, before: tuple[int, ...]) -> None:
-    tiers = make_tier_case(SHAPES[name])
+def test_copies_of_steps_that_fill_any_number_of_pages(make: Make, name: str, before: tuple[int, ...]) -> None:
+    tiers = make(SHAPES[name])
     tiers.codes.fill_(GARBAGE)
     tiers.write_tails([0] * len(LENS), list(before))
     tiers.write_tails(list(before), list(LENS))
@@ -171,14 +181,14 @@ def test_copies_of_steps_that_fill_any_number_of_pages(name: str, before: tuple[
         ({"kv_dtype": torch.float8_e4m3fn}, "kv_cache: dtype is torch.float8_e4m3fn, expected"),
     ],
 )
-def test_what_has_no_kernels(change: dict[str, object], words: str) -> None:
-    tiers = make_tier_case(replace(Shape((200,)), **change))
+def test_what_has_no_kernels(make: Make, change: dict[str, object], words: str) -> None:
+    tiers = make(replace(Shape((200,)), **change))
     with pytest.raises(ValueError, match=words):
         tiers.run(FEW)
 
 
-def test_tails_without_codes_are_refused() -> None:
-    tiers = make_tier_case(Shape((200,)))
+def test_tails_without_codes_are_refused(make: Make) -> None:
+    tiers = make(Shape((200,)))
     step = TailStep(tiers.case.block_table, tiers.case.seq_lens, torch.zeros(2, dtype=torch.int32, device=DEVICE), 1)
     with pytest.raises(ValueError, match="codes: None"):
         write_tails(step, LayerCache(tiers.case.kv_cache), Layer(1.0, tiers=tiers.layer))

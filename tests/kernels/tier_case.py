@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from tests.kernels.decode_case import DEVICE, Case, Shape, check_closed_pages, error_of_dtype, make_case, reference
+from tests.kernels.simt.build import EmulatedKernel, build
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, TierLayer
+from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
+from vllm_toptheta.kernels.gpu.cuda.tier_split import NAME, SOURCE, Loader, loader_for
 from vllm_toptheta.kernels.gpu.scratch import Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig
@@ -46,6 +49,7 @@ class TierCase:
     weight_floor: float = WEIGHT_FLOOR
     heavy: float = HEAVY
     reads_all_keys: bool = False
+    loader: Loader | None = None
 
     def run(
         self, config: ShadowConfig = SCANNING, scratch: TierScratch | None = None, **options: Any
@@ -54,7 +58,7 @@ class TierCase:
         case = self.case
         if scratch is None:
             scratch = self.scratch(config)
-            for buffer in scratch[2:]:
+            for buffer in scratch[3:]:
                 buffer.view(torch.uint8).fill_(GARBAGE)
         counters = Counters.allocate(
             case.shape.num_heads, case.shape.num_kv_heads, DEVICE, counts_keys=True, counts_copies=True
@@ -67,7 +71,7 @@ class TierCase:
         """One for this step."""
         shape = self.case.shape
         sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size)
-        return TierScratch.allocate(sizes, kv_dtype=self.case.kv_cache.dtype, device=DEVICE, config=config)
+        return TierScratch.allocate(sizes, kv_dtype=self.case.kv_cache.dtype, device=DEVICE, config=config, loader=self.loader)
 
     def records(self, output: torch.Tensor, **options: Any) -> tuple[DecodeStep, LayerCall]:
         """What the kernels take, as for `Case.records`."""
@@ -96,7 +100,9 @@ class TierCase:
         )
 
 
-def make_tier_case(shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: float = HEAVY) -> TierCase:
+def make_tier_case(
+    shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: float = HEAVY, loader: Loader | None = None
+) -> TierCase:
     """A step whose tokens have copies, but for those of pages that this step fills or leaves open."""
     shape = replace(shape, has_copies=True, slope=1.0, max_dense_len=max(shape.max_dense_len, NUM_ANCHORS))
     case = make_case(shape, threshold=math.log(weight_floor))
@@ -105,7 +111,7 @@ def make_tier_case(shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: f
     layer = TierLayer(TierCodec.build(shape.head_size, DEVICE), math.log(heavy) if heavy else -math.inf)
     codes = codes_view(case.kv_cache, layer.codec.code_bytes)
     codes.fill_(GARBAGE)
-    tiers = TierCase(case, codes, layer, weight_floor, heavy)
+    tiers = TierCase(case, codes, layer, weight_floor, heavy, loader=loader)
     views = CopyViews.of(codes, shape.head_size)
     for row, length in enumerate(shape.lens):
         num_closed = max(0, length - 1) // shape.block_size
@@ -116,6 +122,16 @@ def make_tier_case(shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: f
             pages = stored[: num_closed * shape.block_size].unflatten(0, (num_closed, shape.block_size))
             view[blocks] = pages.transpose(1, 2)
     return tiers
+
+
+def cuda_loader() -> Loader:
+    """Loads kernels in CUDA C++: on the device, or emulated where there is none."""
+    return loader_for(torch.device("cuda", torch.cuda.current_device())) if DEVICE == "cuda" else emulated
+
+
+def emulated(macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
+    """What the emulator makes of the kernel's source."""
+    return build(SOURCE_FOLDER / SOURCE, NAME, dict(macro.split("=") for macro in macros))
 
 
 def packed(keys: KeyCopies, values: ValueCopies) -> tuple[torch.Tensor, ...]:

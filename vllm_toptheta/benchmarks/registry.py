@@ -11,9 +11,10 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
+from vllm_toptheta.kernels.gpu.cuda.tier_split import loader_for
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
-from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, LaunchConfig, ShadowConfig, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
 
@@ -60,20 +61,24 @@ def toptheta(
     return lambda: decode(step, call, scratch), counters
 
 
-def toptheta_by_tiers(inputs: Inputs, *, config: ShadowConfig | None = None) -> tuple[Call, Counters]:
+def toptheta_by_tiers(
+    inputs: Inputs, *, config: ShadowConfig | None = None, in_triton: bool = False
+) -> tuple[Call, Counters]:
     """Our kernels with copies of keys and values, and what they add to.
 
     Args:
         inputs: A step of `Inputs.replay`, whose pages have room for copies, which are written.
         config: Launch parameters instead of the defaults; every step is scanned.
+        in_triton: Take no kernel in CUDA C++.
     """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device, counts_keys=True, counts_copies=True)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    config = (config or TIER_CONFIG).scanning
-    scratch = TierScratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config)
+    loader = None if in_triton else loader_for(device)
+    config = (config or tier_config(head_size, num_heads // num_kv_heads, has_loader=not in_triton)).scanning
+    scratch = TierScratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     tiers = TierLayer(TierCodec.build(head_size, device), LOG_HEAVY)
     layer = Layer(inputs.softmax_scale, thresholds=inputs.thresholds(), tiers=tiers, counters=counters)
     inputs.write_tails(tiers=tiers)

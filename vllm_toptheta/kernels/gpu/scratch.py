@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader, split_sizes
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
-from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, LaunchConfig, ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors, tier_config
 
 Spec = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of every buffer, in the order of the fields
 
@@ -116,10 +117,12 @@ class TierScratch(NamedTuple):
     """Of copies of keys and values; see `tier_query.tier_query_kernel` and `tier_split.tier_split_kernel`.
 
     Steps of which all keys are read need that of mode `values`, and `values_config` says how they are launched.
+    `loader` loads the kernel in CUDA C++, which has no lists in memory; without it, the one in Triton is taken.
     """
 
     config: ShadowConfig
     values_config: LaunchConfig
+    loader: Loader | None
     thresholds: torch.Tensor
     anchor_lse: torch.Tensor
     query_codes: torch.Tensor
@@ -128,19 +131,24 @@ class TierScratch(NamedTuple):
     heavy_order: torch.Tensor
     light: torch.Tensor
     light_order: torch.Tensor
+    saved: torch.Tensor
     survivors: torch.Tensor
     order: torch.Tensor
     partial_output: torch.Tensor
     partial_stats: torch.Tensor
 
     @staticmethod
-    def spec(sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int) -> Spec:
+    def spec(
+        sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int, *, has_loader: bool
+    ) -> Spec:
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
         group = sizes.num_heads // sizes.num_kv_heads
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
         num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
-        room = config.list_depth * config.tile
+        room = 0 if has_loader else config.list_depth * config.tile
+        of_split = split_sizes(sizes.head_size, group)
+        saved = num_lists * of_split.warps * 32 * of_split.saved_floats if has_loader else 0
         return (
             values[0],
             values[0],
@@ -150,19 +158,27 @@ class TierScratch(NamedTuple):
             ((num_lists, room), torch.int32),
             ((num_lists, room, group + 1), torch.int32),
             ((num_lists, 2, room), torch.int32),
+            ((saved,), torch.float32),
             *values[1:3],
             *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
         )
 
     @classmethod
     def allocate(
-        cls, sizes: Sizes, *, kv_dtype: torch.dtype, device: torch.device | str, config: ShadowConfig | None = None
+        cls,
+        sizes: Sizes,
+        *,
+        kv_dtype: torch.dtype,
+        device: torch.device | str,
+        config: ShadowConfig | None = None,
+        loader: Loader | None = None,
     ) -> TierScratch:
         """As `ShadowScratch.allocate`."""
-        config = config or TIER_CONFIG
+        config = config or tier_config(sizes.head_size, sizes.num_heads // sizes.num_kv_heads, has_loader=loader is not None)
         values_config = launch_config(sizes.head_size, kv_dtype.itemsize, device)
-        spec = cls.spec(sizes, config, values_config, num_multiprocessors(torch.device(device)))
-        return cls(config, values_config, *_allocate(spec, device))
+        num_sms = num_multiprocessors(torch.device(device))
+        spec = cls.spec(sizes, config, values_config, num_sms, has_loader=loader is not None)
+        return cls(config, values_config, loader, *_allocate(spec, device))
 
 
 def _allocate(spec: Spec, device: torch.device | str) -> Iterable[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.copies import TOKENS_PER_STEP
+from vllm_toptheta.kernels.gpu.cuda.tier_split import launch_tier_split
 from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
 from vllm_toptheta.kernels.gpu.records import (
     Copies,
@@ -103,29 +104,49 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         EARLY_SPLIT=early,
         **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),
     )
-    tier_split_kernel[(num_kv_heads, num_programs)](
-        tokens,
-        queries,
-        copies,
-        Lists(scratch.heavy, scratch.heavy_order),
-        Lists(scratch.light, scratch.light_order),
-        pieces,
-        counts,
-        num_seqs,
-        step.max_dense_len,
-        step.min_step_tokens,
-        step.block_table.stride(0),
-        few_tokens,
-        config.short_length,
-        tiers.log_heavy,
-        shape,
-        schedule,
-        scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
-        COLUMNS=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
-        EARLY_SPLIT=early,
-        EARLY_MERGE=early,
-        **launch_options(config.num_warps, config.max_registers, is_early=early),
-    )
+    if scratch.loader is not None:
+        launch_tier_split(
+            scratch.loader,
+            step,
+            call,
+            tokens,
+            queries,
+            copies,
+            pieces,
+            counts,
+            shape,
+            schedule,
+            scratch.saved,
+            num_programs=num_programs,
+            few_tokens=few_tokens,
+            short_length=config.short_length,
+            log_heavy=tiers.log_heavy,
+            is_early=early,
+        )
+    else:
+        tier_split_kernel[(num_kv_heads, num_programs)](
+            tokens,
+            queries,
+            copies,
+            Lists(scratch.heavy, scratch.heavy_order),
+            Lists(scratch.light, scratch.light_order),
+            pieces,
+            counts,
+            num_seqs,
+            step.max_dense_len,
+            step.min_step_tokens,
+            step.block_table.stride(0),
+            few_tokens,
+            config.short_length,
+            tiers.log_heavy,
+            shape,
+            schedule,
+            scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
+            COLUMNS=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
+            EARLY_SPLIT=early,
+            EARLY_MERGE=early,
+            **launch_options(config.num_warps, config.max_registers, is_early=early),
+        )
     launch_merge(
         step,
         call,

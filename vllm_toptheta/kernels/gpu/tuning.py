@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vllm_toptheta.kernels.gpu.cuda.tier_split import split_sizes
+
 TABLE = Path(__file__).with_name("launch_table.json")
 TUNED_CARD = "sm90"
 _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
@@ -134,6 +136,14 @@ class ShadowConfig(_Programs):
 
 # of copies of keys and values: scores are weighed in the scan, which takes twice the registers a row
 TIER_CONFIG = ShadowConfig(tile=128)
+
+
+@functools.cache
+def tier_config(head_size: int, group: int, *, has_loader: bool) -> ShadowConfig:
+    """How copies are read; `has_loader`: by the kernel in CUDA C++, whose programs scan 256 tokens at a time."""
+    if not has_loader:
+        return TIER_CONFIG
+    return ShadowConfig(tile=256, programs_per_sm=split_sizes(head_size, group).resident)
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:

@@ -122,6 +122,9 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 // 2 ** x to 2 units in the last place, subnormal numbers as zero.
+// x / y, y in the range of 1 to 2^126
+__device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

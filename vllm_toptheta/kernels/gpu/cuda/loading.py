@@ -11,7 +11,7 @@ from vllm_toptheta.kernels.gpu.cuda.cubins import Cubins
 from vllm_toptheta.kernels.gpu.cuda.driver import Driver, DriverError, Kernel, find_driver
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import find_nvrtc
 
-_FOLDER = Path(__file__).parent
+SOURCE_FOLDER = Path(__file__).parent
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def kernel_for(device: torch.device, file: str, name: str, macros: tuple[str, ..
 
 def source_text(file: str) -> str:
     """A kernel's whole source; errors in it name the file that they are in."""
-    texts = ((name, (_FOLDER / name).read_text()) for name in ("device.cuh", file))
+    texts = ((name, (SOURCE_FOLDER / name).read_text()) for name in ("device.cuh", file))
     return "".join(f'#line 1 "{name}"\n{text}\n' for name, text in texts)
 
 

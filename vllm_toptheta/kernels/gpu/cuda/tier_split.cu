@@ -1,0 +1,905 @@
+// Tiers on the device, in CUDA C++: what `tier_split.py` does in Triton, nearer to the limit of the memory.
+//
+// A program has a share of a kv head's keys (`schedule.py`), and its warps take steps of 32 tokens in turn, so that
+// clustered keys are everybody's. A warp needs no other until the end of a piece:
+//
+//   scan    codes and steps of keys arrive in a ring of stages in shared memory. Tokens are the rows of products of
+//           integers, heads the columns; where a group has at most four heads, two tokens share a row. Halves of bytes
+//           become operands by one AND: the upper half is 16 times too large, and the lower product is multiplied by 16.
+//   light   keys go to a ring of 64 with their weights, relative to the anchors, which no light key reaches. Sixteen at a
+//           time, their codes are asked for; they are weighed when the next sixteen are asked for, so nothing waits.
+//   heavy   keys go to a list. When it is full, which is rare, or in the end, they are read and scored exactly, and the
+//           values of survivors are weighed: not in between, because both at a time do not fit into the registers.
+//
+// Loads go straight into the operands of mma.sync: a product may take channels in any order if both sides take the same,
+// so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
+//
+// HEAD_SIZE, GROUP, BLOCK_SIZE, IS_FLOAT16, SOFT_CAP, VALUE_MEAN, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS, WARPS, STAGES and
+// RESIDENT (programs of a multiprocessor) are defined when it is compiled; `device.cuh` stands in front.
+
+constexpr uint32_t HALF = HEAD_SIZE / 2, QUARTER = HEAD_SIZE / 4;
+constexpr uint32_t STEP = 32;                                 // tokens
+constexpr int ROW_TOKENS = GROUP <= 4 ? 2 : 1;                // tokens that share a row of a product with codes
+constexpr int SETS = 2 / ROW_TOKENS;                          // of 16 rows in a step
+constexpr int COLUMNS = GROUP > 8 ? 2 : 1;                    // blocks of eight columns
+constexpr int HEADS = ROW_TOKENS == 2 ? 4 : 8 * COLUMNS;      // that the scan has columns for
+constexpr int KEY_WORDS = HEAD_SIZE / 32;                     // words of a key's codes that a lane of its quad has
+constexpr int VALUE_BYTES = HEAD_SIZE / 32;                   // of a value's codes that each of eight lanes has
+constexpr int VALUE_WORDS = (VALUE_BYTES + 3) / 4;
+constexpr int TILES = HEAD_SIZE / 16;                         // of 16 channels
+constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;             // lanes of a quad that have columns of heads
+constexpr uint32_t IDS_ROOM = 32;                             // steps
+constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
+constexpr uint32_t HEAVY_ROOM = 256;
+constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
+// light weights are 2^8 times too large, so that their products with steps are far from the least and the largest float16
+constexpr float LOG2_SCALE = 8.0f, LARGEST_HALF = 65504.0f;
+
+// bytes of shared memory: what every warp has, and behind that what all have together
+constexpr uint32_t STEPS_AT = STEP * HALF, STAGE_BYTES = STEPS_AT + 2 * STEP;
+// in the end, sums stand where the ring was
+constexpr uint32_t SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16, LIGHT_AT = 0, EXACT_AT = SUMS_BYTES;
+constexpr uint32_t IDS_AT = STAGES * STAGE_BYTES > 2 * SUMS_BYTES ? STAGES * STAGE_BYTES : 2 * SUMS_BYTES;
+constexpr uint32_t WEIGHTS_AT = IDS_AT + IDS_ROOM * 8;
+constexpr uint32_t SLOTS_AT = WEIGHTS_AT + HEADS * LIGHT_STRIDE * 4, HEAVY_AT = SLOTS_AT + LIGHT_ROOM * 4;
+constexpr uint32_t WARP_BYTES = HEAVY_AT + HEAVY_ROOM * 4;
+constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
+constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
+constexpr uint32_t NUM_STATS = 5, COUNTS_AT = STATS_AT + WARPS * NUM_STATS * 16 * 4;
+constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
+constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, SHARED_BYTES = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
+static_assert(STAGE_BYTES % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");
+static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
+
+struct Args {
+    const uint8_t* kv_cache;
+    const int* block_table;
+    const int* seq_lens;
+    const float* threshold_offset;  // or null
+    const uint8_t* query;
+    const float* thresholds;
+    const float* anchor_lse;
+    const float* q_scale;  // or null
+    const float* k_scale;  // or null
+    const uint8_t* codes;
+    const uint8_t* query_codes;
+    const float* query_terms;
+    const float* rotation;
+    float* piece_output;
+    float* piece_stats;
+    float* saved;  // [programs * kv heads * WARPS, SAVED, 32], where a warp's sums wait while it scans
+    long long* keys_read;  // this and the next two are null if nothing is counted
+    long long* value_rows_read;
+    long long* copies_read;
+    uint32_t stride_block, stride_head, stride_token;  // bytes
+    uint32_t query_stride_seq, query_stride_head;
+    uint32_t code_stride_block, code_stride_head;
+    int table_stride, num_seqs, num_kv_heads, num_programs;
+    int max_dense_len, min_step_tokens, few_tokens, short_length;
+    int unit, min_work, dense_work;
+    float softmax_scale, logits_soft_cap, log_heavy;
+};
+
+__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// ---- who does what: schedule.py ----
+struct Share {
+    int seq, work_before, end, size, multiple, max_dense_len;
+    bool reads_all;
+};
+
+__device__ __forceinline__ bool keeps_all(const Args& a, int seq, int seq_len, int max_dense_len) {
+    return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] == -__builtin_huge_valf());
+}
+
+__device__ __forceinline__ int work_of(const Args& a, int seq_len, bool is_dense, int multiple) {
+    return divide_up(divide_up(seq_len, a.unit) * (is_dense ? a.dense_work : 1), multiple) * multiple;
+}
+
+__device__ __forceinline__ Share share_of(const Args& a, int program, int lane) {
+    Share share;
+    int num_tokens = 0, num_decoded = 0;
+    for (int seq = lane; seq < a.num_seqs; seq += 32) num_tokens += a.seq_lens[seq], num_decoded += a.seq_lens[seq] > 0;
+    num_tokens = __reduce_add_sync(ALL, num_tokens), num_decoded = __reduce_add_sync(ALL, num_decoded);
+    share.reads_all = num_tokens < a.few_tokens || num_tokens < a.short_length * num_decoded;
+    bool all_dense = num_tokens < a.min_step_tokens;
+    share.max_dense_len = all_dense ? 0x7fffffff : a.max_dense_len;
+    int total = 0, most = 0;
+    for (int seq = lane; seq < a.num_seqs; seq += 32) {
+        int len = a.seq_lens[seq], work = work_of(a, len, keeps_all(a, seq, len, share.max_dense_len), 1);
+        total += work, most = max(most, work);
+    }
+    total = __reduce_add_sync(ALL, total);
+    for (int m = 16; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
+    num_decoded = max(num_decoded, 1);
+    bool is_rounded = all_dense && 2 * num_decoded <= a.num_programs;
+    int even = divide_up(most, max(a.num_programs / num_decoded, 1));
+    int rounded = min(even, divide_up(total, max(a.num_programs - num_decoded, 1)));
+    share.size = max(is_rounded ? rounded : divide_up(total, a.num_programs), a.min_work);
+    share.multiple = is_rounded ? share.size : 1;
+    // the first sequence whose work ends behind the beginning of the share
+    int before = 0, begin = program * share.size;
+    bool found = false;
+    share.seq = a.num_seqs, share.work_before = 0;
+    for (int first = 0; first < a.num_seqs; first += 32) {
+        int seq = first + lane, len = seq < a.num_seqs ? a.seq_lens[seq] : 0;
+        int work = seq < a.num_seqs ? work_of(a, len, keeps_all(a, seq, len, share.max_dense_len), share.multiple) : 0;
+        int ends = work;
+        for (int d = 1; d < 32; d *= 2) {
+            int other = __shfl_up_sync(ALL, ends, d);
+            if (lane >= d) ends += other;
+        }
+        uint32_t behind = __ballot_sync(ALL, seq < a.num_seqs && before + ends > begin);
+        int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, ends - work, index);
+        if (!found && behind) share.seq = first + index, share.work_before = before + of_index, found = true;
+        before += __shfl_sync(ALL, ends, 31);
+    }
+    share.end = min((program + 1) * share.size, before);
+    return share;
+}
+
+// ---- what the warps of a program have in common while they work on a piece, in shared memory ----
+struct Piece {
+    const uint8_t* kv_base;  // where the keys of the kv head start
+    const float* thresholds;
+    float scale, logits_soft_cap;
+    uint32_t stride_block, stride_token, open_block;
+    int is_dense;
+};
+static_assert(sizeof(Piece) <= QUERY_AT - PIECE_AT, "room of a piece");
+
+__device__ __forceinline__ Piece& piece_of(uint8_t* shared) { return *reinterpret_cast<Piece*>(shared + PIECE_AT); }
+
+__device__ __forceinline__ float capped(float score, float cap) {
+    // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    return SOFT_CAP ? cap * (1.0f - divide_fast(2.0f, exp2_fast(score * (2.0f * LOG2_E / cap)) + 1.0f)) : score;
+}
+
+// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
+__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
+    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
+}
+
+// ---- heavy keys ----
+// The exact part of a warp's piece. A lane has heads 8 c + 2 t + e.
+struct Exact {
+    float maximum[COLUMNS][2], kept[COLUMNS][2], lost[COLUMNS][2], output[COLUMNS][TILES][4];
+    int rows_read;
+};
+
+__device__ __forceinline__ const uint8_t* row_of(const Piece& piece, uint32_t slot) {
+    return piece.kv_base + (uint64_t)(slot / BLOCK_SIZE) * piece.stride_block + slot % BLOCK_SIZE * piece.stride_token;
+}
+
+// the first `count` of 16 keys of a list
+__device__ __forceinline__ void attend_exactly(
+    uint8_t* shared, const uint32_t* list, uint32_t count, Exact& x) {
+    const Piece& piece = piece_of(shared);
+    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+    const uint8_t* row[2];
+    bool listed[2], in_open[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        listed[r] = g + 8 * r < count;
+        uint32_t slot = listed[r] ? list[g + 8 * r] : 0;
+        in_open[r] = slot / BLOCK_SIZE == piece.open_block;
+        row[r] = row_of(piece, slot) + 16 * t;
+    }
+    float products[COLUMNS][4] = {};
+    uint4 key[2][HEAD_SIZE / 32];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < HEAD_SIZE / 32; ++i) key[r][i] = listed[r] ? load16(row[r] + 64 * i) : make_uint4(0, 0, 0, 0);
+    const uint8_t* query = shared + QUERY_AT + g * QUERY_STRIDE + 16 * t;
+#pragma unroll
+    for (int i = 0; i < HEAD_SIZE / 32; ++i)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            uint4 q = *reinterpret_cast<const uint4*>(query + 8 * c * QUERY_STRIDE + 64 * i);
+            mma_half<IS_FLOAT16>(products[c], key[0][i].x, key[1][i].x, key[0][i].y, key[1][i].y, q.x, q.y);
+            mma_half<IS_FLOAT16>(products[c], key[0][i].z, key[1][i].z, key[0][i].w, key[1][i].w, q.z, q.w);
+        }
+    bool survives[2] = {false, false};
+    uint32_t operand[COLUMNS][2];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+        float weight[2][2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            uint32_t head = 8 * c + 2 * t + e;
+            float theta = piece.is_dense || head >= GROUP ? -HIGHEST : piece.thresholds[head];
+            float score[2], before = x.maximum[c][e], best = before;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                score[r] = listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
+                best = fmaxf(best, score[r]);
+            }
+#pragma unroll
+            for (int m = 4; m < 32; m *= 2) best = fmaxf(best, __shfl_xor_sync(ALL, best, m));
+            float rescale = exp2_fast((before - best) * LOG2_E);
+            float kept = x.kept[c][e] * rescale, lost = x.lost[c][e] * rescale;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) x.output[c][tile][e] *= rescale, x.output[c][tile][2 + e] *= rescale;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float exponential = exp2_fast((score[r] - best) * LOG2_E);
+                bool keep = listed[r] && score[r] >= theta && head < GROUP;
+                weight[r][e] = keep ? exponential : 0.0f;
+                kept += weight[r][e];
+                lost += keep || !listed[r] ? 0.0f : exponential;
+                survives[r] |= keep;
+            }
+            x.maximum[c][e] = best, x.kept[c][e] = kept, x.lost[c][e] = lost;
+        }
+        // keys become the depth of the next product
+        operand[c][0] = transpose8(pack_half<IS_FLOAT16>(weight[0][0], weight[0][1]));
+        operand[c][1] = transpose8(pack_half<IS_FLOAT16>(weight[1][0], weight[1][1]));
+    }
+    uint32_t alive[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        alive[r] = __ballot_sync(ALL, survives[r]);
+        alive[r] |= alive[r] >> 1;
+        alive[r] |= alive[r] >> 2;
+        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !in_open[r];
+    }
+    // rows of values: of keys 2 t, 2 t + 1, and those 8 behind
+    const uint8_t* value[4];
+    bool is_read[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t index = 2 * t + (k & 1);
+        is_read[k] = alive[k >> 1] >> (4 * index) & 1;
+        value[k] = row_of(piece, is_read[k] ? list[index + 8 * (k >> 1)] : 0) + 2 * HEAD_SIZE + 16 * g;
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_SIZE / 64; ++i) {
+        uint32_t part[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint4 v = is_read[k] ? load16(value[k] + 128 * i) : make_uint4(0, 0, 0, 0);
+            part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
+            uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+                mma_half<IS_FLOAT16>(x.output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
+        }
+    }
+}
+
+// where the sum of a head and a channel of `attend_exactly` stands, in floats
+__device__ __forceinline__ uint32_t exact_index(uint32_t head, uint32_t channel) {
+    uint32_t tile = channel / 64 * 4 + channel / 2 % 4;
+    return 4 * sum_index(head / 8, tile, channel / 8 % 8, head % 8 / 2) + 2 * (channel % 2) + head % 2;
+}
+
+// ---- a warp's part of a piece ----
+struct Warp {
+    uint8_t* mine;
+    uint32_t warp, lane, g, t;  // a lane is number t of quad g
+    uint32_t start, end;
+    int first_recent;
+    const int* blocks;
+
+    __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine + HEAVY_AT); }
+
+    __device__ __forceinline__ void attend_heavy(Exact& exact, uint32_t count) const {
+        for (uint32_t done = 0; done < count; done += 16)
+            attend_exactly(dynamic_shared(), heavy() + done, min(16u, count - done), exact);
+        __syncwarp();
+    }
+
+    // a sequence that keeps everything; returns keys
+    __device__ __forceinline__ uint32_t attend_all(Exact& exact) const {
+        uint32_t keys = 0;
+        for (uint32_t first = start + 16 * warp; first < end; first += 16 * WARPS) {
+            uint32_t position = first + lane, count = min(16u, end - first);
+            if (lane < count) heavy()[lane] = blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
+            __syncwarp();
+            attend_exactly(dynamic_shared(), heavy(), count, exact);
+            keys += count;
+            __syncwarp();
+        }
+        return keys;
+    }
+};
+
+struct Scan : Warp {
+    const uint8_t* code_base;
+    uint32_t code_stride;
+    float logits_soft_cap;
+    // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
+    float scale[COLUMNS][2], middle[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
+    float anchor[COLUMNS][2];
+    // relative to the anchors, and 2^LOG2_SCALE times too large
+    float kept[COLUMNS][2], lost[COLUMNS][2], light[COLUMNS][TILES][4];
+    uint32_t light_begin, light_end, heavy_count;
+    uint32_t pending[4][VALUE_WORDS], pending_steps[4];
+    uint32_t next_ids;
+
+    __device__ __forceinline__ uint32_t first_head() const { return ROW_TOKENS == 2 ? t % 2 * 2 : t * 2; }
+
+    __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int seq, int kv_head) : Warp(warp) {
+        code_base = a.codes + (uint64_t)kv_head * a.code_stride_head;
+        code_stride = a.code_stride_block;
+        logits_soft_cap = a.logits_soft_cap;
+        uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t head = 8 * c + first_head() + e, row = first_row + head;
+                bool is_there = head < GROUP;
+                scale[c][e] = is_there ? a.query_terms[3 * row] : 0.0f;
+                middle[c][e] = is_there ? a.query_terms[3 * row + 1] : 0.0f;
+                offset[c][e] = is_there ? a.query_terms[3 * row + 2] : DISCARDED;
+                light_limit[c][e] = is_there ? a.thresholds[row] : HIGHEST;
+                float lse = is_there ? a.anchor_lse[row] : 0.0f;
+                heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
+                anchor[c][e] = LOG2_SCALE - lse * LOG2_E;
+                kept[c][e] = lost[c][e] = 0.0f;
+            }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) light[c][tile][i] = 0.0f;
+        light_begin = light_end = heavy_count = 0;
+    }
+
+    __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine + IDS_AT); }
+    __device__ __forceinline__ float* weights() const { return reinterpret_cast<float*>(mine + WEIGHTS_AT); }
+    __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine + SLOTS_AT); }
+
+    // ---- codes arrive ----
+    // slots of the first tokens of both halves of the 16 steps from `step` on
+    __device__ __forceinline__ uint32_t load_ids(uint32_t step) const {
+        uint32_t position = start + STEP * (warp + WARPS * (step + lane / 2)) + 16 * (lane % 2);
+        // behind the end block 0 is read: any bytes do
+        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    }
+
+    __device__ __forceinline__ void keep_ids(uint32_t step) {
+        ids()[step % IDS_ROOM * 2 + lane] = next_ids;
+        next_ids = load_ids(step + 16);
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ const uint8_t* page_of(uint32_t slot) const {
+        return code_base + (uint64_t)(slot / BLOCK_SIZE) * code_stride;
+    }
+
+    __device__ __forceinline__ void request(uint32_t step, uint32_t stage) const {
+        uint2 slot = reinterpret_cast<const uint2*>(ids())[step % IDS_ROOM];
+        uint8_t* to = mine + stage + 16 * lane;
+        const uint8_t *first = page_of(slot.x), *second = page_of(slot.y);
+        uint32_t in_first = BLOCK_SIZE == 16 ? 0 : slot.x % BLOCK_SIZE, in_second = BLOCK_SIZE == 16 ? 0 : slot.y % BLOCK_SIZE;
+#pragma unroll
+        for (uint32_t k = 0; k < HALF / 32; ++k) async_copy16(to + 512 * k, first + (in_first * HALF + 16 * lane) + 512 * k);
+#pragma unroll
+        for (uint32_t k = 0; k < HALF / 32; ++k)
+            async_copy16(to + 16 * HALF + 512 * k, second + (in_second * HALF + 16 * lane) + 512 * k);
+        const uint8_t* steps = lane < 2 ? first + 2 * in_first : second + 2 * in_second;
+        if (lane < 4) async_copy16(to + STEPS_AT, steps + (BLOCK_SIZE * (HALF + QUARTER) + 16 * (lane % 2)));
+    }
+
+    // ---- light keys, 16 of the ring ----
+    __device__ __forceinline__ void request_light() {
+        const uint32_t* of_lane = slots() + light_begin % LIGHT_ROOM + 2 * t;
+        const uint8_t* values = code_base + (BLOCK_SIZE * HALF + g * VALUE_BYTES);
+        const uint8_t* steps = code_base + BLOCK_SIZE * (HALF + QUARTER + 2);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t slot = of_lane[(k & 1) + 8 * (k >> 1)], in_page = slot % BLOCK_SIZE;
+            uint64_t page = (uint64_t)(slot / BLOCK_SIZE) * code_stride;
+            const uint8_t* code = values + page + in_page * QUARTER;
+            if constexpr (VALUE_BYTES == 2) {
+                pending[k][0] = load2(code);
+            } else if constexpr (VALUE_BYTES == 4) {
+                pending[k][0] = load4(code);
+            } else {
+                uint2 v = load8(code);
+                pending[k][0] = v.x, pending[k][VALUE_WORDS - 1] = v.y;
+            }
+            pending_steps[k] = load2(steps + page + 2 * in_page);
+        }
+        light_begin += 16;
+    }
+
+    __device__ __forceinline__ void weigh_light() {
+        const float* of_lane = weights() + (light_begin - 16) % LIGHT_ROOM + 2 * t;
+        float step[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) step[k] = half_to_float(pending_steps[k]);
+        uint32_t operand[COLUMNS][2];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                // lanes of columns without a head take another's, and nobody looks at what comes of it
+                const float* of_head = of_lane + (8 * c + g % HEADS) * LIGHT_STRIDE + 8 * k;
+                float2 v = *reinterpret_cast<const float2*>(of_head);
+                float first = fminf(v.x * step[2 * k], LARGEST_HALF), second = fminf(v.y * step[2 * k + 1], LARGEST_HALF);
+                operand[c][k] = pack_half<true>(first, second);
+            }
+#pragma unroll
+        for (int b = 0; b < VALUE_BYTES; ++b) {
+            // a code becomes the lowest bits of a float16 from 1,024 on, which is then made the level
+            uint32_t level[2][4];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                uint32_t selector = 0x4400 + b % 4 * 0x1111;
+                uint32_t both = permute_bytes(pending[2 * k][b / 4], pending[2 * k + 1][b / 4], selector);
+                level[k][0] = fma_half2((both << 2 & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);  // x / 4 - 257.5
+                level[k][1] = fma_half2((both & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);
+                level[k][2] = fma_half2((both & 0x00300030) | 0x64006400, 0x2c002c00, 0xd418d418);  // x / 16 - 65.5
+                level[k][3] = fma_half2((both & 0x00c000c0) | 0x64006400, 0x24002400, 0xcc60cc60);  // x / 64 - 17.5
+            }
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    mma_half<true>(light[c][2 * b + i], level[0][2 * i], level[0][2 * i + 1], level[1][2 * i],
+                                   level[1][2 * i + 1], operand[c][0], operand[c][1]);
+        }
+    }
+
+    // where the sum of a head and a rotated channel of `weigh_light` stands, in floats
+    static __device__ __forceinline__ uint32_t light_index(uint32_t head, uint32_t channel) {
+        uint32_t byte = channel % QUARTER, quarter = channel / QUARTER, tile = 2 * (byte % VALUE_BYTES) + quarter / 2;
+        return 4 * sum_index(head / 8, tile, byte / VALUE_BYTES, head % 8 / 2) + 2 * (quarter % 2) + head % 2;
+    }
+
+    // ---- 32 tokens ----
+    static __device__ __forceinline__ void load_words(const uint8_t* from, uint32_t (&words)[KEY_WORDS]) {
+        if constexpr (KEY_WORDS == 2) {
+            uint2 v = *reinterpret_cast<const uint2*>(from);
+            words[0] = v.x, words[1] = v.y;
+        } else {
+#pragma unroll
+            for (int k = 0; k < KEY_WORDS; k += 4) {
+                uint4 v = *reinterpret_cast<const uint4*>(from + 4 * k);
+                words[k] = v.x, words[k + 1] = v.y, words[k + 2] = v.z, words[k + 3] = v.w;
+            }
+        }
+    }
+
+    // add the products of 16 tokens with operands from `first` on
+    __device__ __forceinline__ void multiply(const uint8_t* keys, int first, int (&low)[COLUMNS][4], int (&high)[COLUMNS][4]) const {
+        uint32_t x[2][KEY_WORDS];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) load_words(keys + 8 * r * HALF, x[r]);
+        const uint8_t* operands = dynamic_shared() + OPERANDS_AT + lane * KEY_WORDS * 4;
+        constexpr uint32_t LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            uint32_t l[KEY_WORDS], u[KEY_WORDS];
+            load_words(operands + (first + c) * OPERAND_BYTES, l);
+            load_words(operands + (OPERANDS + first + c) * OPERAND_BYTES, u);
+#pragma unroll
+            for (int k = 0; k < KEY_WORDS; k += 2) {
+                mma_codes(low[c], x[0][k] & LOW, x[1][k] & LOW, x[0][k + 1] & LOW, x[1][k + 1] & LOW, l[k], l[k + 1]);
+                mma_codes(high[c], x[0][k] & HIGH, x[1][k] & HIGH, x[0][k + 1] & HIGH, x[1][k + 1] & HIGH, u[k], u[k + 1]);
+            }
+        }
+    }
+
+    // one bit for each token, in its first lane
+    static __device__ __forceinline__ uint32_t fold(uint32_t lanes) {
+        lanes |= lanes >> 1;
+        if (ROW_TOKENS == 2) return lanes & 0x55555555u;
+        lanes |= lanes >> 2;
+        return lanes & 0x11111111u;
+    }
+
+    // `SPECIAL` steps, of which there are few, hold positions without a copy, whose score may be anything
+    template <bool SPECIAL>
+    __device__ __forceinline__ void scan(uint32_t step, uint32_t first, uint32_t stage) {
+        const uint8_t* keys = mine + stage + g * HALF + t * KEY_WORDS * 4;
+        uint32_t leader = lane & (ROW_TOKENS == 2 ? ~1u : ~3u), leader_bit = 1u << leader, below = leader_bit - 1;
+#pragma unroll
+        for (uint32_t set = 0; set < SETS; ++set) {
+            int low[COLUMNS][4] = {}, high[COLUMNS][4] = {};
+            multiply(keys + set * 16 * HALF, 0, low, high);
+            if constexpr (ROW_TOKENS == 2) multiply(keys + 16 * HALF, COLUMNS, low, high);
+            uint32_t half = ROW_TOKENS == 2 ? t / 2 : set;  // of the step
+            uint32_t first_slot = ids()[step % IDS_ROOM * 2 + half] + g;
+            const uint8_t* steps = mine + stage + STEPS_AT + 32 * half + 2 * g;
+#pragma unroll
+            for (uint32_t r = 0; r < 2; ++r) {
+                uint32_t position = first + 16 * half + g + 8 * r;
+                float key_step = half_to_float(*reinterpret_cast<const uint16_t*>(steps + 16 * r));
+                float score[COLUMNS][2];
+                bool is_heavy = false, is_light = false, keep[COLUMNS][2];
+                bool always = SPECIAL && (position < NUM_FIRST_ANCHORS || int(position) >= first_recent);
+                bool is_inside = !SPECIAL || position < end;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        // exact: 16 times the sum is less than 2^24
+                        float sum = __fmaf_rn(float(16 * low[c][2 * r + e] + high[c][2 * r + e]), 0.0625f, -middle[c][e]);
+                        float s = capped(__fmaf_rn(sum, __fmul_rn(key_step, scale[c][e]), offset[c][e]), logits_soft_cap);
+                        if (SOFT_CAP && offset[c][e] == DISCARDED) s = DISCARDED;
+                        if (SPECIAL && (always || !is_inside)) s = DISCARDED;
+                        score[c][e] = s;
+                        is_heavy |= s >= heavy_limit[c][e];
+                        keep[c][e] = s >= light_limit[c][e];
+                        is_light |= keep[c][e];
+                    }
+                if (SPECIAL) is_heavy = is_inside && (is_heavy || always);
+                uint32_t heavy_tokens = fold(__ballot_sync(ALL, is_heavy));
+                uint32_t light_tokens = fold(__ballot_sync(ALL, is_light)) & ~heavy_tokens;
+                is_light = light_tokens & leader_bit, is_heavy = heavy_tokens & leader_bit;
+                uint32_t index = (light_end + __popc(light_tokens & below)) % LIGHT_ROOM;
+                float* of_token = weights() + first_head() * LIGHT_STRIDE + index;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float exponential = exp2_fast(__fmaf_rn(score[c][e], LOG2_E, anchor[c][e]));
+                        // heavy keys are scored exactly, and their exponentials here may be any
+                        if (is_heavy) exponential = 0.0f;
+                        if (keep[c][e]) kept[c][e] += exponential;
+                        if (!keep[c][e]) lost[c][e] += exponential;
+                        if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[c][e] ? exponential : 0.0f;
+                    }
+                if (is_light && lane == leader) slots()[index] = first_slot + 8 * r;
+                light_end += __popc(light_tokens);
+                if (heavy_tokens) {
+                    if (is_heavy && lane == leader) heavy()[heavy_count + __popc(heavy_tokens & below)] = first_slot + 8 * r;
+                    heavy_count += __popc(heavy_tokens);
+                }
+            }
+        }
+    }
+
+    // steps from `step` on, until all are done or the list has no room for another; returns the next
+    __device__ __forceinline__ uint32_t run(uint32_t step, uint32_t num_steps) {
+        uint32_t first_ids = step / 16 * 16;
+        next_ids = load_ids(first_ids);
+        keep_ids(first_ids);
+        if (step % 16 + STAGES > 17) keep_ids(first_ids + 16);
+        uint32_t stage = 0, written = (STAGES - 1) * STAGE_BYTES;
+#pragma unroll
+        for (uint32_t i = 0; i < STAGES - 1; ++i) {
+            if (step + i < num_steps) request(step + i, i * STAGE_BYTES);
+            async_commit();
+        }
+        uint32_t first = start + STEP * (warp + WARPS * step);
+        int first_special = min(first_recent, int(end)) - int(STEP);
+        for (; step < num_steps && heavy_count <= HEAVY_ROOM - STEP; ++step) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            // the stage that is written to was read in the step before
+            uint32_t ahead = step + STAGES - 1;
+            if (ahead % 16 == 0) keep_ids(ahead);
+            if (ahead < num_steps) request(ahead, written);
+            async_commit();
+            if (first < NUM_FIRST_ANCHORS || int(first) > first_special)
+                scan<true>(step, first, stage);
+            else
+                scan<false>(step, first, stage);
+            __syncwarp();
+            while (light_end - light_begin >= 16) {
+                if (light_begin) weigh_light();
+                request_light();
+            }
+            first += STEP * WARPS;
+            written = stage;
+            stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+        }
+        async_wait<0>();
+        if (light_begin) weigh_light();
+        if (light_end > light_begin) {
+            // the last key again, with weight 0
+            uint32_t last = slots()[(light_end - 1) % LIGHT_ROOM];
+            __syncwarp();
+            if (lane < light_begin + 16 - light_end) {
+                uint32_t index = (light_end + lane) % LIGHT_ROOM;
+                slots()[index] = last;
+                for (int head = 0; head < HEADS; ++head) weights()[head * LIGHT_STRIDE + index] = 0.0f;
+            }
+            __syncwarp();
+            request_light();
+            weigh_light();
+        }
+        __syncwarp();
+        return step;
+    }
+};
+
+// ---- a piece ----
+// what a warp saves of each part while it works on the other: floats of a lane
+constexpr uint32_t SAVED_LIGHT = COLUMNS * (TILES * 4 + 4), SAVED = SAVED_LIGHT + COLUMNS * (TILES * 4 + 6) + 1;
+static_assert(SAVED == EXPECTED_SAVED, "the scratch has what is saved");
+
+typedef float Rows[COLUMNS][TILES * 4];
+__device__ __forceinline__ Rows& as_rows(float (&x)[COLUMNS][TILES][4]) { return reinterpret_cast<Rows&>(x); }
+
+__device__ __forceinline__ void clear(float (&x)[COLUMNS][TILES][4]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[c][tile][i] = 0.0f;
+}
+
+template <int N>
+__device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS][N]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int i = 0; i < N; ++i, to += 32) *to = x[c][i];
+    return to;
+}
+
+template <int N>
+__device__ __forceinline__ const float* restore(const float* from, float (&x)[COLUMNS][N]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int i = 0; i < N; ++i, from += 32) x[c][i] = *from;
+    return from;
+}
+
+__device__ __forceinline__ float sum_of(float x, int first_bit) {
+    for (int m = first_bit; m < 32; m *= 2) x += __shfl_xor_sync(ALL, x, m);
+    return x;
+}
+
+// leave sums to the other warps
+__device__ __forceinline__ void share_sums(const Warp& w, uint32_t at, const float (&sums)[COLUMNS][TILES][4]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const float* v = sums[c][tile];
+            if (w.t < ACC_QUAD)
+                reinterpret_cast<float4*>(w.mine + at)[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
+        }
+}
+
+__device__ __forceinline__ void share_exact(const Warp& w, const Exact& exact, float* stats) {
+    share_sums(w, EXACT_AT, exact.output);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float kept = sum_of(exact.kept[c][e], 4), lost = sum_of(exact.lost[c][e], 4);
+            uint32_t head = 8 * c + 2 * w.t + e;
+            if (w.g == 0) stats[head] = exact.maximum[c][e], stats[16 + head] = kept, stats[32 + head] = lost;
+        }
+}
+
+__device__ __forceinline__ void share_light(const Warp& w, const Scan& scan, float* stats) {
+    share_sums(w, LIGHT_AT, scan.light);
+    constexpr int FIRST_BIT = ROW_TOKENS == 2 ? 2 : 4;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float kept = sum_of(scan.kept[c][e], FIRST_BIT), lost = sum_of(scan.lost[c][e], FIRST_BIT);
+            uint32_t head = 8 * c + scan.first_head() + e;
+            if (w.lane < FIRST_BIT) stats[48 + head] = kept, stats[64 + head] = lost;
+        }
+}
+
+// queries as operands
+__device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, uint32_t first_row, bool is_dense) {
+    uint8_t* shared = dynamic_shared();
+    constexpr uint32_t CHUNKS = HEAD_SIZE / 8;
+    const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
+    for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
+        uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
+        *reinterpret_cast<uint4*>(shared + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
+            head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
+    }
+    if (!is_dense) {
+        // 0 where a column is another token's, or nobody's
+        for (uint32_t i = threadIdx.x; i < OPERANDS * 32; i += 32 * WARPS) {
+            int operand = i / 32, g = i % 32 / 4, t = i % 4, head = ROW_TOKENS == 2 ? g - 4 * operand : g + 8 * operand;
+            bool is_there = head >= 0 && head < GROUP;
+            const uint32_t* codes =
+                reinterpret_cast<const uint32_t*>(a.query_codes + (uint64_t)(first_row + (is_there ? head : 0)) * HEAD_SIZE);
+            uint32_t* to = reinterpret_cast<uint32_t*>(shared + OPERANDS_AT) + i * KEY_WORDS;
+            for (int k = 0; k < KEY_WORDS; ++k) {
+                to[k] = is_there ? codes[t * KEY_WORDS + k] : 0;
+                to[OPERANDS * OPERAND_BYTES / 4 + k] = is_there ? codes[t * KEY_WORDS + k + HALF / 4] : 0;
+            }
+        }
+    }
+}
+
+// add up what all warps have, each relative to its own maximum, where the first one's sums are
+__device__ __forceinline__ void add_up(bool is_dense) {
+    uint8_t* shared = dynamic_shared();
+    const float* stats = reinterpret_cast<const float*>(shared + STATS_AT);
+    constexpr uint32_t FRAGMENTS = COLUMNS * TILES * 8 * ACC_QUAD;
+    for (uint32_t i = threadIdx.x; i < FRAGMENTS; i += 32 * WARPS) {
+        const float* maxima = stats + i / (8 * ACC_QUAD * TILES) * 8 + 2 * (i % ACC_QUAD);
+        float best[2] = {DISCARDED, DISCARDED};
+        for (int warp = 0; warp < WARPS; ++warp)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) best[e] = fmaxf(best[e], maxima[warp * NUM_STATS * 16 + e]);
+        float4 exact = make_float4(0, 0, 0, 0), light = make_float4(0, 0, 0, 0);
+        for (int warp = 0; warp < WARPS; ++warp) {
+            const uint8_t* of_warp = shared + warp * WARP_BYTES;
+            float4 x = reinterpret_cast<const float4*>(of_warp + EXACT_AT)[i];
+            float f0 = exp2_fast((maxima[warp * NUM_STATS * 16] - best[0]) * LOG2_E);
+            float f1 = exp2_fast((maxima[warp * NUM_STATS * 16 + 1] - best[1]) * LOG2_E);
+            exact.x += f0 * x.x, exact.y += f1 * x.y, exact.z += f0 * x.z, exact.w += f1 * x.w;
+            if (is_dense) continue;
+            float4 y = reinterpret_cast<const float4*>(of_warp + LIGHT_AT)[i];
+            light.x += y.x, light.y += y.y, light.z += y.z, light.w += y.w;
+        }
+        reinterpret_cast<float4*>(shared + EXACT_AT)[i] = exact;
+        reinterpret_cast<float4*>(shared + LIGHT_AT)[i] = light;
+    }
+}
+
+// a warp writes a head's part of the piece
+__device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_t row, long long piece, uint32_t lane, bool is_dense) {
+    uint8_t* shared = dynamic_shared();
+    const float* stats = reinterpret_cast<const float*>(shared + STATS_AT) + head;
+    float best = DISCARDED, kept = 0.0f, lost = 0.0f;
+    for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, stats[warp * NUM_STATS * 16]);
+    float light_scale = is_dense ? 0.0f : exp2_fast((a.anchor_lse[row] - best) * LOG2_E - LOG2_SCALE);
+    for (int warp = 0; warp < WARPS; ++warp) {
+        const float* of_warp = stats + warp * NUM_STATS * 16;
+        float f = exp2_fast((of_warp[0] - best) * LOG2_E);
+        kept += f * of_warp[16] + light_scale * of_warp[48], lost += f * of_warp[32] + light_scale * of_warp[64];
+    }
+    // R^T of what light values add up to: Hadamard's transform, and the signs that stand in the first row of R
+    constexpr int LANE_CHANNELS = HEAD_SIZE / 32;
+    float x[LANE_CHANNELS];
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, 32 * i + lane)];
+#pragma unroll
+    for (int m = 1; m < 32; m *= 2)
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i) {
+            float other = __shfl_xor_sync(ALL, x[i], m);
+            x[i] = lane & m ? other - x[i] : x[i] + other;
+        }
+#pragma unroll
+    for (int m = 1; m < LANE_CHANNELS; m *= 2)
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i)
+            if (!(i & m)) {
+                float other = x[i + m];
+                x[i + m] = x[i] - other, x[i] += other;
+            }
+    const float* exact = reinterpret_cast<const float*>(shared + EXACT_AT);
+    float* output = a.piece_output + (piece * GROUP + head) * HEAD_SIZE;
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) {
+        uint32_t channel = 32 * i + lane;
+        output[channel] = exact[exact_index(head, channel)] + x[i] * a.rotation[channel] * light_scale;
+    }
+    float* of_piece = a.piece_stats + piece * 3 * GROUP + head;
+    if (lane == 0) of_piece[0] = best, of_piece[GROUP] = kept, of_piece[2 * GROUP] = lost;
+}
+
+__device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int seq, int kv_head, long long piece, int seq_len) {
+    uint8_t* shared = dynamic_shared();
+    float* stats = reinterpret_cast<float*>(shared + STATS_AT) + w.warp * NUM_STATS * 16;
+    uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);  // [WARPS, 4]
+    uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP, keys = 0, copies = 0;
+    bool is_dense = piece_of(shared).is_dense;
+    float* saved = a.saved + (uint64_t)((blockIdx.y * gridDim.x + blockIdx.x) * WARPS + w.warp) * SAVED * 32 + w.lane;
+    prepare(a, seq, kv_head, first_row, is_dense);
+    __syncthreads();
+    Exact exact;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            uint32_t head = 8 * c + 2 * w.t + e;
+            exact.maximum[c][e] = is_dense ? DISCARDED : head < GROUP ? a.anchor_lse[first_row + head] : 0.0f;
+            exact.kept[c][e] = exact.lost[c][e] = 0.0f;
+        }
+    clear(exact.output);
+    exact.rows_read = 0;
+    if (is_dense) {
+        keys = w.attend_all(exact);
+        if (w.lane < 16) stats[48 + w.lane] = stats[64 + w.lane] = 0.0f;
+        share_exact(w, exact, stats);
+    } else {
+        uint32_t total = divide_up(w.end - w.start, STEP), num_steps = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
+        uint32_t step = 0;
+        bool is_first = true, is_last;
+        do {
+            uint32_t count;
+            {
+                Scan scan(w, a, seq, kv_head);
+                if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
+                step = scan.run(step, num_steps);
+                is_last = step >= num_steps;
+                count = scan.heavy_count, keys += count, copies += scan.light_end;
+                if (is_last)
+                    share_light(w, scan, stats);
+                else
+                    save(save(save(saved, scan.kept), scan.lost), as_rows(scan.light));
+            }
+            float* of_exact = saved + 32 * SAVED_LIGHT;
+            if (!is_first) {
+                const float* rows = restore(restore(restore(restore(of_exact, exact.maximum), exact.kept), exact.lost), as_rows(exact.output));
+                exact.rows_read = __float_as_uint(*rows);
+            }
+            w.attend_heavy(exact, count);
+            if (is_last)
+                share_exact(w, exact, stats);
+            else
+                *save(save(save(save(of_exact, exact.maximum), exact.kept), exact.lost), as_rows(exact.output)) =
+                    __uint_as_float(exact.rows_read);
+            is_first = false;
+        } while (!is_last);
+    }
+    uint32_t rows = __reduce_add_sync(ALL, uint32_t(exact.rows_read));
+    if (w.lane == 0) counts[4 * w.warp] = keys, counts[4 * w.warp + 1] = rows, counts[4 * w.warp + 2] = copies;
+    __syncthreads();
+    add_up(is_dense);
+    __syncthreads();
+    for (uint32_t head = w.warp; head < GROUP; head += WARPS) write_head(a, head, first_row + head, piece, w.lane, is_dense);
+    if (threadIdx.x == 0 && a.value_rows_read) {
+        keys = copies = rows = 0;
+        for (int warp = 0; warp < WARPS; ++warp)
+            keys += counts[4 * warp], rows += counts[4 * warp + 1], copies += counts[4 * warp + 2];
+        // what the merge reads of the open page, for the mean
+        int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
+        if (is_dense)
+            rows = keys;
+        else
+            rows += max(int(w.end) - max(int(w.start), open_start), 0);
+        atomic_add(a.keys_read + kv_head, keys);
+        atomic_add(a.value_rows_read + kv_head, rows);
+        atomic_add(a.copies_read + kv_head, copies);
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(const __grid_constant__ Args a) {
+    uint8_t* shared = dynamic_shared();
+    uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    int kv_head = blockIdx.x, program = blockIdx.y;
+    wait_for_predecessor();
+    allow_successor();
+    Share share = share_of(a, program, lane);
+    if (share.reads_all) return;
+    Warp w{shared + warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
+    for (int seq = share.seq, before = share.work_before; seq < a.num_seqs && before < share.end; ++seq) {
+        int seq_len = a.seq_lens[seq];
+        bool is_dense = keeps_all(a, seq, seq_len, share.max_dense_len);
+        int weight = is_dense ? a.dense_work : 1, num_units = divide_up(seq_len, a.unit);
+        int first = min(divide_up(max(program * share.size - before, 0), weight), num_units);
+        int last = min(divide_up(max((program + 1) * share.size - before, 0), weight), num_units);
+        if (first < last) {
+            w.start = first * a.unit, w.end = min(last * a.unit, seq_len);
+            w.blocks = a.block_table + (long long)seq * a.table_stride;
+            // the page of the last token has no copies yet, or only since this step
+            w.first_recent = min(seq_len - NUM_LAST_ANCHORS, (seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
+            if (threadIdx.x == 0) {
+                Piece& piece = piece_of(shared);
+                int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
+                piece.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+                piece.thresholds = a.thresholds + (seq * a.num_kv_heads + kv_head) * GROUP;
+                piece.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
+                piece.logits_soft_cap = a.logits_soft_cap;
+                piece.stride_block = a.stride_block, piece.stride_token = a.stride_token;
+                piece.open_block = max(int(w.start), open_start) < int(w.end) ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
+                piece.is_dense = is_dense;
+            }
+            __syncthreads();
+            attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len);
+        }
+        before += work_of(a, seq_len, is_dense, share.multiple);
+    }
+}

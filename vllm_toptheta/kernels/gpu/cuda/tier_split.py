@@ -1,0 +1,246 @@
+"""Launching `tier_split.cu`: for which shapes it is compiled, what it is given, and what memory it takes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
+from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
+from vllm_toptheta.kernels.gpu.records import Copies, Counts, Pieces, Queries, Schedule, Shape, Tokens
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+
+NAME = "tier_split"
+SOURCE = f"{NAME}.cu"
+_LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
+_STEP = 32  # tokens
+
+
+class Launcher(Protocol):
+    """A compiled kernel; see `driver.Kernel.launch`."""
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: ctypes.Structure,
+        stream: int,
+        is_early: bool,
+    ) -> None: ...
+
+
+# from macros such as `HEAD_SIZE=128` and bytes of shared memory
+Loader = Callable[[tuple[str, ...], int], Launcher]
+
+
+class SplitSizes(NamedTuple):
+    """Sizes of the kernel for a layer's shape.
+
+    Attributes:
+        warps: Of a program.
+        stages: Of the ring in which a warp's codes arrive.
+        resident: Programs that a multiprocessor runs at a time.
+        shared_bytes: Shared memory of a program.
+        saved_floats: What a thread may have to save, float32.
+    """
+
+    warps: int
+    stages: int
+    resident: int
+    shared_bytes: int
+    saved_floats: int
+
+
+@functools.cache
+def split_sizes(head_size: int, group: int, *, warps: int = 8, stages: int = 4) -> SplitSizes:
+    """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow."""
+    columns = 2 if group > 8 else 1
+    tiles = head_size // 16
+    if head_size == 256 and columns == 2:
+        warps //= 2
+    row_tokens, quad = (2, 2) if group <= 4 else (1, 4)
+    heads = 4 if row_tokens == 2 else 8 * columns
+    ring = max(stages * (_STEP * head_size // 2 + 2 * _STEP), 2 * columns * tiles * 8 * quad * 16)
+    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4
+    operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
+    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands
+    shared_bytes = warps * warp_bytes + common
+    resident = 2 if head_size <= 128 and columns == 1 else 1
+    return SplitSizes(warps, stages, resident, shared_bytes, columns * (8 * tiles + 10) + 1)
+
+
+class Arguments(ctypes.Structure):
+    """`Args` of the source."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "kv_cache",
+                "block_table",
+                "seq_lens",
+                "threshold_offset",
+                "query",
+                "thresholds",
+                "anchor_lse",
+                "q_scale",
+                "k_scale",
+                "codes",
+                "query_codes",
+                "query_terms",
+                "rotation",
+                "piece_output",
+                "piece_stats",
+                "saved",
+                "keys_read",
+                "value_rows_read",
+                "copies_read",
+            )
+        ),
+        *(
+            (name, ctypes.c_uint32)
+            for name in (
+                "stride_block",
+                "stride_head",
+                "stride_token",
+                "query_stride_seq",
+                "query_stride_head",
+                "code_stride_block",
+                "code_stride_head",
+            )
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "table_stride",
+                "num_seqs",
+                "num_kv_heads",
+                "num_programs",
+                "max_dense_len",
+                "min_step_tokens",
+                "few_tokens",
+                "short_length",
+                "unit",
+                "min_work",
+                "dense_work",
+            )
+        ),
+        *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy")),
+    ]
+
+
+def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[str, ...]:
+    """What the source is compiled with."""
+    values: dict[str, int | str] = {
+        "HEAD_SIZE": shape.HEAD_SIZE,
+        "GROUP": shape.GROUP,
+        "BLOCK_SIZE": shape.BLOCK_SIZE,
+        "IS_FLOAT16": str(shape.FLOAT16).lower(),
+        "SOFT_CAP": str(has_soft_cap).lower(),
+        "VALUE_MEAN": str(shape.VALUE_MEAN).lower(),
+        "NUM_FIRST_ANCHORS": NUM_FIRST_ANCHORS,
+        "NUM_LAST_ANCHORS": NUM_LAST_ANCHORS,
+        "WARPS": sizes.warps,
+        "STAGES": sizes.stages,
+        "RESIDENT": sizes.resident,
+        "EXPECTED_SHARED_BYTES": sizes.shared_bytes,
+        "EXPECTED_SAVED": sizes.saved_floats,
+    }
+    return tuple(f"{name}={value}" for name, value in values.items())
+
+
+@functools.cache
+def loader_for(device: torch.device) -> Loader:
+    """Loads kernels for a GPU."""
+    return functools.partial(kernel_for, device, SOURCE, NAME)
+
+
+@functools.cache
+def _loaded(loader: Loader, shape: Shape, sizes: SplitSizes, has_soft_cap: bool) -> Launcher:
+    return loader(macros_of(shape, sizes, has_soft_cap=has_soft_cap), sizes.shared_bytes)
+
+
+def launch_tier_split(
+    loader: Loader,
+    step: DecodeStep,
+    call: LayerCall,
+    tokens: Tokens,
+    queries: Queries,
+    copies: Copies,
+    pieces: Pieces,
+    counts: Counts,
+    shape: Shape,
+    schedule: Schedule,
+    saved: torch.Tensor,
+    *,
+    num_programs: int,
+    few_tokens: int,
+    short_length: int,
+    log_heavy: float,
+    is_early: bool,
+) -> None:
+    """Enqueue what `tier_split.tier_split_kernel` does in Triton, with the same arguments but for the lists.
+
+    Args:
+        loader: Compiles and loads for the device; a kernel is loaded once.
+        saved: [num_programs * num_kv_heads * warps * 32 * saved_floats] float32, at least.
+    """
+    sizes = split_sizes(shape.HEAD_SIZE, shape.GROUP)
+    num_seqs, num_heads, _ = call.query.shape
+    num_kv_heads = num_heads // shape.GROUP
+    query = call.query.element_size()
+    element = tokens.kv_cache.element_size()
+    arguments = Arguments(
+        kv_cache=tokens.kv_cache.data_ptr(),
+        block_table=tokens.block_table.data_ptr(),
+        seq_lens=tokens.seq_lens.data_ptr(),
+        threshold_offset=_pointer(tokens.threshold_offset),
+        query=queries.query.data_ptr(),
+        thresholds=queries.thresholds.data_ptr(),
+        anchor_lse=_pointer(queries.anchor_lse),
+        q_scale=_pointer(queries.q_scale),
+        k_scale=_pointer(queries.k_scale),
+        codes=copies.codes.data_ptr(),
+        query_codes=_pointer(copies.query_codes),
+        query_terms=_pointer(copies.query_terms),
+        rotation=copies.rotation.data_ptr(),
+        piece_output=pieces.output.data_ptr(),
+        piece_stats=pieces.stats.data_ptr(),
+        saved=saved.data_ptr(),
+        keys_read=_pointer(counts.keys_read),
+        value_rows_read=_pointer(counts.value_rows_read),
+        copies_read=_pointer(counts.copies_read),
+        stride_block=tokens.stride_block * element,
+        stride_head=tokens.stride_head * element,
+        stride_token=tokens.stride_token * element,
+        query_stride_seq=queries.stride_seq * query,
+        query_stride_head=queries.stride_head * query,
+        code_stride_block=copies.stride_block,
+        code_stride_head=copies.stride_head,
+        table_stride=step.block_table.stride(0),
+        num_seqs=num_seqs,
+        num_kv_heads=num_kv_heads,
+        num_programs=num_programs,
+        max_dense_len=step.max_dense_len,
+        min_step_tokens=step.min_step_tokens,
+        few_tokens=few_tokens,
+        short_length=short_length,
+        unit=schedule.UNIT,
+        min_work=schedule.MIN_WORK,
+        dense_work=schedule.DENSE_WORK,
+        softmax_scale=queries.softmax_scale,
+        logits_soft_cap=queries.logits_soft_cap or 0.0,
+        log_heavy=log_heavy,
+    )
+    kernel = _loaded(loader, shape, sizes, queries.logits_soft_cap is not None)
+    stream = torch.cuda.current_stream(call.query.device).cuda_stream if call.query.is_cuda else 0
+    kernel.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
