@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.kernels.nvrtc_double import REFUSED, DriverDouble, NvrtcDouble
 from vllm_toptheta.kernels.gpu.cuda.cubins import Cubins
@@ -43,6 +46,42 @@ def test_errors_of_nvrtc_itself_name_file_and_line(tmp_path: Path) -> None:
     file.write_text("\n\nnothing_like_this x;\n")
     with pytest.raises(CompileError, match=r"broken\.cu\(3\): error: .*nothing_like_this"):
         compile_real(source_text(file), "sm_90", (), tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["cu13", "cuda_nvrtc"])
+def test_the_library_beside_torch_comes_first(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / folder / "lib" / f"libnvrtc{name}" for name in ("-builtins.so.13.0", ".so.13")]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text("")
+    opened: list[str] = []
+
+    def open_library(name: str) -> NvrtcDouble:
+        opened.append(name)
+        return NvrtcDouble()
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[tmp_path])
+    )
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    find_nvrtc.__wrapped__()
+    assert opened == [str(file) for file in files]
+
+
+def test_without_a_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def open_library(name: str) -> None:
+        tried.append(name)
+        raise OSError(name)
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    with pytest.raises(CompileError, match=r"nvidia-cuda-nvrtc of torch's CUDA version \(12\)"):
+        find_nvrtc.__wrapped__()
+    assert tried[0] == "libnvrtc.so.12"
 
 
 def test_options_reach_the_compiler(tmp_path: Path) -> None:
