@@ -36,15 +36,14 @@ def kernel_for(device: torch.device, file: str, name: str, macros: tuple[str, ..
         # torch makes a device's context at its first use there; the driver loads into the current one
         torch.empty(1, device=device)
         return load(
-            *(_cubins(), find_driver(), source_text(file), f"sm_{major}{minor}"),
+            *(_cubins(), find_driver(), source_text(SOURCE_FOLDER / file), f"sm_{major}{minor}"),
             *(name, macros, max_shared_bytes),
         )
 
 
-def source_text(file: str) -> str:
-    """A kernel's whole source; errors in it name the file that they are in."""
-    texts = ((name, (SOURCE_FOLDER / name).read_text()) for name in ("device.cuh", file))
-    return "".join(f'#line 1 "{name}"\n{text}\n' for name, text in texts)
+def source_text(file: Path) -> str:
+    """A kernel's whole source, `device.cuh` in front; errors in it name the file that they are in."""
+    return "".join(f'#line 1 "{part.name}"\n{part.read_text()}\n' for part in (SOURCE_FOLDER / "device.cuh", file))
 
 
 def load(

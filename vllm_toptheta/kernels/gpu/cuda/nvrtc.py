@@ -78,14 +78,13 @@ def find_nvrtc() -> Nvrtc:
     Raises:
         CompileError: There is none.
     """
-    for file in _files_of_wheels():
-        # NVRTC asks the loader for its builtins by name alone, which finds them if they are loaded
-        for builtins in file.parent.glob("libnvrtc-builtins.so.*"):
-            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-        return Nvrtc(ctypes.CDLL(str(file)))
-    for name in [f"libnvrtc.so.{_torch_major()}", "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
+    names = [f"libnvrtc.so.{_torch_major()}", "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]
+    for file in [*_files_of_wheels(), *map(Path, names)]:
         try:
-            return Nvrtc(ctypes.CDLL(name))
+            # NVRTC asks the loader for its builtins by name alone, which finds them if they are loaded
+            for builtins in sorted(file.parent.glob("libnvrtc-builtins.so.*")) if file.is_absolute() else []:
+                ctypes.CDLL(str(builtins))
+            return Nvrtc(ctypes.CDLL(str(file)))
         except OSError:
             continue
     raise CompileError(
