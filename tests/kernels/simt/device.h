@@ -322,6 +322,8 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 inline float simt_flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x; }
+template <class T>
+inline void opaque(T&) {}
 inline float divide_fast(float x, float y) { return x / y; }
 inline float exp2_fast(float x) { return simt_flush(std::exp2(simt_flush(x))); }
 inline float log2_fast(float x) { return simt_flush(std::log2(simt_flush(x))); }

@@ -122,6 +122,12 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 // 2 ** x to 2 units in the last place, subnormal numbers as zero.
+// a value that the compiler keeps instead of working it out again
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+__device__ __forceinline__ void opaque(T*& x) { asm volatile("" : "+l"(x)); }
+
 // x / y, y in the range of 1 to 2^126
 __device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
 

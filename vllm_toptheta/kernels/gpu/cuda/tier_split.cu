@@ -28,7 +28,9 @@ constexpr int VALUE_BYTES = HEAD_SIZE / 32;                   // of a value's co
 constexpr int VALUE_WORDS = (VALUE_BYTES + 3) / 4;
 constexpr int TILES = HEAD_SIZE / 16;                         // of 16 channels
 constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;             // lanes of a quad that have columns of heads
-constexpr uint32_t IDS_ROOM = 32;                             // steps
+constexpr uint32_t STAGE_STEPS = HEAD_SIZE <= 128 ? 2 : 1;    // of a stage of the ring
+constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS / 16;
+constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
 constexpr uint32_t HEAVY_ROOM = 256;
 constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
@@ -36,11 +38,11 @@ constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.
 constexpr float LOG2_SCALE = 8.0f, LARGEST_HALF = 65504.0f;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
-constexpr uint32_t STEPS_AT = STEP * HALF, STAGE_BYTES = STEPS_AT + 2 * STEP;
+constexpr uint32_t STEPS_AT = STAGE_TOKENS * HALF, STAGE_BYTES = STEPS_AT + 2 * STAGE_TOKENS;
 // in the end, sums stand where the ring was
 constexpr uint32_t SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16, LIGHT_AT = 0, EXACT_AT = SUMS_BYTES;
 constexpr uint32_t IDS_AT = STAGES * STAGE_BYTES > 2 * SUMS_BYTES ? STAGES * STAGE_BYTES : 2 * SUMS_BYTES;
-constexpr uint32_t WEIGHTS_AT = IDS_AT + IDS_ROOM * 8;
+constexpr uint32_t WEIGHTS_AT = IDS_AT + 64 * 4;
 constexpr uint32_t SLOTS_AT = WEIGHTS_AT + HEADS * LIGHT_STRIDE * 4, HEAVY_AT = SLOTS_AT + LIGHT_ROOM * 4;
 constexpr uint32_t WARP_BYTES = HEAVY_AT + HEAVY_ROOM * 4;
 constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
@@ -89,7 +91,7 @@ struct Share {
 };
 
 __device__ __forceinline__ bool keeps_all(const Args& a, int seq, int seq_len, int max_dense_len) {
-    return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] == -__builtin_huge_valf());
+    return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] < -3.4e38f);
 }
 
 __device__ __forceinline__ int work_of(const Args& a, int seq_len, bool is_dense, int multiple) {
@@ -280,13 +282,14 @@ __device__ __forceinline__ uint32_t exact_index(uint32_t head, uint32_t channel)
 
 // ---- a warp's part of a piece ----
 struct Warp {
-    uint8_t* mine;
+    uint32_t at;                // where the warp's shared memory is
     uint32_t warp, lane, g, t;  // a lane is number t of quad g
     uint32_t start, end;
     int first_recent;
     const int* blocks;
 
-    __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine + HEAVY_AT); }
+    __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
+    __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine() + HEAVY_AT); }
 
     __device__ __forceinline__ void attend_heavy(Exact& exact, uint32_t count) const {
         for (uint32_t done = 0; done < count; done += 16)
@@ -312,6 +315,9 @@ struct Warp {
 struct Scan : Warp {
     const uint8_t* code_base;
     uint32_t code_stride;
+    uint32_t keys_at, weights_at;  // of the lane
+    uint32_t leader_bit, below;    // of the lane's token among the bits of a warp, and all bits before it
+    int first_special;
     float logits_soft_cap;
     // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
     float scale[COLUMNS][2], middle[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
@@ -327,6 +333,12 @@ struct Scan : Warp {
     __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int seq, int kv_head) : Warp(warp) {
         code_base = a.codes + (uint64_t)kv_head * a.code_stride_head;
         code_stride = a.code_stride_block;
+        keys_at = at + g * HALF + t * KEY_WORDS * 4;
+        weights_at = at + WEIGHTS_AT + first_head() * LIGHT_STRIDE * 4;
+        leader_bit = 1u << (lane & (ROW_TOKENS == 2 ? ~1u : ~3u)), below = leader_bit - 1;
+        first_special = min(first_recent, int(end)) - int(STEP);
+        // as values that the compiler cannot work out again in every step
+        opaque(code_base), opaque(keys_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
         logits_soft_cap = a.logits_soft_cap;
         uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP;
 #pragma unroll
@@ -353,21 +365,21 @@ struct Scan : Warp {
         light_begin = light_end = heavy_count = 0;
     }
 
-    __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine + IDS_AT); }
-    __device__ __forceinline__ float* weights() const { return reinterpret_cast<float*>(mine + WEIGHTS_AT); }
-    __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine + SLOTS_AT); }
+    __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine() + IDS_AT); }
+    __device__ __forceinline__ float* weights() const { return reinterpret_cast<float*>(mine() + WEIGHTS_AT); }
+    __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
 
     // ---- codes arrive ----
-    // slots of the first tokens of both halves of the 16 steps from `step` on
-    __device__ __forceinline__ uint32_t load_ids(uint32_t step) const {
-        uint32_t position = start + STEP * (warp + WARPS * (step + lane / 2)) + 16 * (lane % 2);
+    // slots of the first tokens of each 16 in the stages from `stage` on
+    __device__ __forceinline__ uint32_t load_ids(uint32_t stage) const {
+        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (stage + lane / STAGE_SLOTS)) + 16 * (lane % STAGE_SLOTS);
         // behind the end block 0 is read: any bytes do
         return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
     }
 
-    __device__ __forceinline__ void keep_ids(uint32_t step) {
-        ids()[step % IDS_ROOM * 2 + lane] = next_ids;
-        next_ids = load_ids(step + 16);
+    __device__ __forceinline__ void keep_ids(uint32_t stage) {
+        ids()[stage % (2 * FETCH_STAGES) * STAGE_SLOTS + lane] = next_ids;
+        next_ids = load_ids(stage + FETCH_STAGES);
         __syncwarp();
     }
 
@@ -375,30 +387,35 @@ struct Scan : Warp {
         return code_base + (uint64_t)(slot / BLOCK_SIZE) * code_stride;
     }
 
-    __device__ __forceinline__ void request(uint32_t step, uint32_t stage) const {
-        uint2 slot = reinterpret_cast<const uint2*>(ids())[step % IDS_ROOM];
-        uint8_t* to = mine + stage + 16 * lane;
-        const uint8_t *first = page_of(slot.x), *second = page_of(slot.y);
-        uint32_t in_first = BLOCK_SIZE == 16 ? 0 : slot.x % BLOCK_SIZE, in_second = BLOCK_SIZE == 16 ? 0 : slot.y % BLOCK_SIZE;
+    __device__ __forceinline__ void request(uint32_t stage, uint32_t buffer) const {
+        const uint32_t* slots = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
+        uint8_t* to = mine() + buffer + 16 * lane;
 #pragma unroll
-        for (uint32_t k = 0; k < HALF / 32; ++k) async_copy16(to + 512 * k, first + (in_first * HALF + 16 * lane) + 512 * k);
+        for (uint32_t i = 0; i < STAGE_SLOTS; i += 2) {
+            uint2 slot = *reinterpret_cast<const uint2*>(slots + i);
 #pragma unroll
-        for (uint32_t k = 0; k < HALF / 32; ++k)
-            async_copy16(to + 16 * HALF + 512 * k, second + (in_second * HALF + 16 * lane) + 512 * k);
-        const uint8_t* steps = lane < 2 ? first + 2 * in_first : second + 2 * in_second;
-        if (lane < 4) async_copy16(to + STEPS_AT, steps + (BLOCK_SIZE * (HALF + QUARTER) + 16 * (lane % 2)));
+            for (uint32_t j = 0; j < 2; ++j) {
+                uint32_t first = j ? slot.y : slot.x, in_page = BLOCK_SIZE == 16 ? 0 : first % BLOCK_SIZE;
+                const uint8_t* keys = page_of(first) + (in_page * HALF + 16 * lane);
+#pragma unroll
+                for (uint32_t k = 0; k < HALF / 32; ++k) async_copy16(to + (i + j) * 16 * HALF + 512 * k, keys + 512 * k);
+            }
+        }
+        if (lane < 2 * STAGE_SLOTS) {
+            uint32_t slot = slots[lane / 2];
+            const uint8_t* steps = page_of(slot) + (BLOCK_SIZE * (HALF + QUARTER) + slot % BLOCK_SIZE * 2 + 16 * (lane % 2));
+            async_copy16(to + STEPS_AT, steps);
+        }
     }
 
     // ---- light keys, 16 of the ring ----
     __device__ __forceinline__ void request_light() {
         const uint32_t* of_lane = slots() + light_begin % LIGHT_ROOM + 2 * t;
-        const uint8_t* values = code_base + (BLOCK_SIZE * HALF + g * VALUE_BYTES);
-        const uint8_t* steps = code_base + BLOCK_SIZE * (HALF + QUARTER + 2);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t slot = of_lane[(k & 1) + 8 * (k >> 1)], in_page = slot % BLOCK_SIZE;
-            uint64_t page = (uint64_t)(slot / BLOCK_SIZE) * code_stride;
-            const uint8_t* code = values + page + in_page * QUARTER;
+            const uint8_t* page = page_of(slot);
+            const uint8_t* code = page + (in_page * QUARTER + BLOCK_SIZE * HALF + g * VALUE_BYTES);
             if constexpr (VALUE_BYTES == 2) {
                 pending[k][0] = load2(code);
             } else if constexpr (VALUE_BYTES == 4) {
@@ -407,7 +424,7 @@ struct Scan : Warp {
                 uint2 v = load8(code);
                 pending[k][0] = v.x, pending[k][VALUE_WORDS - 1] = v.y;
             }
-            pending_steps[k] = load2(steps + page + 2 * in_page);
+            pending_steps[k] = load2(page + (2 * in_page + BLOCK_SIZE * (HALF + QUARTER + 2)));
         }
         light_begin += 16;
     }
@@ -498,19 +515,20 @@ struct Scan : Warp {
         return lanes & 0x11111111u;
     }
 
-    // `SPECIAL` steps, of which there are few, hold positions without a copy, whose score may be anything
+    // Step `step` of the stage in `buffer`. `SPECIAL` steps, of which there are few, hold positions without a copy, whose
+    // score may be anything.
     template <bool SPECIAL>
-    __device__ __forceinline__ void scan(uint32_t step, uint32_t first, uint32_t stage) {
-        const uint8_t* keys = mine + stage + g * HALF + t * KEY_WORDS * 4;
-        uint32_t leader = lane & (ROW_TOKENS == 2 ? ~1u : ~3u), leader_bit = 1u << leader, below = leader_bit - 1;
+    __device__ __forceinline__ void scan(uint32_t first, const uint32_t* slots_of_stage, uint32_t buffer, uint32_t step) {
+        const uint8_t* keys = dynamic_shared() + (keys_at + buffer + step * STEP * HALF);
+        bool is_leader = (lane & (ROW_TOKENS == 2 ? 1 : 3)) == 0;
 #pragma unroll
         for (uint32_t set = 0; set < SETS; ++set) {
             int low[COLUMNS][4] = {}, high[COLUMNS][4] = {};
             multiply(keys + set * 16 * HALF, 0, low, high);
             if constexpr (ROW_TOKENS == 2) multiply(keys + 16 * HALF, COLUMNS, low, high);
             uint32_t half = ROW_TOKENS == 2 ? t / 2 : set;  // of the step
-            uint32_t first_slot = ids()[step % IDS_ROOM * 2 + half] + g;
-            const uint8_t* steps = mine + stage + STEPS_AT + 32 * half + 2 * g;
+            uint32_t first_slot = slots_of_stage[2 * step + half] + g;
+            const uint8_t* steps = mine() + (buffer + STEPS_AT + 64 * step + 32 * half + 2 * g);
 #pragma unroll
             for (uint32_t r = 0; r < 2; ++r) {
                 uint32_t position = first + 16 * half + g + 8 * r;
@@ -538,7 +556,7 @@ struct Scan : Warp {
                 uint32_t light_tokens = fold(__ballot_sync(ALL, is_light)) & ~heavy_tokens;
                 is_light = light_tokens & leader_bit, is_heavy = heavy_tokens & leader_bit;
                 uint32_t index = (light_end + __popc(light_tokens & below)) % LIGHT_ROOM;
-                float* of_token = weights() + first_head() * LIGHT_STRIDE + index;
+                float* of_token = reinterpret_cast<float*>(dynamic_shared() + (weights_at + 4 * index));
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
@@ -550,50 +568,54 @@ struct Scan : Warp {
                         if (!keep[c][e]) lost[c][e] += exponential;
                         if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[c][e] ? exponential : 0.0f;
                     }
-                if (is_light && lane == leader) slots()[index] = first_slot + 8 * r;
+                if (is_light && is_leader) slots()[index] = first_slot + 8 * r;
                 light_end += __popc(light_tokens);
                 if (heavy_tokens) {
-                    if (is_heavy && lane == leader) heavy()[heavy_count + __popc(heavy_tokens & below)] = first_slot + 8 * r;
+                    if (is_heavy && is_leader) heavy()[heavy_count + __popc(heavy_tokens & below)] = first_slot + 8 * r;
                     heavy_count += __popc(heavy_tokens);
                 }
             }
         }
     }
 
-    // steps from `step` on, until all are done or the list has no room for another; returns the next
-    __device__ __forceinline__ uint32_t run(uint32_t step, uint32_t num_steps) {
-        uint32_t first_ids = step / 16 * 16;
-        next_ids = load_ids(first_ids);
-        keep_ids(first_ids);
-        if (step % 16 + STAGES > 17) keep_ids(first_ids + 16);
-        uint32_t stage = 0, written = (STAGES - 1) * STAGE_BYTES;
+    // stages from `stage` on, until all are done or the list has no room for another; returns the next
+    __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
+        uint32_t fetched = stage / FETCH_STAGES * FETCH_STAGES;
+        next_ids = load_ids(fetched);
+        keep_ids(fetched);
+        if (stage - fetched + STAGES - 1 > FETCH_STAGES) keep_ids(fetched + FETCH_STAGES);
+        uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
 #pragma unroll
         for (uint32_t i = 0; i < STAGES - 1; ++i) {
-            if (step + i < num_steps) request(step + i, i * STAGE_BYTES);
+            if (stage + i < num_stages) request(stage + i, i * STAGE_BYTES);
             async_commit();
         }
-        uint32_t first = start + STEP * (warp + WARPS * step);
-        int first_special = min(first_recent, int(end)) - int(STEP);
-        for (; step < num_steps && heavy_count <= HEAVY_ROOM - STEP; ++step) {
+        uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage);
+        for (; stage < num_stages && heavy_count <= HEAVY_ROOM - STAGE_TOKENS; ++stage) {
             async_wait<STAGES - 2>();
             __syncwarp();
-            // the stage that is written to was read in the step before
-            uint32_t ahead = step + STAGES - 1;
-            if (ahead % 16 == 0) keep_ids(ahead);
-            if (ahead < num_steps) request(ahead, written);
+            // what is written to was read in the stage before
+            uint32_t ahead = stage + STAGES - 1;
+            if (ahead % FETCH_STAGES == 0) keep_ids(ahead);
+            if (ahead < num_stages) request(ahead, free_buffer);
             async_commit();
-            if (first < NUM_FIRST_ANCHORS || int(first) > first_special)
-                scan<true>(step, first, stage);
-            else
-                scan<false>(step, first, stage);
-            __syncwarp();
-            while (light_end - light_begin >= 16) {
-                if (light_begin) weigh_light();
-                request_light();
+            const uint32_t* slots_of_stage = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
+#pragma unroll 1
+            for (uint32_t step = 0; step < STAGE_STEPS; ++step) {
+                uint32_t position = first + STEP * step;
+                if (position < NUM_FIRST_ANCHORS || int(position) > first_special)
+                    scan<true>(position, slots_of_stage, buffer, step);
+                else
+                    scan<false>(position, slots_of_stage, buffer, step);
+                __syncwarp();
+                while (light_end - light_begin >= 16) {
+                    if (light_begin) weigh_light();
+                    request_light();
+                }
             }
-            first += STEP * WARPS;
-            written = stage;
-            stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+            first += STAGE_TOKENS * WARPS;
+            free_buffer = buffer;
+            buffer = buffer == (STAGES - 1) * STAGE_BYTES ? 0 : buffer + STAGE_BYTES;
         }
         async_wait<0>();
         if (light_begin) weigh_light();
@@ -611,7 +633,7 @@ struct Scan : Warp {
             weigh_light();
         }
         __syncwarp();
-        return step;
+        return stage;
     }
 };
 
@@ -663,7 +685,7 @@ __device__ __forceinline__ void share_sums(const Warp& w, uint32_t at, const flo
         for (int tile = 0; tile < TILES; ++tile) {
             const float* v = sums[c][tile];
             if (w.t < ACC_QUAD)
-                reinterpret_cast<float4*>(w.mine + at)[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
+                reinterpret_cast<float4*>(w.mine() + at)[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
         }
 }
 
@@ -813,16 +835,16 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
         if (w.lane < 16) stats[48 + w.lane] = stats[64 + w.lane] = 0.0f;
         share_exact(w, exact, stats);
     } else {
-        uint32_t total = divide_up(w.end - w.start, STEP), num_steps = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-        uint32_t step = 0;
+        uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS), stage = 0;
+        uint32_t num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
         bool is_first = true, is_last;
         do {
             uint32_t count;
             {
                 Scan scan(w, a, seq, kv_head);
                 if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
-                step = scan.run(step, num_steps);
-                is_last = step >= num_steps;
+                stage = scan.run(stage, num_stages);
+                is_last = stage >= num_stages;
                 count = scan.heavy_count, keys += count, copies += scan.light_end;
                 if (is_last)
                     share_light(w, scan, stats);
@@ -874,7 +896,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
     allow_successor();
     Share share = share_of(a, program, lane);
     if (share.reads_all) return;
-    Warp w{shared + warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
+    Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
     for (int seq = share.seq, before = share.work_before; seq < a.num_seqs && before < share.end; ++seq) {
         int seq_len = a.seq_lens[seq];
         bool is_dense = keeps_all(a, seq, seq_len, share.max_dense_len);

@@ -17,7 +17,6 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 NAME = "tier_split"
 SOURCE = f"{NAME}.cu"
 _LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
-_STEP = 32  # tokens
 
 
 class Launcher(Protocol):
@@ -57,21 +56,22 @@ class SplitSizes(NamedTuple):
 
 
 @functools.cache
-def split_sizes(head_size: int, group: int, *, warps: int = 8, stages: int = 4) -> SplitSizes:
+def split_sizes(head_size: int, group: int, *, warps: int = 12, stages: int = 3) -> SplitSizes:
     """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow."""
     columns = 2 if group > 8 else 1
     tiles = head_size // 16
-    if head_size == 256 and columns == 2:
-        warps //= 2
+    if head_size == 256 or columns == 2:
+        # twice the sums, in registers and in shared memory
+        warps = 4 if head_size == 256 and columns == 2 else 8
     row_tokens, quad = (2, 2) if group <= 4 else (1, 4)
     heads = 4 if row_tokens == 2 else 8 * columns
-    ring = max(stages * (_STEP * head_size // 2 + 2 * _STEP), 2 * columns * tiles * 8 * quad * 16)
+    stage_tokens = 64 if head_size <= 128 else 32
+    ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
     warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
     common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands
     shared_bytes = warps * warp_bytes + common
-    resident = 2 if head_size <= 128 and columns == 1 else 1
-    return SplitSizes(warps, stages, resident, shared_bytes, columns * (8 * tiles + 10) + 1)
+    return SplitSizes(warps, stages, 1, shared_bytes, columns * (8 * tiles + 10) + 1)
 
 
 class Arguments(ctypes.Structure):
