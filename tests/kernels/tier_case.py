@@ -17,7 +17,7 @@ from tests.kernels.simt.build import EmulatedKernel, build
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, TierLayer
 from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
-from vllm_toptheta.kernels.gpu.cuda.tier_split import NAME, SOURCE, Loader, loader_for
+from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, Loader, loader_for
 from vllm_toptheta.kernels.gpu.scratch import Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig
@@ -129,9 +129,9 @@ def cuda_loader() -> Loader:
     return loader_for(torch.device("cuda", torch.cuda.current_device())) if DEVICE == "cuda" else emulated
 
 
-def emulated(macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
-    """What the emulator makes of the kernel's source."""
-    return build(SOURCE_FOLDER / SOURCE, NAME, dict(macro.split("=") for macro in macros))
+def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
+    """What the emulator makes of a kernel's source."""
+    return build(SOURCE_FOLDER / SOURCE, name, dict(macro.split("=") for macro in macros))
 
 
 def packed(keys: KeyCopies, values: ValueCopies) -> tuple[torch.Tensor, ...]:

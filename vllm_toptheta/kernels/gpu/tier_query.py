@@ -88,7 +88,7 @@ def tier_query_kernel(
     shape: tl.constexpr,  # Shape
     schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     tiling: tl.constexpr,  # Tiling of the same
-    TOKENS: tl.constexpr,  # that are copied at a time
+    TOKENS: tl.constexpr,  # that are copied at a time; 0: queries and copies are another kernel's
     EARLY_QUERY: tl.constexpr,
     EARLY_SPLIT: tl.constexpr,
 ):
@@ -105,7 +105,7 @@ def tier_query_kernel(
         )  # fmt: skip
         if counts.keys_read is not None and program == 0:
             tl.atomic_add(counts.keys_read + kv_head, tl.sum(seq_lens.to(tl.int64), axis=0), sem="relaxed")
-    else:
+    elif TOKENS > 0:
         max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
         seq = program
         while seq < num_seqs:
@@ -114,17 +114,18 @@ def tier_query_kernel(
                 block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
                 _turn_queries(tokens, queries, copies, block_row, seq, kv_head, shape)
             seq += tl.num_programs(1)
-    # from the other end, because the last programs have the least to do
-    seq = tl.num_programs(1) - 1 - program
-    while seq < num_seqs:
-        seq_len = tl.load(tokens.seq_lens + seq)
-        if (seq_len > 0) & (seq_len % BLOCK_SIZE == 0):
-            block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
-            for first in range(seq_len - BLOCK_SIZE, seq_len, TOKENS):
-                copy_tokens(
-                    tokens, copies, block_row, kv_head, first, seq_len, BLOCK_SIZE, shape.HEAD_SIZE, TOKENS
-                )  # fmt: skip
-        seq += tl.num_programs(1)
+    if TOKENS > 0:
+        # from the other end, because the last programs have the least to do
+        seq = tl.num_programs(1) - 1 - program
+        while seq < num_seqs:
+            seq_len = tl.load(tokens.seq_lens + seq)
+            if (seq_len > 0) & (seq_len % BLOCK_SIZE == 0):
+                block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
+                for first in range(seq_len - BLOCK_SIZE, seq_len, TOKENS):
+                    copy_tokens(
+                        tokens, copies, block_row, kv_head, first, seq_len, BLOCK_SIZE, shape.HEAD_SIZE, TOKENS
+                    )  # fmt: skip
+            seq += tl.num_programs(1)
     if EARLY_QUERY:
         # whoever waits for this kernel relies on the thresholds of the one before it too
         tl.extra.cuda.gdc_wait()

@@ -99,7 +99,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         shape,
         all_keys,
         tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
-        TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
+        TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)) if scratch.loader is None else 0,
         EARLY_QUERY=early,
         EARLY_SPLIT=early,
         **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),

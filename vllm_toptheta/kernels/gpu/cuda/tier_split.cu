@@ -35,7 +35,7 @@ constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spre
 constexpr uint32_t HEAVY_ROOM = 256;
 constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
 // light weights are 2^8 times too large, so that their products with steps are far from the least and the largest float16
-constexpr float LOG2_SCALE = 8.0f, LARGEST_HALF = 65504.0f;
+constexpr float LOG2_SCALE = 8.0f, LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STEPS_AT = STAGE_TOKENS * HALF, STAGE_BYTES = STEPS_AT + 2 * STAGE_TOKENS;
@@ -49,7 +49,8 @@ constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
 constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
 constexpr uint32_t NUM_STATS = 5, COUNTS_AT = STATS_AT + WARPS * NUM_STATS * 16 * 4;
 constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
-constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, SHARED_BYTES = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
+constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, TERMS_AT = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
+constexpr uint32_t SHARED_BYTES = TERMS_AT + 16 * 3 * 4;
 static_assert(STAGE_BYTES % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
 
@@ -63,9 +64,7 @@ struct Args {
     const float* anchor_lse;
     const float* q_scale;  // or null
     const float* k_scale;  // or null
-    const uint8_t* codes;
-    const uint8_t* query_codes;
-    const float* query_terms;
+    uint8_t* codes;
     const float* rotation;
     float* piece_output;
     float* piece_stats;
@@ -81,6 +80,93 @@ struct Args {
     int unit, min_work, dense_work;
     float softmax_scale, logits_soft_cap, log_heavy;
 };
+
+// ---- rows in rotated channels ----
+constexpr int LANE_CHANNELS = HEAD_SIZE / 32;  // a lane has channels LANE_CHANNELS * lane + i
+
+__device__ __forceinline__ void load_row(const uint8_t* row, uint32_t lane, float (&x)[LANE_CHANNELS]) {
+    uint32_t words[LANE_CHANNELS / 2];
+    if constexpr (LANE_CHANNELS == 2) {
+        words[0] = load4(row + 4 * lane);
+    } else if constexpr (LANE_CHANNELS == 4) {
+        uint2 v = load8(row + 8 * lane);
+        words[0] = v.x, words[1] = v.y;
+    } else {
+        uint4 v = load16(row + 16 * lane);
+        words[0] = v.x, words[1] = v.y, words[LANE_CHANNELS / 2 - 2] = v.z, words[LANE_CHANNELS / 2 - 1] = v.w;
+    }
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] = element_to_float<IS_FLOAT16>(uint16_t(words[i / 2] >> 16 * (i % 2)));
+}
+
+// Hadamard's transform of a warp's row, not normalised
+__device__ __forceinline__ void transform(float (&x)[LANE_CHANNELS], uint32_t lane) {
+#pragma unroll
+    for (int m = 1; m < LANE_CHANNELS; m *= 2)
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i)
+            if (!(i & m)) {
+                float other = x[i + m];
+                x[i + m] = x[i] - other, x[i] += other;
+            }
+#pragma unroll
+    for (int m = 1; m < 32; m *= 2)
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i) {
+            float other = __shfl_xor_sync(ALL, x[i], m);
+            x[i] = lane & m ? other - x[i] : x[i] + other;
+        }
+}
+
+// R x; the first row of R is the signs over the root of the size
+__device__ __forceinline__ void rotate(const float* rotation, float (&x)[LANE_CHANNELS], uint32_t lane) {
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] *= rotation[LANE_CHANNELS * lane + i];
+    transform(x, lane);
+}
+
+// what keys are centred by: the mean of the first anchors but one
+__device__ __forceinline__ void load_centre(const uint8_t* first_row, uint32_t stride_token, uint32_t lane, float (&centre)[LANE_CHANNELS]) {
+    float rows[NUM_FIRST_ANCHORS - 1][LANE_CHANNELS];
+#pragma unroll
+    for (int i = 1; i < NUM_FIRST_ANCHORS; ++i) load_row(first_row + i * stride_token, lane, rows[i - 1]);
+#pragma unroll
+    for (int k = 0; k < LANE_CHANNELS; ++k) {
+        centre[k] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < NUM_FIRST_ANCHORS - 1; ++i) centre[k] += rows[i][k];
+        centre[k] /= NUM_FIRST_ANCHORS - 1;
+    }
+}
+
+__device__ __forceinline__ float largest_of(const float (&x)[LANE_CHANNELS]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+    for (int m = 1; m < 32; m *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, m));
+    return largest;
+}
+
+__device__ __forceinline__ float sum_of(float x, int first_bit) {
+    for (int m = first_bit; m < 32; m *= 2) x += __shfl_xor_sync(ALL, x, m);
+    return x;
+}
+
+// LANE_CHANNELS bytes
+__device__ __forceinline__ void store_bytes(uint8_t* to, const uint32_t (&bytes)[LANE_CHANNELS]) {
+    if constexpr (LANE_CHANNELS == 2) {
+        *reinterpret_cast<uint16_t*>(to) = bytes[0] | bytes[1] << 8;
+    } else {
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i += 4)
+            *reinterpret_cast<uint32_t*>(to + i) = bytes[i] | bytes[i + 1] << 8 | bytes[i + 2] << 16 | bytes[i + 3] << 24;
+    }
+}
+
+__device__ __forceinline__ float clamp(float x, float lowest, float highest) { return fminf(fmaxf(x, lowest), highest); }
+
+__device__ __forceinline__ uint16_t half_of(float step) { return uint16_t(pack_half<true>(clamp(step, LEAST_STEP, LARGEST_HALF), 0.0f)); }
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -347,9 +433,10 @@ struct Scan : Warp {
             for (int e = 0; e < 2; ++e) {
                 uint32_t head = 8 * c + first_head() + e, row = first_row + head;
                 bool is_there = head < GROUP;
-                scale[c][e] = is_there ? a.query_terms[3 * row] : 0.0f;
-                middle[c][e] = is_there ? a.query_terms[3 * row + 1] : 0.0f;
-                offset[c][e] = is_there ? a.query_terms[3 * row + 2] : DISCARDED;
+                const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
+                scale[c][e] = is_there ? terms[0] : 0.0f;
+                middle[c][e] = is_there ? terms[1] : 0.0f;
+                offset[c][e] = is_there ? terms[2] : DISCARDED;
                 light_limit[c][e] = is_there ? a.thresholds[row] : HIGHEST;
                 float lse = is_there ? a.anchor_lse[row] : 0.0f;
                 heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
@@ -672,11 +759,6 @@ __device__ __forceinline__ const float* restore(const float* from, float (&x)[CO
     return from;
 }
 
-__device__ __forceinline__ float sum_of(float x, int first_bit) {
-    for (int m = first_bit; m < 32; m *= 2) x += __shfl_xor_sync(ALL, x, m);
-    return x;
-}
-
 // leave sums to the other warps
 __device__ __forceinline__ void share_sums(const Warp& w, uint32_t at, const float (&sums)[COLUMNS][TILES][4]) {
 #pragma unroll
@@ -714,8 +796,8 @@ __device__ __forceinline__ void share_light(const Warp& w, const Scan& scan, flo
         }
 }
 
-// queries as operands
-__device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, uint32_t first_row, bool is_dense) {
+// queries as operands, exact ones and codes: y = R q, step = max |y| / 127, code = round(y / step)
+__device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, const Warp& w, bool is_dense) {
     uint8_t* shared = dynamic_shared();
     constexpr uint32_t CHUNKS = HEAD_SIZE / 8;
     const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
@@ -724,18 +806,44 @@ __device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, uin
         *reinterpret_cast<uint4*>(shared + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
             head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
     }
-    if (!is_dense) {
-        // 0 where a column is another token's, or nobody's
-        for (uint32_t i = threadIdx.x; i < OPERANDS * 32; i += 32 * WARPS) {
-            int operand = i / 32, g = i % 32 / 4, t = i % 4, head = ROW_TOKENS == 2 ? g - 4 * operand : g + 8 * operand;
-            bool is_there = head >= 0 && head < GROUP;
-            const uint32_t* codes =
-                reinterpret_cast<const uint32_t*>(a.query_codes + (uint64_t)(first_row + (is_there ? head : 0)) * HEAD_SIZE);
-            uint32_t* to = reinterpret_cast<uint32_t*>(shared + OPERANDS_AT) + i * KEY_WORDS;
-            for (int k = 0; k < KEY_WORDS; ++k) {
-                to[k] = is_there ? codes[t * KEY_WORDS + k] : 0;
-                to[OPERANDS * OPERAND_BYTES / 4 + k] = is_there ? codes[t * KEY_WORDS + k + HALF / 4] : 0;
+    if (is_dense) return;
+    uint8_t* operands = shared + OPERANDS_AT;
+    float centre[LANE_CHANNELS];
+    if (w.warp < 8 * COLUMNS && w.warp % (ROW_TOKENS == 2 ? 4 : 8) < GROUP)
+        load_centre(row_of(piece_of(shared), w.blocks[0] * BLOCK_SIZE), a.stride_token, w.lane, centre);
+    // columns of 8 heads, or of 4 heads for either token of a row: 0 where a column is the other's, or nobody's
+    for (uint32_t column = w.warp; column < 8 * COLUMNS; column += WARPS) {
+        uint32_t head = ROW_TOKENS == 2 ? column % 4 : column, bytes[LANE_CHANNELS] = {};
+        if (head < GROUP) {
+            float x[LANE_CHANNELS], offset = 0.0f;
+            load_row(query + head * a.query_stride_head, w.lane, x);
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; ++i) {
+                if (a.q_scale) x[i] *= *a.q_scale;
+                offset += x[i] * centre[i];
             }
+            rotate(a.rotation, x, w.lane);
+            float step = __fdiv_rn(largest_of(x), 127.0f);
+            if (!(step > 0.0f)) step = 1.0f;
+            int sum = 0;
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; ++i) {
+                int code = int(floorf(__fdiv_rn(x[i], step) + 0.5f));
+                sum += code, bytes[i] = code & 0xff;
+            }
+            offset = sum_of(offset, 1), sum = __reduce_add_sync(ALL, sum);
+            float* terms = reinterpret_cast<float*>(shared + TERMS_AT) + 3 * head;
+            if (w.lane == 0) terms[0] = a.softmax_scale * step, terms[1] = 7.5f * sum, terms[2] = a.softmax_scale * offset;
+        }
+        // the lower half of the channels is that of the first 16 lanes
+        uint32_t of_half = w.lane / 16 * OPERANDS * OPERAND_BYTES + LANE_CHANNELS * (w.lane % 16);
+#pragma unroll
+        for (uint32_t operand = 0; operand < OPERANDS; ++operand) {
+            uint32_t none[LANE_CHANNELS] = {};
+            uint8_t* to = operands + operand * OPERAND_BYTES + column % 8 * HALF + of_half;
+            bool is_mine = ROW_TOKENS == 2 ? column / 4 == operand : column / 8 == operand;
+            // with two blocks of columns, each has an operand to itself
+            if (ROW_TOKENS == 2 || is_mine) store_bytes(to, is_mine ? bytes : none);
         }
     }
 }
@@ -780,30 +888,16 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
         kept += f * of_warp[16] + light_scale * of_warp[48], lost += f * of_warp[32] + light_scale * of_warp[64];
     }
     // R^T of what light values add up to: Hadamard's transform, and the signs that stand in the first row of R
-    constexpr int LANE_CHANNELS = HEAD_SIZE / 32;
     float x[LANE_CHANNELS];
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, 32 * i + lane)];
-#pragma unroll
-    for (int m = 1; m < 32; m *= 2)
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; ++i) {
-            float other = __shfl_xor_sync(ALL, x[i], m);
-            x[i] = lane & m ? other - x[i] : x[i] + other;
-        }
-#pragma unroll
-    for (int m = 1; m < LANE_CHANNELS; m *= 2)
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; ++i)
-            if (!(i & m)) {
-                float other = x[i + m];
-                x[i + m] = x[i] - other, x[i] += other;
-            }
+    for (int i = 0; i < LANE_CHANNELS; ++i)
+        x[i] = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, LANE_CHANNELS * lane + i)];
+    transform(x, lane);
     const float* exact = reinterpret_cast<const float*>(shared + EXACT_AT);
     float* output = a.piece_output + (piece * GROUP + head) * HEAD_SIZE;
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) {
-        uint32_t channel = 32 * i + lane;
+        uint32_t channel = LANE_CHANNELS * lane + i;
         output[channel] = exact[exact_index(head, channel)] + x[i] * a.rotation[channel] * light_scale;
     }
     float* of_piece = a.piece_stats + piece * 3 * GROUP + head;
@@ -817,7 +911,7 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
     uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP, keys = 0, copies = 0;
     bool is_dense = piece_of(shared).is_dense;
     float* saved = a.saved + (uint64_t)((blockIdx.y * gridDim.x + blockIdx.x) * WARPS + w.warp) * SAVED * 32 + w.lane;
-    prepare(a, seq, kv_head, first_row, is_dense);
+    prepare(a, seq, kv_head, w, is_dense);
     __syncthreads();
     Exact exact;
 #pragma unroll
@@ -923,5 +1017,55 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
             attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len);
         }
         before += work_of(a, seq_len, is_dense, share.multiple);
+    }
+}
+
+// ---- copies of the pages that this step's tokens fill (copies.py); a program for each kv head and sequence ----
+extern "C" __global__ void __launch_bounds__(32 * COPY_WARPS) tier_copy(const __grid_constant__ Args a) {
+    uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    int kv_head = blockIdx.x, seq = blockIdx.y;
+    wait_for_predecessor();
+    allow_successor();
+    int seq_len = a.seq_lens[seq];
+    if (seq_len == 0 || seq_len % BLOCK_SIZE) return;
+    const int* blocks = a.block_table + (long long)seq * a.table_stride;
+    const uint8_t* kv = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+    uint32_t block = blocks[seq_len / BLOCK_SIZE - 1];
+    uint8_t* codes = a.codes + (uint64_t)block * a.code_stride_block + (uint64_t)kv_head * a.code_stride_head;
+    float centre[LANE_CHANNELS];
+    load_centre(kv + (uint64_t)blocks[0] * a.stride_block, a.stride_token, lane, centre);
+    for (uint32_t token = warp; token < BLOCK_SIZE; token += COPY_WARPS) {
+        const uint8_t* row = kv + (uint64_t)block * a.stride_block + token * a.stride_token;
+        uint16_t* steps = reinterpret_cast<uint16_t*>(codes + BLOCK_SIZE * (HALF + QUARTER)) + token;
+        float key[LANE_CHANNELS], value[LANE_CHANNELS];
+        load_row(row, lane, key);
+        load_row(row + 2 * HEAD_SIZE, lane, value);
+        uint32_t bytes[LANE_CHANNELS];
+
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i) key[i] -= centre[i];
+        rotate(a.rotation, key, lane);
+        uint16_t key_step = half_of(largest_of(key) / 8.0f);
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i) {
+            uint32_t code = clamp(floorf(__fdiv_rn(key[i], half_to_float(key_step)) + 8.0f), 0.0f, 15.0f);
+            bytes[i] = code | __shfl_xor_sync(ALL, code, 16) << 4;
+        }
+        if (lane < 16) store_bytes(codes + token * HALF + LANE_CHANNELS * lane, bytes);
+        if (lane == 0) steps[0] = key_step;
+
+        rotate(a.rotation, value, lane);
+        float largest = fmaxf(largest_of(value), LEAST_STEP), square = 0.0f, overlap = 0.0f;
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; ++i) {
+            float level = clamp(floorf(__fdiv_rn(2.0f * value[i], largest) + 2.0f), 0.0f, 3.0f);
+            square += value[i] * value[i], overlap += value[i] * (level - 1.5f);
+            uint32_t code = uint32_t(level) << lane / 8 * 2;
+            code |= __shfl_xor_sync(ALL, code, 8);
+            bytes[i] = code | __shfl_xor_sync(ALL, code, 16);
+        }
+        square = sum_of(square, 1), overlap = sum_of(overlap, 1);
+        if (lane < 8) store_bytes(codes + BLOCK_SIZE * HALF + token * QUARTER + LANE_CHANNELS * lane, bytes);
+        if (lane == 0) steps[BLOCK_SIZE] = half_of(__fdiv_rn(square, fmaxf(overlap, LEAST_STEP)));
     }
 }

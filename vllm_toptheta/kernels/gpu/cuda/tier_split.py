@@ -14,8 +14,9 @@ from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
 from vllm_toptheta.kernels.gpu.records import Copies, Counts, Pieces, Queries, Schedule, Shape, Tokens
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
-NAME = "tier_split"
-SOURCE = f"{NAME}.cu"
+SPLIT, COPY = "tier_split", "tier_copy"
+SOURCE = "tier_split.cu"
+COPY_WARPS = 8
 _LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
 
 
@@ -33,8 +34,8 @@ class Launcher(Protocol):
     ) -> None: ...
 
 
-# from macros such as `HEAD_SIZE=128` and bytes of shared memory
-Loader = Callable[[tuple[str, ...], int], Launcher]
+# from a kernel's name, macros such as `HEAD_SIZE=128`, and bytes of shared memory
+Loader = Callable[[str, tuple[str, ...], int], Launcher]
 
 
 class SplitSizes(NamedTuple):
@@ -69,7 +70,7 @@ def split_sizes(head_size: int, group: int, *, warps: int = 12, stages: int = 3)
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
     warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
-    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands
+    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4
     shared_bytes = warps * warp_bytes + common
     return SplitSizes(warps, stages, 1, shared_bytes, columns * (8 * tiles + 10) + 1)
 
@@ -91,8 +92,6 @@ class Arguments(ctypes.Structure):
                 "q_scale",
                 "k_scale",
                 "codes",
-                "query_codes",
-                "query_terms",
                 "rotation",
                 "piece_output",
                 "piece_stats",
@@ -146,6 +145,7 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
         "NUM_FIRST_ANCHORS": NUM_FIRST_ANCHORS,
         "NUM_LAST_ANCHORS": NUM_LAST_ANCHORS,
         "WARPS": sizes.warps,
+        "COPY_WARPS": COPY_WARPS,
         "STAGES": sizes.stages,
         "RESIDENT": sizes.resident,
         "EXPECTED_SHARED_BYTES": sizes.shared_bytes,
@@ -157,12 +157,13 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
 @functools.cache
 def loader_for(device: torch.device) -> Loader:
     """Loads kernels for a GPU."""
-    return functools.partial(kernel_for, device, SOURCE, NAME)
+    return functools.partial(kernel_for, device, SOURCE)
 
 
 @functools.cache
-def _loaded(loader: Loader, shape: Shape, sizes: SplitSizes, has_soft_cap: bool) -> Launcher:
-    return loader(macros_of(shape, sizes, has_soft_cap=has_soft_cap), sizes.shared_bytes)
+def _loaded(loader: Loader, shape: Shape, sizes: SplitSizes, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
+    macros = macros_of(shape, sizes, has_soft_cap=has_soft_cap)
+    return loader(COPY, macros, 0), loader(SPLIT, macros, sizes.shared_bytes)
 
 
 def launch_tier_split(
@@ -184,7 +185,9 @@ def launch_tier_split(
     log_heavy: float,
     is_early: bool,
 ) -> None:
-    """Enqueue what `tier_split.tier_split_kernel` does in Triton, with the same arguments but for the lists.
+    """Enqueue what the kernels of `tier_query` and `tier_split` do in Triton with a step that is scanned.
+
+    Pages that the step's tokens fill get their copies, whatever the step.
 
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
@@ -206,8 +209,6 @@ def launch_tier_split(
         q_scale=_pointer(queries.q_scale),
         k_scale=_pointer(queries.k_scale),
         codes=copies.codes.data_ptr(),
-        query_codes=_pointer(copies.query_codes),
-        query_terms=_pointer(copies.query_terms),
         rotation=copies.rotation.data_ptr(),
         piece_output=pieces.output.data_ptr(),
         piece_stats=pieces.stats.data_ptr(),
@@ -237,9 +238,10 @@ def launch_tier_split(
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
     )
-    kernel = _loaded(loader, shape, sizes, queries.logits_soft_cap is not None)
+    copy, split = _loaded(loader, shape, sizes, queries.logits_soft_cap is not None)
     stream = torch.cuda.current_stream(call.query.device).cuda_stream if call.query.is_cuda else 0
-    kernel.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
+    copy.launch((num_kv_heads, num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
+    split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
