@@ -14,7 +14,7 @@ from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.gpu.scratch import TierScratch
-from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG
+from vllm_toptheta.kernels.gpu.tuning import tier_config
 from vllm_toptheta.kernels.pages import CopyViews, codes_view
 from vllm_toptheta.reference import copy_keys, copy_values, gather_sequence, key_centre, tiered_attention
 from vllm_toptheta.selection import ServedThresholds
@@ -111,5 +111,6 @@ def test_the_scratch_is_that_of_tiers_and_reserved_for_the_largest_batch(monkeyp
     reserved = engine.reserved_bytes
     scratch = engine.impl._scratch(3, 2, torch.device(DEVICE))
     assert isinstance(scratch, TierScratch)
-    assert scratch.config == shadow_config(engine.impl.plan) == TIER_CONFIG.scanning
+    loader = engine.impl.loader
+    assert scratch.config == shadow_config(engine.impl.plan, loader) == tier_config(loader).scanning
     assert engine.reserved_bytes == reserved > 0

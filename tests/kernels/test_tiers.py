@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
-from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, cuda_loader, make_tier_case
+from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, make_tier_case
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
@@ -24,7 +24,7 @@ Make = Callable[..., TierCase]
 @pytest.fixture(params=["Triton", "CUDA"])
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes cases for either kernel that reads."""
-    return partial(make_tier_case, loader=cuda_loader() if request.param == "CUDA" else None)
+    return partial(make_tier_case, in_cuda=request.param == "CUDA")
 
 
 LENS = (1, 0, 160, 333)

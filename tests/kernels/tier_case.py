@@ -17,7 +17,7 @@ from tests.kernels.simt.build import EmulatedKernel, build
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, TierLayer
 from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
-from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, Loader, loader_for
+from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, Loader, loader_for, split_sizes
 from vllm_toptheta.kernels.gpu.scratch import Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig
@@ -71,7 +71,9 @@ class TierCase:
         """One for this step."""
         shape = self.case.shape
         sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size)
-        return TierScratch.allocate(sizes, kv_dtype=self.case.kv_cache.dtype, device=DEVICE, config=config, loader=self.loader)
+        return TierScratch.allocate(
+            sizes, kv_dtype=self.case.kv_cache.dtype, device=DEVICE, config=config, loader=self.loader
+        )
 
     def records(self, output: torch.Tensor, **options: Any) -> tuple[DecodeStep, LayerCall]:
         """What the kernels take, as for `Case.records`."""
@@ -101,7 +103,7 @@ class TierCase:
 
 
 def make_tier_case(
-    shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: float = HEAVY, loader: Loader | None = None
+    shape: Shape, *, weight_floor: float = WEIGHT_FLOOR, heavy: float = HEAVY, in_cuda: bool = False
 ) -> TierCase:
     """A step whose tokens have copies, but for those of pages that this step fills or leaves open."""
     shape = replace(shape, has_copies=True, slope=1.0, max_dense_len=max(shape.max_dense_len, NUM_ANCHORS))
@@ -111,6 +113,7 @@ def make_tier_case(
     layer = TierLayer(TierCodec.build(shape.head_size, DEVICE), math.log(heavy) if heavy else -math.inf)
     codes = codes_view(case.kv_cache, layer.codec.code_bytes)
     codes.fill_(GARBAGE)
+    loader = cuda_loader(shape) if in_cuda else None
     tiers = TierCase(case, codes, layer, weight_floor, heavy, loader=loader)
     views = CopyViews.of(codes, shape.head_size)
     for row, length in enumerate(shape.lens):
@@ -124,9 +127,12 @@ def make_tier_case(
     return tiers
 
 
-def cuda_loader() -> Loader:
+def cuda_loader(shape: Shape) -> Loader:
     """Loads kernels in CUDA C++: on the device, or emulated where there is none."""
-    return loader_for(torch.device("cuda", torch.cuda.current_device())) if DEVICE == "cuda" else emulated
+    group = shape.num_heads // shape.num_kv_heads
+    if DEVICE == "cuda":
+        return loader_for(torch.device("cuda", torch.cuda.current_device()), shape.head_size, group)
+    return Loader(emulated, split_sizes(shape.head_size, group))
 
 
 def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:

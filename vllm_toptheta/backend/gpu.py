@@ -42,9 +42,16 @@ from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
+from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader, find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig, launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import (
+    LaunchConfig,
+    ShadowConfig,
+    launch_config,
+    num_multiprocessors,
+    tier_config,
+)
 from vllm_toptheta.limits import HEAD_SIZES
 
 # channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
@@ -70,15 +77,18 @@ class StepSplit:
     prefill: FlashAttentionMetadata | None
 
 
-def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device) -> DenseRule:
+def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loader: Loader | None) -> DenseRule:
     """Which sequences of a rank are decoded no faster by thresholds, as the launch parameters say."""
-    config = shadow_config(plan) if plan.code_bytes else launch_config(spec.head_size, spec.dtype.itemsize, device)
+    if plan.code_bytes:
+        config: ShadowConfig | LaunchConfig = shadow_config(plan, loader)
+    else:
+        config = launch_config(spec.head_size, spec.dtype.itemsize, device)
     return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
 
 
-def shadow_config(plan: Plan) -> ShadowConfig:
-    """Launch parameters of mode `shadow`."""
-    config = ShadowConfig() if plan.heavy is None else TIER_CONFIG
+def shadow_config(plan: Plan, loader: Loader | None) -> ShadowConfig:
+    """Launch parameters of mode `shadow`; `loader` loads kernels of copies in CUDA C++."""
+    config = ShadowConfig() if plan.heavy is None else tier_config(loader)
     return config.scanning if plan.settings.always_shadow else config
 
 
@@ -95,11 +105,16 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         self.supports_draft_decode_metadata_update = False
         self._init_reorder_batch_threshold(1)
         plan = Plan.resolve(vllm_config)
-        self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device))
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        loader = None
+        if plan.heavy is not None:
+            group = next(iter(layers.values())).impl.num_queries_per_kv
+            loader = find_loader(device, kv_cache_spec.head_size, group)
+        self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
-            config = shadow_config(self.plan)
+            config = shadow_config(self.plan, loader)
             num_programs = config.num_programs(kv_cache_spec.num_kv_heads, num_multiprocessors(device))
             self.plan.log(
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
@@ -113,22 +128,18 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                     kv_cache_spec.num_kv_heads,
                     kv_cache_spec.head_size,
                 )
-            if self.plan.heavy is not None:
-                logger.warning_once(
-                    "toptheta: with copies of keys and values no step that was timed on a GPU was faster than in mode "
-                    "values (docs/shadow.md)"
-                )
         warm_up.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self.requests = request_offsets(self.plan.choices, vllm_config, max_num_rows, device)
         layer_plans = []
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+        for name, layer in layers.items():
             impl = layer.impl
             if isinstance(impl, GpuTopThetaImpl):
                 window = None if impl.sliding_window == (-1, -1) else impl.sliding_window[0] + 1
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
+                impl.loader = loader
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         settings = self.plan.settings
@@ -192,6 +203,8 @@ class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
 
 class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
     """One layer's attention on one rank."""
+
+    loader: Loader | None = None  # of kernels of copies in CUDA C++
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         FlashAttentionImpl.__init__(self, *args, **kwargs)
@@ -279,8 +292,9 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         sizes = Sizes(num_seqs, self.num_heads, self.num_kv_heads, self.head_size)
         if plan is None or layer is None or not layer.code_bytes:
             return Scratch(config, *share(*Scratch.spec(sizes, config, num_sms)))
-        chosen = shadow_config(plan)
+        chosen = shadow_config(plan, self.loader)
         if layer.tiers is not None:
-            return TierScratch(chosen, config, *share(*TierScratch.spec(sizes, chosen, config, num_sms)))
+            spec = TierScratch.spec(sizes, chosen, config, num_sms, loader=self.loader)
+            return TierScratch(chosen, config, self.loader, *share(*spec))
         sizes = sizes._replace(code_bytes=layer.code_bytes)
         return ShadowScratch(chosen, config, *share(*ShadowScratch.spec(sizes, chosen, config, num_sms)))

@@ -76,8 +76,8 @@ def toptheta_by_tiers(
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device, counts_keys=True, counts_copies=True)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    loader = None if in_triton else loader_for(device)
-    config = (config or tier_config(head_size, num_heads // num_kv_heads, has_loader=not in_triton)).scanning
+    loader = None if in_triton else loader_for(device, head_size, num_heads // num_kv_heads)
+    config = (config or tier_config(loader)).scanning
     scratch = TierScratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     tiers = TierLayer(TierCodec.build(head_size, device), LOG_HEAVY)
     layer = Layer(inputs.softmax_scale, thresholds=inputs.thresholds(), tiers=tiers, counters=counters)

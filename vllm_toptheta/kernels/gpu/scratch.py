@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader, split_sizes
+from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors, tier_config
 
@@ -139,16 +139,15 @@ class TierScratch(NamedTuple):
 
     @staticmethod
     def spec(
-        sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int, *, has_loader: bool
+        sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int, *, loader: Loader | None
     ) -> Spec:
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
         group = sizes.num_heads // sizes.num_kv_heads
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
         num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
-        room = 0 if has_loader else config.list_depth * config.tile
-        of_split = split_sizes(sizes.head_size, group)
-        saved = num_lists * of_split.warps * 32 * of_split.saved_floats if has_loader else 0
+        room = 0 if loader else config.list_depth * config.tile
+        saved = num_lists * loader.sizes.warps * 32 * loader.sizes.saved_floats if loader else 0
         return (
             values[0],
             values[0],
@@ -174,10 +173,10 @@ class TierScratch(NamedTuple):
         loader: Loader | None = None,
     ) -> TierScratch:
         """As `ShadowScratch.allocate`."""
-        config = config or tier_config(sizes.head_size, sizes.num_heads // sizes.num_kv_heads, has_loader=loader is not None)
+        config = config or tier_config(loader)
         values_config = launch_config(sizes.head_size, kv_dtype.itemsize, device)
         num_sms = num_multiprocessors(torch.device(device))
-        spec = cls.spec(sizes, config, values_config, num_sms, has_loader=loader is not None)
+        spec = cls.spec(sizes, config, values_config, num_sms, loader=loader)
         return cls(config, values_config, loader, *_allocate(spec, device))
 
 

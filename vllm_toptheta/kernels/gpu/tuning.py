@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.kernels.gpu.cuda.tier_split import split_sizes
+from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
 
 TABLE = Path(__file__).with_name("launch_table.json")
 TUNED_CARD = "sm90"
@@ -138,12 +138,11 @@ class ShadowConfig(_Programs):
 TIER_CONFIG = ShadowConfig(tile=128)
 
 
-@functools.cache
-def tier_config(head_size: int, group: int, *, has_loader: bool) -> ShadowConfig:
-    """How copies are read; `has_loader`: by the kernel in CUDA C++, whose programs scan 256 tokens at a time."""
-    if not has_loader:
+def tier_config(loader: Loader | None) -> ShadowConfig:
+    """How copies are read: by Triton's kernels, or by those that `loader` loads."""
+    if loader is None:
         return TIER_CONFIG
-    return ShadowConfig(tile=256, programs_per_sm=split_sizes(head_size, group).resident)
+    return ShadowConfig(tile=256, programs_per_sm=loader.sizes.resident)
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:

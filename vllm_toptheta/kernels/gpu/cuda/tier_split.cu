@@ -8,8 +8,9 @@
 //           become operands by one AND: the upper half is 16 times too large, and the lower product is multiplied by 16.
 //   light   keys go to a ring of 64 with their weights, relative to the anchors, which no light key reaches. Sixteen at a
 //           time, their codes are asked for; they are weighed when the next sixteen are asked for, so nothing waits.
-//   heavy   keys go to a list. When it is full, which is rare, or in the end, they are read and scored exactly, and the
-//           values of survivors are weighed: not in between, because both at a time do not fit into the registers.
+//   heavy   keys go to a list. In the end, or when a list is full, which is rare, the warps share out what all of them
+//           have listed: keys are read and scored exactly, and the values of survivors weighed. Not in between, because
+//           both at a time do not fit into the registers.
 //
 // Loads go straight into the operands of mma.sync: a product may take channels in any order if both sides take the same,
 // so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
@@ -50,7 +51,7 @@ constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, STAT
 constexpr uint32_t NUM_STATS = 5, COUNTS_AT = STATS_AT + WARPS * NUM_STATS * 16 * 4;
 constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
 constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, TERMS_AT = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
-constexpr uint32_t SHARED_BYTES = TERMS_AT + 16 * 3 * 4;
+constexpr uint32_t LISTED_AT = TERMS_AT + 16 * 3 * 4, SHARED_BYTES = LISTED_AT + 64;  // at most 16 warps
 static_assert(STAGE_BYTES % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
 
@@ -259,34 +260,41 @@ __device__ __forceinline__ const uint8_t* row_of(const Piece& piece, uint32_t sl
     return piece.kv_base + (uint64_t)(slot / BLOCK_SIZE) * piece.stride_block + slot % BLOCK_SIZE * piece.stride_token;
 }
 
-// the first `count` of 16 keys of a list
-__device__ __forceinline__ void attend_exactly(
-    uint8_t* shared, const uint32_t* list, uint32_t count, Exact& x) {
-    const Piece& piece = piece_of(shared);
-    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
-    const uint8_t* row[2];
+// 16 keys on their way; a lane has parts of keys g and g + 8
+struct Keys {
+    uint4 part[2][HEAD_SIZE / 32];
     bool listed[2], in_open[2];
+};
+
+// the first `count` of 16 slots
+__device__ __forceinline__ Keys load_keys(const Piece& piece, const uint32_t* slots, uint32_t count) {
+    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+    Keys keys;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        listed[r] = g + 8 * r < count;
-        uint32_t slot = listed[r] ? list[g + 8 * r] : 0;
-        in_open[r] = slot / BLOCK_SIZE == piece.open_block;
-        row[r] = row_of(piece, slot) + 16 * t;
+        keys.listed[r] = g + 8 * r < count;
+        uint32_t slot = keys.listed[r] ? slots[g + 8 * r] : 0;
+        keys.in_open[r] = slot / BLOCK_SIZE == piece.open_block;
+        const uint8_t* row = row_of(piece, slot) + 16 * t;
+#pragma unroll
+        for (int i = 0; i < HEAD_SIZE / 32; ++i)
+            keys.part[r][i] = keys.listed[r] ? load16(row + 64 * i) : make_uint4(0, 0, 0, 0);
     }
+    return keys;
+}
+
+__device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_t* slots, const Keys& keys, Exact& x) {
+    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
     float products[COLUMNS][4] = {};
-    uint4 key[2][HEAD_SIZE / 32];
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < HEAD_SIZE / 32; ++i) key[r][i] = listed[r] ? load16(row[r] + 64 * i) : make_uint4(0, 0, 0, 0);
-    const uint8_t* query = shared + QUERY_AT + g * QUERY_STRIDE + 16 * t;
+    const uint8_t* query = dynamic_shared() + QUERY_AT + g * QUERY_STRIDE + 16 * t;
 #pragma unroll
     for (int i = 0; i < HEAD_SIZE / 32; ++i)
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
-            uint4 q = *reinterpret_cast<const uint4*>(query + 8 * c * QUERY_STRIDE + 64 * i);
-            mma_half<IS_FLOAT16>(products[c], key[0][i].x, key[1][i].x, key[0][i].y, key[1][i].y, q.x, q.y);
-            mma_half<IS_FLOAT16>(products[c], key[0][i].z, key[1][i].z, key[0][i].w, key[1][i].w, q.z, q.w);
+            const uint4 q = *reinterpret_cast<const uint4*>(query + 8 * c * QUERY_STRIDE + 64 * i);
+            const uint4 &k = keys.part[0][i], &l = keys.part[1][i];
+            mma_half<IS_FLOAT16>(products[c], k.x, l.x, k.y, l.y, q.x, q.y);
+            mma_half<IS_FLOAT16>(products[c], k.z, l.z, k.w, l.w, q.z, q.w);
         }
     bool survives[2] = {false, false};
     uint32_t operand[COLUMNS][2];
@@ -300,7 +308,7 @@ __device__ __forceinline__ void attend_exactly(
             float score[2], before = x.maximum[c][e], best = before;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                score[r] = listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
+                score[r] = keys.listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
                 best = fmaxf(best, score[r]);
             }
 #pragma unroll
@@ -312,10 +320,10 @@ __device__ __forceinline__ void attend_exactly(
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float exponential = exp2_fast((score[r] - best) * LOG2_E);
-                bool keep = listed[r] && score[r] >= theta && head < GROUP;
+                bool keep = keys.listed[r] && score[r] >= theta && head < GROUP;
                 weight[r][e] = keep ? exponential : 0.0f;
                 kept += weight[r][e];
-                lost += keep || !listed[r] ? 0.0f : exponential;
+                lost += keep || !keys.listed[r] ? 0.0f : exponential;
                 survives[r] |= keep;
             }
             x.maximum[c][e] = best, x.kept[c][e] = kept, x.lost[c][e] = lost;
@@ -330,7 +338,7 @@ __device__ __forceinline__ void attend_exactly(
         alive[r] = __ballot_sync(ALL, survives[r]);
         alive[r] |= alive[r] >> 1;
         alive[r] |= alive[r] >> 2;
-        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !in_open[r];
+        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !keys.in_open[r];
     }
     // rows of values: of keys 2 t, 2 t + 1, and those 8 behind
     const uint8_t* value[4];
@@ -339,7 +347,7 @@ __device__ __forceinline__ void attend_exactly(
     for (int k = 0; k < 4; ++k) {
         uint32_t index = 2 * t + (k & 1);
         is_read[k] = alive[k >> 1] >> (4 * index) & 1;
-        value[k] = row_of(piece, is_read[k] ? list[index + 8 * (k >> 1)] : 0) + 2 * HEAD_SIZE + 16 * g;
+        value[k] = row_of(piece, is_read[k] ? slots[index + 8 * (k >> 1)] : 0) + 2 * HEAD_SIZE + 16 * g;
     }
 #pragma unroll
     for (int i = 0; i < HEAD_SIZE / 64; ++i) {
@@ -377,24 +385,38 @@ struct Warp {
     __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
     __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine() + HEAVY_AT); }
 
-    __device__ __forceinline__ void attend_heavy(Exact& exact, uint32_t count) const {
-        for (uint32_t done = 0; done < count; done += 16)
-            attend_exactly(dynamic_shared(), heavy() + done, min(16u, count - done), exact);
-        __syncwarp();
-    }
+    // what all warps have listed: how many keys, and of this warp with which mark
+    __device__ __forceinline__ uint32_t* listed() const { return reinterpret_cast<uint32_t*>(dynamic_shared() + LISTED_AT); }
 
-    // a sequence that keeps everything; returns keys
-    __device__ __forceinline__ uint32_t attend_all(Exact& exact) const {
-        uint32_t keys = 0;
-        for (uint32_t first = start + 16 * warp; first < end; first += 16 * WARPS) {
-            uint32_t position = first + lane, count = min(16u, end - first);
-            if (lane < count) heavy()[lane] = blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
+    // Attend to this warp's share of `count` keys, the i-th of which is in slot `slot_at(i)`.
+    template <class SlotAt>
+    __device__ __forceinline__ void attend_keys(Exact& exact, uint32_t count, SlotAt slot_at) const {
+        const Piece& piece = piece_of(dynamic_shared());
+        uint32_t* slots = reinterpret_cast<uint32_t*>(mine() + SLOTS_AT);
+        auto look_up = [&](uint32_t first, uint32_t* to) {
+            if (lane < 16 && first + lane < count) to[lane] = slot_at(first + lane);
             __syncwarp();
-            attend_exactly(dynamic_shared(), heavy(), count, exact);
-            keys += count;
-            __syncwarp();
+            return first < count ? min(16u, count - first) : 0u;
+        };
+        uint32_t first = 16 * warp, number = look_up(first, slots), at = 0;
+        if constexpr (HEAD_SIZE <= 128) {
+            // the next keys are on their way while these are scored and their values read
+            Keys keys = load_keys(piece, slots, number);
+            while (number) {
+                first += 16 * WARPS;
+                uint32_t next = look_up(first, slots + (at ^ 16));
+                Keys next_keys = load_keys(piece, slots + (at ^ 16), next);
+                attend_exactly(piece, slots + at, keys, exact);
+                keys = next_keys, number = next, at ^= 16;
+                __syncwarp();
+            }
+        } else {
+            while (number) {
+                attend_exactly(piece, slots, load_keys(piece, slots, number), exact);
+                __syncwarp();
+                first += 16 * WARPS, number = look_up(first, slots);
+            }
         }
-        return keys;
     }
 };
 
@@ -925,50 +947,69 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
     clear(exact.output);
     exact.rows_read = 0;
     if (is_dense) {
-        keys = w.attend_all(exact);
+        keys = w.end - w.start;
+        w.attend_keys(exact, keys, [&](uint32_t i) {
+            uint32_t position = w.start + i;
+            return w.blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
+        });
         if (w.lane < 16) stats[48 + w.lane] = stats[64 + w.lane] = 0.0f;
         share_exact(w, exact, stats);
     } else {
         uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS), stage = 0;
         uint32_t num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-        bool is_first = true, is_last;
+        constexpr uint32_t IS_DONE = 1u << 31;
+        bool is_done = false, is_first = true, all_done;
         do {
-            uint32_t count;
-            {
+            uint32_t count = 0;
+            if (!is_done) {
                 Scan scan(w, a, seq, kv_head);
                 if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
                 stage = scan.run(stage, num_stages);
-                is_last = stage >= num_stages;
-                count = scan.heavy_count, keys += count, copies += scan.light_end;
-                if (is_last)
+                is_done = stage >= num_stages;
+                count = scan.heavy_count, copies += scan.light_end;
+                if (is_done)
                     share_light(w, scan, stats);
                 else
                     save(save(save(saved, scan.kept), scan.lost), as_rows(scan.light));
             }
+            if (w.lane == 0) w.listed()[w.warp] = count | (is_done ? IS_DONE : 0);
+            __syncthreads();
+            uint32_t sum = 0;
+            all_done = true;
+            for (uint32_t warp = 0; warp < WARPS; ++warp) {
+                uint32_t of_warp = w.listed()[warp];
+                sum += of_warp & ~IS_DONE, all_done &= of_warp >= IS_DONE;
+            }
+            keys += sum;
             float* of_exact = saved + 32 * SAVED_LIGHT;
             if (!is_first) {
                 const float* rows = restore(restore(restore(restore(of_exact, exact.maximum), exact.kept), exact.lost), as_rows(exact.output));
                 exact.rows_read = __float_as_uint(*rows);
             }
-            w.attend_heavy(exact, count);
-            if (is_last)
+            w.attend_keys(exact, sum, [&](uint32_t i) {
+                uint32_t warp = 0, of_warp = w.listed()[0] & ~IS_DONE;
+                while (i >= of_warp) i -= of_warp, of_warp = w.listed()[++warp] & ~IS_DONE;
+                return reinterpret_cast<const uint32_t*>(shared + warp * WARP_BYTES + HEAVY_AT)[i];
+            });
+            if (all_done)
                 share_exact(w, exact, stats);
             else
                 *save(save(save(save(of_exact, exact.maximum), exact.kept), exact.lost), as_rows(exact.output)) =
                     __uint_as_float(exact.rows_read);
             is_first = false;
-        } while (!is_last);
+            // the next scan writes over what is read here
+            if (!all_done) __syncthreads();
+        } while (!all_done);
     }
     uint32_t rows = __reduce_add_sync(ALL, uint32_t(exact.rows_read));
-    if (w.lane == 0) counts[4 * w.warp] = keys, counts[4 * w.warp + 1] = rows, counts[4 * w.warp + 2] = copies;
+    if (w.lane == 0) counts[4 * w.warp] = rows, counts[4 * w.warp + 1] = copies;
     __syncthreads();
     add_up(is_dense);
     __syncthreads();
     for (uint32_t head = w.warp; head < GROUP; head += WARPS) write_head(a, head, first_row + head, piece, w.lane, is_dense);
     if (threadIdx.x == 0 && a.value_rows_read) {
-        keys = copies = rows = 0;
-        for (int warp = 0; warp < WARPS; ++warp)
-            keys += counts[4 * warp], rows += counts[4 * warp + 1], copies += counts[4 * warp + 2];
+        copies = rows = 0;
+        for (int warp = 0; warp < WARPS; ++warp) rows += counts[4 * warp], copies += counts[4 * warp + 1];
         // what the merge reads of the open page, for the mean
         int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
         if (is_dense)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
+from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
+from vllm_toptheta.kernels.gpu.cuda.driver import DriverError
 from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
+from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
 from vllm_toptheta.kernels.gpu.records import Copies, Counts, Pieces, Queries, Schedule, Shape, Tokens
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 SPLIT, COPY = "tier_split", "tier_copy"
 SOURCE = "tier_split.cu"
 COPY_WARPS = 8
+
+logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
 _LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
 
 
@@ -34,8 +40,16 @@ class Launcher(Protocol):
     ) -> None: ...
 
 
-# from a kernel's name, macros such as `HEAD_SIZE=128`, and bytes of shared memory
-Loader = Callable[[str, tuple[str, ...], int], Launcher]
+class Loader(NamedTuple):
+    """How the kernels of a layer's shape come into being.
+
+    Attributes:
+        load: From a kernel's name, macros such as `HEAD_SIZE=128`, and bytes of shared memory.
+        sizes: Of the kernels.
+    """
+
+    load: Callable[[str, tuple[str, ...], int], Launcher]
+    sizes: SplitSizes
 
 
 class SplitSizes(NamedTuple):
@@ -57,22 +71,26 @@ class SplitSizes(NamedTuple):
 
 
 @functools.cache
-def split_sizes(head_size: int, group: int, *, warps: int = 12, stages: int = 3) -> SplitSizes:
+def split_sizes(head_size: int, group: int) -> SplitSizes:
     """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow."""
     columns = 2 if group > 8 else 1
     tiles = head_size // 16
-    if head_size == 256 or columns == 2:
-        # twice the sums, in registers and in shared memory
-        warps = 4 if head_size == 256 and columns == 2 else 8
+    stages = 3
+    if head_size <= 128 and columns == 1:
+        # one program's end overlaps with the other's scan
+        warps, resident = 6, 2
+    else:
+        # more sums, in registers and in shared memory
+        warps, resident = (4 if head_size == 256 and columns == 2 else 8), 1
     row_tokens, quad = (2, 2) if group <= 4 else (1, 4)
     heads = 4 if row_tokens == 2 else 8 * columns
     stage_tokens = 64 if head_size <= 128 else 32
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
     warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
-    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4
+    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common
-    return SplitSizes(warps, stages, 1, shared_bytes, columns * (8 * tiles + 10) + 1)
+    return SplitSizes(warps, stages, resident, shared_bytes, columns * (8 * tiles + 10) + 1)
 
 
 class Arguments(ctypes.Structure):
@@ -154,16 +172,34 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
     return tuple(f"{name}={value}" for name, value in values.items())
 
 
-@functools.cache
-def loader_for(device: torch.device) -> Loader:
-    """Loads kernels for a GPU."""
-    return functools.partial(kernel_for, device, SOURCE)
+def loader_for(device: torch.device, head_size: int, group: int) -> Loader:
+    """That of a GPU, for heads of a size in groups of `group` queries."""
+    return Loader(functools.partial(kernel_for, device, SOURCE), split_sizes(head_size, group))
 
 
 @functools.cache
-def _loaded(loader: Loader, shape: Shape, sizes: SplitSizes, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
-    macros = macros_of(shape, sizes, has_soft_cap=has_soft_cap)
-    return loader(COPY, macros, 0), loader(SPLIT, macros, sizes.shared_bytes)
+def find_loader(device: torch.device, head_size: int, group: int) -> Loader | None:
+    """`loader_for`, if kernels can be compiled and loaded here; None, and a warning, if not.
+
+    One kernel is compiled to see, for pages of 16 tokens of bfloat16; it is kept on disk.
+    """
+    if device.type != "cuda":  # where Triton interprets
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    loader = loader_for(torch.device("cuda", index), head_size, group)
+    shape = Shape(16, head_size, group, head_size, False, True, True, tier_bytes(head_size))
+    try:
+        _loaded(loader, shape, False)
+    except (CompileError, DriverError, OSError) as error:
+        logger.warning("toptheta: copies are read by the slower kernels in Triton, because %s", error)
+        return None
+    return loader
+
+
+@functools.cache
+def _loaded(loader: Loader, shape: Shape, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
+    macros = macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap)
+    return loader.load(COPY, macros, 0), loader.load(SPLIT, macros, loader.sizes.shared_bytes)
 
 
 def launch_tier_split(
@@ -193,7 +229,7 @@ def launch_tier_split(
         loader: Compiles and loads for the device; a kernel is loaded once.
         saved: [num_programs * num_kv_heads * warps * 32 * saved_floats] float32, at least.
     """
-    sizes = split_sizes(shape.HEAD_SIZE, shape.GROUP)
+    sizes = loader.sizes
     num_seqs, num_heads, _ = call.query.shape
     num_kv_heads = num_heads // shape.GROUP
     query = call.query.element_size()
@@ -238,7 +274,7 @@ def launch_tier_split(
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
     )
-    copy, split = _loaded(loader, shape, sizes, queries.logits_soft_cap is not None)
+    copy, split = _loaded(loader, shape, queries.logits_soft_cap is not None)
     stream = torch.cuda.current_stream(call.query.device).cuda_stream if call.query.is_cuda else 0
     copy.launch((num_kv_heads, num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
     split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
