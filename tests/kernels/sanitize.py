@@ -15,6 +15,8 @@ import torch
 from tests.kernels.decode_case import Shape, check, make_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
+from tests.kernels.tier_case import check as check_tiers
+from tests.kernels.tier_case import make_tier_case
 
 SHAPES = (
     Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, max_dense_len=130),
@@ -24,6 +26,11 @@ SHAPES = (
 SHADOW_SHAPES = (
     Shape((64, 0, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, num_channels=64),
     Shape((900, 16), head_size=128, dtype=torch.bfloat16, num_channels=32, max_dense_len=100),
+)
+TIER_SHAPES = (
+    Shape((64, 0, 160, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16),
+    Shape((900, 320), num_heads=7, num_kv_heads=1, block_size=32),
+    Shape((2000, 17), num_heads=2, num_kv_heads=1, head_size=256, dtype=torch.bfloat16, soft_cap=20.0),
 )
 THRESHOLD = 1.0  # where none is placed: about one key in six survives
 
@@ -47,3 +54,10 @@ if __name__ == "__main__":
         sys.stdout.write(
             f"{shape.lens}: keys read {keys_read.tolist()}, rows read {counters.value_rows_read.tolist()}\n"
         )
+    for shape in TIER_SHAPES:
+        tiers = make_tier_case(shape, in_cuda=True)
+        output, counters = tiers.run()
+        if is_checked:
+            check_tiers(tiers, output, counters)
+        torch.cuda.synchronize()
+        sys.stdout.write(f"{shape.lens}: keys read {counters.keys_read.tolist()}\n")

@@ -15,7 +15,7 @@ from tests.kernels.decode_case import Case, Shape, check, make_case
 from tests.kernels.shadow_case import SCANNING, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.tier_case import check as check_tiers
-from tests.kernels.tier_case import make_tier_case
+from tests.kernels.tier_case import SCANNING, make_tier_case
 from vllm_toptheta.kernels.contract import Layer, TailStep
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
@@ -316,14 +316,33 @@ def test_shadow_keys_beyond_32_bits() -> None:
         if not gpus_lack(head_size, group, 1, has_copies=True)
     ],
 )
-def test_long_sequences_by_tiers(group: int, head_size: int) -> None:
+@pytest.mark.parametrize("in_cuda", [False, True], ids=["Triton", "CUDA"])
+def test_long_sequences_by_tiers(in_cuda: bool, group: int, head_size: int) -> None:
     shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
-    tiers = make_tier_case(shape)
+    tiers = make_tier_case(shape, in_cuda=in_cuda)
     check_tiers(tiers, *tiers.run())
 
 
-def test_a_replayed_graph_by_tiers_equals_the_eager_call() -> None:
-    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16))
+def test_more_heavy_keys_than_lists_have_room_for() -> None:
+    shape = Shape((40_000, 9_000), 4, 1, 128, dtype=torch.bfloat16)
+    tiers = make_tier_case(shape, heavy=0.0005, in_cuda=True)
+    output, counters = tiers.run(replace(SCANNING, tile=256, programs_per_sm=1, min_work=64))
+    check_tiers(tiers, output, counters)
+    assert int(counters.keys_read.min()) > 10_000
+
+
+def test_both_kernels_of_tiers_read_the_same_keys() -> None:
+    shape = Shape((40_000, 3_001, 9_000), 16, 4, 128, dtype=torch.bfloat16)
+    read = [make_tier_case(shape, in_cuda=in_cuda).run()[1] for in_cuda in (False, True)]
+    # but for queries' codes that lie between two, because one sums up rotated channels in another order
+    for name in ("keys_read", "copies_read", "value_rows_read"):
+        ours, theirs = getattr(read[1], name), getattr(read[0], name)
+        assert bool(((ours - theirs).abs() <= 2 + 0.001 * theirs).all()), name
+
+
+@pytest.mark.parametrize("in_cuda", [False, True], ids=["Triton", "CUDA"])
+def test_a_replayed_graph_by_tiers_equals_the_eager_call(in_cuda: bool) -> None:
+    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16), in_cuda=in_cuda)
     scratch = tiers.scratch()
     output = torch.empty_like(tiers.case.query)
     records = tiers.records(output)
