@@ -14,8 +14,9 @@ import torch
 from tests.kernels.decode_case import Case, Shape, check, make_case
 from tests.kernels.shadow_case import SCANNING, make_shadow_case
 from tests.kernels.shadow_case import check as check_shadow
+from tests.kernels.tier_case import SCANNING as TIERS_SCANNING
 from tests.kernels.tier_case import check as check_tiers
-from tests.kernels.tier_case import SCANNING, make_tier_case
+from tests.kernels.tier_case import make_tier_case
 from vllm_toptheta.kernels.contract import Layer, TailStep
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
@@ -326,7 +327,7 @@ def test_long_sequences_by_tiers(in_cuda: bool, group: int, head_size: int) -> N
 def test_more_heavy_keys_than_lists_have_room_for() -> None:
     shape = Shape((40_000, 9_000), 4, 1, 128, dtype=torch.bfloat16)
     tiers = make_tier_case(shape, heavy=0.0005, in_cuda=True)
-    output, counters = tiers.run(replace(SCANNING, tile=256, programs_per_sm=1, min_work=64))
+    output, counters = tiers.run(replace(TIERS_SCANNING, tile=256, programs_per_sm=1, min_work=64))
     check_tiers(tiers, output, counters)
     assert int(counters.keys_read.min()) > 10_000
 
