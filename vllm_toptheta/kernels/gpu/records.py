@@ -290,12 +290,14 @@ class Schedule(NamedTuple):
         MIN_WORK: Units that are worth a program.
         DENSE_WORK: Work of a unit of a sequence that keeps everything.
         SEQ_BLOCK: Sequences that there is room for.
+        PIECE_WORK: Units that a program does in the time that a piece takes beside them; 0 where that is not known.
     """
 
     UNIT: int
     MIN_WORK: int
     DENSE_WORK: int
     SEQ_BLOCK: int
+    PIECE_WORK: int = 0
 
 
 class Tiling(NamedTuple):

@@ -9,7 +9,7 @@ nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mo
 
 A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning of
 the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps are
-bound by memory, and equal shares are faster.
+bound by memory, and equal shares are faster, unless a piece takes long beside its keys (`PIECE_WORK`) and few are wasted.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -30,9 +30,12 @@ def unit_of(tile: int, block_size: int) -> int:
     return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
 
 
-def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int) -> Schedule:
-    """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth."""
-    return Schedule(unit, max(1, min_tokens // unit), dense_work, room_for(num_seqs))
+def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int, piece_tokens: int = 0) -> Schedule:
+    """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth.
+
+    A piece takes as long as `piece_tokens` keys, beside its own.
+    """
+    return Schedule(unit, max(1, min_tokens // unit), dense_work, room_for(num_seqs), piece_tokens // unit)
 
 
 def room_for(num_seqs: int) -> int:
@@ -79,11 +82,14 @@ def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_
     work = work_of(seq_lens, is_dense, dense_work, 1, schedule.UNIT)
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
-    is_rounded = (max_dense_len == _ANY_LENGTH) & (2 * num_decoded <= num_programs)
     # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
-    share = tl.maximum(tl.where(is_rounded, rounded, tl.cdiv(total, num_programs)), min_work)
+    equal = tl.cdiv(total, num_programs)
+    # of large steps only where a piece less is worth more than what is wasted
+    is_worth = (num_decoded <= num_programs) & (rounded < equal + schedule.PIECE_WORK)
+    is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
+    share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple = tl.where(is_rounded, share, 1)
     return tl.cdiv(work, multiple) * multiple, share, multiple
 

@@ -74,7 +74,11 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
     all_keys = values_schedule(values_config, unit, num_seqs)
     schedule = schedule_of(
-        unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
+        unit,
+        min_tokens=config.min_work * config.tile,
+        dense_work=config.dense_work,
+        num_seqs=num_seqs,
+        piece_tokens=config.piece_tokens,
     )
     on_gpu = call.query.is_cuda
     queries = Queries.of(call, scratch.thresholds, scratch.anchor_lse)

@@ -93,6 +93,7 @@ class ShadowConfig(_Programs):
         few_tokens: Tokens for each program without which a step reads all keys; scanning takes longer.
         short_length: Tokens of a sequence, in the mean of a step, below which it reads all keys.
         min_work: Tiles that are worth a program.
+        piece_tokens: Tokens that a program scans in the time that a piece takes beside them; 0 is not known.
         programs_per_sm: As for `LaunchConfig`.
         merge_warps: As for `LaunchConfig`.
         early_launch: As for `LaunchConfig`.
@@ -114,6 +115,7 @@ class ShadowConfig(_Programs):
     few_tokens: int = 448
     short_length: int = 1152
     min_work: int = 2
+    piece_tokens: int = 0
     programs_per_sm: int = 2
     merge_warps: int = 0
     early_launch: bool = True
@@ -142,7 +144,7 @@ def tier_config(loader: Loader | None) -> ShadowConfig:
     """How copies are read: by Triton's kernels, or by those that `loader` loads."""
     if loader is None:
         return TIER_CONFIG
-    return ShadowConfig(tile=256, programs_per_sm=loader.sizes.resident)
+    return ShadowConfig(tile=256, programs_per_sm=loader.sizes.resident, piece_tokens=1536)
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:

@@ -78,7 +78,7 @@ struct Args {
     uint32_t code_stride_block, code_stride_head;
     int table_stride, num_seqs, num_kv_heads, num_programs;
     int max_dense_len, min_step_tokens, few_tokens, short_length;
-    int unit, min_work, dense_work;
+    int unit, min_work, dense_work, piece_work;
     float softmax_scale, logits_soft_cap, log_heavy;
 };
 
@@ -201,10 +201,12 @@ __device__ __forceinline__ Share share_of(const Args& a, int program, int lane) 
     total = __reduce_add_sync(ALL, total);
     for (int m = 16; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
     num_decoded = max(num_decoded, 1);
-    bool is_rounded = all_dense && 2 * num_decoded <= a.num_programs;
     int even = divide_up(most, max(a.num_programs / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(a.num_programs - num_decoded, 1)));
-    share.size = max(is_rounded ? rounded : divide_up(total, a.num_programs), a.min_work);
+    int equal = divide_up(total, a.num_programs);
+    bool is_rounded = all_dense ? 2 * num_decoded <= a.num_programs
+                                : num_decoded <= a.num_programs && rounded < equal + a.piece_work;
+    share.size = max(is_rounded ? rounded : equal, a.min_work);
     share.multiple = is_rounded ? share.size : 1;
     // the first sequence whose work ends behind the beginning of the share
     int before = 0, begin = program * share.size;
@@ -455,10 +457,6 @@ struct Scan : Warp {
             for (int e = 0; e < 2; ++e) {
                 uint32_t head = 8 * c + first_head() + e, row = first_row + head;
                 bool is_there = head < GROUP;
-                const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
-                scale[c][e] = is_there ? terms[0] : 0.0f;
-                middle[c][e] = is_there ? terms[1] : 0.0f;
-                offset[c][e] = is_there ? terms[2] : DISCARDED;
                 light_limit[c][e] = is_there ? a.thresholds[row] : HIGHEST;
                 float lse = is_there ? a.anchor_lse[row] : 0.0f;
                 heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
@@ -472,6 +470,21 @@ struct Scan : Warp {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) light[c][tile][i] = 0.0f;
         light_begin = light_end = heavy_count = 0;
+    }
+
+    // what `prepare` has left
+    __device__ __forceinline__ void load_terms() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t head = 8 * c + first_head() + e;
+                bool is_there = head < GROUP;
+                const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
+                scale[c][e] = is_there ? terms[0] : 0.0f;
+                middle[c][e] = is_there ? terms[1] : 0.0f;
+                offset[c][e] = is_there ? terms[2] : DISCARDED;
+            }
     }
 
     __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine() + IDS_AT); }
@@ -687,18 +700,22 @@ struct Scan : Warp {
         }
     }
 
-    // stages from `stage` on, until all are done or the list has no room for another; returns the next
-    __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
+    // ask for the first stages from `stage` on
+    __device__ __forceinline__ void begin(uint32_t stage, uint32_t num_stages) {
         uint32_t fetched = stage / FETCH_STAGES * FETCH_STAGES;
         next_ids = load_ids(fetched);
         keep_ids(fetched);
         if (stage - fetched + STAGES - 1 > FETCH_STAGES) keep_ids(fetched + FETCH_STAGES);
-        uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
 #pragma unroll
         for (uint32_t i = 0; i < STAGES - 1; ++i) {
             if (stage + i < num_stages) request(stage + i, i * STAGE_BYTES);
             async_commit();
         }
+    }
+
+    // stages from `stage` on, until all are done or the list has no room for another; returns the next
+    __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
+        uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
         uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage);
         for (; stage < num_stages && heavy_count <= HEAVY_ROOM - STAGE_TOKENS; ++stage) {
             async_wait<STAGES - 2>();
@@ -831,8 +848,10 @@ __device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, con
     if (is_dense) return;
     uint8_t* operands = shared + OPERANDS_AT;
     float centre[LANE_CHANNELS];
-    if (w.warp < 8 * COLUMNS && w.warp % (ROW_TOKENS == 2 ? 4 : 8) < GROUP)
-        load_centre(row_of(piece_of(shared), w.blocks[0] * BLOCK_SIZE), a.stride_token, w.lane, centre);
+    if (w.warp < 8 * COLUMNS && w.warp % (ROW_TOKENS == 2 ? 4 : 8) < GROUP) {
+        const uint8_t* first = a.kv_cache + (uint64_t)kv_head * a.stride_head + (uint64_t)uint32_t(w.blocks[0]) * a.stride_block;
+        load_centre(first, a.stride_token, w.lane, centre);
+    }
     // columns of 8 heads, or of 4 heads for either token of a row: 0 where a column is the other's, or nobody's
     for (uint32_t column = w.warp; column < 8 * COLUMNS; column += WARPS) {
         uint32_t head = ROW_TOKENS == 2 ? column % 4 : column, bytes[LANE_CHANNELS] = {};
@@ -926,15 +945,24 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
     if (lane == 0) of_piece[0] = best, of_piece[GROUP] = kept, of_piece[2 * GROUP] = lost;
 }
 
-__device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int seq, int kv_head, long long piece, int seq_len) {
+__device__ __forceinline__ void attend_piece(
+    const Args& a, const Warp& w, int seq, int kv_head, long long piece, int seq_len, bool is_dense) {
     uint8_t* shared = dynamic_shared();
     float* stats = reinterpret_cast<float*>(shared + STATS_AT) + w.warp * NUM_STATS * 16;
     uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);  // [WARPS, 4]
     uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP, keys = 0, copies = 0;
-    bool is_dense = piece_of(shared).is_dense;
     float* saved = a.saved + (uint64_t)((blockIdx.y * gridDim.x + blockIdx.x) * WARPS + w.warp) * SAVED * 32 + w.lane;
-    prepare(a, seq, kv_head, w, is_dense);
-    __syncthreads();
+    int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;  // of the page that the next token goes to
+    if (threadIdx.x == 0) {
+        Piece& common = piece_of(shared);
+        common.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+        common.thresholds = a.thresholds + first_row;
+        common.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
+        common.logits_soft_cap = a.logits_soft_cap;
+        common.stride_block = a.stride_block, common.stride_token = a.stride_token;
+        common.open_block = max(int(w.start), open_start) < int(w.end) ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
+        common.is_dense = is_dense;
+    }
     Exact exact;
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
@@ -947,6 +975,8 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
     clear(exact.output);
     exact.rows_read = 0;
     if (is_dense) {
+        prepare(a, seq, kv_head, w, is_dense);
+        __syncthreads();
         keys = w.end - w.start;
         w.attend_keys(exact, keys, [&](uint32_t i) {
             uint32_t position = w.start + i;
@@ -963,6 +993,13 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
             uint32_t count = 0;
             if (!is_done) {
                 Scan scan(w, a, seq, kv_head);
+                scan.begin(stage, num_stages);
+                if (is_first) {
+                    // while the first codes are on their way
+                    prepare(a, seq, kv_head, w, is_dense);
+                    __syncthreads();
+                }
+                scan.load_terms();
                 if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
                 stage = scan.run(stage, num_stages);
                 is_done = stage >= num_stages;
@@ -1011,7 +1048,6 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
         copies = rows = 0;
         for (int warp = 0; warp < WARPS; ++warp) rows += counts[4 * warp], copies += counts[4 * warp + 1];
         // what the merge reads of the open page, for the mean
-        int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
         if (is_dense)
             rows = keys;
         else
@@ -1024,7 +1060,6 @@ __device__ __forceinline__ void attend_piece(const Args& a, const Warp& w, int s
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(const __grid_constant__ Args a) {
-    uint8_t* shared = dynamic_shared();
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     int kv_head = blockIdx.x, program = blockIdx.y;
     wait_for_predecessor();
@@ -1043,19 +1078,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
             w.blocks = a.block_table + (long long)seq * a.table_stride;
             // the page of the last token has no copies yet, or only since this step
             w.first_recent = min(seq_len - NUM_LAST_ANCHORS, (seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
-            if (threadIdx.x == 0) {
-                Piece& piece = piece_of(shared);
-                int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
-                piece.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-                piece.thresholds = a.thresholds + (seq * a.num_kv_heads + kv_head) * GROUP;
-                piece.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
-                piece.logits_soft_cap = a.logits_soft_cap;
-                piece.stride_block = a.stride_block, piece.stride_token = a.stride_token;
-                piece.open_block = max(int(w.start), open_start) < int(w.end) ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
-                piece.is_dense = is_dense;
-            }
-            __syncthreads();
-            attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len);
+            attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len, is_dense);
         }
         before += work_of(a, seq_len, is_dense, share.multiple);
     }

@@ -145,6 +145,7 @@ class Arguments(ctypes.Structure):
                 "unit",
                 "min_work",
                 "dense_work",
+                "piece_work",
             )
         ),
         *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy")),
@@ -270,6 +271,7 @@ def launch_tier_split(
         unit=schedule.UNIT,
         min_work=schedule.MIN_WORK,
         dense_work=schedule.DENSE_WORK,
+        piece_work=schedule.PIECE_WORK,
         softmax_scale=queries.softmax_scale,
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
