@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_toptheta.cli.quality import quality_table
+from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.stores import ThresholdsOption
 from vllm_toptheta.cli.terminal import print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
@@ -71,7 +71,7 @@ def show_thresholds(
     table = _theta_table(loaded, layer, k) if loaded.calibrated or k else None
     typer.echo(_summary(loaded))
     for evidence in loaded.manifest.quality or ():
-        print_table(quality_table(evidence))
+        print_quality(evidence)
         typer.echo(_measured(evidence))
     if table is not None:
         print_table(table)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_toptheta.cli import eval_options as options
-from vllm_toptheta.cli.quality import quality_table
+from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command
 from vllm_toptheta.errors import EvaluationError
 
@@ -44,7 +44,7 @@ def tune_command(
     window: Annotated[
         int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")
     ] = 256,
-    floors: Annotated[str | None, typer.Option(help="Weight floors to try, ascending; default: 0.1 to 6.")] = None,
+    floors: Annotated[str | None, typer.Option(help="Weight floors to try, ascending; default: 0.1 to 4.5.")] = None,
     out: Annotated[
         Path, typer.Option(help="Directory of stores: that of the model, <org>--<model>, is amended or made.")
     ] = Path("thresholds"),
@@ -62,7 +62,7 @@ def tune_command(
     from vllm_toptheta import store
     from vllm_toptheta.calibration.data import read_text
     from vllm_toptheta.calibration.run import model_identity
-    from vllm_toptheta.evaluation import FLOORS, Goal, Subject, TuneOptions, decode_table, named_paths, tune
+    from vllm_toptheta.evaluation import FLOORS, Goal, Subject, TuneOptions, decode_table, named_paths, tune_floors
     from vllm_toptheta.limits import DEFAULT_HEAVY
 
     if heavy is not None and mode != "shadow":
@@ -79,7 +79,7 @@ def tune_command(
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
     subject = Subject(model, {}, device=device, dtype=dtype)
-    found = tune(
+    found = tune_floors(
         subject,
         [read_text(file) for paths in files.values() for file in paths],
         TuneOptions(
@@ -97,7 +97,7 @@ def tune_command(
     store.record_quality(folder, found.evidence, model=identity, architecture=subject.architecture)
     shutil.rmtree(state)
     print_table(decode_table(found.ladder))
-    print_table(quality_table(found.evidence))
+    print_quality(found.evidence)
     typer.echo(f"{found.evidence.line}; floor:{found.evidence.served.weight_floor:g}")
     typer.echo(f"wrote {folder}; peak memory {_peak_memory(subject.device.type)}")
     shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"

@@ -9,7 +9,8 @@ A promise is kept where what was lost is below it with 95 % confidence, at every
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from vllm_toptheta.evaluation.variants import Variant, floor_label
 from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, weights_sha256
 from vllm_toptheta.store.quality import UNQUANTIZED
 
-__all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "Tuned", "tune"]
+__all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "Tuned", "tune_floors"]
 
 CONFIDENCE = 0.95
-FLOORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FLOORS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
 # below, the spread between sequences says too little of the error
 MIN_SEQUENCES = 4
 # times that a floor can be confirmed on unseen sequences; each gives a wrong one another chance of 5 %
@@ -130,7 +131,7 @@ class Tuned:
     ladder: DecodeReport
 
 
-def tune(
+def tune_floors(
     subject: Subject,
     texts: Sequence[Text],
     options: TuneOptions,
@@ -161,21 +162,22 @@ def tune(
     floors = options.floors
 
     def measure(stage: str, rungs: Sequence[int], *, skip: int) -> tuple[DecodeReport, dict[int, list[MeasuredLength]]]:
-        report = evaluate_decode(
-            subject,
-            texts,
-            [options.variant(floors[rung]) for rung in rungs],
-            DecodeOptions(
-                lengths=options.lengths,
-                num_sequences=options.num_sequences,
-                window=options.window,
-                seed=options.seed,
-                skip=skip,
-            ),
-            folder=None if folder is None else folder / stage.replace(" ", "-"),
-            progress=progress,
-            title=stage,
-        )
+        with _naming_the_flag():
+            report = evaluate_decode(
+                subject,
+                texts,
+                [options.variant(floors[rung]) for rung in rungs],
+                DecodeOptions(
+                    lengths=options.lengths,
+                    num_sequences=options.num_sequences,
+                    window=options.window,
+                    seed=options.seed,
+                    skip=skip,
+                ),
+                folder=None if folder is None else folder / stage.replace(" ", "-"),
+                progress=progress,
+                title=stage,
+            )
         return report, {
             rung: [_measured(one, one.comparisons[index]) for one in report.lengths] for index, rung in enumerate(rungs)
         }
@@ -233,8 +235,20 @@ def tune(
     )
 
 
+@contextmanager
+def _naming_the_flag() -> Iterator[None]:
+    """Says of a folder of another run how to be rid of it: its name is not the user's to choose."""
+    try:
+        yield
+    except EvaluationError as error:
+        if error.field != "output":
+            raise
+        remedy = "Repeat the command that was interrupted to go on with it, or start anew with --no-resume"
+        raise EvaluationError(error.message, file=error.file, field="resume", remedy=remedy) from error
+
+
 def _check(options: TuneOptions) -> None:
-    if not options.goals:
+    if not options.goals or any(goal.max_loss is None and goal.max_kl is None for goal in options.goals):
         raise EvaluationError("nothing is promised", field="max_loss", remedy="Give --max-loss, --max-kl or --presets")
     for goal in options.goals:
         for field in ("max_loss", "max_kl"):
