@@ -71,8 +71,18 @@ def test_what_flags_say_of_the_serving_is_compared(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command, "preflight", lambda *_, serving, **__: told.append(serving))
     build("acme/tiny", "--quantization", "fp8", "--kv-cache-dtype=fp8_e5m2").check()
     build("acme/tiny", "-q", "awq").check()
+    build("acme/tiny", "--dtype", "half").check()
+    build("acme/tiny", "--dtype=bfloat16").check()
+    build("acme/tiny", "--dtype", "auto").check()
     build("acme/tiny").check()
-    assert told == [Serving(quantization="fp8", cache_dtype="fp8_e5m2"), Serving(quantization="awq"), Serving()]
+    assert told == [
+        Serving(quantization="fp8", cache_dtype="fp8_e5m2"),
+        Serving(quantization="awq"),
+        Serving(dtype="float16"),
+        Serving(dtype="bfloat16"),
+        Serving(),
+        Serving(),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,9 @@ def test_the_line_says_the_worst_that_was_measured() -> None:
     )
     both = promise.model_copy(update={"max_kl": 0.003})
     assert "perplexity within 0.5 % and KL to dense attention within 0.003 up to" in make_evidence(both).line
-    of_kl = both.model_copy(update={"max_loss": None})
-    assert "promised: KL to dense attention within 0.003 up to 8192 tokens, measured KL 0.00200 +- 0.00010 at 4096" in (
+    further = make_length(8192, kl_divergence=0.0025)
+    of_kl = both.model_copy(update={"max_loss": None, "measured": (*both.measured[:2], further)})
+    assert "promised: KL to dense attention within 0.003 up to 8192 tokens, measured KL 0.00250 +- 0.00010 at 8192" in (
         make_evidence(of_kl).line
     )
 

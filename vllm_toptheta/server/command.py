@@ -33,6 +33,7 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _SECRET_FLAGS = {"--api-key", "--hf-token"}
+_DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _BACKEND_FLAGS = ("--attention-backend", "--attention-config", "-ac")
 
 
@@ -101,6 +102,7 @@ class ServeCommand:
             revision=self._value("--revision"),
             config_path=self._value("--hf-config-path"),
             serving=Serving(
+                dtype=_DTYPES.get(dtype, dtype) if (dtype := self._value("--dtype")) else None,
                 quantization=self._value("--quantization") or self._value("-q"),
                 cache_dtype=self._value("--kv-cache-dtype"),
             ),

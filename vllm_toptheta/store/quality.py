@@ -101,8 +101,9 @@ class Promise(StrictModel):
 
     @property
     def worst(self) -> MeasuredLength:
-        """The length at which most was lost, of a promise that is kept."""
-        return max(self.measured, key=lambda one: one.change_percent)
+        """The length at which most was lost, of a promise that is kept: perplexity, or KL where only that counts."""
+        of_kl = self.max_loss is None
+        return max(self.measured, key=lambda one: one.kl_divergence if of_kl else one.change_percent)
 
 
 class Evidence(StrictModel):
