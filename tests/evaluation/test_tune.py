@@ -11,7 +11,7 @@ import pytest
 from tests.calibration.tiny_model import write_text
 from tests.quality_factory import make_length
 from vllm_toptheta.calibration.data import Text, read_text
-from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation import (
     DecodeOptions,
     DecodeReport,
@@ -138,6 +138,14 @@ def test_one_that_was_killed_goes_on(
 def test_refusals(subject: Subject, texts: list[Text], goal: Goal, options: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         found(subject, texts, goal, **options)
+
+
+def test_what_was_measured_and_not_kept_is_an_error_of_its_own(subject: Subject, texts: list[Text]) -> None:
+    with pytest.raises(PromiseNotKept):
+        found(subject, texts, Goal(1e-6))
+    with pytest.raises(EvaluationError) as caught:
+        found(subject, texts, Goal(0.5), num_sequences=90)
+    assert not isinstance(caught.value, PromiseNotKept)
 
 
 Losses = Callable[[float, int], tuple[float, float]]

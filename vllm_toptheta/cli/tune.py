@@ -11,7 +11,7 @@ import typer
 from vllm_toptheta.cli import eval_options as options
 from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command
-from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 
 __all__ = ["tune_command"]
 
@@ -79,26 +79,34 @@ def tune_command(
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
     subject = Subject(model, {}, device=device, dtype=dtype)
-    found = tune_floors(
-        subject,
-        [read_text(file) for paths in files.values() for file in paths],
-        TuneOptions(
-            goals=tuple(goals or [Goal(max_loss=0.5)]),
-            lengths=tuple(integers("--lengths", lengths)),
-            num_sequences=sequences,
-            window=window,
-            floors=FLOORS if floors is None else tuple(numbers("--floors", floors)),
-            heavy=None if mode == "values" else DEFAULT_HEAVY if heavy is None else heavy,
-            seed=seed,
-        ),
-        command=recorded_command(model, out, *(file for paths in files.values() for file in paths)),
-        folder=state,
+    wanted = TuneOptions(
+        goals=tuple(goals or [Goal(max_loss=0.5)]),
+        lengths=tuple(integers("--lengths", lengths)),
+        num_sequences=sequences,
+        window=window,
+        floors=FLOORS if floors is None else tuple(numbers("--floors", floors)),
+        heavy=None if mode == "values" else DEFAULT_HEAVY if heavy is None else heavy,
+        seed=seed,
     )
+    try:
+        found = tune_floors(
+            subject,
+            [read_text(file) for paths in files.values() for file in paths],
+            wanted,
+            command=recorded_command(model, out, *(file for paths in files.values() for file in paths)),
+            folder=state,
+        )
+    except PromiseNotKept:
+        # nothing is left to go on with, and the next command will ask for something else
+        shutil.rmtree(state)
+        raise
     store.record_quality(folder, found.evidence, model=identity, architecture=subject.architecture)
     shutil.rmtree(state)
     print_table(decode_table(found.ladder))
     print_quality(found.evidence)
     typer.echo(f"{found.evidence.line}; floor:{found.evidence.served.weight_floor:g}")
+    if found.evidence.served.weight_floor == wanted.floors[-1]:
+        typer.echo("that is the largest floor that was tried: larger ones (--floors) may keep the promise too")
     typer.echo(f"wrote {folder}; peak memory {_peak_memory(subject.device.type)}")
     shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"
     typer.echo(f"serve it: toptheta serve {model} --thresholds {out}{shadow}")

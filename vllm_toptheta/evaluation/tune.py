@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_toptheta.calibration.data import Text, prompt_prefix, tokenise
-from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeComparison, DecodeReport, LengthReport
 from vllm_toptheta.evaluation.paired import upper_bound
@@ -153,8 +153,9 @@ def tune_floors(
 
     Raises:
         CalibrationError: the model is not supported.
-        EvaluationError: the options do not fit each other or the model, there is too little text, no floor keeps the
-            promise, or too few tokens were measured to tell; or `folder` holds another run.
+        EvaluationError: the options do not fit each other or the model, there is too little text, or `folder` holds
+            another run.
+        PromiseNotKept: no floor keeps the promise, or too few tokens were measured to tell.
     """
     _check(options)
     num_tokens = [len(tokenise(subject.tokenizer, text.content)) for text in texts]
@@ -323,13 +324,13 @@ def _refuse_broken(promises: Sequence[Promise]) -> None:
     """Refuses promises of which nothing can be served: a user's own one that is not kept, or presets none of which is.
 
     Raises:
-        EvaluationError: says why.
+        PromiseNotKept: says why.
     """
     own = [promise for promise in promises if promise.preset is None]
     if any(promise.weight_floor is not None for promise in own or promises):
         return
     broken = own or promises
-    raise EvaluationError(
+    raise PromiseNotKept(
         "; ".join(f"{promise.text}: {promise.reason}" for promise in broken),
         field="max_loss" if broken[0].max_loss is not None else "max_kl",
         remedy="No store was written. Measure more (--sequences, --window, more --text), promise less "
