@@ -25,6 +25,7 @@ TopThetaError
   CalibrationError            thresholds cannot be calibrated with this model and this text
     CheckpointError           a model's weights are damaged, or not those that its config.json describes
   EvaluationError             an evaluation cannot run, or would not measure what it says
+    PromiseNotKept            what was measured does not keep what tune promises
   ReportError                 a report cannot be drawn or written
   ConversionError             a model directory cannot be made of the weights that a Python package carries
   BenchmarkError              a benchmark could not run
@@ -177,6 +178,10 @@ class CheckpointError(CalibrationError):
 
 class EvaluationError(TopThetaError):
     """An evaluation cannot run, or would not measure what it says."""
+
+
+class PromiseNotKept(EvaluationError):
+    """All was measured that was asked for, and no floor can be said to keep the promise."""
 
 
 class ReportError(TopThetaError):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_toptheta import store
-from vllm_toptheta.errors import SettingsError, UnsupportedError
+from vllm_toptheta.errors import SettingsError, StoreError, UnsupportedError
 from vllm_toptheta.limits import DEFAULT_TIER_WEIGHT_FLOOR, DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS, channels_for
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, ShadowKeys, ThresholdCurve, ThresholdStore
+from vllm_toptheta.store import Architecture, Evidence, Serving, ShadowKeys, ThresholdCurve, ThresholdStore
 
 _MAX_DEGREE = 2  # of what is served
 _ANY_LENGTH = 1, 2**31 - 1
@@ -92,6 +92,8 @@ class Selection:
         dense_layers: Layers that read everything.
         shadow: Calibrated shadow keys; None without, or if the model runs dense.
         heavy: What a key must weigh to be read exactly, where there are copies of keys and values; None where not.
+        evidence: What floors were measured to cost in this mode; None where nothing was.
+        is_promised: Whether the thresholds are those of the evidence's promise.
     """
 
     thresholds: ServedThresholds | None
@@ -100,6 +102,44 @@ class Selection:
     dense_layers: frozenset[int]
     shadow: ShadowKeys | None = None
     heavy: float | None = None
+    evidence: Evidence | None = None
+    is_promised: bool = False
+
+    @property
+    def quality(self) -> str:
+        """What is promised, or why nothing is; for people."""
+        if self.evidence is None:
+            return "nothing is promised: no quality was measured for this model and mode (toptheta tune)"
+        if not self.is_promised:
+            return "nothing is promised: weight_floor was chosen by hand"
+        return self.evidence.line
+
+    def check_promise(self, settings: Settings, serving: Serving) -> list[str]:
+        """Say where a server differs from what its promise was measured on, in a few words each.
+
+        Args:
+            settings: The options in force; what they say of the serving counts.
+            serving: How the model is served otherwise.
+
+        Returns:
+            The differences; none without a promise.
+
+        Raises:
+            UnsupportedError: The settings are strict, and nothing is promised or something differs.
+        """
+        differences = []
+        if self.evidence is not None and self.is_promised:
+            serving = replace(
+                serving, min_context=settings.min_context, compensation=settings.compensation, heavy=self.heavy
+            )
+            differences = self.evidence.differences(serving)
+        if settings.strict and self.thresholds is not None and (differences or not self.is_promised):
+            raise UnsupportedError(
+                f"the promise was measured otherwise: {'; '.join(differences)}" if differences else self.quality,
+                field="strict",
+                remedy="Measure the model as it is served (toptheta tune --help), or leave strict out",
+            )
+        return differences
 
 
 def select(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -124,17 +164,23 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
     has_copies = settings.has_copies
     if settings.mode == "shadow" and not has_copies:
         return _shadow(settings, model, architecture)
-    if settings.thresholds is not None:
+    evidence = _evidence(settings, model, architecture)
+    if settings.thresholds is not None and evidence is None:
         raise SettingsError(
-            "copies of keys and values need no calibration, and no store is read"
+            "copies of keys and values need no calibration, and the store holds no measured quality of mode shadow"
             if has_copies
-            else "without a target, thresholds are relative to each row, and no store is read",
+            else "without a target, thresholds are relative to each row, and the store holds no measured quality of "
+            "mode values",
             field="thresholds",
-            remedy="Leave it out, or switch shadow_values off"
+            remedy="Leave it out, measure (toptheta tune --mode shadow), or switch shadow_values off"
             if has_copies
-            else "Name a calibrated target too, such as k:128, or leave it out",
+            else "Name a calibrated target too, such as k:128, or leave it out, or measure (toptheta tune)",
         )
-    weight_floor = settings.weight_floor
+    weight_floor, heavy = settings.weight_floor, settings.heavy
+    if evidence is not None:
+        weight_floor = evidence.served.weight_floor if weight_floor is None else weight_floor
+        if evidence.heavy is not None and "heavy" not in settings.model_fields_set:
+            heavy = evidence.heavy
     if weight_floor is None:
         weight_floor = DEFAULT_TIER_WEIGHT_FLOOR if has_copies else DEFAULT_WEIGHT_FLOOR
     return Selection(
@@ -142,8 +188,24 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         None,
         f"relative to each row, no key of {weight_floor:g} times the average weight is skipped",
         _dense_layers(settings, (), architecture.num_layers if architecture else None),
-        heavy=settings.heavy if has_copies else None,
+        heavy=heavy if has_copies else None,
+        evidence=evidence,
+        is_promised=evidence is not None and weight_floor == evidence.served.weight_floor,
     )
+
+
+def _evidence(settings: Settings, model: str, architecture: Architecture | None) -> Evidence | None:
+    """What floors were measured to cost in the mode of the settings, in the store that is named or shipped.
+
+    Raises:
+        StoreError: A store is named, and there is none for the model, or it is damaged or of another architecture.
+    """
+    try:
+        return _load(settings, model, architecture).manifest.evidence(settings.mode)
+    except StoreError:
+        if settings.thresholds is not None:
+            raise
+        return None
 
 
 def _load(

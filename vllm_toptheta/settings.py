@@ -73,16 +73,17 @@ class Settings(BaseSettings):
         le=MAX_WEIGHT_FLOOR,
         allow_inf_nan=False,
         description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
-        f"0 is dense. {DEFAULT_WEIGHT_FLOOR:g} if not given; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; with "
-        "calibrated shadow keys, what those were calibrated at.",
+        "0 is dense. If not given, what toptheta tune promised in the store of the model, else "
+        f"{DEFAULT_WEIGHT_FLOOR:g}; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; with calibrated shadow keys, "
+        "what those were calibrated at.",
     )
     target: str | None = Field(
         None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."
     )
     thresholds: Path | None = Field(
         None,
-        description="A threshold store, or a directory of stores, for target, and for mode shadow without "
-        "shadow_values; the shipped ones if not given.",
+        description="A threshold store, or a directory of stores, for target, for what toptheta tune promised, and "
+        "for mode shadow without shadow_values; the shipped ones if not given.",
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",
@@ -97,7 +98,8 @@ class Settings(BaseSettings):
         None,
         ge=0,
         description="A sequence of at most this many tokens stays dense. Without, on GPUs those that are no faster "
-        "otherwise: short ones, and all while few tokens are cached, which depends on other requests. In any case one "
+        "otherwise: short ones, and all while few tokens are cached, which depends on other requests; and with a "
+        "promise by toptheta tune those shorter than what was measured. In any case one "
         f"of up to {NUM_ANCHORS} does, or too short for the target.",
     )
     guard: Literal["off", "warn", "relax"] = Field(
@@ -121,7 +123,14 @@ class Settings(BaseSettings):
         "tokens a step holds, and so on other requests.",
     )
     per_request: bool = Field(
-        True, description="Let requests ask for dense decoding or another floor, in vllm_xargs.toptheta."
+        True,
+        description="Let requests ask for dense decoding, another floor or a promise by its name, in "
+        "vllm_xargs.toptheta.",
+    )
+    strict: bool = Field(
+        False,
+        description="Refuse to serve without a promise by toptheta tune, or where the model is not served as it was "
+        "measured: other weights, dtype or quantization, longer sequences. Off, warn.",
     )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 

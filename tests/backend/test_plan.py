@@ -8,20 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from vllm.config import VllmConfig
 
 from tests import store_factory
+from tests.quality_factory import make_evidence, make_promise
 from tests.shadow_store import make_shadow_store
 from vllm_toptheta import errors, store
 from vllm_toptheta.backend import plan as plan_module
 from vllm_toptheta.backend import plugin
 from vllm_toptheta.backend.plan import DenseRule, Plan
+from vllm_toptheta.backend.rank_report import promised_of
 from vllm_toptheta.kernels.contract import DecodeStep
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
 from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, NUM_ANCHORS
+from vllm_toptheta.telemetry.stats import Promised
 
 MakeConfig = Callable[..., VllmConfig]
 Options = dict[str, Any]
@@ -204,6 +209,88 @@ def test_channels_without_a_kernel_are_refused(make_config: MakeConfig, tmp_path
         match=r"shadow\.num_channels: mode shadow has no kernels for 48 channels of heads of 64\. .*32 or 64 channels",
     ):
         make_config({"thresholds": str(folder), "mode": "shadow"})
+
+
+@pytest.fixture
+def measured(thresholds_folder: Path, model_folder: Path) -> Callable[..., Options]:
+    """Writes evidence into the store of the tiny model; returns the options that name it."""
+    save_file({"weights": np.ones(4, np.float32)}, model_folder / "model.safetensors")
+
+    def record(*promises: store.Promise, **changes: Any) -> Options:
+        manifest = store.load(thresholds_folder).manifest
+        fields = {"weights_sha256": store.weights_sha256(model_folder), **changes}
+        evidence = make_evidence(*promises, **fields)
+        store.record_quality(thresholds_folder, evidence, model=manifest.model, architecture=manifest.architecture)
+        return {"thresholds": str(thresholds_folder)}
+
+    return record
+
+
+def test_a_promise_is_served_said_and_kept_dense_where_nothing_was_measured(
+    make_config: MakeConfig, measured: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(plan_module.logger, level, lambda message, *args: said.append(message % args))
+    options = measured(make_promise(1.5, lengths=(2048, 8192)), make_promise(0.5, preset="exact", max_loss=0.05))
+    plan = Plan.resolve(make_config(options))
+    plan.log()
+    assert plan.thresholds is not None
+    assert (plan.thresholds.label, plan.differences, plan.model_id) == ("floor:1.5", (), None)
+    assert said[1:] == [
+        "toptheta: promised: perplexity within 0.5 % up to 8192 tokens, measured +0.31 +- 0.08 % at 2048 tokens on "
+        "prose.txt"
+    ]
+    # rows of the shortest windows saw 1,793 keys and more
+    assert plan.dense_rule == (1792, 0)
+    assert replace(plan, automatic=DenseRule(2048, 30_000)).dense_rule == (2048, 30_000)
+    assert plan.choices.labels == ["dense", "floor:1.5", "exact", "floor:0 to 1000"]
+    early = Plan.resolve(make_config(options | {"min_context": 1000}))
+    assert early.dense_rule == (1000, 0)
+    assert early.differences == ("sparse from 1001 tokens on, measured from 1793 on",)
+
+
+def test_a_server_that_is_not_what_was_measured_says_so_and_a_strict_one_does_not_start(
+    make_config: MakeConfig, measured: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(plan_module.logger, "warning_once", lambda message, *args: said.append(message % args))
+    options = measured(weights_sha256="b" * 64, dtype="bfloat16", quantization="awq")
+    plan = Plan.resolve(make_config(options))
+    plan.log()
+    assert plan.differences == (
+        "other weights than those measured",
+        "dtype float32, measured with bfloat16",
+        "quantization none, measured with awq",
+        "up to 8192 tokens, measured up to 2048",
+    )
+    assert said == [f"toptheta: what is promised was measured otherwise: {'; '.join(plan.differences)}"]
+    with pytest.raises(errors.UnsupportedError, match="strict: the promise was measured otherwise: other weights"):
+        make_config(options | {"strict": True})
+    make_config(measured() | {"strict": True}, max_model_len=2048)
+    with pytest.raises(errors.UnsupportedError, match="strict: nothing is promised"):
+        make_config({"strict": True})
+
+
+def test_without_evidence_the_default_floor_is_served_and_it_is_said(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(plan_module.logger, "info_once", lambda message, *args: said.append(message % args))
+    plan = Plan.resolve(make_config())
+    plan.log()
+    assert f"thresholds floor:{DEFAULT_WEIGHT_FLOOR:g}" in said[0]
+    assert said[1] == ("toptheta: nothing is promised: no quality was measured for this model and mode (toptheta tune)")
+    assert (plan.promised, plan.dense_rule) == (None, (NUM_ANCHORS, 0))
+
+
+def test_workers_report_the_promise(make_config: MakeConfig, measured: Callable[..., Options]) -> None:
+    assert promised_of(Plan.resolve(make_config())) is None
+    record = promised_of(Plan.resolve(make_config(measured())))
+    promised = Promised.model_validate(record)
+    assert (promised.max_loss, promised.max_kl, promised.max_length) == (0.5, None, 2048)
+    assert (promised.change_percent, promised.change_error, promised.kl_divergence) == (0.31, 0.08, 0.0005)
+    assert promised.differences == ["up to 8192 tokens, measured up to 2048"]
 
 
 @pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 3, [0]), (2, 3, [2]), (4, 9, [1]), (8, 9, [2])])

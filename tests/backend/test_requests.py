@@ -60,6 +60,18 @@ def test_anything_else_is_answered_with_what_can(asked: Any) -> None:
     assert len(message) < 90 + MAX_ECHO
 
 
+def test_promises_of_the_store_have_names() -> None:
+    choices = RequestChoices(ServedThresholds.relative(3.0), any_floor=True, presets={"high": 1.5, "fast": 3.0})
+    assert (choices.parse("high"), choices.parse("fast"), choices.parse("floor:1.5")) == (LOWER, COMMON, LOWER)
+    assert choices.kind(choices.parse("high")) == "floor"
+    with pytest.raises(SettingsError, match="can ask for dense, floor:3, high, fast, floor:0 to 1000, not for 'exact'"):
+        choices.parse("exact")
+    for dense in (None, ServedThresholds.relative(3.0)):
+        refusing = RequestChoices(dense, any_floor=dense is None, presets={"high": 1.5})
+        with pytest.raises(SettingsError, match="not for 'high'"):
+            refusing.parse("high")
+
+
 def test_calibrated_thresholds_have_no_floor_to_choose() -> None:
     curve = ThresholdCurve(128, np.full((2, 4, 2), 1.0, np.float32), 129, 4096, label="k:128")
     choices = RequestChoices(ServedThresholds.calibrated(curve), any_floor=True)

@@ -92,8 +92,8 @@ def test_list(run: Run, stores: Path) -> None:
     assert (code, err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "acme" in line]
     assert rows == [
-        ["acme--long", "acme/long", "8, 32", "up to 4096", "none", "none"],
-        ["acme--tiny", "acme/tiny", "8, 32", "up to 1024", "0", "none"],
+        ["acme--long", "acme/long", "8, 32", "up to 4096", "none", "none", "none"],
+        ["acme--tiny", "acme/tiny", "8, 32", "up to 1024", "0", "none", "none"],
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry.stats import Stats
 
-OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard", "choices"}
+OPERATORS_STRINGS = {"mode", "compensation", "thresholds", "target", "guard", "choices", "text", "differences"}
 
 
 def leaves(schema: dict[str, Any], name: str, definitions: dict[str, Any]) -> Iterator[tuple[str, str]]:

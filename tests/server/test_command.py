@@ -18,6 +18,7 @@ from vllm_toptheta.errors import SettingsError, UnsupportedError
 from vllm_toptheta.server import command
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
+from vllm_toptheta.store import Serving
 
 
 def build(*words: str, config: dict[str, Any] | None = None, **options: Any) -> ServeCommand:
@@ -63,6 +64,25 @@ def test_only_what_somebody_set_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TOPTHETA_WEIGHT_FLOOR", "16")
     built = build("acme/tiny", dense_layers="0,2", thresholds="stores")
     assert built.options == {"dense_layers": [0, 2], "thresholds": "stores"}
+
+
+def test_what_flags_say_of_the_serving_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Serving] = []
+    monkeypatch.setattr(command, "preflight", lambda *_, serving, **__: told.append(serving))
+    build("acme/tiny", "--quantization", "fp8", "--kv-cache-dtype=fp8_e5m2").check()
+    build("acme/tiny", "-q", "awq").check()
+    build("acme/tiny", "--dtype", "half").check()
+    build("acme/tiny", "--dtype=bfloat16").check()
+    build("acme/tiny", "--dtype", "auto").check()
+    build("acme/tiny").check()
+    assert told == [
+        Serving(quantization="fp8", cache_dtype="fp8_e5m2"),
+        Serving(quantization="awq"),
+        Serving(dtype="float16"),
+        Serving(dtype="bfloat16"),
+        Serving(),
+        Serving(),
+    ]
 
 
 @pytest.mark.parametrize(

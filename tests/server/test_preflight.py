@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.quality_factory import make_evidence, make_promise
 from tests.server.conftest import CONFIG
-from tests.store_factory import make_store
+from tests.store_factory import make_draft, make_store
 from vllm_toptheta.errors import (
     FingerprintMismatch,
     ModelConfigError,
@@ -21,6 +23,7 @@ from vllm_toptheta.errors import (
 )
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Evidence, ModelIdentity, Serving, record_quality, weights_sha256
 
 
 def check(model: str | Path, *, revision: str | None = None, config_path: str | None = None, **options: object) -> str:
@@ -35,8 +38,88 @@ def test_without_a_store(model: Path) -> None:
     assert check(model).startswith(told)
     assert check(model, weight_floor=1.5, dense_layers=[0]).startswith("thresholds floor:1.5: ")
     assert check(model, weight_floor=0) == "every layer will run dense: weight_floor is 0"
+    assert check(model).endswith(
+        "; nothing is promised: no quality was measured for this model and mode (toptheta tune)"
+    )
     with pytest.raises(SettingsError, match="dense_layers: the model has no layer 3"):
         check(model, dense_layers=[3])
+
+
+@pytest.fixture
+def measured(model: Path, tmp_path: Path) -> Path:
+    """A directory with a store for the model, which has weights, and was measured in both modes."""
+    (model / "model.safetensors").write_bytes(b"weights")
+    weights_sha256.cache_clear()
+    evidence = make_evidence(make_promise(1.5, preset="high"), weights_sha256=weights_sha256(model))
+    for one in (
+        evidence,
+        make_evidence(make_promise(0.75), mode="shadow", heavy=0.02, weights_sha256=weights_sha256(model)),
+    ):
+        record(tmp_path / "measured", one)
+    return tmp_path / "measured"
+
+
+def record(stores: Path, evidence: Evidence) -> None:
+    record_quality(
+        stores / "acme--tiny", evidence, model=ModelIdentity(id="acme/tiny"), architecture=make_draft().architecture
+    )
+
+
+def test_what_was_measured_is_served_and_said(model: Path, measured: Path) -> None:
+    line = "promised: perplexity within 0.5 % up to 2048 tokens, measured +0.31 +- 0.08 % at 2048 tokens on prose.txt"
+    told = preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+    assert told.startswith("thresholds floor:1.5: ")
+    assert told.endswith(f"; {line}")
+    copies = {"mode": "shadow", "shadow_values": True, "thresholds": measured}
+    told = preflight(Settings.load(copies), str(model), revision=None, config_path=None)
+    assert told.startswith("thresholds floor:0.75: ")
+    assert "exact rows from 0.02 of the anchors' weight on" in told
+    told = preflight(Settings.load(copies | {"heavy": 0.007}), str(model), revision=None, config_path=None)
+    assert told.endswith("; but heavy 0.007, measured with 0.02")
+    by_hand = Settings.load({"thresholds": measured, "weight_floor": 1})
+    told = preflight(by_hand, str(model), revision=None, config_path=None)
+    assert told.startswith("thresholds floor:1: ")
+    assert told.endswith("; nothing is promised: weight_floor was chosen by hand")
+
+
+def test_a_server_that_differs_is_warned_of_and_a_strict_one_refused(model: Path, measured: Path) -> None:
+    options = {"thresholds": measured, "strict": True}
+    assert "but" not in preflight(Settings.load(options), str(model), revision=None, config_path=None)
+    for change, serving, words in (
+        ({"compensation": "sdc"}, Serving(), r"compensation sdc, measured with sdc\+vmc"),
+        ({}, Serving(quantization="fp8"), "quantization fp8, measured with none"),
+        ({}, Serving(cache_dtype="fp8"), "a KV cache in fp8, measured with that of the dtype"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"strict: the promise was measured otherwise: {words}. Measure the"):
+            preflight(Settings.load(options | change), str(model), revision=None, config_path=None, serving=serving)
+    with pytest.raises(UnsupportedError, match="strict: nothing is promised: weight_floor was chosen by hand"):
+        preflight(Settings.load(options | {"weight_floor": 1}), str(model), revision=None, config_path=None)
+    with pytest.raises(UnsupportedError, match="strict: nothing is promised: no quality was measured"):
+        check(model, strict=True)
+    assert check(model, strict=True, weight_floor=0).startswith("every layer will run dense")
+    (model / "model.safetensors").write_bytes(b"trained on")
+    weights_sha256.cache_clear()
+    told = preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+    assert told.endswith("; but other weights than those measured")
+    with pytest.raises(UnsupportedError, match="other weights than those measured"):
+        preflight(Settings.load(options), str(model), revision=None, config_path=None)
+
+
+def test_a_store_that_is_named_has_to_hold_what_is_asked_for(model: Path, measured: Path, thresholds: Path) -> None:
+    with pytest.raises(SettingsError, match="the store holds no measured quality of mode values"):
+        preflight(Settings.load({"thresholds": thresholds}), str(model), revision=None, config_path=None)
+    (model / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 32}))
+    with pytest.raises(FingerprintMismatch, match="head_size"):
+        preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+
+
+def test_shipped_evidence_is_found_by_itself_and_ignored_where_it_does_not_fit(
+    model: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vllm_toptheta.store.resolve"], "shipped_directory", lambda: measured)
+    assert check(model).startswith("thresholds floor:1.5: ")
+    (model / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 32}))
+    assert check(model).startswith("thresholds floor:2: ")
 
 
 def test_a_directory(model: Path, thresholds: Path) -> None:

@@ -209,10 +209,10 @@ def test_tensors_that_contradict_the_manifest_are_refused(
     [
         ("acme/tiny", "acme/other", errors.ChecksumMismatch, "content_sha256"),
         ("k: 32\n", "k: 31\n", errors.ChecksumMismatch, "content_sha256"),
-        ("schema_version: 4", "schema_version: 5", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 4", "schema_version: 3", errors.ManifestVersion, "schema_version"),
-        ("schema_version: 4", "schema_version: true", errors.ManifestInvalid, "schema_version"),
-        ("schema_version: 4", "other: 1", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 5", "schema_version: 6", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 5", "schema_version: 3", errors.ManifestVersion, "schema_version"),
+        ("schema_version: 5", "schema_version: true", errors.ManifestInvalid, "schema_version"),
+        ("schema_version: 5", "other: 1", errors.ManifestInvalid, "schema_version"),
         ("num_layers: 3", "num_layers: 5000", errors.ManifestInvalid, "architecture.num_layers"),
         ("num_layers: 3", "num_layers: 3\n  more: 4", errors.ManifestInvalid, "architecture.more"),
         ("k: 32\n", "k: .nan\n", errors.ManifestInvalid, "thresholds.targets[1].k"),
@@ -234,7 +234,7 @@ def test_tensors_that_contradict_the_manifest_are_refused(
         ("seed: 0", 'seed: "\\UFFFFFFFF"', errors.ManifestInvalid, None),
         ("command: toptheta", 'command: "\\ud800" #', errors.ManifestInvalid, "calibration.command"),
         ("command: toptheta", "command: \x00", errors.ManifestInvalid, None),
-        ("schema_version: 4", "--- [1]\n---", errors.ManifestInvalid, None),
+        ("schema_version: 5", "--- [1]\n---", errors.ManifestInvalid, None),
     ],
 )
 def test_edited_manifests_are_refused(

@@ -10,6 +10,17 @@ from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.kernels.cpu.scratch import Counted
 from vllm_toptheta.telemetry.reader import STATS_RPC
 
+PROMISED: dict[str, Any] = {
+    "text": "promised: perplexity within 0.5 %",
+    "max_loss": 0.5,
+    "max_kl": None,
+    "max_length": 2048,
+    "change_percent": 0.31,
+    "change_error": 0.08,
+    "kl_divergence": 0.0005,
+    "differences": ["dtype bfloat16, measured with float32"],
+}
+
 
 def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
     """The report of a worker with these layers."""
@@ -25,6 +36,7 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
         "thresholds": "acme/tiny",
         "calibrated_lengths": (129, 4096),
         "choices": ["dense", "k:128"],
+        "promised": None,
         "max_lost_mass": 0.5,
         "num_layers": 4,
         "num_kv_heads": 2,

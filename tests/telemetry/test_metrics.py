@@ -8,10 +8,10 @@ import pytest
 from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.telemetry.ranks import counted, rank
+from tests.telemetry.ranks import PROMISED, counted, rank
 from vllm_toptheta.limits import LOST_MASS_EDGES
 from vllm_toptheta.telemetry.metrics import exposition
-from vllm_toptheta.telemetry.stats import Stats, merge
+from vllm_toptheta.telemetry.stats import Promised, Stats, merge
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -85,6 +85,22 @@ def test_the_thresholds_are_described(stats: Stats) -> None:
     }
 
 
+def test_what_is_promised_is_exposed_where_something_is(stats: Stats) -> None:
+    assert not [name for name, _ in samples(stats) if "promised" in name]
+    promised = merge([[rank(counted(1, [0, 1], [[4, 5]], 0.2), promised=PROMISED)]])
+    found = {name: value for (name, _), value in samples(promised).items() if "promised" in name}
+    assert found == {
+        "toptheta_promised_loss_percent": 0.5,
+        "toptheta_promised_measured_loss_percent": 0.31,
+        "toptheta_promised_measured_kl": 0.0005,
+        "toptheta_promised_max_tokens": 2048,
+        "toptheta_promised_differences": 1,
+    }
+    of_kl = promised.model_copy(update={"promised": Promised(**{**PROMISED, "max_loss": None, "max_kl": 0.001})})
+    assert samples(of_kl)["toptheta_promised_kl", ""] == 0.001
+    assert ("toptheta_promised_loss_percent", "") not in samples(of_kl)
+
+
 def test_vllms_metrics_are_there_with_and_without_ours(stats: Stats) -> None:
     counter = Counter("vllm:of_a_test", "A metric of vLLM.")
     try:
@@ -105,7 +121,9 @@ def test_several_api_servers_do_not_add_up_ours(stats: Stats, tmp_path: Path, mo
 
 def test_every_metric_is_documented(stats: Stats) -> None:
     text = DOCS.read_text()
-    families = [family.name for family in text_string_to_metric_families(exposition(stats).decode())]
+    promised = Promised(**{**PROMISED, "max_kl": 0.001})
+    exposed = exposition(stats.model_copy(update={"promised": promised})).decode()
+    families = [family.name for family in text_string_to_metric_families(exposed)]
     for name in families:
         if name.startswith("toptheta"):
             assert f"`{name}" in text

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.browser import CHROMIUM, WHY_NOT, Page, new_page
-from tests.telemetry.ranks import Engine, counted, rank
+from tests.telemetry.ranks import PROMISED, Engine, counted, rank
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry import reader
 from vllm_toptheta.telemetry.endpoint import StatsEndpoint
@@ -107,7 +107,7 @@ def test_what_it_shows(page: Page) -> None:
         assert page.text("#lost-mean") == "15 %"
         assert page.text("#dense-share") == "50 %"
         assert page.text("#bytes-note") == "44.8 kB since the start"  # 350 rows of 128 bytes each
-        assert page.text("#in-force").startswith("thresholds ofacme/tinytargetk:128")
+        assert page.text("#in-force").startswith("thresholds ofacme/tinytargetk:128promisednothing")
         shares = page.evaluate("[...document.querySelectorAll('#spread .share')].map((share) => share.textContent)")
         assert shares == [""] * 5 + ["50 %", "", "50 %", "", ""]
         assert "hidden" in page.evaluate("document.querySelector('#notice').outerHTML")
@@ -127,6 +127,17 @@ def test_keys_are_named_where_some_are_not_read(page: Page) -> None:
         assert page.text("#rows-share") == "20 %"
         assert page.text("#rows-note") == "of 200 cached, in sparse layers; of keys 35 %"
         assert page.text("#in-force").endswith("guardoffmodeshadow")
+    assert page.complaints == []
+
+
+def test_a_promise_is_shown_with_where_the_server_differs(page: Page) -> None:
+    layer = counted(1, [0, 1], [[30, 10]], 0.25)
+    with serving(Engine([rank(layer, promised=PROMISED)])) as port:
+        page.open(f"http://127.0.0.1:{port}/toptheta")
+        page.wait_for(IDLE)
+        assert (
+            "promisedperplexity within 0.5 %; measured otherwise: dtype bfloat16, measured with float32compensation"
+        ) in page.text("#in-force")
     assert page.complaints == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec, tier_bytes
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer, TierLayer
 from vllm_toptheta.selection import ServedThresholds, select
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
-from vllm_toptheta.store import Architecture, ShadowKeys
+from vllm_toptheta.store import Architecture, Evidence, Serving, ShadowKeys, local_folder, weights_sha256
+from vllm_toptheta.store.quality import UNQUANTIZED
 
 _LOGGED = {"mode", "compensation", "max_lost_mass", "guard_share", "always_shadow", "per_request"}
 
@@ -91,6 +93,9 @@ class Plan:
         choices: What requests can ask for.
         shadow: Calibrated shadow keys; None without, or if the model runs dense.
         heavy: What a key must weigh to be read exactly, where there are copies of keys and values; None where not.
+        quality: What is promised, or why nothing is; for the log only.
+        promised: The evidence of what is promised; None where nothing is.
+        differences: Where the server is not what the promise was measured on.
         automatic: Which sequences are best dense on this hardware, where the settings do not say so.
     """
 
@@ -103,6 +108,9 @@ class Plan:
     choices: RequestChoices
     shadow: ShadowKeys | None = None
     heavy: float | None = None
+    quality: str = ""
+    promised: Evidence | None = None
+    differences: tuple[str, ...] = ()
     automatic: DenseRule = ALWAYS_SPARSE
 
     @classmethod
@@ -113,7 +121,8 @@ class Plan:
             SettingsError: An option is unknown or does not fit the model.
             StoreError: A store is needed and missing, damaged, made for another architecture, or lacks the target or
                 what the mode needs.
-            UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys.
+            UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys, or
+                the settings are strict, and no promise can be known to be kept.
         """
         settings = _settings(vllm_config)
         model_config = vllm_config.model_config
@@ -130,10 +139,14 @@ class Plan:
                 selection.thresholds,
                 # what is calibrated for shadow keys holds at the floor that it was calibrated at
                 any_floor=selection.shadow is None,
+                presets=selection.evidence.preset_floors if selection.evidence else {},
                 refusal=_refusal(settings, vllm_config),
             ),
             shadow=selection.shadow,
             heavy=selection.heavy,
+            quality=selection.quality,
+            promised=selection.evidence if selection.is_promised else None,
+            differences=tuple(selection.check_promise(settings, _serving(vllm_config))),
         )
 
     @classmethod
@@ -160,6 +173,8 @@ class Plan:
         max_len, min_step_tokens = self.automatic
         if self.settings.min_context is not None:
             max_len, min_step_tokens = self.settings.min_context, 0
+        elif self.promised is not None:
+            max_len = max(max_len, self.promised.dense_length)
         return DenseRule(max(max_len, self.thresholds.max_dense_len if self.thresholds else 0), min_step_tokens)
 
     @property
@@ -211,6 +226,9 @@ class Plan:
             self.guard,
             ", ".join(f"{name}={value}" for name, value in options.items()),
         )
+        logger.info_once("toptheta: %s", self.quality)
+        if self.differences:
+            logger.warning_once("toptheta: what is promised was measured otherwise: %s", "; ".join(self.differences))
 
     def for_layer(
         self, layer: int, *, num_heads: int, num_kv_heads: int, rank: int, device: torch.device | str = "cpu"
@@ -284,6 +302,22 @@ def _shadow_layer(
 def _settings(vllm_config: Any) -> Settings:
     options = vllm_config.additional_config
     return Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
+
+
+def _serving(vllm_config: Any) -> Serving:
+    """How the engine serves the model, as far as it is known: weights may still have to be downloaded."""
+    model_config = vllm_config.model_config
+    folder = None
+    # a model may also be a file, or lie in an object store
+    with suppress(ValueError):
+        folder = local_folder(model_config.model, model_config.revision)
+    return Serving(
+        weights_sha256=None if folder is None else weights_sha256(folder),
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        quantization=model_config.quantization or UNQUANTIZED,
+        cache_dtype=vllm_config.cache_config.cache_dtype,
+        max_length=model_config.max_model_len,
+    )
 
 
 def _refusal(settings: Settings, vllm_config: Any) -> str | None:

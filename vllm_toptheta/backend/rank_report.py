@@ -33,6 +33,7 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
         "min_context": plan.dense_rule.max_len,
         "min_step_tokens": plan.dense_rule.min_step_tokens,
         "choices": plan.choices.labels,
+        "promised": promised_of(plan),
         "max_lost_mass": plan.settings.max_lost_mass,
         "thresholds": plan.model_id,
         "calibrated_lengths": _calibrated_lengths(plan),
@@ -51,6 +52,23 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
             for impl in impls
             if impl.layer_plan and impl.layer_plan.guard
         ],
+    }
+
+
+def promised_of(plan: Plan) -> dict[str, Any] | None:
+    """A plain record of what is promised, in the fields of `stats.Promised`."""
+    if plan.promised is None:
+        return None
+    promise = plan.promised.served
+    return {
+        "text": plan.promised.line,
+        "max_loss": promise.max_loss,
+        "max_kl": promise.max_kl,
+        "max_length": promise.max_length,
+        "change_percent": promise.worst.change_percent,
+        "change_error": promise.worst.change_error,
+        "kl_divergence": promise.worst.kl_divergence,
+        "differences": list(plan.differences),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a request can ask for in its extra arguments: `"vllm_xargs": {"toptheta": "dense"}`, or `"floor:1.5"`.
+"""What a request can ask for in its extra arguments: `"vllm_xargs": {"toptheta": "dense"}`, `"floor:1.5"` or `"high"`.
 
 What it gets is an offset on all of its thresholds (`kernels.contract`): 0 is the server's own setting, minus infinity
 keeps every key.
@@ -7,8 +7,9 @@ keeps every key.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_toptheta.errors import SettingsError
@@ -30,11 +31,13 @@ class RequestChoices:
     Attributes:
         thresholds: The server's own; None if the model runs dense.
         any_floor: Whether a request can name a floor of its own.
+        presets: Floors that have names, because they keep a promise.
         refusal: Why requests can ask for nothing; None if they can.
     """
 
     thresholds: ServedThresholds | None
     any_floor: bool = False
+    presets: Mapping[str, float] = field(default_factory=dict)
     refusal: str | None = None
 
     @property
@@ -50,7 +53,8 @@ class RequestChoices:
         if self.refusal is not None:
             return []
         own = [] if self.thresholds is None else [self.thresholds.label]
-        return [DENSE_LABEL, *own, *([f"{FLOOR_PREFIX}0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else [])]
+        floors = [*self.presets, f"{FLOOR_PREFIX}0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else []
+        return [DENSE_LABEL, *own, *floors]
 
     @property
     def _has_floors(self) -> bool:
@@ -71,9 +75,9 @@ class RequestChoices:
             return KEEP_ALL
         if self.thresholds is not None and asked == self.thresholds.label:
             return COMMON
-        if self._has_floors and isinstance(asked, str) and asked.startswith(FLOOR_PREFIX):
+        if self._has_floors and isinstance(asked, str) and (asked in self.presets or asked.startswith(FLOOR_PREFIX)):
             with suppress(ValueError):
-                floor = float(asked.removeprefix(FLOOR_PREFIX))
+                floor = self.presets[asked] if asked in self.presets else float(asked.removeprefix(FLOOR_PREFIX))
                 if floor == 0:
                     return KEEP_ALL
                 if 0 < floor <= MAX_WEIGHT_FLOOR and self.thresholds is not None and self.thresholds.weight_floor:

@@ -23,7 +23,7 @@ from vllm_toptheta.calibration.state import Checkpoint
 from vllm_toptheta.calibration.thresholds import ThresholdCalibration
 from vllm_toptheta.errors import CalibrationError
 
-__all__ = ["calibrate", "default_model_id", "package_versions"]
+__all__ = ["calibrate", "default_model_id", "model_identity", "package_versions"]
 
 
 def calibrate(
@@ -76,10 +76,7 @@ def calibrate(
     outside = [layer for layer in options.dense_layers if layer >= architecture.num_layers]
     if outside:
         raise CalibrationError(f"no layer {outside[0]} in a model of {architecture.num_layers}", field="dense_layers")
-    try:
-        identity = store.ModelIdentity(id=model_id or default_model_id(model_dir))
-    except ValidationError as error:
-        raise CalibrationError(error.errors()[0]["msg"], field="id") from None
+    identity = model_identity(model_dir, model_id)
     folder = out / store.folder_name(identity.id)
     sequences = load_sequences(
         texts,
@@ -135,6 +132,22 @@ def calibrate(
     store.save(folder, draft, tensors)
     checkpoint.remove()
     return folder
+
+
+def model_identity(model_dir: Path, model_id: str | None = None) -> store.ModelIdentity:
+    """Returns what a store calls a model.
+
+    Args:
+        model_dir: a model directory.
+        model_id: hub id (org/name); None for `default_model_id`.
+
+    Raises:
+        CalibrationError: it is no name.
+    """
+    try:
+        return store.ModelIdentity(id=model_id or default_model_id(model_dir))
+    except ValidationError as error:
+        raise CalibrationError(error.errors()[0]["msg"], field="id") from None
 
 
 def default_model_id(model_dir: Path) -> str:

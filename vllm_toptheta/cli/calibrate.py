@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from vllm_toptheta.cli.terminal import integers
+from vllm_toptheta.cli.terminal import integers, recorded_command
 
 __all__ = ["calibrate_command"]
 
@@ -79,8 +78,6 @@ def calibrate_command(
     ] = None,
 ) -> None:
     """Calibrate thresholds or shadow keys for a model on texts and write them as a store."""
-    import shlex
-
     import torch
 
     from vllm_toptheta.calibration import CalibrationOptions, calibrate
@@ -109,10 +106,9 @@ def calibrate_command(
         texts.append(read_dataset(dataset, num_characters=wanted, text_field=text_field))
     if builtin or not texts:
         texts += builtin_texts()
-    # files by their bare names: where they lay is nobody's business
-    names = {str(path): path.name for path in (model, out, *files)}
+    paths = [model, out, *files]
     if dataset is not None and Path(dataset.partition(":")[0]).exists():
-        names[dataset] = Path(dataset).name
+        paths.append(Path(dataset))
     architecture = read_architecture(model)
     if missing := gpus_lack(architecture.head_size, architecture.num_heads, architecture.num_kv_heads):
         # said before hours of work, and no error: nobody knows yet where it will be served
@@ -126,7 +122,7 @@ def calibrate_command(
         device=device,
         device_map=device_map,
         model_id=model_id,
-        command=shlex.join(["toptheta", *(names.get(argument, argument) for argument in sys.argv[1:])]),
+        command=recorded_command(*paths),
         resume=resume,
     )
     typer.echo(f"wrote {folder}")

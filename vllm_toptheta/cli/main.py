@@ -19,6 +19,7 @@ from vllm_toptheta.cli.serve import SERVE_SETTINGS, config_app, serve
 from vllm_toptheta.cli.soak import soak_command
 from vllm_toptheta.cli.terminal import TEXT_FILES, print_error
 from vllm_toptheta.cli.thresholds import thresholds_app
+from vllm_toptheta.cli.tune import tune_command
 from vllm_toptheta.errors import TopThetaError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("serve", context_settings=SERVE_SETTINGS)(serve)
 app.command("calibrate", context_settings=TEXT_FILES)(calibrate_command)
+app.command("tune", context_settings=TEXT_FILES)(tune_command)
 app.command("report", context_settings=TEXT_FILES)(report_command)
 app.command("soak")(soak_command)
 app.add_typer(eval_app, name="eval")

@@ -46,7 +46,10 @@ def serve(
     ] = None,
     per_request: Annotated[
         bool | None,
-        typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or another floor."),
+        typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or other floors."),
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict/--no-strict", help="Refuse to serve otherwise than toptheta tune measured.")
     ] = None,
     page: Annotated[bool | None, typer.Option("--page/--no-page", help="Show the page /toptheta.")] = None,
 ) -> None:
@@ -69,6 +72,7 @@ def serve(
         "guard_share": guard_share,
         "always_shadow": always_shadow,
         "per_request": per_request,
+        "strict": strict,
         "page": page,
     }
     command = ServeCommand.build(

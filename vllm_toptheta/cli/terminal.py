@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "words", "write_json"]
+__all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "recorded_command", "words", "write_json"]
 
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
@@ -47,6 +47,22 @@ def numbers(option: str, text: str) -> list[float]:
 def words(text: str) -> list[str]:
     """Return the parts of an option that are separated by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def recorded_command(*paths: Path) -> str:
+    """Return this process's command for a record, with bare names of files: where they lay is nobody's business.
+
+    Args:
+        paths: The files and folders that it names, also in the form NAME=FILE.
+    """
+    import shlex
+
+    names = {str(path): path.name for path in paths}
+    words = []
+    for argument in sys.argv[1:]:
+        name, separator, path = argument.rpartition("=")
+        words.append(f"{name}{separator}{names.get(path, path)}")
+    return shlex.join(["toptheta", *words])
 
 
 def print_table(table: Table) -> None:

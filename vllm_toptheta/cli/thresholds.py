@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.stores import ThresholdsOption
 from vllm_toptheta.cli.terminal import print_error, print_table
 from vllm_toptheta.errors import SettingsError, TopThetaError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
-    from vllm_toptheta.store import Provenance, ShadowSection, ThresholdSection, ThresholdStore
+    from vllm_toptheta.store import Evidence, Provenance, ShadowSection, ThresholdSection, ThresholdStore
 
 TABLE_LENGTHS = (512, 2048)  # tokens; `show` adds the longest calibrated length
 
@@ -29,7 +32,7 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
 
     from vllm_toptheta import store
 
-    table = Table("folder", "model", "k", "lengths", "dense layers", "shadow keys")
+    table = Table("folder", "model", "k", "lengths", "dense layers", "shadow keys", "quality")
     failed = False
     for folder in store.list_stores(thresholds=thresholds):
         try:
@@ -42,9 +45,10 @@ def list_thresholds(thresholds: ThresholdsOption = None) -> None:
             escape(folder.name),
             manifest.model.id,
             ", ".join(map(str, manifest.target_ks)) or "none",
-            f"up to {manifest.calibration.max_length}",
+            "none" if manifest.calibration is None else f"up to {manifest.calibration.max_length}",
             ", ".join(map(str, manifest.dense_layers)) or "none",
             "none" if manifest.shadow is None else f"{manifest.shadow.num_channels} channels",
+            "; ".join(f"{one.mode}: {one.served.text}" for one in manifest.quality or ()) or "none",
         )
     print_table(table)
     if failed:
@@ -66,6 +70,9 @@ def show_thresholds(
     loaded = store.load(named if is_folder else store.resolve(store_or_model, thresholds=thresholds))
     table = _theta_table(loaded, layer, k) if loaded.calibrated or k else None
     typer.echo(_summary(loaded))
+    for evidence in loaded.manifest.quality or ():
+        print_quality(evidence)
+        typer.echo(_measured(evidence))
     if table is not None:
         print_table(table)
 
@@ -106,13 +113,40 @@ def _summary(store: ThresholdStore) -> str:
         "rope": rope,
         **(_thresholds(manifest.thresholds) if manifest.thresholds else {}),
         "shadow keys": _shadow(manifest.shadow),
-        "calibrated": _calibrated(calibration),
-        "text": ", ".join(text.name for text in calibration.text),
-        "versions": ", ".join(f"{package} {version}" for package, version in calibration.versions.items()),
-        "command": calibration.command,
+        "calibrated": "nothing" if calibration is None else _calibrated(calibration),
+        **({} if calibration is None else _origin(calibration)),
         "sha256": manifest.tensors.sha256,
     }
+    return _lines(rows)
+
+
+def _lines(rows: Mapping[str, object]) -> str:
     return "\n".join(f"{name + ':':<14}{value}" for name, value in rows.items())
+
+
+def _origin(made: Provenance | Evidence) -> dict[str, str]:
+    """Return what something was made from."""
+    return {
+        "text": ", ".join(text.name for text in made.text),
+        "versions": ", ".join(f"{package} {version}" for package, version in made.versions.items()),
+        "command": made.command,
+    }
+
+
+def _measured(evidence: Evidence) -> str:
+    """Return what the figures of a mode depend on."""
+    origin = _origin(evidence)
+    origin["text"] = ", ".join(
+        f"{text.name} (sha256 {text.sha256}, {text.num_tokens} tokens)" for text in evidence.text
+    )
+    weights = evidence.weights_sha256 or "unknown"
+    return _lines(
+        {
+            "measured": f"{evidence.date}, {evidence.dtype}, quantization {evidence.quantization}, {evidence.device}",
+            "weights": weights,
+            **origin,
+        }
+    )
 
 
 def _thresholds(section: ThresholdSection) -> dict[str, str]:

@@ -6,19 +6,24 @@ from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_d
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
 from vllm_toptheta.evaluation.subject import Subject
+from vllm_toptheta.evaluation.tune import FLOORS, Goal, Tuned, TuneOptions, tune_floors
 from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants, floor_label
 
 __all__ = [
     "COMPENSATIONS",
+    "FLOORS",
     "MODES",
     "Comparison",
     "DecodeOptions",
     "DecodeReport",
     "Domain",
     "DomainReport",
+    "Goal",
     "PerplexityReport",
     "Sample",
     "Subject",
+    "TuneOptions",
+    "Tuned",
     "Variant",
     "decode_table",
     "evaluate_decode",
@@ -28,4 +33,5 @@ __all__ = [
     "named_paths",
     "perplexity_tables",
     "text_domain",
+    "tune_floors",
 ]

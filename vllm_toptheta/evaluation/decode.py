@@ -38,6 +38,7 @@ class DecodeOptions:
         equal_rows: weight floors to which exact top-k is compared that reads as many value rows; its k is found for
             each length on the first sequence, see `window_reads.EqualRows`.
         seed: the same seed and texts give the same sequences.
+        skip: sequences of each length to leave out before the first, because something was chosen on them.
     """
 
     lengths: tuple[int, ...]
@@ -45,6 +46,7 @@ class DecodeOptions:
     window: int = 128
     equal_rows: tuple[float, ...] = ()
     seed: int = 0
+    skip: int = 0
 
 
 def evaluate_decode(
@@ -55,6 +57,7 @@ def evaluate_decode(
     *,
     folder: Path | None = None,
     progress: bool = True,
+    title: str = "evaluating",
 ) -> DecodeReport:
     """Compares variants of sparse attention with dense attention on the last tokens of sequences.
 
@@ -66,6 +69,7 @@ def evaluate_decode(
         folder: keeps the results of each sequence, so that an evaluation that was interrupted goes on there; None to
             keep nothing.
         progress: show a progress bar on stderr.
+        title: what it says is being done.
 
     Raises:
         CalibrationError: the model is not supported, or the texts are too short.
@@ -81,8 +85,12 @@ def evaluate_decode(
             _ready(subject, variant, length=length, window=options.window)
     sequences = {
         length: load_sequences(
-            texts, subject.tokenizer, num_sequences=options.num_sequences, max_length=length, seed=options.seed
-        )
+            texts,
+            subject.tokenizer,
+            num_sequences=options.skip + options.num_sequences,
+            max_length=length,
+            seed=options.seed,
+        )[options.skip :]
         for length in options.lengths
     }
     arguments = DecodeArguments(
@@ -95,12 +103,13 @@ def evaluate_decode(
         window=options.window,
         equal_rows=options.equal_rows,
         seed=options.seed,
+        skip=options.skip,
     )
     state = DecodeState(folder, arguments)
     with progress_bar("tokens", enabled=progress) as bar:
         num_windows = 1 + len(variants) + len(options.equal_rows)
         tokens = {length: length + (num_windows - 1) * options.window for length in options.lengths}
-        task = bar.add_task("evaluating", total=options.num_sequences * sum(tokens.values()))
+        task = bar.add_task(title, total=options.num_sequences * sum(tokens.values()))
         reports = []
         for length, of_length in sequences.items():
             results: list[WindowResult] = []

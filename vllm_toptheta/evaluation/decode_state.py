@@ -40,6 +40,7 @@ class DecodeArguments(BaseModel):
     window: int
     equal_rows: tuple[float, ...]
     seed: int
+    skip: int = 0
 
 
 def model_files(model_dir: Path) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["PairedShares", "compare_perplexities", "compare_shares", "mean_and_error"]
+__all__ = ["PairedShares", "compare_perplexities", "compare_shares", "mean_and_error", "upper_bound"]
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 
@@ -31,6 +31,25 @@ def mean_and_error(values: Sequence[float], weights: Sequence[float]) -> tuple[f
         return mean, None
     deviations = w * (x - mean)
     return mean, float(math.sqrt(len(x) / (len(x) - 1) * (deviations**2).sum()) / w.sum())
+
+
+def upper_bound(mean: float, error: float, num_sequences: int, *, confidence: float) -> float:
+    """Returns what a mean is below with a confidence, by Student's t: mean + t * error.
+
+    For 95 %, t is 1.645 with many sequences, and 1.89 with 8 of them, from whose spread the error is known less well.
+    The quantile is that of the normal distribution with three terms of the expansion by Fisher and Cornish
+    (Abramowitz and Stegun, 26.7.5): within 0.3 % for 4 sequences and more.
+
+    Args:
+        mean: over sequences.
+        error: its standard error, as `mean_and_error` returns it.
+        num_sequences: at least 4.
+        confidence: from .5 to 1, one-sided.
+    """
+    z, freedom = NormalDist().inv_cdf(confidence), num_sequences - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return mean + t * error
 
 
 def compare_perplexities(

@@ -182,7 +182,7 @@ def _comparison(variant: Variant, losses: Sequence[Losses], counts: ReadCounts) 
 def _domain_report(
     domain: Domain, stores: Mapping[str, ThresholdStore], comparisons: Sequence[Comparison]
 ) -> DomainReport:
-    calibrated_on = {source.sha256 for store in stores.values() for source in store.manifest.calibration.text}
+    calibrated_on = frozenset().union(*(store.manifest.calibrated_on for store in stores.values()))
     return DomainReport(
         domain=domain.name,
         text=domain.sources,

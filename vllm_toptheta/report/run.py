@@ -176,5 +176,5 @@ def _named(thresholds: ThresholdStore | None, texts: Sequence[Text], *, known: b
     """The names of the texts that the manifest knows, or does not know; none without a store."""
     if thresholds is None:
         return ()
-    calibrated_on = {source.sha256 for source in thresholds.manifest.calibration.text}
+    calibrated_on = thresholds.manifest.calibrated_on
     return tuple(text.source.name for text in texts if (text.source.sha256 in calibrated_on) == known)

@@ -21,6 +21,7 @@ from vllm_toptheta.server.config import ServerConfig
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import OPTIONS_KEY, Settings, Source
+from vllm_toptheta.store import Serving
 
 PLUGIN = "toptheta"  # the name of all our entry points
 PLUGINS_VARIABLE = "VLLM_PLUGINS"
@@ -32,6 +33,7 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _SECRET_FLAGS = {"--api-key", "--hf-token"}
+_DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _BACKEND_FLAGS = ("--attention-backend", "--attention-config", "-ac")
 
 
@@ -94,13 +96,22 @@ class ServeCommand:
 
     def check(self) -> str:
         """Check options, thresholds and model against each other; see `preflight`."""
-        revision, config_path = (flags.find(self.flags, name) for name in ("--revision", "--hf-config-path"))
         return preflight(
             Settings.load(self.options),
             self.model,
-            revision=revision.value if revision else None,
-            config_path=config_path.value if config_path else None,
+            revision=self._value("--revision"),
+            config_path=self._value("--hf-config-path"),
+            serving=Serving(
+                dtype=_DTYPES.get(dtype, dtype) if (dtype := self._value("--dtype")) else None,
+                quantization=self._value("--quantization") or self._value("-q"),
+                cache_dtype=self._value("--kv-cache-dtype"),
+            ),
         )
+
+    def _value(self, name: str) -> str | None:
+        """The value of a flag of vLLM; None without it."""
+        flag = flags.find(self.flags, name)
+        return None if flag is None else flag.value
 
     def text(self) -> str:
         """The command as one would type it, secrets left out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from vllm_toptheta.errors import ModelConfigError, UnsupportedError
 from vllm_toptheta.limits import gpus_lack
 from vllm_toptheta.selection import select
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture
+from vllm_toptheta.store import Architecture, Serving
 
 
 class LocalModel(NamedTuple):
@@ -22,13 +23,22 @@ class LocalModel(NamedTuple):
     Attributes:
         architecture: Read off its config.json; None if that is not here.
         unknown: Why it is not here; empty otherwise.
+        folder: Where it lies; None if it is not here.
     """
 
     architecture: Architecture | None
     unknown: str
+    folder: Path | None = None
 
 
-def preflight(settings: Settings, model: str, *, revision: str | None, config_path: str | None) -> str:
+def preflight(
+    settings: Settings,
+    model: str,
+    *,
+    revision: str | None,
+    config_path: str | None,
+    serving: Serving = Serving(),  # noqa: B008 - immutable
+) -> str:
     """Check that the model can be served with these settings.
 
     Args:
@@ -36,13 +46,15 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
         model: A hub id or a directory.
         revision: Of the hub's repository; None for its main branch.
         config_path: vLLM's --hf-config-path: where config.json lies instead.
+        serving: What flags say of how it is served.
 
     Returns:
         What will be served, in a sentence.
 
     Raises:
         ModelConfigError: config.json is unusable, or the model is neither a directory nor a hub id.
-        UnsupportedError: The installed vLLM is for GPUs, which have no kernels for the model.
+        UnsupportedError: The installed vLLM is for GPUs, which have no kernels for the model, or the settings are
+            strict, and no promise can be known to be kept.
         TopThetaError: What `select` raises.
     """
     local = find_model(config_path or model, revision)
@@ -55,13 +67,17 @@ def preflight(settings: Settings, model: str, *, revision: str | None, config_pa
         if local.architecture is None
         else _check_kernels(local.architecture, model, has_copies=selection.heavy is not None)
     )
+    weights = None if local.folder is None or config_path else store.weights_sha256(local.folder)
+    differences = selection.check_promise(settings, replace(serving, weights_sha256=weights))
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     if selection.model_id is None:
         unknown = f"; not compared with the model, because {local.unknown}" if local.unknown else ""
         found = f"thresholds {thresholds.label}: {selection.origin}"
         if selection.heavy is not None:
             found += f"; copies of keys and values, exact rows from {selection.heavy:g} of the anchors' weight on"
-        return f"{found}; dense layers {dense_layers}{unknown}{caution}"
+        return f"{found}; dense layers {dense_layers}{unknown}{caution}; " + "; but ".join(
+            [selection.quality, *differences]
+        )
     lengths = "" if thresholds.is_relative else ", calibrated from {} to {} tokens".format(*thresholds.length_range)
     shadow = "" if selection.shadow is None else f", shadow keys of {selection.shadow.section.num_channels} channels"
     return (
@@ -104,23 +120,18 @@ def find_model(model: str, revision: str | None) -> LocalModel:
     Raises:
         ModelConfigError: It is unusable, or the name is neither a directory nor a hub id.
     """
-    if os.path.isdir(model):
-        return LocalModel(store.read_architecture(model), "")
-    if "://" in model:
+    if "://" in model and not os.path.isdir(model):
         return LocalModel(None, f"{model} is not a local directory")
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:
-        cached, model_exists = None, False
+        folder = store.local_folder(model, revision)
+    except ValueError:
+        folder, model_exists = None, False
     else:
-        model_exists = not model.startswith((".", "~"))
+        model_exists = not model.startswith((".", "~")) or folder is not None
     if not model_exists:
         raise ModelConfigError(
             "neither a directory nor a hub id", file=model, remedy="Name a Hugging Face model directory, or org/name"
         )
-    if isinstance(cached, str):
-        return LocalModel(store.read_architecture(Path(cached).parent), "")
+    if folder is not None:
+        return LocalModel(store.read_architecture(folder), "", folder)
     return LocalModel(None, f"its config.json is not in the local cache; vLLM compares when it has downloaded {model}")

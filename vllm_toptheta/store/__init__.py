@@ -8,7 +8,9 @@ theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
 
 from vllm_toptheta.store.curve import ThresholdCurve
 from vllm_toptheta.store.expectations import Expectations
-from vllm_toptheta.store.io import load, read_architecture, save
+from vllm_toptheta.store.fields import TextSource
+from vllm_toptheta.store.io import load, read_architecture, record_quality, save
+from vllm_toptheta.store.quality import PRESETS, Evidence, MeasuredLength, MeasuredText, Promise, Serving
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
     Architecture,
@@ -18,23 +20,29 @@ from vllm_toptheta.store.schema import (
     ModelIdentity,
     Provenance,
     ShadowSection,
-    TextSource,
     ThresholdSection,
 )
 from vllm_toptheta.store.shadow import ShadowKeys, ShadowProjection
 from vllm_toptheta.store.target import FLOOR_PREFIX, Target, TargetSpec, floor_label
 from vllm_toptheta.store.thresholds import CalibratedThresholds, ThresholdStore
+from vllm_toptheta.store.weights import local_folder, weights_sha256
 
 __all__ = [
     "FLOOR_PREFIX",
+    "PRESETS",
     "Architecture",
     "CalibratedThresholds",
+    "Evidence",
     "Expectations",
     "Manifest",
     "ManifestDraft",
+    "MeasuredLength",
+    "MeasuredText",
     "Measurement",
     "ModelIdentity",
+    "Promise",
     "Provenance",
+    "Serving",
     "ShadowKeys",
     "ShadowProjection",
     "ShadowSection",
@@ -48,7 +56,10 @@ __all__ = [
     "folder_name",
     "list_stores",
     "load",
+    "local_folder",
     "read_architecture",
+    "record_quality",
     "resolve",
     "save",
+    "weights_sha256",
 ]

@@ -1,4 +1,4 @@
-"""The base of every model of the schema, and the bounds that its fields share."""
+"""The base of every model of the schema, the bounds that its fields share, and what several sections name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,21 @@ Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 ShortText = Annotated[str, Field(min_length=1, max_length=256, pattern=PRINTABLE)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Versions = Annotated[dict[ShortText, ShortText], Field(max_length=64, description="Package to version.")]
+Command = Annotated[str, Field(max_length=8192, pattern=PRINTABLE)]
+Seed = Annotated[int, Field(ge=0, le=(1 << 64) - 1)]
 
 
 class StrictModel(BaseModel):
     """Unknown fields, other types and infinite numbers are refused; nothing is changed after it was checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TextSource(StrictModel):
+    """A text that was calibrated or measured on; of imported thresholds, the file that they came from."""
+
+    name: ShortText
+    sha256: Sha256
+    num_characters: Count

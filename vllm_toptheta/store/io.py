@@ -32,11 +32,14 @@ from vllm_toptheta.errors import (
 )
 from vllm_toptheta.store import strict_yaml, tensors
 from vllm_toptheta.store.expectations import EXPECTATION_NAMES, Expectations
+from vllm_toptheta.store.quality import Evidence
 from vllm_toptheta.store.schema import (
+    READABLE_VERSIONS,
     SCHEMA_VERSION,
     Architecture,
     Manifest,
     ManifestDraft,
+    ModelIdentity,
     clip,
     describe,
 )
@@ -109,6 +112,33 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
     return store
 
 
+def record_quality(
+    folder: Path | str, evidence: Evidence, *, model: ModelIdentity, architecture: Architecture
+) -> ThresholdStore:
+    """Write what was measured into a model's store, which is made if need be; what it holds otherwise stays.
+
+    Args:
+        folder: The store; its evidence of the same mode is replaced.
+        evidence: What was measured.
+        model: Of a new store.
+        architecture: The model's.
+
+    Returns:
+        The store, as `load` will return it.
+
+    Raises:
+        StoreError: The store is damaged or that of another architecture, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        return save(folder, ManifestDraft(model=model, architecture=architecture, quality=(evidence,)), {})
+    manifest = load(folder).manifest
+    manifest.architecture.check(architecture, file=folder)
+    arrays = tensors.decode(_read(folder, TENSORS_NAME, MAX_TENSORS_BYTES), manifest, file=folder / TENSORS_NAME)
+    others = [other for other in manifest.quality or () if other.mode != evidence.mode]
+    return save(folder, manifest.model_copy(update={"quality": (*others, evidence)}), arrays)
+
+
 def read_architecture(model_folder: Path | str) -> Architecture:
     """Read the fingerprint of the model in a Hugging Face directory.
 
@@ -167,9 +197,9 @@ def _parse_manifest(content: bytes, file: Path) -> Manifest:
         raise ManifestInvalid(
             f"expected an integer, got {clip(version)}", file=file, field="schema_version", remedy=_RESTORE
         )
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise ManifestVersion(
-            f"version {version}; this release reads version {SCHEMA_VERSION}",
+            f"version {version}; this release reads versions {' and '.join(map(str, READABLE_VERSIONS))}",
             file=file,
             field="schema_version",
             remedy="Upgrade vllm-toptheta"

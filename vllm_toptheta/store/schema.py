@@ -22,21 +22,26 @@ from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.store.fields import (
     MAX_HEADS,
     MAX_LAYERS,
-    PRINTABLE,
+    Command,
     Count,
+    Seed,
     Sha256,
+    Share,
     ShortText,
     StrictModel,
+    TextSource,
     Tokens,
+    Versions,
 )
+from vllm_toptheta.store.quality import Evidence
 from vllm_toptheta.store.rope import normalise_rope
 from vllm_toptheta.store.target import Target
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
+READABLE_VERSIONS: Final = (4, 5)  # 4 knew no measured quality, and is otherwise the same
 
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
 RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ModelIdentity(StrictModel):
@@ -124,14 +129,6 @@ class Architecture(StrictModel):
         return {**fields, **{f"rope.{name}": value for name, value in rope.items()}}
 
 
-class TextSource(StrictModel):
-    """A text that was calibrated on; of imported thresholds, the file that they came from."""
-
-    name: ShortText
-    sha256: Sha256
-    num_characters: Count
-
-
 class Provenance(StrictModel):
     """How the thresholds were made: enough to make them again. Left out is what an imported file does not say."""
 
@@ -141,7 +138,7 @@ class Provenance(StrictModel):
     row_fraction: float | None = Field(
         default=None, gt=0.0, le=1.0, description="Rows of a sequence that were observed."
     )
-    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
+    seed: Seed | None = None
     top_k_at_calibration: bool | None = None
     shared_k: Tokens | None = Field(
         default=None,
@@ -151,8 +148,8 @@ class Provenance(StrictModel):
         default=None, ge=-100.0, le=100.0, description="theta = mean + beta * std of the k-th largest score."
     )
     dtype: ShortText | None = Field(default=None, description="Of the weights and activations.")
-    versions: dict[ShortText, ShortText] = Field(max_length=64, description="Package to version.")
-    command: str = Field(max_length=8192, pattern=PRINTABLE)
+    versions: Versions
+    command: Command
     date: datetime.date
 
 
@@ -224,17 +221,28 @@ class TensorsDigest(StrictModel):
 class ManifestDraft(StrictModel):
     """A manifest before its tensors are written; `save` adds the checksums."""
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[4, 5] = SCHEMA_VERSION
     model: ModelIdentity
     architecture: Architecture
     thresholds: ThresholdSection | None = Field(default=None, description="None where there are only shadow keys.")
     shadow: ShadowSection | None = Field(default=None, description="None where there are no shadow keys.")
-    calibration: Provenance
+    calibration: Provenance | None = Field(default=None, description="None where nothing was calibrated.")
+    quality: Annotated[tuple[Evidence, ...], Field(strict=False, min_length=1, max_length=2)] | None = Field(
+        default=None, description="What weight floors were measured to cost, by mode; None where nothing was measured."
+    )
 
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
-        if self.thresholds is None and self.shadow is None:
-            raise ValueError("neither thresholds nor shadow: a store without content")
+        is_calibrated = self.thresholds is not None or self.shadow is not None
+        if not is_calibrated and self.quality is None:
+            raise ValueError("neither thresholds nor shadow nor quality: a store without content")
+        if is_calibrated != (self.calibration is not None):
+            raise ValueError("calibration belongs to thresholds and shadow, and they to it")
+        modes = [evidence.mode for evidence in self.quality or ()]
+        if len(set(modes)) < len(modes):
+            raise ValueError(f"quality: measured twice in mode {modes[0]}")
+        if self.schema_version < SCHEMA_VERSION and self.quality is not None:
+            raise ValueError(f"quality: there is none in version {self.schema_version}")
         if self.dense_layers and self.dense_layers[-1] >= self.architecture.num_layers:
             raise ValueError(
                 f"dense_layers: no layer {self.dense_layers[-1]} in a model of {self.architecture.num_layers}"
@@ -269,6 +277,15 @@ class ManifestDraft(StrictModel):
     def placement(self) -> Literal["pre_softmax", "post_softmax"]:
         """What thresholds apply to; relative ones are compared before the softmax."""
         return "pre_softmax" if self.thresholds is None else self.thresholds.placement
+
+    @property
+    def calibrated_on(self) -> frozenset[str]:
+        """The sha256 of the texts that something was calibrated on."""
+        return frozenset() if self.calibration is None else frozenset(text.sha256 for text in self.calibration.text)
+
+    def evidence(self, mode: str) -> Evidence | None:
+        """What weight floors were measured to cost in a mode; None where nothing was measured."""
+        return next((evidence for evidence in self.quality or () if evidence.mode == mode), None)
 
 
 class Manifest(ManifestDraft):

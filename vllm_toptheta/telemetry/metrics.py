@@ -38,6 +38,7 @@ class StatsCollector(Collector):
         """Yield the families; see docs/operations.md."""
         stats = self._stats
         yield _info(stats)
+        yield from _promise(stats)
         yield _counter("toptheta_decode_steps", "Engine steps that decoded at least one token.", stats.decode_steps)
         yield _counter("toptheta_decode_tokens", "Tokens decoded.", stats.decode_tokens)
         dense = CounterMetricFamily("toptheta_dense_tokens", "Tokens decoded densely, by reason.", labels=["reason"])
@@ -130,6 +131,24 @@ def _info(stats: Stats) -> InfoMetricFamily:
             "dense_layers": ",".join(map(str, stats.dense_layers)),
         },
     )
+
+
+def _promise(stats: Stats) -> Iterator[GaugeMetricFamily]:
+    """What is promised, if anything is."""
+    promised = stats.promised
+    if promised is None:
+        return
+    figures = {
+        "loss_percent": ("Change of perplexity that is promised at most, percent.", promised.max_loss),
+        "kl": ("KL divergence from dense attention that is promised at most, nats per token.", promised.max_kl),
+        "measured_loss_percent": ("Change of perplexity that was measured, percent.", promised.change_percent),
+        "measured_kl": ("KL divergence that was measured, nats per token.", promised.kl_divergence),
+        "max_tokens": ("Tokens up to which the promise was measured.", promised.max_length),
+        "differences": ("In how many ways the server is not what was measured.", len(promised.differences)),
+    }
+    for name, (documentation, value) in figures.items():
+        if value is not None:
+            yield GaugeMetricFamily(f"toptheta_promised_{name}", documentation, value=value)
 
 
 def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:

@@ -56,6 +56,19 @@ class GuardState(BaseModel):
     lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
 
 
+class Promised(BaseModel):
+    """What the server promises by what toptheta tune measured, and where it is not served as it was measured."""
+
+    text: str = Field(description="The promise and the figures, in a sentence.")
+    max_loss: float | None = Field(description="Change of perplexity that is promised at most, percent.")
+    max_kl: float | None = Field(description="KL divergence from dense attention likewise, nats per token.")
+    max_length: int = Field(description="Tokens up to which it was measured.")
+    change_percent: float = Field(description="Change of perplexity that was measured, at the worst length.")
+    change_error: float = Field(description="Its standard error.")
+    kl_divergence: float = Field(description="That was measured at that length.")
+    differences: list[str] = Field(description="Where the server is not what was measured; empty if nowhere.")
+
+
 class InForce(BaseModel):
     """What the server was started with."""
 
@@ -75,6 +88,7 @@ class InForce(BaseModel):
         description="Tokens between which calibrated thresholds follow the length; null of others."
     )
     choices: list[str] = Field(description="What a request can ask for in vllm_xargs.toptheta.")
+    promised: Promised | None = Field(description="What the server promises; null if nothing.")
     num_layers: int
     num_kv_heads: int
     value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")

@@ -122,10 +122,17 @@ function describeDense(stats) {
   return stats.min_step_tokens ? `${sequence}, or ${grouped.format(stats.min_step_tokens)} in all requests` : sequence;
 }
 
+function describePromise(promised) {
+  if (promised === null) return "nothing";
+  const text = promised.text.replace("promised: ", "");
+  return promised.differences.length ? `${text}; measured otherwise: ${promised.differences.join("; ")}` : text;
+}
+
 function drawInForce(stats) {
   const rows = {
     "thresholds of": stats.thresholds ?? "none: every layer is dense",
     "target": stats.target ?? "–",
+    "promised": describePromise(stats.promised),
     "compensation": stats.compensation,
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
     "dense up to": describeDense(stats),

@@ -1,0 +1,113 @@
+"""The command `toptheta tune`, as a user types it, and what `toptheta thresholds` shows of its store."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.calibration.tiny_model import write_text
+from tests.cli.test_main import imported
+from vllm_toptheta import cli, store
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `toptheta` with these arguments; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["toptheta", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out, printed.err
+
+    return run_main
+
+
+@pytest.fixture
+def tune(run: Run, folder: Path, tmp_path: Path) -> Run:
+    """Runs `toptheta tune` on the tiny model."""
+    text = write_text(tmp_path / "held-out.txt", 900, seed=7)
+    sizes = ("--lengths", 200, "--sequences", 4, "--window", 32, "--floors", "0.05,0.3,1", "--device", "cpu")
+
+    def run_tune(*arguments: object) -> tuple[int, str, str]:
+        out = ("--out", tmp_path / "stores", "--model-id", "acme/tiny")
+        return run("tune", folder / "tiny", "--text", f"prose={text}", *sizes, *out, *arguments)
+
+    return run_tune
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert imported("tune", "--help") == ""
+
+
+def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
+    code, out, err = tune("--max-kl", 0.05, "--presets")
+    assert code == 0, err
+    folder = tmp_path / "stores" / "acme--tiny"
+    evidence = store.load(folder).manifest.evidence("values")
+    assert evidence is not None
+    assert [promise.preset for promise in evidence.promises] == [None, "high", "exact", "fast"]
+    assert evidence.served.max_kl == 0.05
+    # where files lay is nobody's business
+    assert evidence.command.startswith("toptheta tune tiny --text prose=held-out.txt --lengths 200 ")
+    assert str(tmp_path) not in evidence.command
+    assert evidence.line in out
+    assert f"wrote {folder}; peak memory " in out
+    assert [file.name for file in (tmp_path / "stores").iterdir()] == ["acme--tiny"]
+
+    code, shown, err = run("thresholds", "show", folder)
+    assert code == 0, err
+    assert "quality in mode values" in shown
+    assert f"sha256 {evidence.text[0].sha256}" in shown
+    assert evidence.weights_sha256 is not None
+    for word in (evidence.weights_sha256, evidence.command, "nothing", "KL to dense attention within 0.05"):
+        assert word in shown, word
+    assert "not kept: exact, perplexity within 0.05 %: with floor:0.05 at 200 tokens" in shown
+    one = evidence.served.worst
+    assert f"{one.kl_divergence:.6f} +- {one.kl_error:.6f}" in shown
+    code, listed, _ = run("thresholds", "list", "--thresholds", tmp_path / "stores")
+    assert code == 0
+    assert "values: KL to dense attention within 0.05" in listed
+
+    before = store.load(folder).manifest.quality
+    code, out, err = tune("--max-kl", 0.05, "--mode", "shadow", "--heavy", 0.01)
+    assert code == 0, err
+    assert "--mode shadow --shadow-values on --heavy 0.01" in out
+    assert [one.mode for one in store.load(folder).manifest.quality or ()] == ["values", "shadow"]
+    assert (store.load(folder).manifest.quality or ())[:1] == before
+
+
+def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (("--max-loss", 1e-5), "error: max_loss: perplexity within 1e-05 %: with floor:0.05 at 200 tokens"),
+        (("--sequences", 50), "error: text: the texts have "),
+        (("--heavy", 0.1), "error: --heavy: keys are heavy in mode shadow only"),
+        (("--model-id", "../up"), "error: id: "),
+    ):
+        code, out, err = tune(*arguments)
+        assert (code, out) == (2, "")
+        assert words in err
+        assert not list((tmp_path / "stores").glob("*"))
+    code, _, err = run("tune", folder / "tiny", "--out", tmp_path)
+    assert code == 2
+    assert "--text: nothing to measure on" in err
+
+
+def test_another_run_in_the_way_is_named_and_can_be_forgotten(tune: Run, tmp_path: Path) -> None:
+    other = tmp_path / "stores" / ".acme--tiny.tune-values" / "choosing"
+    other.mkdir(parents=True)
+    (other / "arguments.json").write_text("{}")
+    code, _, err = tune("--max-kl", 0.05)
+    assert code == 2
+    assert "start anew with --no-resume" in err
+    code, out, err = tune("--max-kl", 0.001, "--no-resume")
+    assert code == 0, err
+    assert "larger ones (--floors) may keep the promise too" not in out
+    code, out, err = tune("--max-kl", 1)
+    assert code == 0, err
+    assert "larger ones (--floors) may keep the promise too" in out

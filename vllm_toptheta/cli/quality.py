@@ -1,0 +1,74 @@
+"""How measured quality is printed: by the command that measures it, and by the one that shows stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from vllm_toptheta.cli.terminal import print_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vllm_toptheta.store import Evidence, MeasuredLength
+
+__all__ = ["print_quality"]
+
+
+def print_quality(evidence: Evidence) -> None:
+    """Print what was measured in one mode: a row for each promise and length, and why others are not kept."""
+    print_table(_table(evidence))
+    for promise in evidence.promises:
+        if promise.reason is not None:
+            typer.echo(f"not kept: {promise.preset or 'own'}, {promise.text}: {promise.reason}")
+
+
+def _table(evidence: Evidence) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    tokens = sum(text.num_tokens for text in evidence.text)
+    heavy = "" if evidence.heavy is None else f", copies, heavy {evidence.heavy:g}"
+    table = Table(
+        title=f"quality in mode {evidence.mode}{heavy}: the last {evidence.window} tokens, decoded behind a dense "
+        f"prompt; {evidence.dtype}, {evidence.device}",
+        caption=escape(
+            f"{', '.join(text.name for text in evidence.text)} ({tokens} tokens); +- is one standard error, below "
+            f"holds with {evidence.confidence:.0%} confidence"
+        ),
+    )
+    table.add_column("promise", no_wrap=True)
+    for heading in (
+        "floor",
+        "length",
+        "tokens",
+        "ppl change %",
+        "below",
+        "KL",
+        "below",
+        "top-1 %",
+        "rows %",
+        "bytes %",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for promise in evidence.promises:
+        name = promise.text if promise.preset is None else f"{promise.preset}: {promise.text}"
+        for one in promise.measured:
+            last = one is promise.measured[-1]
+            table.add_row(name, f"{promise.weight_floor:g}", *_cells(one), end_section=last)
+    return table
+
+
+def _cells(one: MeasuredLength) -> list[str]:
+    return [
+        str(one.length),
+        f"{one.num_sequences} x {one.num_tokens // one.num_sequences}",
+        f"{one.change_percent:+.3f} +- {one.change_error:.3f}",
+        f"{one.change_bound:+.3f}",
+        f"{one.kl_divergence:.6f} +- {one.kl_error:.6f}",
+        f"{one.kl_bound:.6f}",
+        f"{100 * one.top1_agreement:.1f}",
+        f"{100 * one.value_rows_share:.1f}",
+        f"{100 * one.bytes_share:.1f}",
+    ]

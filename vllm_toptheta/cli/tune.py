@@ -1,0 +1,126 @@
+"""The command `toptheta tune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vllm_toptheta.cli import eval_options as options
+from vllm_toptheta.cli.quality import print_quality
+from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command
+from vllm_toptheta.errors import EvaluationError, PromiseNotKept
+
+__all__ = ["tune_command"]
+
+
+def tune_command(
+    context: typer.Context,
+    model: options.ModelArgument,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Change of perplexity that is promised at most, percent; 0.5 if nothing is.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="KL divergence from dense attention that is promised at most, nats per token.")
+    ] = None,
+    presets: Annotated[
+        bool,
+        typer.Option("--presets", help="Also floors that requests can name: high (0.2 %), exact (0.05 %), fast (1 %)."),
+    ] = False,
+    text: options.TextOption = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the sequences, by commas.")] = "2048,8192",
+    mode: Annotated[
+        Literal["values", "shadow"], typer.Option(help="What is skipped; shadow is by copies of keys and values.")
+    ] = "values",
+    heavy: Annotated[
+        float | None,
+        typer.Option(help="In mode shadow, what a key must weigh to be read exactly, over its row's anchors."),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(help="Sequences of each length to choose on, and as many others to confirm on.")
+    ] = 8,
+    window: Annotated[
+        int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")
+    ] = 256,
+    floors: Annotated[str | None, typer.Option(help="Weight floors to try, ascending; default: 0.1 to 4.5.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Directory of stores: that of the model, <org>--<model>, is amended or made.")
+    ] = Path("thresholds"),
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "float32",
+    resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted.")] = True,
+    model_id: Annotated[
+        str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
+    ] = None,
+) -> None:
+    """Find the largest weight floor that loses less than promised, and write it with the evidence into the store."""
+    import shutil
+
+    from vllm_toptheta import store
+    from vllm_toptheta.calibration.data import read_text
+    from vllm_toptheta.calibration.run import model_identity
+    from vllm_toptheta.evaluation import FLOORS, Goal, Subject, TuneOptions, decode_table, named_paths, tune_floors
+    from vllm_toptheta.limits import DEFAULT_HEAVY
+
+    if heavy is not None and mode != "shadow":
+        raise EvaluationError("keys are heavy in mode shadow only", field="--heavy", remedy="Leave it out")
+    goals = [Goal(max_loss, max_kl)] if max_loss is not None or max_kl is not None else []
+    if presets:
+        goals += [Goal(max_loss=store.PRESETS[name], preset=name) for name in ("high", "exact", "fast")]
+    files = named_paths([*(text or []), *context.args], field="--text", default="text")
+    if not files:
+        raise EvaluationError("nothing to measure on", field="--text", remedy="Give UTF-8 text files that are held out")
+    identity = model_identity(model, model_id)
+    folder = out / store.folder_name(identity.id)
+    state = out / f".{folder.name}.tune-{mode}"
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    subject = Subject(model, {}, device=device, dtype=dtype)
+    wanted = TuneOptions(
+        goals=tuple(goals or [Goal(max_loss=0.5)]),
+        lengths=tuple(integers("--lengths", lengths)),
+        num_sequences=sequences,
+        window=window,
+        floors=FLOORS if floors is None else tuple(numbers("--floors", floors)),
+        heavy=None if mode == "values" else DEFAULT_HEAVY if heavy is None else heavy,
+        seed=seed,
+    )
+    try:
+        found = tune_floors(
+            subject,
+            [read_text(file) for paths in files.values() for file in paths],
+            wanted,
+            command=recorded_command(model, out, *(file for paths in files.values() for file in paths)),
+            folder=state,
+        )
+    except PromiseNotKept:
+        # nothing is left to go on with, and the next command will ask for something else
+        shutil.rmtree(state)
+        raise
+    store.record_quality(folder, found.evidence, model=identity, architecture=subject.architecture)
+    shutil.rmtree(state)
+    print_table(decode_table(found.ladder))
+    print_quality(found.evidence)
+    typer.echo(f"{found.evidence.line}; floor:{found.evidence.served.weight_floor:g}")
+    if found.evidence.served.weight_floor == wanted.floors[-1]:
+        typer.echo("that is the largest floor that was tried: larger ones (--floors) may keep the promise too")
+    typer.echo(f"wrote {folder}; peak memory {_peak_memory(subject.device.type)}")
+    shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"
+    typer.echo(f"serve it: toptheta serve {model} --thresholds {out}{shadow}")
+
+
+def _peak_memory(device: str) -> str:
+    """The most memory that this process has held, on the host and on a GPU."""
+    import resource
+
+    # kilobytes on Linux, bytes on macOS
+    scale = 1 if sys.platform == "darwin" else 1024
+    host = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30:.2f} GiB"
+    if device != "cuda":
+        return host
+    import torch
+
+    return f"{host}, on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
