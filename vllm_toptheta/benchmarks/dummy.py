@@ -4,7 +4,7 @@ The scores of random weights are all next to zero, and so alike that every key h
 relative to the row keep all keys or none. So the thresholds are set on the running engine: the counters tell how many
 value rows a kv head reads, and its threshold is bisected until it reads what is wanted. In mode `shadow`, what keys are
 projected on comes from the engine's own pages, and the margins, likewise by bisection, from the number of keys that are
-to be read.
+to be read. With copies of keys and values, no key but anchors is heavy, and the threshold decides which are light.
 
 vLLM makes a worker's tensors in inference mode, where alone they may be written, and calls functions that are sent to
 it outside of that.
@@ -101,7 +101,9 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
     return model, folder / "thresholds"
 
 
-def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float | None = None) -> None:
+def keep(
+    engine: Any, decode: Callable[[], object], *, rows: float, keys: float | None = None, are_copies: bool = False
+) -> None:
     """Set a running engine's thresholds so that each kv head reads about so many value rows and keys per token.
 
     Args:
@@ -109,7 +111,8 @@ def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float 
             `VLLM_ALLOW_INSECURE_SERIALIZATION=1`.
         decode: Computes the sequences to be measured, unless they are in the prefix cache, and decodes a few tokens.
         rows: Value rows wanted.
-        keys: Keys wanted, more than `rows`, in mode `shadow`; None in mode `values`.
+        keys: Keys wanted, more than `rows`, with calibrated shadow keys; None without.
+        are_copies: Whether the value rows are read as copies.
     """
     floors = None
     if keys is not None:
@@ -122,7 +125,7 @@ def keep(engine: Any, decode: Callable[[], object], *, rows: float, keys: float 
     _bisect(
         engine,
         decode,
-        "value_rows_read",
+        "copies_read" if are_copies else "value_rows_read",
         rows,
         lambda thetas: (thetas, None if floors is None else np.maximum(thetas - floors, 0)),
     )

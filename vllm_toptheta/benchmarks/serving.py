@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG_TAIL = 4000  # characters of a failed engine's log that are shown
+# options of what stands behind a backend's colon
+_MODES: dict[str, dict[str, Any]] = {
+    "": {},
+    "values": {"mode": "values"},
+    "shadow": {"mode": "shadow"},
+    "tiers": {"mode": "shadow", "shadow_values": True},
+}
 
 
 class ServingWorkload(BaseModel):
@@ -58,6 +65,7 @@ class BackendTimes(BaseModel):
         default=None, description="Value rows read over cached in thresholded layers."
     )
     keys_read_share: float | None = Field(default=None, description="Likewise keys, in mode shadow.")
+    copies_read_share: float | None = Field(default=None, description="Likewise values that were read as copies.")
 
     @property
     def median(self) -> float:
@@ -83,6 +91,13 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
     """
     from importlib.metadata import version
 
+    for backend in backends:
+        if backend.partition(":")[2] not in _MODES:
+            raise BenchmarkError(
+                f"{backend} names no mode",
+                field="--backends",
+                remedy=f"Choose one of {', '.join(filter(None, _MODES))}",
+            )
     rows, keys = workload.random_rows, workload.random_keys
     if rows is not None and (keys or 0) <= rows and any(backend.endswith(":shadow") for backend in backends):
         raise BenchmarkError(
@@ -98,6 +113,7 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             times[backend].ms_per_token += measured.ms_per_token
             times[backend].rows_read_share = measured.rows_read_share
             times[backend].keys_read_share = measured.keys_read_share
+            times[backend].copies_read_share = measured.copies_read_share
     # where they lie is nobody's business
     named = workload.model_copy(update={"model": Path(workload.model).name, "shadow_keys": None})
     return ServingReport(workload=named, device=_device(), vllm=version("vllm"), backends=list(times.values()))
@@ -112,7 +128,17 @@ def serving_table(report: ServingReport) -> Table:
         title=f"{work.batch_size} x {work.context} tokens, {work.output_tokens} generated",
         caption=f"{report.device}, vLLM {report.vllm}; median over {len(report.backends[0].ms_per_token)} batches",
     )
-    for heading in ("backend", "ms / token", "min", "max", "tokens / s", "ratio", "value rows read %", "keys read %"):
+    for heading in (
+        "backend",
+        "ms / token",
+        "min",
+        "max",
+        "tokens / s",
+        "ratio",
+        "value rows read %",
+        "keys read %",
+        "copies read %",
+    ):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for backend in report.backends:
         table.add_row(
@@ -124,7 +150,7 @@ def serving_table(report: ServingReport) -> Table:
             f"{report.backends[0].median / backend.median:.3f}",
             *(
                 "" if share is None else f"{100 * share:.1f}"
-                for share in (backend.rows_read_share, backend.keys_read_share)
+                for share in (backend.rows_read_share, backend.keys_read_share, backend.copies_read_share)
             ),
         )
     return table
@@ -156,8 +182,10 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
 
     is_dummy = workload.random_rows is not None
     name, _, mode = backend.partition(":")
-    options = workload.options | ({"mode": mode} if mode else {})
+    options = workload.options | _MODES[mode]
     if is_dummy:
+        if mode == "tiers":
+            options["heavy"] = 1.0  # of keys that are all alike, none is
         # random weights lose far more mass than a model does, and a guard would read row after row for it
         options["guard"] = "warn"
     if mode == "shadow" and workload.shadow_keys is not None:
@@ -193,6 +221,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
             lambda: engine.generate(prompts, few_tokens, use_tqdm=False),
             rows=workload.random_rows,
             keys=workload.random_keys if mode == "shadow" else None,
+            are_copies=mode == "tiers",
         )
     times = []
     for repeat in range(1 + workload.repeats):
@@ -206,6 +235,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
         backend=backend,
         ms_per_token=times,
         rows_read_share=None if stats is None else stats.rows_read_share,
+        copies_read_share=None if stats is None else stats.copies_read_share,
         keys_read_share=None if stats is None else stats.keys_read_share,
     )
 

@@ -9,7 +9,8 @@ nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mo
 
 A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning of
 the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps are
-bound by memory, and equal shares are faster, unless a piece takes long beside its keys (`PIECE_WORK`) and few are wasted.
+bound by memory, and equal shares are faster, unless a piece takes long beside its
+keys (`PIECE_WORK`) and few are wasted.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
