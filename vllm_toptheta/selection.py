@@ -162,6 +162,9 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
     if settings.target is not None:
         return _calibrated(settings, settings.target, model, architecture)
     has_copies = settings.has_copies
+    if has_copies is None:
+        # whoever has calibrated shadow keys and names them wants them
+        has_copies = _load(settings, model, architecture).manifest.shadow is None
     if settings.mode == "shadow" and not has_copies:
         return _shadow(settings, model, architecture)
     evidence = _evidence(settings, model, architecture)

@@ -54,11 +54,11 @@ class Settings(BaseSettings):
         "values",
         description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits.",
     )
-    shadow_values: bool = Field(
-        False,
+    shadow_values: bool | None = Field(
+        None,
         description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and "
         "nothing is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in "
-        "less memory.",
+        "less memory. If not given, on, unless thresholds names a store that has shadow keys.",
     )
     heavy: float = Field(
         DEFAULT_HEAVY,
@@ -188,9 +188,11 @@ class Settings(BaseSettings):
         return settings
 
     @property
-    def has_copies(self) -> bool:
-        """Whether light keys are weighed by copies."""
-        return self.mode == "shadow" and self.shadow_values
+    def has_copies(self) -> bool | None:
+        """Whether light keys are weighed by copies; None if that depends on the store that `thresholds` names."""
+        if self.mode != "shadow" or self.shadow_values is not None:
+            return self.mode == "shadow" and bool(self.shadow_values)
+        return True if self.thresholds is None or "heavy" in self.model_fields_set else None
 
     def _check_copies(self, source: Source) -> None:
         """Refuse options of copies where there are none.
@@ -204,11 +206,11 @@ class Settings(BaseSettings):
                 field=source.name("shadow_values"),
                 remedy="Leave it out, or choose mode shadow",
             )
-        if "heavy" in self.model_fields_set and not self.has_copies:
+        if "heavy" in self.model_fields_set and self.has_copies is False:
             raise SettingsError(
                 "without copies of values, keys are heavy by no bound",
                 field=source.name("heavy"),
-                remedy="Leave it out, or switch shadow_values on in mode shadow",
+                remedy="Leave it out, or choose mode shadow, and do not switch shadow_values off",
             )
 
     def _check_target(self, source: Source) -> None:
