@@ -163,8 +163,9 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         return _calibrated(settings, settings.target, model, architecture)
     has_copies = settings.has_copies
     if has_copies is None:
-        # whoever has calibrated shadow keys and names them wants them
-        has_copies = _load(settings, model, architecture).manifest.shadow is None
+        # whoever names a store wants what it holds: what copies were measured to cost, or calibrated shadow keys
+        manifest = _load(settings, model, architecture, needs_shadow=True).manifest
+        has_copies = manifest.shadow is None and manifest.evidence("shadow") is not None
     if settings.mode == "shadow" and not has_copies:
         return _shadow(settings, model, architecture)
     evidence = _evidence(settings, model, architecture)

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         None,
         description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and "
         "nothing is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in "
-        "less memory. If not given, on, unless thresholds names a store that has shadow keys.",
+        "less memory. If not given, on, unless thresholds names a store of shadow keys.",
     )
     heavy: float = Field(
         DEFAULT_HEAVY,

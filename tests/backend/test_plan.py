@@ -168,7 +168,7 @@ def test_a_server_of_short_steps_is_told_so(
 def test_copies_need_no_store_and_have_a_guard(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setattr(plan_module.logger, "info_once", lambda message, *args: messages.append(message % args))
-    copies = {"mode": "shadow", "shadow_values": True}
+    copies = {"mode": "shadow"}
     plan = Plan.resolve(make_config({**copies, "heavy": 0.02, "weight_floor": 3}))
     plan.log(more_memory=0.2)
     assert (plan.model_id, plan.shadow, plan.heavy, plan.guard) == (None, None, 0.02, "relax")
@@ -376,7 +376,8 @@ def test_floors_that_are_none(make_config: MakeConfig, monkeypatch: pytest.Monke
         ({"target": "k:8", "weight_floor": 2}, errors.SettingsError, "weight_floor and target are two ways"),
         ({"target": "k:8", "mode": "shadow"}, errors.SettingsError, "target: .*served in mode values only"),
         ({"shadow_values": True}, errors.SettingsError, "shadow_values: copies of values belong to mode shadow"),
-        ({"mode": "shadow", "heavy": 0.1}, errors.SettingsError, "heavy: without copies .* shadow_values on"),
+        ({"heavy": 0.1}, errors.SettingsError, "heavy: without copies .* mode shadow"),
+        ({"mode": "shadow", "shadow_values": False, "heavy": 0.1}, errors.SettingsError, "heavy: without copies"),
         ({"heavy": 2}, errors.SettingsError, "heavy.*less than or equal to 1"),
         ({"max_lost_mass": 1}, errors.SettingsError, "max_lost_mass.*less than 1"),
         ({"dense_layers": [9]}, errors.SettingsError, "dense_layers: the model has no layer 9"),
