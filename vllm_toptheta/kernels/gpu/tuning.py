@@ -144,7 +144,16 @@ def tier_config(loader: Loader | None) -> ShadowConfig:
     """How copies are read: by Triton's kernels, or by those that `loader` loads."""
     if loader is None:
         return TIER_CONFIG
-    return ShadowConfig(tile=256, programs_per_sm=loader.sizes.resident, piece_tokens=1536)
+    resident = loader.sizes.resident
+    # up to 33,000 tokens with 8 kv heads, and up to the lengths that are dense, the kernels of mode values are as fast
+    return ShadowConfig(
+        tile=256,
+        programs_per_sm=resident,
+        piece_tokens=1536,
+        few_tokens=2048 // resident,
+        short_length=2112,
+        dense_tokens=896 // resident,
+    )
 
 
 def launch_options(num_warps: int, max_registers: int | None = None, *, is_early: bool = False) -> dict[str, Any]:

@@ -35,8 +35,7 @@ constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp loo
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
 constexpr uint32_t HEAVY_ROOM = 256;
 constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
-// light weights are 2^8 times too large, so that their products with steps are far from the least and the largest float16
-constexpr float LOG2_SCALE = 8.0f, LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
+constexpr float LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STEPS_AT = STAGE_TOKENS * HALF, STAGE_BYTES = STEPS_AT + 2 * STAGE_TOKENS;
@@ -80,6 +79,7 @@ struct Args {
     int max_dense_len, min_step_tokens, few_tokens, short_length;
     int unit, min_work, dense_work, piece_work;
     float softmax_scale, logits_soft_cap, log_heavy;
+    float log2_scale;  // light weights are by that power of two too large, so that float16 holds their products with steps
 };
 
 // ---- rows in rotated channels ----
@@ -432,7 +432,7 @@ struct Scan : Warp {
     // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
     float scale[COLUMNS][2], middle[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
     float anchor[COLUMNS][2];
-    // relative to the anchors, and 2^LOG2_SCALE times too large
+    // relative to the anchors, and 2^log2_scale times too large
     float kept[COLUMNS][2], lost[COLUMNS][2], light[COLUMNS][TILES][4];
     uint32_t light_begin, light_end, heavy_count;
     uint32_t pending[4][VALUE_WORDS], pending_steps[4];
@@ -460,7 +460,7 @@ struct Scan : Warp {
                 light_limit[c][e] = is_there ? a.thresholds[row] : HIGHEST;
                 float lse = is_there ? a.anchor_lse[row] : 0.0f;
                 heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
-                anchor[c][e] = LOG2_SCALE - lse * LOG2_E;
+                anchor[c][e] = a.log2_scale - lse * LOG2_E;
                 kept[c][e] = lost[c][e] = 0.0f;
             }
 #pragma unroll
@@ -922,7 +922,7 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
     const float* stats = reinterpret_cast<const float*>(shared + STATS_AT) + head;
     float best = DISCARDED, kept = 0.0f, lost = 0.0f;
     for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, stats[warp * NUM_STATS * 16]);
-    float light_scale = is_dense ? 0.0f : exp2_fast((a.anchor_lse[row] - best) * LOG2_E - LOG2_SCALE);
+    float light_scale = is_dense ? 0.0f : exp2_fast((a.anchor_lse[row] - best) * LOG2_E - a.log2_scale);
     for (int warp = 0; warp < WARPS; ++warp) {
         const float* of_warp = stats + warp * NUM_STATS * 16;
         float f = exp2_fast((of_warp[0] - best) * LOG2_E);

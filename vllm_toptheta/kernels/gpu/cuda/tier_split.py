@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 SPLIT, COPY = "tier_split", "tier_copy"
 SOURCE = "tier_split.cu"
 COPY_WARPS = 8
+MOST_LOG2_SCALE = 12.0
+ROW_ALIGNMENT = 8  # elements of a query
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
 _LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
@@ -148,7 +151,7 @@ class Arguments(ctypes.Structure):
                 "piece_work",
             )
         ),
-        *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy")),
+        *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy", "log2_scale")),
     ]
 
 
@@ -231,6 +234,8 @@ def launch_tier_split(
         saved: [num_programs * num_kv_heads * warps * 32 * saved_floats] float32, at least.
     """
     sizes = loader.sizes
+    if queries.stride_seq % ROW_ALIGNMENT or queries.stride_head % ROW_ALIGNMENT or queries.query.data_ptr() % 16:
+        raise ValueError(f"query: strides {call.query.stride()}, expected rows at multiples of 16 bytes")
     num_seqs, num_heads, _ = call.query.shape
     num_kv_heads = num_heads // shape.GROUP
     query = call.query.element_size()
@@ -275,6 +280,8 @@ def launch_tier_split(
         softmax_scale=queries.softmax_scale,
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
+        # no light key weighs more than `heavy`: then none is above 1
+        log2_scale=min(MOST_LOG2_SCALE, -log_heavy / math.log(2)),
     )
     copy, split = _loaded(loader, shape, queries.logits_soft_cap is not None)
     stream = torch.cuda.current_stream(call.query.device).cuda_stream if call.query.is_cuda else 0
