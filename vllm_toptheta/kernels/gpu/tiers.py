@@ -34,9 +34,9 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     `reference.tiers` has the formulas. A step of few tokens, or of short sequences, as the scratch's `config` says, is
     faster if all keys are read: it is answered as by `values.decode`.
 
-    Four launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
-    can be captured in a CUDA graph. Any number of heavy and light keys is right, however unlikely. Bits of the output
-    do not depend on what `scratch` held.
+    Four launches, five by the kernels in CUDA C++, whose grids depend on shapes only; nothing is allocated and the host
+    waits for nothing, so the call can be captured in a CUDA graph. Any number of heavy and light keys is right, however
+    unlikely. Bits of the output do not depend on what `scratch` held.
 
     Args:
         step: The step.
