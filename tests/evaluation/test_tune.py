@@ -62,6 +62,13 @@ def test_a_larger_loss_allows_a_larger_floor(subject: Subject, texts: list[Text]
             assert one.kl_bound == upper_bound(one.kl_divergence, one.kl_error, 4, confidence=0.95)
             assert one.change_bound == upper_bound(one.change_percent, one.change_error, 4, confidence=0.95)
     assert strict.worst.value_rows_share > loose.worst.value_rows_share
+    for little, much in zip(strict.measured, loose.measured, strict=True):
+        assert little.lost_mass_p99 is not None
+        assert much.lost_mass_p99 is not None
+        assert len(little.lost_mass_p99) == len(much.lost_mass_p99) == subject.model.config.num_hidden_layers
+        pairs = zip(little.lost_mass_p99, much.lost_mass_p99, strict=True)
+        assert all(0 < (one or 0) < (other or 0) for one, other in pairs)
+    assert len(evidence.lost_mass_p99) == subject.model.config.num_hidden_layers
     assert (evidence.mode, evidence.heavy, evidence.dtype, evidence.device) == ("values", None, "float32", "cpu")
     assert (evidence.window, evidence.quantization, evidence.command) == (32, "none", "toptheta tune tiny")
     assert evidence.weights_sha256 == weights_sha256(subject.model_dir)
@@ -177,6 +184,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Losses], list[tuple[int
                         variant=variant,
                         change_standard_error=error,
                         kl_standard_error=figures["kl_error"],
+                        layers=(),
                     )
                 )
             lengths = [

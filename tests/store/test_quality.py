@@ -48,6 +48,23 @@ def test_a_model_without_a_store_gets_one(tmp_path: Path) -> None:
     assert found.manifest.evidence("shadow") is None
 
 
+def test_the_largest_lost_mass_of_all_lengths_counts(tmp_path: Path) -> None:
+    assert make_evidence().lost_mass_p99 == {}
+    measured = (
+        make_length(2048, lost_mass_p99=(None, 0.3, 0.05)),
+        make_length(4096),
+        make_length(8192, lost_mass_p99=(None, 0.2, 0.1, None, None, 1e-6)),
+    )
+    evidence = make_evidence(make_promise().model_copy(update={"measured": measured}))
+    assert record(tmp_path / "acme--tiny", evidence) == evidence
+    assert evidence.lost_mass_p99 == {1: 0.3, 2: 0.1, 5: 1e-6}
+
+
+def test_evidence_without_lost_mass_is_written_as_before(tmp_path: Path) -> None:
+    record(tmp_path / "acme--tiny", make_evidence())
+    assert "lost_mass" not in (tmp_path / "acme--tiny" / "manifest.yaml").read_text()
+
+
 def test_a_store_keeps_all_else_and_the_evidence_of_other_modes(tmp_path: Path) -> None:
     before = make_store(tmp_path / "acme--tiny", measured=True, num_channels=4)
     shadow = make_evidence(mode="shadow", heavy=0.007)

@@ -309,7 +309,13 @@ def _measured(one: LengthReport, comparison: DecodeComparison) -> MeasuredLength
         top1_agreement=comparison.top1_agreement,
         value_rows_share=comparison.value_rows_share,
         bytes_share=comparison.bytes_share,
+        lost_mass_p99=_lost_mass_p99(comparison),
     )
+
+
+def _lost_mass_p99(comparison: DecodeComparison) -> tuple[float | None, ...]:
+    by_layer = {reads.layer: reads.lost_mass.p99 for reads in comparison.layers if reads.lost_mass is not None}
+    return tuple(by_layer.get(layer) for layer in range(max(by_layer, default=-1) + 1))
 
 
 def _kept(goal: Goal, floor: float, measured: Sequence[MeasuredLength]) -> Promise:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.store.fields import (
+    MAX_LAYERS,
     PRINTABLE,
     Command,
     Count,
@@ -60,6 +61,12 @@ class MeasuredLength(StrictModel):
     top1_agreement: Share
     value_rows_share: Share = Field(description="Value rows read exactly over those cached.")
     bytes_share: Error = Field(description="Bytes of the cache read over those that dense attention reads.")
+    # without names: a mapping for each layer, length and promise would be more values than a manifest may have
+    lost_mass_p99: Annotated[tuple[Share | None, ...], Field(strict=False, max_length=MAX_LAYERS)] | None = Field(
+        default=None,
+        description="Share of the softmax that one decoded token of a query head in a hundred loses more than, by "
+        "layer; None of layers without thresholds, and of evidence from before it was recorded.",
+    )
 
 
 class Promise(StrictModel):
@@ -162,6 +169,19 @@ class Evidence(StrictModel):
         A floor loses more in short sequences than in long ones.
         """
         return min(one.length for one in self.served.measured) - self.window
+
+    @property
+    def lost_mass_p99(self) -> dict[int, float]:
+        """The largest p99 of the lost mass over the lengths of the promise, by layer; empty if none was recorded.
+
+        The largest, because a server counts sequences of all lengths together.
+        """
+        largest: dict[int, float] = {}
+        for one in self.served.measured:
+            for layer, mass in enumerate(one.lost_mass_p99 or ()):
+                if mass is not None:
+                    largest[layer] = max(mass, largest.get(layer, 0.0))
+        return largest
 
     @property
     def line(self) -> str:
