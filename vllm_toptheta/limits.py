@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 # of GPUs; CPUs take heads of any size in groups of any number
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -14,6 +15,7 @@ CHANNELS = (32, 64, 128)
 # upper edges, included, of the buckets that lost masses are counted in
 LOST_MASS_EDGES = tuple(2.0**exponent for exponent in range(-9, 1))
 NUM_LOST_MASS_BUCKETS = len(LOST_MASS_EDGES)
+DEFAULT_MAX_LOST_MASS = 0.5
 
 # The anchors of a sequence: its first and its last keys. Their exact scores bound the softmax denominator from below
 # before any other key is scored; sequences of no more keys than that are dense.
@@ -35,6 +37,11 @@ DEFAULT_TIER_WEIGHT_FLOOR = 1.0
 
 # of ln r: keeps the missing mass of a row finite in float32
 MAX_LOG_SCALE = math.log(1e6)
+
+
+def first_bucket_above(lost_mass: float) -> int:
+    """The first bucket that lies wholly above a lost mass; `NUM_LOST_MASS_BUCKETS` where none does."""
+    return 1 + bisect_left(LOST_MASS_EDGES, lost_mass)
 
 
 def channels_for(head_size: int) -> tuple[int, ...]:

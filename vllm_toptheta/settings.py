@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.limits import (
     DEFAULT_HEAVY,
+    DEFAULT_MAX_LOST_MASS,
     DEFAULT_TIER_WEIGHT_FLOOR,
     DEFAULT_WEIGHT_FLOOR,
     MAX_WEIGHT_FLOOR,
@@ -108,7 +109,7 @@ class Settings(BaseSettings):
         "Off with calibrated shadow keys, by which what is lost is only estimated.",
     )
     max_lost_mass: float = Field(
-        0.5,
+        DEFAULT_MAX_LOST_MASS,
         gt=0.0,
         lt=1.0,
         description="Share of the softmax that a token of a query head may lose to skipped values; counted in powers "

@@ -12,6 +12,7 @@ import torch
 from vllm_toptheta.backend import guard_monitor
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import RELAXATION, LayerGuard
+from vllm_toptheta.backend.loss_watch import MAX_SHARE, LossWatch
 from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, LayerThresholds
 from vllm_toptheta.kernels.cpu.scratch import Counted
@@ -24,7 +25,16 @@ BOUND = 0.25  # what a token may lose
 class Layer:
     """A sparse layer that decodes tokens of its own: the sharper the queries, the less is lost."""
 
-    def __init__(self, *, relaxes: bool, threshold: float = 1.5, device: str = "cpu", bound: float = BOUND) -> None:
+    def __init__(
+        self,
+        *,
+        relaxes: bool,
+        threshold: float = 1.5,
+        device: str = "cpu",
+        bound: float = BOUND,
+        watch: LossWatch | None = None,
+        is_guarded: bool = True,
+    ) -> None:
         self.generator = torch.Generator().manual_seed(0)
         coefficients = torch.zeros(NUM_HEADS, NUM_COEFFICIENTS, device=device)
         coefficients[:, 0] = threshold
@@ -34,9 +44,10 @@ class Layer:
             denominator_compensation=True,
             value_mean_compensation=True,
             counters=LayerCounters(3, [0, 1], NUM_HEADS // NUM_KV_HEADS, device),
-            guard=LayerGuard(0.25),
+            guard=LayerGuard(0.25, bound) if is_guarded else None,
+            watch=watch,
         )
-        self.monitor = guard_monitor.GuardMonitor([self.plan], relaxes=relaxes, max_lost_mass=bound)
+        self.monitor = guard_monitor.GuardMonitor([self.plan], relaxes=relaxes)
 
     @property
     def guard(self) -> LayerGuard:
@@ -108,6 +119,36 @@ def test_warn_says_so_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(layer.plan.thresholds.coefficients[:, 0], layer.plan.constant_terms)
     assert said[0].startswith("toptheta: in layer 3, ")
     assert said[0].endswith("with guard=relax, thresholds are lowered by 0.5")
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_what_the_evidence_did_not_know_is_an_alarm_until_it_is_over(
+    is_guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(guard_monitor.logger, "warning", lambda text, *values: said.append(text % values))
+    watch = LossWatch({3: BOUND, 7: 0.1})
+    layer = Layer(relaxes=True, watch=watch, is_guarded=is_guarded)
+    layer.decode(4.0, 100)
+    assert (watch.alarms, said) == (0, [])
+    assert watch.share is not None
+    assert watch.share < MAX_SHARE
+    layer.decode(1.0, 100 if is_guarded else 17)
+    layer.decode(4.0, 100)
+    assert (watch.alarms, watch.is_alarming, set(watch.shares)) == (1, False, {3})
+    began, *_, ended = (text for text in said if "in layer 3" not in text)
+    assert began.startswith("toptheta: live text is unlike what the promise was measured on: ")
+    assert began.endswith(" % of its tokens lose more of the softmax than 1 % did there, most in layers 3")
+    assert ended.startswith("toptheta: live text loses as little again as what the promise was measured on: ")
+    assert len(said) == 2 or is_guarded
+
+
+def test_a_layer_that_the_evidence_does_not_know_is_guarded_and_not_watched() -> None:
+    watch = LossWatch({7: 0.1})
+    layer = Layer(relaxes=True, watch=watch)
+    layer.decode(1.0, 100)
+    assert layer.guard.level > 0
+    assert watch.shares == {}
 
 
 def test_however_little_may_be_lost_next_to_nothing_is_no_alarm() -> None:

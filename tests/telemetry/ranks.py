@@ -20,6 +20,15 @@ PROMISED: dict[str, Any] = {
     "kl_divergence": 0.0005,
     "differences": ["dtype bfloat16, measured with float32"],
 }
+BEYOND: dict[str, Any] = {
+    "max_share": 0.03,
+    "is_alarming": True,
+    "alarms": 2,
+    "layers": [
+        {"layer": 1, "lost_mass_p99": 0.1, "share": 0.08},
+        {"layer": 2, "lost_mass_p99": 0.2, "share": 0.01},
+    ],
+}
 
 
 def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
@@ -49,6 +58,7 @@ def rank(*counters: LayerCounters, **changes: Any) -> dict[str, Any]:
         "layers": [record for layer in counters for record in layer.heads()],
         "lost_mass": [layer.histogram() for layer in counters],
         "guarded": [],
+        "beyond_evidence": None,
         **changes,
     }
 

@@ -8,10 +8,10 @@ import pytest
 from prometheus_client import REGISTRY, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.telemetry.ranks import PROMISED, counted, rank
+from tests.telemetry.ranks import BEYOND, PROMISED, counted, rank
 from vllm_toptheta.limits import LOST_MASS_EDGES
 from vllm_toptheta.telemetry.metrics import exposition
-from vllm_toptheta.telemetry.stats import Promised, Stats, merge
+from vllm_toptheta.telemetry.stats import BeyondEvidence, Promised, Stats, merge
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -101,6 +101,17 @@ def test_what_is_promised_is_exposed_where_something_is(stats: Stats) -> None:
     assert ("toptheta_promised_loss_percent", "") not in samples(of_kl)
 
 
+def test_what_is_lost_beyond_the_evidence_is_exposed_where_it_is_known(stats: Stats) -> None:
+    assert not [name for name, _ in samples(stats) if "beyond" in name]
+    beyond = samples(merge([[rank(counted(1, [0, 1], [[4, 5]], 0.2), beyond_evidence=BEYOND)]]))
+    assert {key: value for key, value in beyond.items() if "beyond" in key[0]} == {
+        ("toptheta_beyond_evidence_share", "1"): 0.08,
+        ("toptheta_beyond_evidence_share", "2"): 0.01,
+        ("toptheta_beyond_evidence_alarm", ""): 1,
+        ("toptheta_beyond_evidence_alarms_total", ""): 2,
+    }
+
+
 def test_vllms_metrics_are_there_with_and_without_ours(stats: Stats) -> None:
     counter = Counter("vllm:of_a_test", "A metric of vLLM.")
     try:
@@ -122,7 +133,8 @@ def test_several_api_servers_do_not_add_up_ours(stats: Stats, tmp_path: Path, mo
 def test_every_metric_is_documented(stats: Stats) -> None:
     text = DOCS.read_text()
     promised = Promised(**{**PROMISED, "max_kl": 0.001})
-    exposed = exposition(stats.model_copy(update={"promised": promised})).decode()
+    update = {"promised": promised, "beyond_evidence": BeyondEvidence(**BEYOND)}
+    exposed = exposition(stats.model_copy(update=update)).decode()
     families = [family.name for family in text_string_to_metric_families(exposed)]
     for name in families:
         if name.startswith("toptheta"):

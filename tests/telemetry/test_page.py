@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.browser import CHROMIUM, WHY_NOT, Page, new_page
-from tests.telemetry.ranks import PROMISED, Engine, counted, rank
+from tests.telemetry.ranks import BEYOND, PROMISED, Engine, counted, rank
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry import reader
 from vllm_toptheta.telemetry.endpoint import StatsEndpoint
@@ -138,6 +138,20 @@ def test_a_promise_is_shown_with_where_the_server_differs(page: Page) -> None:
         assert (
             "promisedperplexity within 0.5 %; measured otherwise: dtype bfloat16, measured with float32compensation"
         ) in page.text("#in-force")
+    assert page.complaints == []
+
+
+def test_what_is_lost_beyond_the_evidence_is_shown(page: Page) -> None:
+    layer = counted(1, [0, 1], [[30, 10]], 0.25)
+    engine = Engine([rank(layer, promised=PROMISED, beyond_evidence=BEYOND)])
+    with serving(engine) as port:
+        page.open(f"http://127.0.0.1:{port}/toptheta")
+        page.wait_for(IDLE)
+        words = "4.5 % of tokens lose more than 1 % did when measured"
+        assert f"beyond the evidencealarm, above 3 %: {words}compensation" in page.text("#in-force")
+        engine.answers = [rank(layer, beyond_evidence={**BEYOND, "is_alarming": False, "layers": []})]
+        page.evaluate(ASK)
+        page.wait_for("document.querySelector('#in-force').textContent.includes('evidenceno window of tokens yet')")
     assert page.complaints == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.telemetry.ranks import counted, rank
+from tests.telemetry.ranks import BEYOND, counted, rank
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.kernels.cpu.scratch import MAX_PENDING, Counted
 from vllm_toptheta.limits import LOST_MASS_EDGES
@@ -151,6 +151,17 @@ def test_a_kv_head_on_two_ranks_is_summed() -> None:
     (head,) = merge([[rank(one), rank(other)]]).layers
     assert (head.decode_tokens, head.rows_cached, head.rows_read) == (3, 300, 19)
     assert head.lost_mass_mean == pytest.approx((2 * 0.5 + 0.2) / 3)
+
+
+def test_what_is_beyond_the_evidence_is_that_of_the_rank_that_is_worse_off() -> None:
+    layer = counted(2, [0], [[7]], 0.5)
+    assert merge([[rank(layer)]]).beyond_evidence is None
+    worse = [{"layer": 2, "lost_mass_p99": 0.2, "share": 0.5}, {"layer": 3, "lost_mass_p99": 0.2, "share": 0.0}]
+    other = {**BEYOND, "is_alarming": False, "alarms": 1, "layers": worse}
+    found = merge([[rank(layer, beyond_evidence=BEYOND), rank(layer, beyond_evidence=other), rank()]]).beyond_evidence
+    assert found is not None
+    assert (found.is_alarming, found.alarms, found.max_share) == (True, 2, 0.03)
+    assert [(one.layer, one.share) for one in found.layers] == [(1, 0.08), (2, 0.5), (3, 0.0)]
 
 
 def test_requests_are_counted_once_on_all_ranks_of_a_replica() -> None:

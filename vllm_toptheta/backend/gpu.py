@@ -142,10 +142,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 impl.loader = loader
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        settings = self.plan.settings
-        self.guard_monitor = GuardMonitor(
-            layer_plans, relaxes=settings.guard == "relax", max_lost_mass=settings.max_lost_mass
-        )
+        self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

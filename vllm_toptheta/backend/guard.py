@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vllm_toptheta.limits import DEFAULT_MAX_LOST_MASS, LOST_MASS_EDGES, first_bucket_above
+
 # by how much thresholds are lowered at each level, in scaled logits; at the last one every key is kept
 RELAXATION = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)
 CALM = 0.5  # of the limit: what counts as calm
@@ -23,6 +25,7 @@ class LayerGuard:
 
     Attributes:
         limit: Share of tokens that may lose more than the bound.
+        max_lost_mass: What a token of a query head may lose; the bound is the edge of the histogram above it.
         level: Index into `RELAXATION`.
         patience: Calm windows that it takes to go back a level.
         calm: Calm windows so far, in a row.
@@ -32,12 +35,23 @@ class LayerGuard:
     """
 
     limit: float
+    max_lost_mass: float = DEFAULT_MAX_LOST_MASS
     level: int = 0
     patience: int = FIRST_PATIENCE
     calm: int = 0
     is_probing: bool = False
     share_above: float = 0.0
     alarms: int = 0
+
+    @property
+    def first_above(self) -> int:
+        """The first bucket of lost mass that lies wholly above the bound."""
+        return first_bucket_above(self.max_lost_mass)
+
+    @property
+    def bound(self) -> float:
+        """`max_lost_mass`, rounded up to an edge of the histogram."""
+        return LOST_MASS_EDGES[self.first_above - 1]
 
     @property
     def relaxation(self) -> float:

@@ -1,5 +1,7 @@
 """Where the guard meets the device: it reads what decoding lost, window by window, and moves thresholds in place.
 
+What the evidence of a promise knew of lost mass is compared with the same windows, whether there is a guard or not.
+
 The kernels count lost masses in histograms on the device, and read thresholds from tensors that captured graphs refer
 to. So the guard needs nothing from a step: it copies the histograms to the host now and then, without waiting for the
 copy, and writes into those tensors.
@@ -8,7 +10,6 @@ copy, and writes into those tensors.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.loss_watch import LossWatch
 from vllm_toptheta.backend.plan import LayerPlan
-from vllm_toptheta.limits import LOST_MASS_EDGES
+from vllm_toptheta.limits import first_bucket_above
 
 logger = init_logger("vllm.toptheta")
 
@@ -27,10 +29,9 @@ MIN_TOKENS = 64  # decoded tokens that make a window
 
 @dataclass
 class _MonitoredLayer:
-    """A layer, and what the guard remembers of it."""
+    """A layer, and what is remembered of it."""
 
     plan: LayerPlan
-    guard: LayerGuard
     seen: torch.Tensor  # [num_heads, num_buckets] int64, on the host: the histogram at the end of the last window
 
 
@@ -38,17 +39,16 @@ class GuardMonitor:
     """Monitors the sparse layers of one group on one rank.
 
     Args:
-        layer_plans: The layers; those without a guard are left alone.
+        layer_plans: The layers; those that are neither guarded nor watched are left alone.
         relaxes: Whether thresholds are lowered; otherwise it is only said that they should be.
-        max_lost_mass: What a token of a query head may lose; rounded up to an edge of the histogram.
     """
 
-    def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool, max_lost_mass: float) -> None:
+    def __init__(self, layer_plans: Sequence[LayerPlan], *, relaxes: bool) -> None:
         self.relaxes = relaxes
-        # a bucket is above if all of it is
-        self._first_above = 1 + bisect_left(LOST_MASS_EDGES, max_lost_mass)
-        self._max_lost_mass = LOST_MASS_EDGES[self._first_above - 1]
-        self._layers = [_monitored(plan, plan.guard) for plan in layer_plans if plan.guard is not None]
+        self._layers = [
+            _monitored(plan) for plan in layer_plans if plan.guard is not None or plan.known_p99 is not None
+        ]
+        self._watch = next((plan.watch for plan in layer_plans if plan.watch is not None), None)
         self._steps = 0
         self._copy: torch.Tensor | None = None  # [num_layers, num_heads, num_buckets] int64, on its way to the host
         self._copied: torch.cuda.Event | None = None
@@ -63,8 +63,17 @@ class GuardMonitor:
                 self._start_copy()
         elif self._copied is None or self._copied.query():
             histograms, self._copy, self._steps = self._copy, None, 0
+            shares: dict[int, float] = {}
             for layer, histogram in zip(self._layers, histograms, strict=True):
-                self._observe(layer, histogram)
+                window = _window(layer, histogram)
+                if window is None:
+                    continue
+                if layer.plan.guard is not None:
+                    self._observe(layer.plan, layer.plan.guard, window)
+                if layer.plan.known_p99 is not None:
+                    shares[layer.plan.counters.layer] = _share(window, first_bucket_above(layer.plan.known_p99))
+            if shares and self._watch is not None and self._watch.observe(shares):
+                _report(self._watch)
 
     @torch.inference_mode()
     def _start_copy(self) -> None:
@@ -78,31 +87,58 @@ class GuardMonitor:
             self._copied.record()
 
     @torch.inference_mode()
-    def _observe(self, layer: _MonitoredLayer, histogram: torch.Tensor) -> None:
-        window = histogram - layer.seen
-        if bool((window < 0).any()):  # the counters were zeroed
-            window = histogram
-        if int(window.sum()) < MIN_TOKENS * len(window):
-            return
-        layer.seen = histogram.clone()
-        share = float(window[:, self._first_above :].sum() / window.sum())
-        if not layer.guard.observe(share):
+    def _observe(self, plan: LayerPlan, guard: LayerGuard, window: torch.Tensor) -> None:
+        share = _share(window, guard.first_above)
+        if not guard.observe(share):
             return
         if self.relaxes:
-            layer.plan.thresholds.coefficients[:, 0] = layer.plan.constant_terms - layer.guard.relaxation
+            plan.thresholds.coefficients[:, 0] = plan.constant_terms - guard.relaxation
         logger.warning(
             "toptheta: in layer %d, %.0f %% of the tokens of a head lost more than %g of the softmax: %s%s",
-            layer.plan.counters.layer,
+            plan.counters.layer,
             100 * share,
-            self._max_lost_mass,
+            guard.bound,
             "" if self.relaxes else "with guard=relax, ",
-            _consequence(layer.guard),
+            _consequence(guard),
         )
 
 
-def _monitored(plan: LayerPlan, guard: LayerGuard) -> _MonitoredLayer:
+def _monitored(plan: LayerPlan) -> _MonitoredLayer:
     histogram = plan.counters.buffers.lost_mass_histogram
-    return _MonitoredLayer(plan=plan, guard=guard, seen=torch.zeros(histogram.shape, dtype=torch.int64))
+    return _MonitoredLayer(plan=plan, seen=torch.zeros(histogram.shape, dtype=torch.int64))
+
+
+def _window(layer: _MonitoredLayer, histogram: torch.Tensor) -> torch.Tensor | None:
+    """The layer's histogram since the last window; None while too few tokens are in it."""
+    window = histogram - layer.seen
+    if bool((window < 0).any()):  # the counters were zeroed
+        window = histogram
+    if int(window.sum()) < MIN_TOKENS * len(window):
+        return None
+    layer.seen = histogram.clone()
+    return window
+
+
+def _share(window: torch.Tensor, first_bucket: int) -> float:
+    return float(window[:, first_bucket:].sum() / window.sum())
+
+
+def _report(watch: LossWatch) -> None:
+    share = 100 * (watch.share or 0.0)
+    if watch.is_alarming:
+        most = sorted(watch.shares, key=watch.shares.__getitem__, reverse=True)[:3]
+        logger.warning(
+            "toptheta: live text is unlike what the promise was measured on: %.1f %% of its tokens lose more of the "
+            "softmax than 1 %% did there, most in layers %s",
+            share,
+            ", ".join(map(str, most)),
+        )
+    else:
+        logger.warning(
+            "toptheta: live text loses as little again as what the promise was measured on: %.1f %% of its tokens lose "
+            "more than 1 %% did there",
+            share,
+        )
 
 
 def _consequence(guard: LayerGuard) -> str:

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.loss_watch import LossWatch
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec, tier_bytes
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer, TierLayer
@@ -54,6 +55,7 @@ class LayerPlan:
         guard: Decides about the thresholds; None if it is off.
         shadow: Calibrated shadow keys; None without.
         tiers: What copies are for; None without.
+        watch: Compares what is lost with what the evidence knew; None where it knew nothing.
     """
 
     thresholds: LayerThresholds
@@ -64,6 +66,12 @@ class LayerPlan:
     guard: LayerGuard | None
     shadow: ShadowLayer | None = None
     tiers: TierLayer | None = None
+    watch: LossWatch | None = None
+
+    @property
+    def known_p99(self) -> float | None:
+        """What one token in a hundred lost more than where the promise was measured; None if it is not watched."""
+        return None if self.watch is None else self.watch.known.get(self.counters.layer)
 
     def layer(self, *, softmax_scale: float, logits_soft_cap: float | None) -> Layer:
         """What kernels are told of the layer."""
@@ -97,6 +105,7 @@ class Plan:
         promised: The evidence of what is promised; None where nothing is.
         differences: Where the server is not what the promise was measured on.
         automatic: Which sequences are best dense on this hardware, where the settings do not say so.
+        watch: Compares what is lost with what the evidence knew; None where it knew nothing.
     """
 
     settings: Settings
@@ -112,6 +121,7 @@ class Plan:
     promised: Evidence | None = None
     differences: tuple[str, ...] = ()
     automatic: DenseRule = ALWAYS_SPARSE
+    watch: LossWatch | None = None
 
     @classmethod
     def resolve(cls, vllm_config: Any) -> Plan:
@@ -128,6 +138,7 @@ class Plan:
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
         selection = select(settings, model_config.model, architecture)
+        promised = selection.evidence if selection.is_promised else None
         return cls(
             settings=settings,
             thresholds=selection.thresholds,
@@ -145,8 +156,9 @@ class Plan:
             shadow=selection.shadow,
             heavy=selection.heavy,
             quality=selection.quality,
-            promised=selection.evidence if selection.is_promised else None,
+            promised=promised,
             differences=tuple(selection.check_promise(settings, _serving(vllm_config))),
+            watch=LossWatch(promised.lost_mass_p99) if promised and promised.lost_mass_p99 else None,
         )
 
     @classmethod
@@ -266,7 +278,8 @@ class Plan:
                 counts_keys=self.code_bytes > 0,
                 counts_copies=self.heavy is not None,
             ),
-            guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share),
+            guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share, self.settings.max_lost_mass),
+            watch=self.watch,
             shadow=None
             if self.shadow is None
             else _shadow_layer(self.shadow, layer, heads=heads, kv_heads=kv_heads, device=device),

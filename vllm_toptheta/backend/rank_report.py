@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from vllm_toptheta.backend.capabilities import FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.layers import our_impls
+from vllm_toptheta.backend.loss_watch import MAX_SHARE, LossWatch
 from vllm_toptheta.backend.plan import Plan
 
 
@@ -19,7 +21,8 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
     plan = next((impl.plan for impl in impls if impl.plan is not None), None)
     if plan is None:
         return None
-    counters = [impl.layer_plan.counters for impl in impls if impl.layer_plan]
+    layer_plans = [impl.layer_plan for impl in impls if impl.layer_plan]
+    counters = [layer.counters for layer in layer_plans]
     layers = [record for layer in counters for record in layer.heads()]
     # every layer decodes every token
     totals = counters[0].settled().totals.tolist() if counters else [0] * 5
@@ -48,9 +51,30 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
         "layers": layers,
         "lost_mass": [layer.histogram() for layer in counters],
         "guarded": [
-            _guard_state(impl.layer_plan.counters.layer, impl.layer_plan.guard, relaxes=plan.settings.guard == "relax")
-            for impl in impls
-            if impl.layer_plan and impl.layer_plan.guard
+            _guard_state(layer.counters.layer, layer.guard, relaxes=plan.settings.guard == "relax")
+            for layer in layer_plans
+            if layer.guard
+        ],
+        "beyond_evidence": beyond_evidence({layer.watch for layer in layer_plans if layer.watch is not None}),
+    }
+
+
+def beyond_evidence(watches: Collection[LossWatch]) -> dict[str, Any] | None:
+    """A plain record of what is lost beyond what was measured, in the fields of `stats.BeyondEvidence`.
+
+    Args:
+        watches: Those of the rank, one for each group of layers that vLLM builds metadata for.
+    """
+    if not watches:
+        return None
+    return {
+        "max_share": MAX_SHARE,
+        "is_alarming": any(watch.is_alarming for watch in watches),
+        "alarms": sum(watch.alarms for watch in watches),
+        "layers": [
+            {"layer": layer, "lost_mass_p99": watch.known[layer], "share": share}
+            for watch in watches
+            for layer, share in watch.shares.items()
         ],
     }
 

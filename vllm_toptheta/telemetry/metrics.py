@@ -100,6 +100,7 @@ class StatsCollector(Collector):
         for state in stats.guarded:
             lowered.add_metric([str(state.layer)], math.inf if state.lowered_by is None else state.lowered_by)
         yield lowered
+        yield from _beyond_evidence(stats)
 
 
 def exposition(stats: Stats | None) -> bytes:
@@ -149,6 +150,31 @@ def _promise(stats: Stats) -> Iterator[GaugeMetricFamily]:
     for name, (documentation, value) in figures.items():
         if value is not None:
             yield GaugeMetricFamily(f"toptheta_promised_{name}", documentation, value=value)
+
+
+def _beyond_evidence(stats: Stats) -> Iterator[Metric]:
+    """What is lost beyond what was measured, where that is known."""
+    beyond = stats.beyond_evidence
+    if beyond is None:
+        return
+    share = GaugeMetricFamily(
+        "toptheta_beyond_evidence_share",
+        "Share of the last window's tokens that lost more than 1 % did where the promise was measured.",
+        labels=["layer"],
+    )
+    for one in beyond.layers:
+        share.add_metric([str(one.layer)], one.share)
+    yield share
+    yield GaugeMetricFamily(
+        "toptheta_beyond_evidence_alarm",
+        "1 while live text loses more than was measured for the promise.",
+        value=beyond.is_alarming,
+    )
+    yield _counter(
+        "toptheta_beyond_evidence_alarms",
+        "Times that live text began to lose more than was measured for the promise.",
+        beyond.alarms,
+    )
 
 
 def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:

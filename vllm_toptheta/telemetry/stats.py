@@ -56,6 +56,26 @@ class GuardState(BaseModel):
     lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
 
 
+class LayerBeyondEvidence(BaseModel):
+    """What one layer loses beyond what was known of it."""
+
+    layer: int
+    lost_mass_p99: float = Field(description="What 1 % of the tokens lost more than, where it was measured.")
+    share: float = Field(description="Share of the last window's tokens, of all heads, that surely lost more.")
+
+
+class BeyondEvidence(BaseModel):
+    """Whether live text loses more than the evidence of the promise knew."""
+
+    max_share: float = Field(description="Mean share of the layers above which there is an alarm.")
+    is_alarming: bool = Field(description="Whether there is an alarm on any rank.")
+    alarms: int = Field(description="Alarms that began since the server started; of the rank with the most.")
+    layers: list[LayerBeyondEvidence] = Field(
+        description="Of the rank that is worse off, without layers whose p99 lies in the last bucket; empty before the "
+        "first window."
+    )
+
+
 class Promised(BaseModel):
     """What the server promises by what toptheta tune measured, and where it is not served as it was measured."""
 
@@ -105,6 +125,7 @@ class RankStats(InForce):
     layers: list[HeadStats]
     lost_mass: list[LostMass]
     guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
+    beyond_evidence: BeyondEvidence | None
 
 
 class Stats(InForce):
@@ -129,6 +150,9 @@ class Stats(InForce):
     layers: list[HeadStats]
     lost_mass: list[LostMass]
     guarded: list[GuardState] = Field(description="Of every layer under guard; of the rank that is worse off.")
+    beyond_evidence: BeyondEvidence | None = Field(
+        description="What is lost beyond what was measured for the promise; null where that is not known."
+    )
 
 
 def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
@@ -168,6 +192,22 @@ def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:
         layers=layers,
         lost_mass=[lost_mass[layer] for layer in sorted(lost_mass)],
         guarded=_worst(state for report in reports for state in report.guarded),
+        beyond_evidence=_beyond_evidence([one.beyond_evidence for one in reports if one.beyond_evidence is not None]),
+    )
+
+
+def _beyond_evidence(reports: list[BeyondEvidence]) -> BeyondEvidence | None:
+    if not reports:
+        return None
+    worst: dict[int, LayerBeyondEvidence] = {}
+    for one in (one for report in reports for one in report.layers):
+        if one.layer not in worst or one.share > worst[one.layer].share:
+            worst[one.layer] = one
+    return BeyondEvidence(
+        max_share=reports[0].max_share,
+        is_alarming=any(report.is_alarming for report in reports),
+        alarms=max(report.alarms for report in reports),
+        layers=[worst[layer] for layer in sorted(worst)],
     )
 
 

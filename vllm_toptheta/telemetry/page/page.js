@@ -128,11 +128,19 @@ function describePromise(promised) {
   return promised.differences.length ? `${text}; measured otherwise: ${promised.differences.join("; ")}` : text;
 }
 
+function describeBeyond({ layers, is_alarming, max_share }) {
+  if (!layers.length) return "no window of tokens yet";
+  const share = layers.reduce((sum, one) => sum + one.share, 0) / layers.length;
+  const text = `${percent(share)} of tokens lose more than 1 % did when measured`;
+  return is_alarming ? `alarm, above ${percent(max_share)}: ${text}` : text;
+}
+
 function drawInForce(stats) {
   const rows = {
     "thresholds of": stats.thresholds ?? "none: every layer is dense",
     "target": stats.target ?? "–",
     "promised": describePromise(stats.promised),
+    ...(stats.beyond_evidence && { "beyond the evidence": describeBeyond(stats.beyond_evidence) }),
     "compensation": stats.compensation,
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
     "dense up to": describeDense(stats),
