@@ -104,5 +104,5 @@ def test_only_a_guard_that_relaxes_reports_lowered_thresholds(relaxes: bool, low
     guard = LayerGuard(LIMIT)
     windows(guard, 0.01, 3)
     windows(guard, 0.9, 1)
-    state = {"layer": 4, "share_above": 0.9, "alarms": 1, "lowered_by": lowered_by}
+    state = {"layer": 4, "max_lost_mass": 0.5, "share_above": 0.9, "alarms": 1, "lowered_by": lowered_by}
     assert _guard_state(4, guard, relaxes=relaxes) == state

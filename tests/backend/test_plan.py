@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from vllm.config import VllmConfig
 
 from tests import store_factory
-from tests.quality_factory import make_evidence, make_promise
+from tests.quality_factory import make_evidence, make_length, make_promise
 from tests.shadow_store import make_shadow_store
 from vllm_toptheta import errors, store
 from vllm_toptheta.backend import plan as plan_module
@@ -282,6 +282,31 @@ def test_without_evidence_the_default_floor_is_served_and_it_is_said(
     assert f"thresholds floor:{DEFAULT_WEIGHT_FLOOR:g}" in said[0]
     assert said[1] == ("toptheta: nothing is promised: no quality was measured for this model and mode (toptheta tune)")
     assert (plan.promised, plan.dense_rule) == (None, (NUM_ANCHORS, 0))
+
+
+def test_the_guard_goes_by_what_each_layer_lost_when_it_was_measured(
+    make_config: MakeConfig, measured: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(plan_module.logger, "info_once", lambda message, *args: said.append(message % args))
+
+    def bounds(**changes: Any) -> list[float]:
+        plan = Plan.resolve(make_config(options | changes))
+        plan.log()
+        layers = [plan.for_layer(layer, num_heads=9, num_kv_heads=3, rank=0) for layer in range(4)]
+        return [layer.guard.bound for layer in layers if layer is not None and layer.guard is not None]
+
+    options = measured()
+    assert bounds() == [0.5] * 4
+    known = make_length(lost_mass_p99=(0.1, 0.3, 0.7))
+    options = measured(make_promise().model_copy(update={"measured": (known,)}))
+    assert bounds() == [0.125, 0.5, 0.5, 0.5]
+    assert said[-1].endswith("where the promise was measured, 0.1 to 0.5 by layer")
+    said.clear()
+    assert bounds(max_lost_mass=0.25) == [0.25] * 4
+    assert bounds(weight_floor=3) == [0.5] * 4  # promises nothing
+    assert bounds(guard="off") == []
+    assert not [line for line in said if "in place of max_lost_mass" in line]
 
 
 def test_workers_report_the_promise(make_config: MakeConfig, measured: Callable[..., Options]) -> None:

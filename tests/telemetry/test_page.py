@@ -149,9 +149,12 @@ def test_what_is_lost_beyond_the_evidence_is_shown(page: Page) -> None:
         page.wait_for(IDLE)
         words = "4.5 % of tokens lose more than 1 % did when measured"
         assert f"beyond the evidencealarm, above 3 %: {words}compensation" in page.text("#in-force")
-        engine.answers = [rank(layer, beyond_evidence={**BEYOND, "is_alarming": False, "layers": []})]
+        states = [{"layer": i, "max_lost_mass": i / 4, "share_above": 0, "alarms": 0, "lowered_by": 0} for i in (1, 2)]
+        guarded = {"guarded": states}
+        engine.answers = [rank(layer, **guarded, beyond_evidence={**BEYOND, "is_alarming": False, "layers": []})]
         page.evaluate(ASK)
         page.wait_for("document.querySelector('#in-force').textContent.includes('evidenceno window of tokens yet')")
+        assert "guardrelax: every layer within its own boundmode" in page.text("#in-force")
     assert page.complaints == []
 
 

@@ -201,6 +201,18 @@ class Plan:
         """What the guard does; off with calibrated shadow keys, because what is lost is only estimated."""
         return self.settings.guard if self.thresholds is not None and self.shadow is None else "off"
 
+    def max_lost_mass(self, layer: int) -> float:
+        """What a token of a query head may lose in a layer before the guard counts it.
+
+        Where it is not set, it is what one token in a hundred lost more than where the promise was measured, if that is
+        less than the default. The margin: the guard rounds it up to a power of two, and acts only where `guard_share`
+        of the tokens, by default ten times as many as measured, lose more.
+        """
+        limit = self.settings.max_lost_mass
+        if self.watch is None or "max_lost_mass" in self.settings.model_fields_set:
+            return limit
+        return min(limit, self.watch.known.get(layer, limit))
+
     def log(self, *, more_memory: float = 0.0, scans: bool = True) -> None:
         """Say once what is in force.
 
@@ -239,6 +251,14 @@ class Plan:
             ", ".join(f"{name}={value}" for name, value in options.items()),
         )
         logger.info_once("toptheta: %s", self.quality)
+        limits = {self.max_lost_mass(layer) for layer in range(self.architecture.num_layers)}
+        if self.guard != "off" and limits != {self.settings.max_lost_mass}:
+            logger.info_once(
+                "toptheta: in place of max_lost_mass, the guard takes what 1 %% of the tokens lost more than where the "
+                "promise was measured, %g to %g by layer",
+                min(limits),
+                max(limits),
+            )
         if self.differences:
             logger.warning_once("toptheta: what is promised was measured otherwise: %s", "; ".join(self.differences))
 
@@ -278,7 +298,7 @@ class Plan:
                 counts_keys=self.code_bytes > 0,
                 counts_copies=self.heavy is not None,
             ),
-            guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share, self.settings.max_lost_mass),
+            guard=None if self.guard == "off" else LayerGuard(self.settings.guard_share, self.max_lost_mass(layer)),
             watch=self.watch,
             shadow=None
             if self.shadow is None

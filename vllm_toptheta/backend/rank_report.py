@@ -104,6 +104,7 @@ def _guard_state(layer: int, guard: LayerGuard, *, relaxes: bool) -> dict[str, A
     lowered_by = guard.relaxation if relaxes else 0.0
     return {
         "layer": layer,
+        "max_lost_mass": guard.bound,
         "share_above": guard.share_above,
         "alarms": guard.alarms,
         "lowered_by": None if math.isinf(lowered_by) else lowered_by,

@@ -49,9 +49,10 @@ class GuardState(BaseModel):
     """What the guard makes of one layer."""
 
     layer: int
-    share_above: float = Field(
-        description="Share of the last window's tokens, of all heads, that lost more than max_lost_mass."
+    max_lost_mass: float = Field(
+        description="What a token of a query head may lose here, rounded up to an edge of the histogram."
     )
+    share_above: float = Field(description="Share of the last window's tokens, of all heads, that lost more.")
     alarms: int = Field(description="Windows in which that share was too large, since the server started.")
     lowered_by: float | None = Field(description="Of the thresholds, scaled logits; null where every key is kept.")
 
@@ -96,7 +97,10 @@ class InForce(BaseModel):
     guard: str = Field(
         description="off, warn or relax; off with calibrated shadow keys, by which what is lost is only estimated."
     )
-    max_lost_mass: float = Field(description="What a token of a query head may lose before the guard counts it.")
+    max_lost_mass: float = Field(
+        description="What a token of a query head may lose before the guard counts it, where a layer has no bound of "
+        "its own (guarded)."
+    )
     target: str | None = Field(description="What the thresholds aim at, floor:2 or k:128; null if none are used.")
     compensation: str
     min_context: int = Field(description="Sequences of at most this many tokens are dense.")

@@ -112,7 +112,9 @@ function describeGuard(stats) {
   if (stats.guard === "off") return stats.guard;
   const alarmed = stats.guarded.filter((state) => state.alarms).map((state) => state.layer);
   if (!lowered.length && stats.guard === "warn" && alarmed.length) return `warn: too much lost in layers ${alarmed.join(", ")}`;
-  if (!lowered.length) return `${stats.guard}: every layer within ${percent(stats.max_lost_mass)}`;
+  const bounds = new Set(stats.guarded.map((state) => state.max_lost_mass));
+  const bound = bounds.size > 1 ? "its own bound" : percent([...bounds][0] ?? stats.max_lost_mass);
+  if (!lowered.length) return `${stats.guard}: every layer within ${bound}`;
   const text = (state) => `${state.layer} (${state.lowered_by === null ? "dense" : "-" + state.lowered_by})`;
   return `${stats.guard}: thresholds lowered in layers ${lowered.map(text).join(", ")}`;
 }
