@@ -11,7 +11,7 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
-from vllm_toptheta.kernels.gpu.cuda.tier_split import loader_for
+from vllm_toptheta.kernels.gpu.cuda.tier_split import find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
@@ -76,7 +76,7 @@ def toptheta_by_tiers(
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device, counts_keys=True, counts_copies=True)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    loader = None if in_triton else loader_for(device, head_size, num_heads // num_kv_heads)
+    loader = None if in_triton else find_loader(device, head_size, num_heads // num_kv_heads)
     config = (config or tier_config(loader)).scanning
     scratch = TierScratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     tiers = TierLayer(TierCodec.build(head_size, device), LOG_HEAVY)
