@@ -152,7 +152,7 @@ def test_workers_answer_what_they_counted(release: Release) -> None:
         "    one, read = torch.ones(1, 1, dtype=torch.int64), torch.tensor([[4]])\n"
         "    step = Counted(torch.tensor([1, 0, 9, 1, 0]), one, read, torch.zeros(1, 2), read)\n"
         "    counters.scratch.add(counters.buffers, step)\n"
-        "impls = [S(plan=plan, layer_plan=S(counters=counters, guard=None), requests=requests),\n"
+        "impls = [S(plan=plan, layer_plan=S(counters=counters, guard=None, watch=None), requests=requests),\n"
         "         S(plan=None, layer_plan=None, requests=None)]\n"
         "rest = {'cache_config': S(cache_dtype='auto'), 'model_config': S(dtype=torch.float16)}\n"
         "worker = WorkerBase.__new__(WorkerBase)\n"
