@@ -1,4 +1,4 @@
-"""Compiling, keeping, loading and launching of CUDA kernels, by doubles of NVRTC and of the driver."""
+"""Compiling of CUDA kernels, and keeping, loading and launching them, by doubles of NVRTC and of the driver."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from tests.kernels.nvrtc_double import REFUSED, DriverDouble, NvrtcDouble
+from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.gpu.cuda.cubins import Cubins
 from vllm_toptheta.kernels.gpu.cuda.driver import Driver, DriverError, Kernel, KernelAttributes
-from vllm_toptheta.kernels.gpu.cuda.loading import load, source_text
+from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER, load, source_text
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import LOG_CHARACTERS, CompileError, Nvrtc, find_nvrtc
+from vllm_toptheta.kernels.gpu.cuda.tier_split import COPY, SOURCE, SPLIT, macros_of, split_sizes
+from vllm_toptheta.kernels.gpu.records import Shape
 
 PROBE = Path(__file__).parent / "simt" / "probe.cu"
 LAUNCH = {"grid": (4, 5, 6), "threads": 128, "shared_bytes": 65536, "stream": 0x1234567890AB, "is_early": False}
@@ -29,16 +32,41 @@ class Arguments(ctypes.Structure):
 
 
 def compile_real(source: str, architecture: str, macros: tuple[str, ...], folder: Path) -> bytes:
-    try:
-        compiler = find_nvrtc()
-    except CompileError:
-        pytest.skip("needs NVRTC")
-    return Cubins(compiler, folder).get(source, architecture, macros)
+    return Cubins(find_nvrtc(), folder).get(source, architecture, macros)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_nvrtc_takes_every_wrapper(architecture: str, tmp_path: Path) -> None:
     assert compile_real(source_text(PROBE), architecture, (), tmp_path).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "group", "head_size", "block_size", "dtype", "has_soft_cap"),
+    [
+        ("sm_90", 4, 128, 16, torch.bfloat16, False),
+        ("sm_90", 7, 128, 32, torch.float16, True),
+        ("sm_90", 16, 128, 48, torch.bfloat16, False),
+        ("sm_90", 3, 64, 128, torch.bfloat16, False),
+        ("sm_90", 8, 256, 16, torch.bfloat16, False),
+        ("sm_80", 1, 128, 16, torch.bfloat16, False),
+        ("sm_100", 4, 128, 16, torch.bfloat16, False),
+    ],
+)
+def test_nvrtc_takes_the_kernels_of_copies(
+    architecture: str,
+    group: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_soft_cap: bool,
+    tmp_path: Path,
+) -> None:
+    """It knows less than the emulator's compiler: no header, and none of its built-in functions."""
+    is_float16 = dtype == torch.float16
+    shape = Shape(block_size, head_size, group, head_size, is_float16, True, True, tier_bytes(head_size))
+    macros = macros_of(shape, split_sizes(head_size, group), has_soft_cap=has_soft_cap)
+    cubin = compile_real(source_text(SOURCE_FOLDER / SOURCE), architecture, macros, tmp_path)
+    assert all(name.encode() in cubin for name in (SPLIT, COPY))
 
 
 def test_errors_of_nvrtc_itself_name_file_and_line(tmp_path: Path) -> None:

@@ -101,9 +101,7 @@ def _torch_major() -> str:
 
 def _files_of_wheels() -> Iterator[Path]:
     spec = importlib.util.find_spec("nvidia")  # a namespace package of all of NVIDIA's wheels
-    major = _torch_major()
+    major = _torch_major() or "[0-9]*"  # a torch for CPUs compiles for any GPU that is named
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for library_folder in (f"cu{major}", "cuda_nvrtc"):
-            file = Path(folder) / library_folder / "lib" / f"libnvrtc.so.{major}"
-            if file.is_file():
-                yield file
+            yield from sorted(Path(folder).glob(f"{library_folder}/lib/libnvrtc.so.{major}"))
