@@ -187,12 +187,14 @@ def test_floats_are_packed_to_the_nearest(probe: Probe, column: int, dtype: torc
     assert torch.equal(found.nan_to_num(-7.0), expected.nan_to_num(-7.0))
 
 
-def test_powers_and_logarithms(probe: Probe) -> None:
+def test_powers_and_quotients(probe: Probe) -> None:
     low, high = probe.floats[:, 0].double(), probe.floats[:, 1].double()
     flushed = torch.where(torch.exp2(low) < torch.finfo(torch.float32).tiny, 0.0, torch.exp2(low)).float()
     torch.testing.assert_close(probe.reals[:, 0], flushed, rtol=2.0**-21, atol=1e-37, equal_nan=True)
-    flushed = torch.where(high < torch.finfo(torch.float32).tiny, 0.0, high).log2().float()
-    torch.testing.assert_close(probe.reals[:, 1], flushed, rtol=2.0**-21, atol=2.0**-21, equal_nan=True)
+    quotient = (low / (high.abs() + 1)).float()
+    # of larger divisors the device makes 0
+    is_usual = high.abs() < 2.0**125
+    torch.testing.assert_close(probe.reals[is_usual, 1], quotient[is_usual], rtol=2.0**-21, atol=1e-37, equal_nan=True)
 
 
 def test_elements_become_floats(probe: Probe) -> None:

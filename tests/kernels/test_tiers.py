@@ -142,11 +142,10 @@ def test_more_heavy_keys_than_a_list_has_room_for(make: Make) -> None:
     assert counters.keys_read.tolist() == [sum(lens)]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has an order of its own")
 @pytest.mark.parametrize("name", ["plain", "group of 8"])
 def test_the_order_in_which_warps_run_changes_nothing(name: str) -> None:
     """Of the kernels in CUDA C++, emulated: some missing barriers show in one of two orders only."""
-    if not INTERPRETED:
-        pytest.skip("a GPU has an order of its own")
     tiers = make_tier_case(SHAPES[name], in_cuda=True)
     loader = tiers.loader
     assert loader is not None

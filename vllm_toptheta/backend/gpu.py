@@ -46,7 +46,6 @@ from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader, find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import (
-    LaunchConfig,
     ShadowConfig,
     launch_config,
     num_multiprocessors,
@@ -79,10 +78,9 @@ class StepSplit:
 
 def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loader: Loader | None) -> DenseRule:
     """Which sequences of a rank are decoded no faster by thresholds, as the launch parameters say."""
-    if plan.code_bytes:
-        config: ShadowConfig | LaunchConfig = shadow_config(plan, loader)
-    else:
-        config = launch_config(spec.head_size, spec.dtype.itemsize, device)
+    config = (
+        shadow_config(plan, loader) if plan.code_bytes else launch_config(spec.head_size, spec.dtype.itemsize, device)
+    )
     return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
 
 
@@ -108,8 +106,8 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         loader = None
         if plan.heavy is not None:
-            group = next(iter(layers.values())).impl.num_queries_per_kv
-            loader = find_loader(device, kv_cache_spec.head_size, group)
+            impl = next(iter(layers.values())).impl
+            loader = find_loader(device, kv_cache_spec.head_size, impl.num_heads // impl.num_kv_heads)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()

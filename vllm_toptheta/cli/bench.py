@@ -183,7 +183,10 @@ def bench_serving(
     rounds: Annotated[int, typer.Option(help="Engines per backend, alternating.")] = 2,
     backends: Annotated[
         str,
-        typer.Option(help="Backends; the others are measured against the first. A mode follows behind a colon."),
+        typer.Option(
+            help="Backends; the others are measured against the first. A mode follows behind a colon: TOPTHETA:values, "
+            "TOPTHETA:shadow (calibrated shadow keys) or TOPTHETA:tiers (copies)."
+        ),
     ] = "CPU_ATTN,TOPTHETA",
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Let vLLM compile the model.")] = False,

@@ -220,11 +220,6 @@ inline uint2 load8(const void* from) { return simt_load<uint2>(from, "load8"); }
 inline uint32_t load4(const void* from) { return simt_load<uint32_t>(from, "load4"); }
 inline uint16_t load2(const void* from) { return simt_load<uint16_t>(from, "load2"); }
 
-inline void store16(void* global_to, uint4 value) {
-    simt_check_aligned(global_to, 16, "store16");
-    memcpy(global_to, &value, sizeof value);
-}
-
 inline float half_to_float(uint16_t bits) { return static_cast<float>(simt_bits<_Float16>(bits)); }
 
 template <bool FLOAT16>
@@ -326,7 +321,6 @@ template <class T>
 inline void opaque(T&) {}
 inline float divide_fast(float x, float y) { return x / y; }
 inline float exp2_fast(float x) { return simt_flush(std::exp2(simt_flush(x))); }
-inline float log2_fast(float x) { return simt_flush(std::log2(simt_flush(x))); }
 
 // CTAs run one after the other, so whoever came before has ended
 inline void wait_for_predecessor() {}

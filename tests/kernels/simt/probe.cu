@@ -8,7 +8,7 @@ struct Arguments {
     float* halves;              // [2, 64, 4]: float16, bfloat16
     uint32_t* transposed;       // [64]
     uint32_t* bits;             // [num_words, 4]: permute_bytes, fma_half2, pack_half of float16 and of bfloat16
-    float* reals;               // [num_words, 5]: 2 ** x, log2 of y, float16 twice and bfloat16 of the low 16 bits of x
+    float* reals;               // [num_words, 5]: 2 ** x, x / (|y| + 1), float16 twice and bfloat16 of the low 16 bits of x
     uint4* copied;              // [64]: what the neighbour's fragments begin with
     int* collected;             // [64, 8]
     long long* total;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(64) probe(const Arguments arguments
         arguments.bits[4 * i + 3] = pack_half<false>(low, high);
         const uint16_t half = load2(arguments.words + 3 * i);
         arguments.reals[5 * i] = exp2_fast(low);
-        arguments.reals[5 * i + 1] = log2_fast(high);
+        arguments.reals[5 * i + 1] = divide_fast(low, fabsf(high) + 1.0f);
         arguments.reals[5 * i + 2] = half_to_float(half);
         arguments.reals[5 * i + 3] = element_to_float<true>(half);
         arguments.reals[5 * i + 4] = element_to_float<false>(half);
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(64) probe(const Arguments arguments
     const uint4 same = load16(arguments.fragments + 4 * (thread ^ 33));
     const uint2 half_of_it = load8(arguments.fragments + 4 * (thread ^ 33));
     const bool agrees = neighbour.x == same.x && neighbour.w == same.w && neighbour.y == half_of_it.y;
-    store16(arguments.copied + thread, agrees ? neighbour : make_uint4(0, 0, 0, 0));
+    arguments.copied[thread] = agrees ? neighbour : make_uint4(0, 0, 0, 0);
 
     int* collected = arguments.collected + 8 * thread;
     const int value = static_cast<int>(own[0]);

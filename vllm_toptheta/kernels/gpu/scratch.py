@@ -146,13 +146,15 @@ class TierScratch(NamedTuple):
         group = sizes.num_heads // sizes.num_kv_heads
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
         num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        # the kernel in CUDA C++ turns queries itself, and lists in shared memory
+        num_turned = 0 if loader else sizes.max_num_seqs
         room = 0 if loader else config.list_depth * config.tile
         saved = num_lists * loader.sizes.warps * 32 * loader.sizes.saved_floats if loader else 0
         return (
             values[0],
             values[0],
-            ((sizes.max_num_seqs, sizes.num_heads, sizes.head_size), torch.int8),
-            ((sizes.max_num_seqs, sizes.num_heads, 3), torch.float32),
+            ((num_turned, sizes.num_heads, sizes.head_size), torch.int8),
+            ((num_turned, sizes.num_heads, 3), torch.float32),
             ((num_lists, room), torch.int32),
             ((num_lists, room), torch.int32),
             ((num_lists, room, group + 1), torch.int32),

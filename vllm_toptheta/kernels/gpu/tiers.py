@@ -67,7 +67,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     num_programs = config.num_programs(num_kv_heads, num_sms)
     num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
     num_pieces = (max(num_programs, num_values_programs) + num_seqs) * num_kv_heads
-    if len(scratch.partial_stats) < num_pieces or len(scratch.query_terms) < num_seqs:
+    if len(scratch.partial_stats) < num_pieces or len(scratch.thresholds) < num_seqs:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
     # pages, if the tiles of either kernel consist of them
@@ -112,7 +112,6 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         launch_tier_split(
             scratch.loader,
             step,
-            call,
             tokens,
             queries,
             copies,

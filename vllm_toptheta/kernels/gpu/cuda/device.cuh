@@ -65,12 +65,6 @@ __device__ __forceinline__ uint16_t load2(const void* from) {
     return value;
 }
 
-__device__ __forceinline__ void store16(void* global_to, uint4 value) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global_to), "r"(value.x), "r"(value.y), "r"(value.z),
-                 "r"(value.w)
-                 : "memory");
-}
-
 // d[16, 8] int32 += a[16, 32] uint8 @ b[32, 8] int8.
 //   a0, a1: rows row, row + 8, columns 4 * part + 0..3; a2, a3: the same rows, columns 16 + 4 * part + 0..3
 //   b0, b1: column row, rows 4 * part + 0..3 and 16 + 4 * part + 0..3
@@ -134,13 +128,6 @@ __device__ __forceinline__ float divide_fast(float x, float y) { return __fdivid
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// log2(x) to an absolute error of 2 ** -22 near 1, subnormal numbers as zero, whose logarithm is -inf.
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

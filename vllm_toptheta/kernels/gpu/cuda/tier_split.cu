@@ -15,8 +15,7 @@
 // Loads go straight into the operands of mma.sync: a product may take channels in any order if both sides take the same,
 // so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
 //
-// HEAD_SIZE, GROUP, BLOCK_SIZE, IS_FLOAT16, SOFT_CAP, VALUE_MEAN, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS, WARPS, STAGES and
-// RESIDENT (programs of a multiprocessor) are defined when it is compiled; `device.cuh` stands in front.
+// What `macros_of` in tier_split.py names is defined when it is compiled; `device.cuh` stands in front.
 
 constexpr uint32_t HALF = HEAD_SIZE / 2, QUARTER = HEAD_SIZE / 4;
 constexpr uint32_t STEP = 32;                                 // tokens
@@ -33,7 +32,7 @@ constexpr uint32_t STAGE_STEPS = HEAD_SIZE <= 128 ? 2 : 1;    // of a stage of t
 constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS / 16;
 constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
-constexpr uint32_t HEAVY_ROOM = 256;
+constexpr uint32_t HEAVY_ROOM = 256, IS_DONE = 1u << 31;
 constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
 constexpr float LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 
@@ -251,6 +250,15 @@ __device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_
     return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
 }
 
+__device__ __forceinline__ void clear(float (&sums)[COLUMNS][TILES][4]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[c][tile][i] = 0.0f;
+}
+
 // ---- heavy keys ----
 // The exact part of a warp's piece. A lane has heads 8 c + 2 t + e.
 struct Exact {
@@ -387,7 +395,7 @@ struct Warp {
     __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
     __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine() + HEAVY_AT); }
 
-    // what all warps have listed: how many keys, and of this warp with which mark
+    // by warp: how many keys it has listed, and IS_DONE if it has scanned all of its stages
     __device__ __forceinline__ uint32_t* listed() const { return reinterpret_cast<uint32_t*>(dynamic_shared() + LISTED_AT); }
 
     // Attend to this warp's share of `count` keys, the i-th of which is in slot `slot_at(i)`.
@@ -400,16 +408,17 @@ struct Warp {
             __syncwarp();
             return first < count ? min(16u, count - first) : 0u;
         };
-        uint32_t first = 16 * warp, number = look_up(first, slots), at = 0;
+        uint32_t first = 16 * warp, number = look_up(first, slots);
         if constexpr (HEAD_SIZE <= 128) {
             // the next keys are on their way while these are scored and their values read
             Keys keys = load_keys(piece, slots, number);
+            uint32_t half = 0;  // of the slots: of these keys; the other is of the next
             while (number) {
                 first += 16 * WARPS;
-                uint32_t next = look_up(first, slots + (at ^ 16));
-                Keys next_keys = load_keys(piece, slots + (at ^ 16), next);
-                attend_exactly(piece, slots + at, keys, exact);
-                keys = next_keys, number = next, at ^= 16;
+                uint32_t next = look_up(first, slots + (half ^ 16));
+                Keys next_keys = load_keys(piece, slots + (half ^ 16), next);
+                attend_exactly(piece, slots + half, keys, exact);
+                keys = next_keys, number = next, half ^= 16;
                 __syncwarp();
             }
         } else {
@@ -463,12 +472,7 @@ struct Scan : Warp {
                 anchor[c][e] = a.log2_scale - lse * LOG2_E;
                 kept[c][e] = lost[c][e] = 0.0f;
             }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) light[c][tile][i] = 0.0f;
+        clear(light);
         light_begin = light_end = heavy_count = 0;
     }
 
@@ -771,15 +775,6 @@ static_assert(SAVED == EXPECTED_SAVED, "the scratch has what is saved");
 typedef float Rows[COLUMNS][TILES * 4];
 __device__ __forceinline__ Rows& as_rows(float (&x)[COLUMNS][TILES][4]) { return reinterpret_cast<Rows&>(x); }
 
-__device__ __forceinline__ void clear(float (&x)[COLUMNS][TILES][4]) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[c][tile][i] = 0.0f;
-}
-
 template <int N>
 __device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS][N]) {
 #pragma unroll
@@ -987,7 +982,6 @@ __device__ __forceinline__ void attend_piece(
     } else {
         uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS), stage = 0;
         uint32_t num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-        constexpr uint32_t IS_DONE = 1u << 31;
         bool is_done = false, is_first = true, all_done;
         do {
             uint32_t count = 0;

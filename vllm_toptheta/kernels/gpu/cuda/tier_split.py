@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from vllm_toptheta.kernels.codec import tier_bytes
-from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
+from vllm_toptheta.kernels.contract import DecodeStep
 from vllm_toptheta.kernels.gpu.cuda.driver import DriverError
 from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
@@ -22,11 +22,10 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 SPLIT, COPY = "tier_split", "tier_copy"
 SOURCE = "tier_split.cu"
 COPY_WARPS = 8
-MOST_LOG2_SCALE = 12.0
-ROW_ALIGNMENT = 8  # elements of a query
+_MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no weight
+_ROW_BYTES = 16  # that queries are loaded by
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
-_LARGEST_SHARED_BYTES = 232448  # of a program, on compute capability 9.0
 
 
 class Launcher(Protocol):
@@ -75,7 +74,10 @@ class SplitSizes(NamedTuple):
 
 @functools.cache
 def split_sizes(head_size: int, group: int) -> SplitSizes:
-    """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow."""
+    """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow.
+
+    The layout of shared memory is that of the source, which does not compile with another sum.
+    """
     columns = 2 if group > 8 else 1
     tiles = head_size // 16
     stages = 3
@@ -209,7 +211,6 @@ def _loaded(loader: Loader, shape: Shape, has_soft_cap: bool) -> tuple[Launcher,
 def launch_tier_split(
     loader: Loader,
     step: DecodeStep,
-    call: LayerCall,
     tokens: Tokens,
     queries: Queries,
     copies: Copies,
@@ -232,20 +233,25 @@ def launch_tier_split(
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
         saved: [num_programs * num_kv_heads * warps * 32 * saved_floats] float32, at least.
+
+    Raises:
+        ValueError: Rows of queries do not start at multiples of 16 bytes.
+        CompileError: A kernel for this shape is not compiled yet, and the compiler refuses it.
+        DriverError: The driver refuses a kernel or a launch.
     """
-    sizes = loader.sizes
-    if queries.stride_seq % ROW_ALIGNMENT or queries.stride_head % ROW_ALIGNMENT or queries.query.data_ptr() % 16:
-        raise ValueError(f"query: strides {call.query.stride()}, expected rows at multiples of 16 bytes")
-    num_seqs, num_heads, _ = call.query.shape
+    sizes, query = loader.sizes, queries.query
+    element, query_element = tokens.kv_cache.element_size(), query.element_size()
+    query_stride_seq, query_stride_head = queries.stride_seq * query_element, queries.stride_head * query_element
+    if (query.data_ptr() | query_stride_seq | query_stride_head) % _ROW_BYTES:
+        raise ValueError(f"query: strides {query.stride()}, expected rows at multiples of {_ROW_BYTES} bytes")
+    num_seqs, num_heads, _ = query.shape
     num_kv_heads = num_heads // shape.GROUP
-    query = call.query.element_size()
-    element = tokens.kv_cache.element_size()
     arguments = Arguments(
         kv_cache=tokens.kv_cache.data_ptr(),
         block_table=tokens.block_table.data_ptr(),
         seq_lens=tokens.seq_lens.data_ptr(),
         threshold_offset=_pointer(tokens.threshold_offset),
-        query=queries.query.data_ptr(),
+        query=query.data_ptr(),
         thresholds=queries.thresholds.data_ptr(),
         anchor_lse=_pointer(queries.anchor_lse),
         q_scale=_pointer(queries.q_scale),
@@ -261,8 +267,8 @@ def launch_tier_split(
         stride_block=tokens.stride_block * element,
         stride_head=tokens.stride_head * element,
         stride_token=tokens.stride_token * element,
-        query_stride_seq=queries.stride_seq * query,
-        query_stride_head=queries.stride_head * query,
+        query_stride_seq=query_stride_seq,
+        query_stride_head=query_stride_head,
         code_stride_block=copies.stride_block,
         code_stride_head=copies.stride_head,
         table_stride=step.block_table.stride(0),
@@ -281,10 +287,10 @@ def launch_tier_split(
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
         # no light key weighs more than `heavy`: then none is above 1
-        log2_scale=min(MOST_LOG2_SCALE, -log_heavy / math.log(2)),
+        log2_scale=min(_MOST_LOG2_SCALE, -log_heavy / math.log(2)),
     )
     copy, split = _loaded(loader, shape, queries.logits_soft_cap is not None)
-    stream = torch.cuda.current_stream(call.query.device).cuda_stream if call.query.is_cuda else 0
+    stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
     copy.launch((num_kv_heads, num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
     split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
 
