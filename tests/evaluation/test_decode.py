@@ -14,10 +14,10 @@ from vllm_toptheta.evaluation import (
     DecodeReport,
     Subject,
     Variant,
-    decode,
     decode_table,
     evaluate_decode,
     expand_variants,
+    measuring,
 )
 from vllm_toptheta.evaluation.decode_report import share_of_bytes
 from vllm_toptheta.store import ThresholdStore
@@ -120,7 +120,7 @@ def test_reports_from_before_bytes_were_counted_can_be_read(file: Path) -> None:
 def test_one_that_was_killed_goes_on_at_the_next_sequence(
     subject: Subject, texts: list[Text], report: DecodeReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_prefix, calls = decode.read_prefix, list[int]()
+    read_prefix, calls = measuring.read_prefix, list[int]()
 
     def dies_in_the_third_sequence(model: Any, token_ids: Any, **options: Any) -> Any:
         calls.append(len(token_ids))
@@ -128,7 +128,7 @@ def test_one_that_was_killed_goes_on_at_the_next_sequence(
             raise KeyboardInterrupt
         return read_prefix(model, token_ids, **options)
 
-    monkeypatch.setattr(decode, "read_prefix", dies_in_the_third_sequence)
+    monkeypatch.setattr(measuring, "read_prefix", dies_in_the_third_sequence)
     arguments = (subject, texts, VARIANTS, OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         evaluate_decode(*arguments, folder=tmp_path, progress=False)

@@ -19,7 +19,7 @@ from vllm_toptheta.evaluation import (
     Subject,
     TuneOptions,
     Variant,
-    decode,
+    measuring,
     tune,
     tune_floors,
 )
@@ -87,13 +87,13 @@ def test_a_promise_is_confirmed_on_sequences_that_the_choice_did_not_see(
     subject: Subject, texts: list[Text], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    read_window = decode.read_window
+    read_window = measuring.read_window
 
     def remember(model: Any, cache: Any, token_ids: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(tuple(token_ids.tolist()))
         return read_window(model, cache, token_ids, *arguments, **options)
 
-    monkeypatch.setattr(decode, "read_window", remember)
+    monkeypatch.setattr(measuring, "read_window", remember)
     found(subject, texts, Goal(max_kl=1.0), lengths=(200,))
     # dense and every floor on the ladder, dense and one floor to confirm
     chosen, confirmed = seen[: 4 * 5], seen[4 * 5 :]
@@ -106,7 +106,7 @@ def test_one_that_was_killed_goes_on(
     subject: Subject, texts: list[Text], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = found(subject, texts, Goal(max_kl=0.01))
-    read_prefix, calls = decode.read_prefix, list[int]()
+    read_prefix, calls = measuring.read_prefix, list[int]()
 
     def dies(model: Any, token_ids: Any, **options: Any) -> Any:
         calls.append(len(token_ids))
@@ -114,7 +114,7 @@ def test_one_that_was_killed_goes_on(
             raise KeyboardInterrupt
         return read_prefix(model, token_ids, **options)
 
-    monkeypatch.setattr(decode, "read_prefix", dies)
+    monkeypatch.setattr(measuring, "read_prefix", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             found(subject, texts, Goal(max_kl=0.01), folder=tmp_path)

@@ -25,7 +25,7 @@ PREFIX = LENGTH - WINDOW
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes are read in several parts, and windows in blocks of 6 rows."""
-    monkeypatch.setattr(window, "_PREFIX_ROWS", 80)
+    monkeypatch.setattr(window, "PREFIX_ROWS", 80)
     monkeypatch.setattr(window, "_BLOCK_BYTES", 6 * 4 * 4 * LENGTH)
 
 

@@ -19,7 +19,7 @@ from vllm_toptheta.calibration.data import load_sequences, read_text
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
 from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
-from vllm_toptheta.evaluation.losses import compare_predictions
+from vllm_toptheta.evaluation.losses import compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -178,16 +178,17 @@ def measure(
         for attention in attentions
     ]
     model = load_model(model_dir, dtype=dtype, device="cuda")
+    head = head_of(model, sequences[0])
     against_dense, against_reference = [], []
     for sequence in sequences:
         states = []
         for route in (DenseRoute(), *references, *kernels):
             with routed(model, route):
                 states.append(hidden_states(model, sequence))
-        against_dense.append(compare_predictions(model, sequence, states[0], states[1:]))
+        against_dense.append(compare_predictions(head, sequence, states[0], states[1:]))
         against_reference.append(
             [
-                compare_predictions(model, sequence, states[1 + index], [states[1 + len(variants) + index]])[0]
+                compare_predictions(head, sequence, states[1 + index], [states[1 + len(variants) + index]])[0]
                 for index in range(len(variants))
             ]
         )

@@ -4,25 +4,18 @@ For each sequence, one dense pass over all tokens but the last ones, the window;
 variant, behind that prefix. Its tokens are given, so all see the same ones, and every figure is paired.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from vllm_toptheta.calibration.data import Text, load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
-from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.decode_report import DecodeReport, WindowResult, length_report
+from vllm_toptheta.evaluation.decode_report import DecodeReport, length_report
 from vllm_toptheta.evaluation.decode_state import DecodeArguments, DecodeState, model_files
-from vllm_toptheta.evaluation.losses import compare_predictions
-from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.variants import Variant, floor_label, store_of
-from vllm_toptheta.evaluation.window import read_prefix, read_window
-from vllm_toptheta.evaluation.window_reads import EqualRows, WindowRecorder
-from vllm_toptheta.reference import AttentionResult
+from vllm_toptheta.evaluation.measuring import WindowJob, WindowResult, check_variant
+from vllm_toptheta.evaluation.subject import DecodedSubject
+from vllm_toptheta.evaluation.variants import Variant, floor_label
 
 __all__ = ["DecodeOptions", "check_options", "evaluate_decode"]
 
@@ -50,7 +43,7 @@ class DecodeOptions:
 
 
 def evaluate_decode(
-    subject: Subject,
+    subject: DecodedSubject,
     texts: Sequence[Text],
     variants: Sequence[Variant],
     options: DecodeOptions,
@@ -79,10 +72,10 @@ def evaluate_decode(
     if not variants and not options.equal_rows:
         raise EvaluationError("nothing to compare", field="weight_floor", remedy="Give at least one")
     check_options(subject, options)
+    matched = [floor_label(floor, field="equal_rows") for floor in options.equal_rows]
     for length in options.lengths:
-        matched = [Variant(target=floor_label(floor, field="equal_rows")) for floor in options.equal_rows]
-        for variant in (*variants, *matched):
-            _ready(subject, variant, length=length, window=options.window)
+        for variant in (*variants, *(Variant(target=label) for label in matched)):
+            check_variant(variant, subject.stores, length=length, window=options.window, device=subject.device)
     sequences = {
         length: load_sequences(
             texts,
@@ -107,7 +100,7 @@ def evaluate_decode(
     )
     state = DecodeState(folder, arguments)
     with progress_bar("tokens", enabled=progress) as bar:
-        num_windows = 1 + len(variants) + len(options.equal_rows)
+        num_windows = 1 + len(variants) + len(matched)
         tokens = {length: length + (num_windows - 1) * options.window for length in options.lengths}
         task = bar.add_task(title, total=options.num_sequences * sum(tokens.values()))
         reports = []
@@ -116,14 +109,11 @@ def evaluate_decode(
             for index, token_ids in enumerate(of_length):
                 result = state.load(length, index)
                 if result is None:
-                    result = _measure(
-                        subject,
-                        token_ids,
-                        variants,
-                        options,
-                        chosen=results[0].equal_rows if results else None,
-                        advance=lambda rows: bar.advance(task, rows),
+                    equal_rows: Mapping[str, Variant | None] = (
+                        results[0].equal_rows if results else dict.fromkeys(matched)
                     )
+                    job = WindowJob(token_ids, options.window, tuple(variants), equal_rows)
+                    result = subject.measure(job, advance=lambda rows: bar.advance(task, rows))
                     state.save(length, index, result)
                 else:
                     bar.advance(task, tokens[length])
@@ -136,7 +126,7 @@ def evaluate_decode(
     return report
 
 
-def check_options(subject: Subject, options: DecodeOptions) -> None:
+def check_options(subject: DecodedSubject, options: DecodeOptions) -> None:
     """Refuses what cannot be measured.
 
     Args:
@@ -146,7 +136,7 @@ def check_options(subject: Subject, options: DecodeOptions) -> None:
     Raises:
         EvaluationError: a number cannot be, or a sequence is longer than the model's positions.
     """
-    longest = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = subject.max_length
     if options.num_sequences < 1:
         raise EvaluationError(f"no number of sequences: {options.num_sequences}", field="sequences")
     if options.window < 2:
@@ -166,57 +156,3 @@ def check_options(subject: Subject, options: DecodeOptions) -> None:
                 field="lengths",
                 remedy="Ask for shorter sequences",
             )
-
-
-def _ready(subject: Subject, variant: Variant, *, length: int, window: int) -> SparseAttention:
-    """The attention of a variant, which has to decide on every row of the window."""
-    attention = SparseAttention(variant, store_of(variant, subject.stores), max_length=length, device=subject.device)
-    if attention.dense_length > length - window:
-        raise EvaluationError(
-            f"{variant.name} keeps every key of rows of up to {attention.dense_length}, and the window of a sequence "
-            f"of {length} begins after {length - window}",
-            field="lengths",
-            remedy="Ask for longer sequences, a smaller window or a smaller target",
-        )
-    return attention
-
-
-def _measure(
-    subject: Subject,
-    token_ids: Tensor,
-    variants: Sequence[Variant],
-    options: DecodeOptions,
-    *,
-    chosen: Mapping[str, Variant] | None,
-    advance: Callable[[int], object],
-) -> WindowResult:
-    """Measures one sequence; `chosen` is what an earlier one found for `equal_rows`, by the floor's label."""
-    model, length = subject.model, len(token_ids)
-    prefix, window = token_ids[: -options.window], token_ids[-options.window :]
-    finders = {}
-    for floor in options.equal_rows if chosen is None else ():
-        label = floor_label(floor, field="equal_rows")
-        attention = _ready(subject, Variant(target=label), length=length, window=options.window)
-        finders[label] = EqualRows(attention, max_length=length)
-
-    def observe(call: AttentionCall, result: AttentionResult | None) -> None:
-        for finder in finders.values():
-            finder(call, result)
-
-    cache = read_prefix(model, prefix, on_rows=advance)
-    dense = read_window(model, cache, window, observe=observe)
-    advance(len(window))
-    if chosen is None:
-        chosen = {
-            label: Variant(method="top_k", target=f"k:{finder.target_k}", dense_layers=())
-            for label, finder in finders.items()
-        }
-    states, reads = [], []
-    for variant in (*variants, *chosen.values()):
-        recorder = WindowRecorder()
-        attention = _ready(subject, variant, length=length, window=options.window)
-        states.append(read_window(model, cache, window, attention, observe=recorder))
-        reads.append(recorder.reads(range(len(prefix) + 1, length + 1)))
-        advance(len(window))
-    losses = compare_predictions(model, window, dense, states)
-    return WindowResult(equal_rows=chosen, losses=tuple(losses), reads=tuple(reads))

@@ -1,8 +1,7 @@
 """What an evaluation of decoding found: results of windows, summed up by length, as JSON and as a table."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from rich.table import Table
 
 from vllm_toptheta.evaluation.losses import Losses
+from vllm_toptheta.evaluation.measuring import WindowResult
 from vllm_toptheta.evaluation.paired import compare_perplexities, mean_and_error
 from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.variants import Variant
@@ -23,7 +23,6 @@ __all__ = [
     "LengthReport",
     "LostMass",
     "Survivors",
-    "WindowResult",
     "decode_table",
     "length_report",
     "share_of_bytes",
@@ -39,21 +38,6 @@ def _short(number: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_short)]
 Share = Annotated[float, BeforeValidator(_short), Field(ge=0.0, le=1.0)]
-
-
-@dataclass(frozen=True)
-class WindowResult:
-    """What one sequence gave.
-
-    Attributes:
-        equal_rows: the exact top-k compared with a weight floor, by the floor's target.
-        losses: of each variant that was asked for, and then of those of `equal_rows`.
-        reads: of the same.
-    """
-
-    equal_rows: Mapping[str, Variant]
-    losses: tuple[Losses, ...]
-    reads: tuple[WindowReads, ...]
 
 
 class _Model(BaseModel):

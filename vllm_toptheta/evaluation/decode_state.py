@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.decode_report import DecodeReport, WindowResult
+from vllm_toptheta.evaluation.decode_report import DecodeReport
 from vllm_toptheta.evaluation.losses import Losses
+from vllm_toptheta.evaluation.measuring import WindowResult
 from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.evaluation.window_reads import WindowReads

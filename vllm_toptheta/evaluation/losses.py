@@ -1,7 +1,8 @@
 """Losses and divergences of next-token predictions, with logits made a block of rows at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 from vllm_toptheta.calibration.model import hidden_states
 from vllm_toptheta.errors import EvaluationError
 
-__all__ = ["Losses", "compare_predictions", "next_token_logits"]
+__all__ = ["Head", "Losses", "compare_predictions", "head_of", "next_token_logits"]
 
-_LOGIT_BLOCK_BYTES = 64 << 20
+# of predictions made at a time: 75 MB of logits with a vocabulary of 150,000
+_BLOCK_ROWS = 128
 _PROBE_TOKENS = 8
+
+# hidden states `[num_rows, hidden_size]` to logits `[num_rows, vocab_size]` float32
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ class Losses:
 
 
 def compare_predictions(
-    model: Any, token_ids: Tensor, dense: Tensor, sparse: Sequence[Tensor], *, num_prompt_tokens: int = 0
+    head: Head, token_ids: Tensor, dense: Tensor, sparse: Sequence[Tensor], *, num_prompt_tokens: int = 0
 ) -> list[Losses]:
     """Compares the predictions that follow from dense hidden states with those that follow from sparse ones.
 
     Args:
-        model: the transformers causal language model whose states they are.
+        head: of the model whose states they are.
         token_ids: `[seq_len]` int64, at least 2 tokens.
         dense: `[seq_len, hidden_size]`, from `hidden_states`.
         sparse: any number of the same.
@@ -52,22 +57,17 @@ def compare_predictions(
 
     Returns:
         One result for each of `sparse`.
-
-    Raises:
-        EvaluationError: the model does more to its logits than `next_token_logits` knows.
     """
-    _check_head(model, token_ids)
     first = max(num_prompt_tokens, 1)
     targets = token_ids[first:].to(dense.device)
-    block_rows = max(1, _LOGIT_BLOCK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
     sums = torch.zeros(len(sparse), 5, dtype=torch.float64)
-    for start in range(0, len(targets), block_rows):
-        block = targets[start : start + block_rows]
+    for start in range(0, len(targets), _BLOCK_ROWS):
+        block = targets[start : start + _BLOCK_ROWS]
         # the row of a token predicts the one after it
         rows = slice(first - 1 + start, first - 1 + start + len(block))
-        dense_log = next_token_logits(model, dense[rows]).log_softmax(dim=-1)
+        dense_log = head(dense[rows]).log_softmax(dim=-1)
         for index, states in enumerate(sparse):
-            sparse_log = next_token_logits(model, states[rows]).log_softmax(dim=-1)
+            sparse_log = head(states[rows]).log_softmax(dim=-1)
             sums[index] += torch.stack(
                 [
                     _loss(dense_log, block),
@@ -78,6 +78,26 @@ def compare_predictions(
                 ]
             ).cpu()
     return [Losses(len(targets), *means) for means in (sums / len(targets)).tolist()]
+
+
+def head_of(model: Any, token_ids: Tensor) -> Head:
+    """Returns the head of a model.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: `[seq_len]` int64, to try it on.
+
+    Raises:
+        EvaluationError: the model does more to its logits than `next_token_logits` knows.
+    """
+    probe = token_ids[:_PROBE_TOKENS].to(model.device)
+    with torch.inference_mode():
+        expected = model(input_ids=probe[None], use_cache=False).logits[0].float()
+    actual = next_token_logits(model, hidden_states(model, probe))
+    # bfloat16 models round their own cap, which this evaluation computes in float32
+    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
+        raise EvaluationError(f"{type(model).__name__} changes its logits in a way that the evaluation does not know")
+    return partial(next_token_logits, model)
 
 
 def next_token_logits(model: Any, states: Tensor) -> Tensor:
@@ -94,16 +114,6 @@ def next_token_logits(model: Any, states: Tensor) -> Tensor:
         logits: Tensor = model.get_output_embeddings()(states).float()
         cap = getattr(model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _check_head(model: Any, token_ids: Tensor) -> None:
-    probe = token_ids[:_PROBE_TOKENS].to(model.device)
-    with torch.inference_mode():
-        expected = model(input_ids=probe[None], use_cache=False).logits[0].float()
-    actual = next_token_logits(model, hidden_states(model, probe))
-    # bfloat16 models round their own cap, which this evaluation computes in float32
-    if not torch.allclose(actual, expected, rtol=2e-2, atol=2e-2):
-        raise EvaluationError(f"{type(model).__name__} changes its logits in a way that the evaluation does not know")
 
 
 def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.domains import Domain, Sample
-from vllm_toptheta.evaluation.losses import Losses, compare_predictions
+from vllm_toptheta.evaluation.losses import Losses, compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities, mean_and_error
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
@@ -131,6 +131,7 @@ def compare_on_samples(
             )
     counts = [ReadCounts(max_length, device=model.device) for _ in variants]
     losses: list[list[Losses]] = [[] for _ in variants]
+    head = head_of(model, samples[0].token_ids)
     for sample in samples:
         prompt = sample.num_prompt_tokens
         routes = [
@@ -142,7 +143,7 @@ def compare_on_samples(
             with routed(model, route):
                 states.append(hidden_states(model, sample.token_ids))
             on_pass()
-        compared = compare_predictions(model, sample.token_ids, states[0], states[1:], num_prompt_tokens=prompt)
+        compared = compare_predictions(head, sample.token_ids, states[0], states[1:], num_prompt_tokens=prompt)
         for of_variant, loss in zip(losses, compared, strict=True):
             of_variant.append(loss)
     return [_comparison(variant, loss, count) for variant, loss, count in zip(variants, losses, counts, strict=True)]

@@ -1,9 +1,9 @@
 """The model under evaluation with the thresholds to try on it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_toptheta.calibration.model import load_model, load_tokenizer, usable_device
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.measuring import TransformersDecoder, WindowJob, WindowResult, measure_window
 from vllm_toptheta.reference import Placement
-from vllm_toptheta.store import ThresholdStore, read_architecture
+from vllm_toptheta.store import Architecture, ThresholdStore, read_architecture
+from vllm_toptheta.store.quality import UNQUANTIZED
 
-__all__ = ["Setup", "StoreSummary", "Subject"]
+__all__ = ["DecodedSubject", "Setup", "StoreSummary", "Subject"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,6 +43,44 @@ class Setup(BaseModel):
     dtype: str = Field(description="Of weights and activations; attention is float32 whatever it is.")
     device: str
     versions: dict[str, str]
+
+
+class DecodedSubject(Protocol):
+    """A model whose decoding is evaluated: what runs it is its own business."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Its directory."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """What config.json says of its attention."""
+
+    @property
+    def stores(self) -> Mapping[str, ThresholdStore]:
+        """Threshold stores by their labels."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest sequence; None where that is not known."""
+
+    @property
+    def quantization(self) -> str:
+        """Of the weights, as vLLM names it; `none` without."""
+
+    def setup(self) -> Setup:
+        """Returns what a report says of the subject."""
+
+    def measure(self, job: WindowJob, *, advance: Callable[[int], object]) -> WindowResult:
+        """Measures one sequence, see `measuring.measure_window`."""
 
 
 class Subject:
@@ -83,6 +123,26 @@ class Subject:
     def model(self) -> Any:
         """The model, on its device and in evaluation mode."""
         return load_model(self.model_dir, dtype=getattr(torch, self.dtype), device=self.device)
+
+    @cached_property
+    def _decoder(self) -> TransformersDecoder:
+        return TransformersDecoder(self.model)
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions of the model; None where its config names none."""
+        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest
+
+    @property
+    def quantization(self) -> str:
+        """Of the weights, as config.json names it; `none` without."""
+        quantization = getattr(self.model.config, "quantization_config", None) or {}
+        return str(quantization.get("quant_method", UNQUANTIZED))
+
+    def measure(self, job: WindowJob, *, advance: Callable[[int], object] = lambda rows: None) -> WindowResult:
+        """Measures one sequence, see `measuring.measure_window`."""
+        return measure_window(self._decoder, job, self.stores, advance=advance)
 
     def setup(self) -> Setup:
         """Returns what a report says of the subject."""

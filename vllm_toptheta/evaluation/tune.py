@@ -19,10 +19,9 @@ from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeComparison, DecodeReport, LengthReport
 from vllm_toptheta.evaluation.paired import upper_bound
-from vllm_toptheta.evaluation.subject import Subject
+from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.variants import Variant, floor_label
 from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, weights_sha256
-from vllm_toptheta.store.quality import UNQUANTIZED
 
 __all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "Tuned", "tune_floors"]
 
@@ -132,7 +131,7 @@ class Tuned:
 
 
 def tune_floors(
-    subject: Subject,
+    subject: DecodedSubject,
     texts: Sequence[Text],
     options: TuneOptions,
     *,
@@ -211,14 +210,13 @@ def tune_floors(
     ordered = [promises[goal] for goal in options.goals]
     _refuse_broken(ordered)
     setup = subject.setup()
-    quantization = getattr(subject.model.config, "quantization_config", None) or {}
     return Tuned(
         Evidence(
             mode="values" if options.heavy is None else "shadow",
             heavy=options.heavy,
             weights_sha256=weights_sha256(subject.model_dir),
-            dtype=subject.dtype,
-            quantization=str(quantization.get("quant_method", UNQUANTIZED)),
+            dtype=setup.dtype,
+            quantization=subject.quantization,
             device=setup.device,
             window=options.window,
             confidence=CONFIDENCE,
@@ -266,7 +264,7 @@ def _check(options: TuneOptions) -> None:
         raise EvaluationError("floors have to ascend from above 0", field="floors", remedy="Write them as 0.5,1,2")
 
 
-def _num_confirmations(subject: Subject, options: TuneOptions, num_tokens: int) -> int:
+def _num_confirmations(subject: DecodedSubject, options: TuneOptions, num_tokens: int) -> int:
     """How often a floor can be confirmed on unseen sequences of every length.
 
     Raises:

@@ -22,11 +22,11 @@ from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
-__all__ = ["Observer", "fork_cache", "read_prefix", "read_window"]
+__all__ = ["PREFIX_ROWS", "Observer", "attend_rows", "fork_cache", "read_prefix", "read_window"]
 
 _ATTENTION_NAME = "toptheta_window"
 # rows of a prefix that go through the model at a time
-_PREFIX_ROWS = 1024
+PREFIX_ROWS = 1024
 # of scores: few enough to stay in a CPU's cache, enough for a product to pay on long rows
 _BLOCK_BYTES = 8 << 20
 
@@ -56,7 +56,7 @@ def read_prefix(model: Any, token_ids: Tensor, *, on_rows: Callable[[int], objec
     """
     cache = DynamicCache(config=model.config)
     with attending(model, _ATTENTION_NAME, _active, _Pass(None, lambda call, result: None)):
-        for rows in token_ids.split(_PREFIX_ROWS):
+        for rows in token_ids.split(PREFIX_ROWS):
             _states(model, rows, cache)
             on_rows(len(rows))
     return cache
@@ -124,17 +124,38 @@ def _attend(
     rows, keys, values = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
+    output = attend_rows(call, this.attention, sliding_window=sliding_window, observe=this.observe)
+    return output[None].to(query.dtype), None
+
+
+def attend_rows(
+    call: AttentionCall, attention: SparseAttention | None, *, sliding_window: int | None, observe: Observer
+) -> Tensor:
+    """Returns the attention of a layer for rows of a prefix or of a window.
+
+    Args:
+        call: of the rows.
+        attention: see `read_window`.
+        sliding_window: keys that a row of the layer sees at most; None for all.
+        observe: see `read_window`.
+
+    Returns:
+        `[num_queries, num_heads, head_size]` float32.
+
+    Raises:
+        EvaluationError: a row is longer than the attention is made for.
+    """
     if sliding_window is not None:
-        return _dense(call, sliding_window)[None].to(query.dtype), None
-    if this.attention is None or call.layer_idx in this.attention.dense_layers:
-        this.observe(call, None)
-        return _dense(call, len(key[0, 0]))[None].to(query.dtype), None
-    outputs, encoded = [], this.attention.encode(call)
+        return _dense(call, sliding_window)
+    if attention is None or call.layer_idx in attention.dense_layers:
+        observe(call, None)
+        return _dense(call, len(call.key))
+    outputs, encoded = [], attention.encode(call)
     for block in call.blocks(_BLOCK_BYTES):
-        result = this.attention.attend(block, num_prompt_tokens=call.num_before, encoded=encoded)
-        this.observe(block, result)
+        result = attention.attend(block, num_prompt_tokens=call.num_before, encoded=encoded)
+        observe(block, result)
         outputs.append(result.output)
-    return torch.cat(outputs)[None].to(query.dtype), None
+    return torch.cat(outputs)
 
 
 def _dense(call: AttentionCall, sliding_window: int) -> Tensor:

@@ -1,0 +1,197 @@
+"""Measures one sequence: the window at its end, densely and with every variant, behind one dense prefix.
+
+What runs the model is a `Decoder`: transformers here (`TransformersDecoder`), or an engine's workers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.evaluation.losses import Head, Losses, compare_predictions, head_of
+from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.variants import Variant, store_of
+from vllm_toptheta.evaluation.window import Observer, read_prefix, read_window
+from vllm_toptheta.evaluation.window_reads import EqualRows, WindowReads, WindowRecorder
+from vllm_toptheta.reference import AttentionResult
+from vllm_toptheta.store import ThresholdStore
+
+__all__ = ["Decoder", "TransformersDecoder", "WindowJob", "WindowResult", "check_variant", "measure_window"]
+
+
+class Decoder(Protocol):
+    """A model that reads the prefix of a sequence once, and what follows any number of times."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries, keys and values are."""
+
+    @property
+    def head(self) -> Head:
+        """Makes logits of hidden states."""
+
+    def read_prefix(self, token_ids: Tensor, *, on_rows: Callable[[int], object]) -> Any:
+        """See `window.read_prefix`."""
+
+    def read_window(
+        self, cache: Any, token_ids: Tensor, attention: SparseAttention | None = None, *, observe: Observer
+    ) -> Tensor:
+        """See `window.read_window`."""
+
+
+class TransformersDecoder:
+    """A model that transformers runs.
+
+    Args:
+        model: a transformers causal language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def device(self) -> torch.device:
+        """See `Decoder`."""
+        return torch.device(self._model.device)
+
+    @cached_property
+    def head(self) -> Head:
+        """See `Decoder`.
+
+        Raises:
+            EvaluationError: see `losses.head_of`.
+        """
+        return head_of(self._model, torch.arange(8) % self._model.config.get_text_config().vocab_size)
+
+    def read_prefix(self, token_ids: Tensor, *, on_rows: Callable[[int], object]) -> Any:
+        """See `window.read_prefix`."""
+        return read_prefix(self._model, token_ids, on_rows=on_rows)
+
+    def read_window(
+        self, cache: Any, token_ids: Tensor, attention: SparseAttention | None = None, *, observe: Observer
+    ) -> Tensor:
+        """See `window.read_window`."""
+        return read_window(self._model, cache, token_ids, attention, observe=observe)
+
+
+@dataclass(frozen=True)
+class WindowJob:
+    """What to measure of one sequence.
+
+    Attributes:
+        token_ids: `[length]` int64.
+        window: tokens at its end that are decoded; the others are the prefix.
+        variants: what to compare with dense attention.
+        equal_rows: by the target of a weight floor, the exact top-k that reads as many value rows; None where it is to
+            be found on this sequence.
+    """
+
+    token_ids: Tensor
+    window: int
+    variants: tuple[Variant, ...]
+    equal_rows: Mapping[str, Variant | None]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that go through the model."""
+        return len(self.token_ids) + self.window * (len(self.variants) + len(self.equal_rows))
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What one sequence gave.
+
+    Attributes:
+        equal_rows: the exact top-k compared with a weight floor, by the floor's target.
+        losses: of each variant that was asked for, and then of those of `equal_rows`.
+        reads: of the same.
+    """
+
+    equal_rows: Mapping[str, Variant]
+    losses: tuple[Losses, ...]
+    reads: tuple[WindowReads, ...]
+
+
+def check_variant(
+    variant: Variant, stores: Mapping[str, ThresholdStore], *, length: int, window: int, device: torch.device
+) -> SparseAttention:
+    """Returns the attention of a variant, which has to decide on every row of the window.
+
+    Args:
+        variant: what is compared.
+        stores: by the labels that variants name.
+        length: tokens of the sequence.
+        window: tokens at its end that are decoded.
+        device: of the queries.
+
+    Raises:
+        EvaluationError: it keeps every key of some rows.
+        StoreError: a store lacks what the variant needs.
+    """
+    attention = SparseAttention(variant, store_of(variant, stores), max_length=length, device=device)
+    if attention.dense_length > length - window:
+        raise EvaluationError(
+            f"{variant.name} keeps every key of rows of up to {attention.dense_length}, and the window of a sequence "
+            f"of {length} begins after {length - window}",
+            field="lengths",
+            remedy="Ask for longer sequences, a smaller window or a smaller target",
+        )
+    return attention
+
+
+def measure_window(
+    decoder: Decoder,
+    job: WindowJob,
+    stores: Mapping[str, ThresholdStore],
+    *,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> WindowResult:
+    """Returns what every variant changes and reads.
+
+    Args:
+        decoder: runs the model.
+        job: what to measure.
+        stores: by the labels that variants name.
+        advance: told how many rows went through the model, now and then.
+
+    Raises:
+        CalibrationError: the model is not supported.
+        EvaluationError: likewise, or a variant keeps every key.
+        StoreError: a store lacks what a variant needs.
+    """
+    length = len(job.token_ids)
+    prefix, window = job.token_ids[: -job.window], job.token_ids[-job.window :]
+
+    def ready(variant: Variant) -> SparseAttention:
+        return check_variant(variant, stores, length=length, window=job.window, device=decoder.device)
+
+    finders = {
+        label: EqualRows(ready(Variant(target=label)), max_length=length)
+        for label, found in job.equal_rows.items()
+        if found is None
+    }
+
+    def observe(call: AttentionCall, result: AttentionResult | None) -> None:
+        for finder in finders.values():
+            finder(call, result)
+
+    cache = decoder.read_prefix(prefix, on_rows=advance)
+    dense = decoder.read_window(cache, window, observe=observe)
+    advance(len(window))
+    equal_rows = {
+        label: found or Variant(method="top_k", target=f"k:{finders[label].target_k}", dense_layers=())
+        for label, found in job.equal_rows.items()
+    }
+    states, reads = [], []
+    for variant in (*job.variants, *equal_rows.values()):
+        recorder = WindowRecorder()
+        states.append(decoder.read_window(cache, window, ready(variant), observe=recorder))
+        reads.append(recorder.reads(range(len(prefix) + 1, length + 1)))
+        advance(len(window))
+    losses = compare_predictions(decoder.head, window, dense, states)
+    return WindowResult(equal_rows=equal_rows, losses=tuple(losses), reads=tuple(reads))
