@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"errors", "limits", "reference", "store"},
     "evaluation": {"errors", "limits", "reference", "store", "calibration"},
     "report": {"errors", "limits", "reference", "store", "calibration", "evaluation"},
+    "engine": {"errors", "store", "calibration", "evaluation"},
     "soak": {"errors"},
     "benchmarks": {
         *("errors", "limits", "reference", "store", "selection", "kernels", "telemetry", "calibration", "evaluation"),
@@ -38,14 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "model_folder": {"errors"},
     "demo_model": {"errors", "cache_folder", "gguf_model", "model_folder"},
     "cli": {
-        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "report", "soak"),
-        *("benchmarks", "demo_model"),
+        *("errors", "limits", "store", "kernels", "server", "calibration", "evaluation", "report", "engine"),
+        *("soak", "benchmarks", "demo_model"),
     },
 }
 # what is heavy, or runs in few places only -> the parts that may import it, at any depth of their code
 USERS = {
     "triton": {"kernels", "benchmarks"},
-    "vllm": {"backend", "telemetry", "benchmarks"},
+    "vllm": {"backend", "telemetry", "engine", "benchmarks"},
     "transformers": {"calibration", "evaluation", "gguf_model"},
     "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "selection", "server", "soak"},
     "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "server"},

@@ -32,7 +32,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def tune(run: Run, folder: Path, tmp_path: Path) -> Run:
     """Runs `toptheta tune` on the tiny model."""
     text = write_text(tmp_path / "held-out.txt", 900, seed=7)
-    sizes = ("--lengths", 200, "--sequences", 4, "--window", 32, "--floors", "0.05,0.3,1", "--device", "cpu")
+    sizes = (
+        "--dtype",
+        "float32",
+        "--lengths",
+        200,
+        "--sequences",
+        4,
+        "--window",
+        32,
+        "--floors",
+        "0.05,0.3,1",
+        "--device",
+        "cpu",
+    )
 
     def run_tune(*arguments: object) -> tuple[int, str, str]:
         out = ("--out", tmp_path / "stores", "--model-id", "acme/tiny")
@@ -54,7 +67,7 @@ def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
     assert [promise.preset for promise in evidence.promises] == [None, "high", "exact", "fast"]
     assert evidence.served.max_kl == 0.05
     # where files lay is nobody's business
-    assert evidence.command.startswith("toptheta tune tiny --text prose=held-out.txt --lengths 200 ")
+    assert evidence.command.startswith("toptheta tune tiny --text prose=held-out.txt --dtype float32 ")
     assert str(tmp_path) not in evidence.command
     assert evidence.line in out
     assert f"wrote {folder}; peak memory " in out

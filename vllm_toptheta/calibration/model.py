@@ -21,12 +21,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError
 
-__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "usable_device"]
+__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "served_dtype", "usable_device"]
 
 _ATTENTION_NAME = "toptheta_route"
 _NUM_NAMES = 3  # tensors that a message names
@@ -91,6 +91,19 @@ def usable_device(name: torch.device | str) -> torch.device:
             remedy=remedy,
         )
     return device
+
+
+def served_dtype(model_dir: Path) -> torch.dtype:
+    """Returns the dtype in which vLLM serves a model unless it is told another: that of the checkpoint, in 16 bits.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+
+    Raises:
+        CalibrationError: transformers cannot read its config.json.
+    """
+    dtype = _load(AutoConfig, model_dir).get_text_config().dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def load_tokenizer(model_dir: Path) -> Any:

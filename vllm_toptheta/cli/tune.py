@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from vllm_toptheta.cli import eval_options as options
 from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
+
+if TYPE_CHECKING:
+    from vllm_toptheta.evaluation import TuneOptions
+    from vllm_toptheta.evaluation.subject import DecodedSubject
 
 __all__ = ["tune_command"]
 
@@ -49,8 +53,20 @@ def tune_command(
         Path, typer.Option(help="Directory of stores: that of the model, <org>--<model>, is amended or made.")
     ] = Path("thresholds"),
     seed: options.SeedOption = 0,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "float32",
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs the model; vllm runs it as it is served: quantised, or spread over GPUs."),
+    ] = "transformers",
+    engine_args: Annotated[
+        str, typer.Option(help="With --engine vllm: flags of vllm serve, as in '--tensor-parallel-size 2'.")
+    ] = "",
+    device: Annotated[
+        str, typer.Option(help="Of --engine transformers: cpu, cuda, cuda:1...; auto is a GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of weights and activations; auto is what vLLM serves. Attention is float32 whatever it is."),
+    ] = "auto",
     resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted.")] = True,
     model_id: Annotated[
         str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
@@ -62,9 +78,11 @@ def tune_command(
     from vllm_toptheta import store
     from vllm_toptheta.calibration.data import read_text
     from vllm_toptheta.calibration.run import model_identity
-    from vllm_toptheta.evaluation import FLOORS, Goal, Subject, TuneOptions, decode_table, named_paths, tune_floors
+    from vllm_toptheta.evaluation import FLOORS, Goal, TuneOptions, decode_table, named_paths, tune_floors
     from vllm_toptheta.limits import DEFAULT_HEAVY
 
+    if engine_args and engine != "vllm":
+        raise EvaluationError("flags of vllm serve are for --engine vllm", field="--engine-args", remedy="Leave it out")
     if heavy is not None and mode != "shadow":
         raise EvaluationError("keys are heavy in mode shadow only", field="--heavy", remedy="Leave it out")
     goals = [Goal(max_loss, max_kl)] if max_loss is not None or max_kl is not None else []
@@ -78,7 +96,6 @@ def tune_command(
     state = out / f".{folder.name}.tune-{mode}"
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
-    subject = Subject(model, {}, device=device, dtype=dtype)
     wanted = TuneOptions(
         goals=tuple(goals or [Goal(max_loss=0.5)]),
         lengths=tuple(integers("--lengths", lengths)),
@@ -88,6 +105,10 @@ def tune_command(
         heavy=None if mode == "values" else DEFAULT_HEAVY if heavy is None else heavy,
         seed=seed,
     )
+    if engine == "vllm":
+        subject = _served(model, wanted, f"--dtype {dtype} {engine_args}")
+    else:
+        subject = _in_transformers(model, device=device, dtype=dtype)
     try:
         found = tune_floors(
             subject,
@@ -110,6 +131,22 @@ def tune_command(
     typer.echo(f"wrote {folder}; peak memory {_peak_memory(subject.device.type)}")
     shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"
     typer.echo(f"serve it: toptheta serve {model} --thresholds {out}{shadow}")
+
+
+def _in_transformers(model: Path, *, device: str, dtype: str) -> DecodedSubject:
+    from vllm_toptheta.evaluation import Subject
+
+    return Subject(model, {}, device=device, dtype=dtype)
+
+
+def _served(model: Path, wanted: TuneOptions, engine_args: str) -> DecodedSubject:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise EvaluationError("vLLM is not installed", field="--engine", remedy="Install it, or use transformers")
+    from vllm_toptheta.engine import EngineSubject
+
+    return EngineSubject(model, max_length=max(wanted.lengths), window=wanted.window, engine_args=engine_args)
 
 
 def _peak_memory(device: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_toptheta.calibration.model import load_model, load_tokenizer, usable_device
+from vllm_toptheta.calibration.model import load_model, load_tokenizer, served_dtype, usable_device
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.measuring import TransformersDecoder, WindowJob, WindowResult, measure_window
@@ -90,10 +90,10 @@ class Subject:
         model_dir: a Hugging Face model directory, with its tokenizer.
         stores: threshold stores by their labels; none where nothing calibrated is tried.
         device: torch's name of the device to run on; `auto` is a GPU where there is one.
-        dtype: of the weights and activations.
+        dtype: of the weights and activations; `auto` is that in which vLLM serves the model.
 
     Raises:
-        CalibrationError: there is no such device.
+        CalibrationError: there is no such device, or transformers cannot read config.json.
         EvaluationError: there is no such dtype.
         FingerprintMismatch: thresholds are those of another architecture.
         ModelConfigError: the model directory has no usable config.json.
@@ -105,6 +105,8 @@ class Subject:
         self.architecture = read_architecture(model_dir)
         for store in stores.values():
             store.manifest.architecture.check(self.architecture, file=store.folder)
+        if dtype == "auto":
+            dtype = str(served_dtype(model_dir)).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise EvaluationError(f"unknown dtype {dtype!r}", field="dtype", remedy=f"Choose {', '.join(_DTYPES)}")
         self.model_dir = model_dir
