@@ -79,6 +79,7 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
     )
     environment.filters["percent"] = lambda share, digits=0: f"{100 * share:.{digits}f} %"
     environment.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("template.html.j2").render(
         report=report,
         quality=[_mode(quality, pictures) for quality in report.quality],
