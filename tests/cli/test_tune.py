@@ -9,6 +9,7 @@ import pytest
 from tests.calibration.tiny_model import write_text
 from tests.cli.test_main import imported
 from vllm_toptheta import cli, store
+from vllm_toptheta.evaluation import read_tuned, tuned_file
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -59,7 +60,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
-    code, out, err = tune("--max-kl", 0.05, "--presets")
+    code, out, err = tune(
+        "--max-kl", 0.05, "--presets", "--equal-rows", 0.3, "--json", tmp_path / "more" / "tuned.json"
+    )
     assert code == 0, err
     folder = tmp_path / "stores" / "acme--tiny"
     evidence = store.load(folder).manifest.evidence("values")
@@ -70,8 +73,20 @@ def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
     assert evidence.command.startswith("toptheta tune tiny --text prose=held-out.txt --dtype float32 ")
     assert str(tmp_path) not in evidence.command
     assert evidence.line in out
-    assert f"wrote {folder}; peak memory " in out
-    assert [file.name for file in (tmp_path / "stores").iterdir()] == ["acme--tiny"]
+    assert f"wrote {folder} and acme--tiny.tune-values.json; peak memory " in out
+    assert f"toptheta report {folder} --out report.html" in out
+    assert {file.name for file in (tmp_path / "stores").iterdir()} == {"acme--tiny", "acme--tiny.tune-values.json"}
+    record = tuned_file(folder, "values")
+    assert record.read_bytes() == (tmp_path / "more" / "tuned.json").read_bytes()
+    tuned = read_tuned(record)
+    assert tuned.evidence == evidence
+    assert [(one.variant.method, one.equal_rows) for one in tuned.ladder.lengths[0].comparisons] == [
+        *[("top_theta", None)] * 3,
+        ("top_k", "floor:0.3"),
+    ]
+    served = f"floor:{evidence.served.weight_floor:g}"
+    (confirmed,) = [one for one in tuned.confirmations[0].lengths[0].comparisons if one.variant.target == served]
+    assert confirmed.change_percent == evidence.served.measured[0].change_percent
 
     code, shown, err = run("thresholds", "show", folder)
     assert code == 0, err
@@ -100,6 +115,10 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
         (("--max-loss", 1e-5), "error: max_loss: perplexity within 1e-05 %: with floor:0.05 at 200 tokens"),
         (("--sequences", 50), "error: text: the texts have "),
         (("--heavy", 0.1), "error: --heavy: keys are heavy in mode shadow only"),
+        (
+            ("--mode", "shadow", "--equal-rows", 1),
+            "error: equal_rows: what copies read is not compared with exact top-k",
+        ),
         (("--model-id", "../up"), "error: id: "),
     ):
         code, out, err = tune(*arguments)
@@ -124,3 +143,11 @@ def test_another_run_in_the_way_is_named_and_can_be_forgotten(tune: Run, tmp_pat
     code, out, err = tune("--max-kl", 1)
     assert code == 0, err
     assert "larger ones (--floors) may keep the promise too" in out
+
+
+def test_a_record_that_cannot_be_written_leaves_the_measurements_and_no_store(tune: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = tune("--max-kl", 1, "--json", tmp_path / "file" / "tuned.json")
+    assert code == 2
+    assert "--json: cannot be written: " in err
+    assert [file.name for file in (tmp_path / "stores").iterdir()] == [".acme--tiny.tune-values"]

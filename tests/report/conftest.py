@@ -10,7 +10,8 @@ from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta import store
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.calibration.model import load_model
-from vllm_toptheta.report import Report, make_report
+from vllm_toptheta.report import Report, measure_survivors
+from vllm_toptheta.report.findings import SurvivorReport
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -43,8 +44,8 @@ def thresholds(folder: Path) -> store.ThresholdStore:
 
 
 @pytest.fixture(scope="package")
-def report(folder: Path, thresholds: store.ThresholdStore) -> Report:
-    return make_report(
+def survivors(folder: Path, thresholds: store.ThresholdStore) -> SurvivorReport:
+    return measure_survivors(
         folder / "tiny",
         [folder / "held-out.txt"],
         thresholds,
@@ -55,3 +56,9 @@ def report(folder: Path, thresholds: store.ThresholdStore) -> Report:
         device="cpu",
         progress=False,
     )
+
+
+@pytest.fixture(scope="package")
+def report(survivors: SurvivorReport) -> Report:
+    """Of survivors alone."""
+    return Report(model="tiny", quality=(), survivors=survivors)

@@ -8,7 +8,8 @@ from PIL import Image
 from vllm_toptheta.errors import ReportError
 from vllm_toptheta.report import Report
 from vllm_toptheta.report.figures import draw
-from vllm_toptheta.report.page import render, write_report
+from vllm_toptheta.report.findings import SurvivorReport
+from vllm_toptheta.report.page import draw_report, render, write_report
 
 NAMES = ["survivors", "reads", "lengths", "positions", "lost-mass", "thresholds"]
 
@@ -37,7 +38,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(report: Report) -> str:
-    return render(report, [list(draw(target)) for target in report.targets])
+    return render(report, draw_report(report))
 
 
 def test_the_page_needs_nothing_but_itself(html: str) -> None:
@@ -54,13 +55,13 @@ def test_the_page_needs_nothing_but_itself(html: str) -> None:
     assert page.values("meta", "content")[-1].startswith("default-src 'none'")
 
 
-def test_the_page_can_be_heard(html: str, report: Report) -> None:
+def test_the_page_can_be_heard(html: str, survivors: SurvivorReport) -> None:
     page = Page(html)
     assert page.values("html", "lang") == ["en"]
     assert page.texts["title"].strip() == "Top-Theta report: tiny"
     assert page.tags.count("h1") == 1
     alts = page.values("img", "alt")
-    assert len(alts) == len(set(alts)) == len(NAMES) * len(report.targets) - 1
+    assert len(alts) == len(set(alts)) == len(NAMES) * len(survivors.targets) - 1
     assert all(len(alt) > 40 and any(letter.isdigit() for letter in alt) for alt in alts)
     assert page.tags.count("caption") == page.tags.count("table")
     assert set(page.values("th", "scope")) == {"col", "row"}
@@ -69,8 +70,8 @@ def test_the_page_can_be_heard(html: str, report: Report) -> None:
     assert set(page.values("section", "aria-labelledby")) <= set(ids)
 
 
-def test_the_numbers_are_on_the_page(html: str, report: Report) -> None:
-    for target in report.targets:
+def test_the_numbers_are_on_the_page(html: str, survivors: SurvivorReport) -> None:
+    for target in survivors.targets:
         for rows in target.held_out.by_length:
             assert f"{100 * rows.expectation.value_rows_share:.1f} %" in html
             assert f"{rows.expectation.step_speedup:.2f} x" in html
@@ -79,11 +80,10 @@ def test_the_numbers_are_on_the_page(html: str, report: Report) -> None:
     assert "may help" in html or "would not help" in html
 
 
-def test_names_are_escaped_and_warnings_shown(report: Report) -> None:
-    hostile = report.model_copy(
-        update={"model": "<script>alert(1)</script>", "not_held_out": ('"<b>',), "not_calibrated_on": ("x&y",)}
-    )
-    html = render(hostile, [[] for _ in hostile.targets])
+def test_names_are_escaped_and_warnings_shown(survivors: SurvivorReport) -> None:
+    hostile = survivors.model_copy(update={"not_held_out": ('"<b>',), "not_calibrated_on": ("x&y",)})
+    report = Report(model="<script>alert(1)</script>", quality=(), survivors=hostile)
+    html = render(report, {name: [] for name in draw_report(report)})
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert "&lt;b&gt;" in html
@@ -91,8 +91,9 @@ def test_names_are_escaped_and_warnings_shown(report: Report) -> None:
     assert "Not held out:" in html
 
 
-def test_files_are_written_together(report: Report, tmp_path: Path) -> None:
-    report = report.model_copy(update={"targets": report.targets[1:2]})
+def test_files_are_written_together(survivors: SurvivorReport, tmp_path: Path) -> None:
+    of_one = survivors.model_copy(update={"targets": survivors.targets[1:2]})
+    report = Report(model="tiny", quality=(), survivors=of_one)
     out = tmp_path / "deep" / "report.html"
     written = write_report(report, out, png=tmp_path / "figures")
     assert set(written) == {file for file in tmp_path.rglob("*") if file.is_file()}
@@ -107,8 +108,8 @@ def test_files_are_written_together(report: Report, tmp_path: Path) -> None:
             write_report(report, out)
 
 
-def test_figures_are_large_and_not_blank(report: Report, tmp_path: Path) -> None:
-    for picture in draw(report.targets[1]):
+def test_figures_are_large_and_not_blank(survivors: SurvivorReport, tmp_path: Path) -> None:
+    for picture in draw(survivors.targets[1]):
         file = tmp_path / picture.name
         file.write_bytes(picture.png)
         with Image.open(file) as image:
@@ -117,9 +118,9 @@ def test_figures_are_large_and_not_blank(report: Report, tmp_path: Path) -> None
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_odd_reports_can_be_drawn(report: Report) -> None:
+def test_odd_reports_can_be_drawn(survivors: SurvivorReport) -> None:
     """No calibration text, no dense layer in the list, probabilities, a k between two, one length bucket."""
-    target = report.targets[1]
+    target = survivors.targets[1]
     assert target.curves is not None
     held_out = target.held_out.model_copy(update={"by_length": target.held_out.by_length[:1]})
     thresholds = tuple(tuple(tuple(0.01 for _ in heads) for heads in layers) for layers in target.curves.thresholds)
@@ -127,9 +128,9 @@ def test_odd_reports_can_be_drawn(report: Report) -> None:
     odd = target.model_copy(
         update={"label": "k:100", "held_out": held_out, "calibration": None, "curves": curves, "dense_layers": ()}
     )
-    plain = report.model_copy(update={"targets": (odd,)})
-    pictures = list(draw(odd))
-    assert [picture.name for picture in pictures] == NAMES
-    html = render(plain, [pictures])
+    plain = Report(model="tiny", quality=(), survivors=survivors.model_copy(update={"targets": (odd,)}))
+    pictures = draw_report(plain)
+    assert [picture.name for picture in pictures["k-100"]] == NAMES
+    html = render(plain, pictures)
     assert "k-100" in html
     assert "calibration</td>" not in html

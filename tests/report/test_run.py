@@ -9,14 +9,15 @@ from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model
 from vllm_toptheta import store
 from vllm_toptheta.errors import CalibrationError, EvaluationError, FingerprintMismatch, ReportError, TargetOutOfRange
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.report import Report, make_report
+from vllm_toptheta.report import Report, measure_survivors
+from vllm_toptheta.report.findings import SurvivorReport
 
 
-def test_a_report_is_complete(report: Report, thresholds: store.ThresholdStore) -> None:
-    assert (report.model, report.thresholds) == ("tiny", "org/tiny-model")
-    assert report.not_held_out == report.not_calibrated_on == ()
-    assert [target.label for target in report.targets] == ["floor:2", "k:8", "k:16"]
-    for target, k in zip(report.targets[1:], (8, 16), strict=True):
+def test_all_is_counted(survivors: SurvivorReport, thresholds: store.ThresholdStore) -> None:
+    assert (survivors.model, survivors.thresholds) == ("tiny", "org/tiny-model")
+    assert survivors.not_held_out == survivors.not_calibrated_on == ()
+    assert [target.label for target in survivors.targets] == ["floor:2", "k:8", "k:16"]
+    for target, k in zip(survivors.targets[1:], (8, 16), strict=True):
         curves = target.curves
         assert curves is not None
         assert (target.dense_length, target.dense_layers, target.weight_floor) == (k, (0, 1), None)
@@ -35,20 +36,20 @@ def test_a_report_is_complete(report: Report, thresholds: store.ThresholdStore) 
         assert [source.name for source in target.held_out.text] == ["held-out.txt"]
         assert target.held_out.mean_survivors != target.calibration.mean_survivors
     # half of the layers are dense
-    shares = [rows.expectation.value_rows_share for rows in report.targets[1].held_out.by_length]
+    shares = [rows.expectation.value_rows_share for rows in survivors.targets[1].held_out.by_length]
     assert all(0.5 < share < 1 for share in shares)
     assert len(set(shares)) == len(shares) == 6
 
 
-def test_floors_need_nothing_calibrated(report: Report, folder: Path) -> None:
-    found = report.targets[0]
+def test_floors_need_nothing_calibrated(survivors: SurvivorReport, folder: Path) -> None:
+    found = survivors.targets[0]
     assert (found.weight_floor, found.curves, found.calibration, found.dense_layers) == (2, None, None, ())
     assert (found.dense_length, found.held_out.num_rows) == (NUM_ANCHORS, 2 * (160 - NUM_ANCHORS))
     assert min(map(min, found.held_out.head_mean_survivors)) > 0
     assert 0 < found.held_out.sparse_value_rows_share < 1
     # alone, and without a store: the default
     options: dict[str, Any] = {"length": 160, "num_sequences": 2, "device": "cpu", "progress": False}
-    alone = make_report(folder / "tiny", [folder / "held-out.txt"], **options)
+    alone = measure_survivors(folder / "tiny", [folder / "held-out.txt"], **options)
     assert (alone.thresholds, alone.targets) == (None, (found,))
 
 
@@ -57,7 +58,7 @@ def test_numbers_survive_json(report: Report) -> None:
 
 
 def test_texts_in_the_wrong_role_are_pointed_out(folder: Path, thresholds: store.ThresholdStore) -> None:
-    swapped = make_report(
+    swapped = measure_survivors(
         folder / "tiny",
         [folder / "calibration.txt"],
         thresholds,
@@ -91,7 +92,7 @@ def test_options_that_cannot_work_are_refused(
     folder: Path, thresholds: store.ThresholdStore, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        make_report(
+        measure_survivors(
             folder / "tiny",
             [folder / "held-out.txt"],
             thresholds,
@@ -105,16 +106,16 @@ def test_another_model_and_dense_layers_alone_are_refused(
     texts = [folder / "held-out.txt"]
     other = save_model_dir(tmp_path / "other", tiny_model(tiny_config(num_hidden_layers=2)))
     with pytest.raises(FingerprintMismatch):
-        make_report(other, texts, thresholds, targets=["8"], length=50, device="cpu", progress=False)
+        measure_survivors(other, texts, thresholds, targets=["8"], length=50, device="cpu", progress=False)
     section = thresholds.manifest.thresholds.model_copy(update={"dense_layers": (0, 1, 2, 3)})
     dense = replace(thresholds, manifest=thresholds.manifest.model_copy(update={"thresholds": section}))
     with pytest.raises(ReportError, match="every layer is dense"):
-        make_report(folder / "tiny", texts, dense, targets=["8"], length=50, device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, dense, targets=["8"], length=50, device="cpu", progress=False)
 
 
 def test_what_needs_a_store_is_refused_without_one(folder: Path) -> None:
     texts = [folder / "held-out.txt"]
     with pytest.raises(ReportError, match="calibration_texts: nothing was calibrated for floors"):
-        make_report(folder / "tiny", texts, calibration_texts=texts, device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, calibration_texts=texts, device="cpu", progress=False)
     with pytest.raises(EvaluationError, match="thresholds: top-theta k:8 needs what was calibrated"):
-        make_report(folder / "tiny", texts, targets=["floor:2", "8"], device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, targets=["floor:2", "8"], device="cpu", progress=False)

@@ -73,8 +73,13 @@ def print_table(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
-def write_json(file: Path | None, report: BaseModel) -> None:
+def write_json(file: Path | None, report: BaseModel, *, field: str = "--json") -> None:
     """Write a report to a file, if there is one to write to; its folder is made if need be.
+
+    Args:
+        file: Where to.
+        report: What.
+        field: The option that the file comes from.
 
     Raises:
         SettingsError: It cannot be written.
@@ -85,7 +90,7 @@ def write_json(file: Path | None, report: BaseModel) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"cannot be written: {error.strerror}", file=file, field="--json") from None
+        raise SettingsError(f"cannot be written: {error.strerror}", file=file, field=field) from None
 
 
 def print_error(error: TopThetaError) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from vllm_toptheta.cli import eval_options as options
 from vllm_toptheta.cli.quality import print_quality
-from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command
+from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command, write_json
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def tune_command(
         int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")
     ] = 256,
     floors: Annotated[str | None, typer.Option(help="Weight floors to try, ascending; default: 0.1 to 4.5.")] = None,
+    equal_rows: Annotated[
+        str, typer.Option(help="Floors by commas: also exact top-k that reads as many value rows, to compare with.")
+    ] = "",
     out: Annotated[
         Path, typer.Option(help="Directory of stores: that of the model, <org>--<model>, is amended or made.")
     ] = Path("thresholds"),
@@ -71,6 +74,10 @@ def tune_command(
     model_id: Annotated[
         str | None, typer.Option(help="Hub id (org/name) to record; default: the folder's name.")
     ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Also write all that was measured to this file; it lies beside the store anyway."),
+    ] = None,
 ) -> None:
     """Find the largest weight floor that loses less than promised, and write it with the evidence into the store."""
     import shutil
@@ -78,7 +85,15 @@ def tune_command(
     from vllm_toptheta import store
     from vllm_toptheta.calibration.data import read_text
     from vllm_toptheta.calibration.run import model_identity
-    from vllm_toptheta.evaluation import FLOORS, Goal, TuneOptions, decode_table, named_paths, tune_floors
+    from vllm_toptheta.evaluation import (
+        FLOORS,
+        Goal,
+        TuneOptions,
+        decode_table,
+        named_paths,
+        tune_floors,
+        tuned_file,
+    )
     from vllm_toptheta.limits import DEFAULT_HEAVY
 
     if engine_args and engine != "vllm":
@@ -103,6 +118,7 @@ def tune_command(
         window=window,
         floors=FLOORS if floors is None else tuple(numbers("--floors", floors)),
         heavy=None if mode == "values" else DEFAULT_HEAVY if heavy is None else heavy,
+        equal_rows=tuple(numbers("--equal-rows", equal_rows)),
         seed=seed,
     )
     if engine == "vllm":
@@ -114,13 +130,19 @@ def tune_command(
             subject,
             [read_text(file) for paths in files.values() for file in paths],
             wanted,
-            command=recorded_command(model, out, *(file for paths in files.values() for file in paths)),
+            command=recorded_command(
+                model, out, *([json] if json else []), *(file for paths in files.values() for file in paths)
+            ),
             folder=state,
         )
     except PromiseNotKept:
         # nothing is left to go on with, and the next command will ask for something else
         shutil.rmtree(state)
         raise
+    # before the store: what cannot be written is said while the measurements can still be gone on with
+    write_json(json, found)
+    record = tuned_file(folder, mode)
+    write_json(record, found, field="--out")
     store.record_quality(folder, found.evidence, model=identity, architecture=subject.architecture)
     shutil.rmtree(state)
     print_table(decode_table(found.ladder))
@@ -128,8 +150,9 @@ def tune_command(
     typer.echo(f"{found.evidence.line}; floor:{found.evidence.served.weight_floor:g}")
     if found.evidence.served.weight_floor == wanted.floors[-1]:
         typer.echo("that is the largest floor that was tried: larger ones (--floors) may keep the promise too")
-    typer.echo(f"wrote {folder}; peak memory {_peak_memory(subject.device.type)}")
+    typer.echo(f"wrote {folder} and {record.name}; peak memory {_peak_memory(subject.device.type)}")
     shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"
+    typer.echo(f"draw it: toptheta report {folder} --out report.html")
     typer.echo(f"serve it: toptheta serve {model} --thresholds {out}{shadow}")
 
 

@@ -6,7 +6,8 @@ from vllm_toptheta.evaluation.domains import Domain, Sample, named_paths, text_d
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport, perplexity_tables
 from vllm_toptheta.evaluation.subject import Subject
-from vllm_toptheta.evaluation.tune import FLOORS, Goal, Tuned, TuneOptions, tune_floors
+from vllm_toptheta.evaluation.tune import FLOORS, Goal, TuneOptions, tune_floors
+from vllm_toptheta.evaluation.tuned import Tuned, read_tuned, tuned_file
 from vllm_toptheta.evaluation.variants import COMPENSATIONS, MODES, Variant, expand_variants, floor_label
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "floor_label",
     "named_paths",
     "perplexity_tables",
+    "read_tuned",
     "text_domain",
     "tune_floors",
+    "tuned_file",
 ]

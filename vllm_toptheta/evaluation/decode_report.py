@@ -16,6 +16,7 @@ from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.evaluation.window_reads import WindowReads
 from vllm_toptheta.store import TextSource
+from vllm_toptheta.store.fields import MAX_LAYERS
 
 __all__ = [
     "DecodeComparison",
@@ -64,7 +65,7 @@ class LostMass(_Model):
 class LayerReads(_Model):
     """What one layer reads and loses."""
 
-    layer: int = Field(ge=0)
+    layer: int = Field(ge=0, lt=MAX_LAYERS)
     value_rows_share: Share
     survivors: Survivors | None = Field(description="null for a dense layer.")
     lost_mass: LostMass | None

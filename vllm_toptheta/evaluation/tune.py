@@ -17,13 +17,13 @@ from pathlib import Path
 from vllm_toptheta.calibration.data import Text, prompt_prefix, tokenise
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
-from vllm_toptheta.evaluation.decode_report import DecodeComparison, DecodeReport, LengthReport
-from vllm_toptheta.evaluation.paired import upper_bound
+from vllm_toptheta.evaluation.decode_report import DecodeReport
 from vllm_toptheta.evaluation.subject import DecodedSubject
+from vllm_toptheta.evaluation.tuned import Tuned, measured_length
 from vllm_toptheta.evaluation.variants import Variant, floor_label
 from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, weights_sha256
 
-__all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "Tuned", "tune_floors"]
+__all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "tune_floors"]
 
 CONFIDENCE = 0.95
 FLOORS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5)
@@ -94,6 +94,7 @@ class TuneOptions:
         window: tokens at the end of a sequence that are decoded.
         floors: what to try, ascending, in multiples of the average weight.
         heavy: in mode shadow, what a key must weigh to be read exactly; None for mode values.
+        equal_rows: floors beside which exact top-k is measured that reads as many value rows; of mode values only.
         seed: chooses the sequences.
     """
 
@@ -103,6 +104,7 @@ class TuneOptions:
     window: int = 256
     floors: tuple[float, ...] = FLOORS
     heavy: float | None = None
+    equal_rows: tuple[float, ...] = ()
     seed: int = 0
 
     def variant(self, floor: float) -> Variant:
@@ -115,19 +117,6 @@ class TuneOptions:
         if self.heavy is None:
             return Variant(target=target)
         return Variant(method="tiers", target=target, heavy=self.heavy)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What was found.
-
-    Attributes:
-        evidence: for the manifest.
-        ladder: every floor on the sequences that the choice was made on.
-    """
-
-    evidence: Evidence
-    ladder: DecodeReport
 
 
 def tune_floors(
@@ -161,7 +150,9 @@ def tune_floors(
     num_confirmations = _num_confirmations(subject, options, sum(num_tokens))
     floors = options.floors
 
-    def measure(stage: str, rungs: Sequence[int], *, skip: int) -> tuple[DecodeReport, dict[int, list[MeasuredLength]]]:
+    def measure(
+        stage: str, rungs: Sequence[int], *, skip: int, equal_rows: tuple[float, ...] = ()
+    ) -> tuple[DecodeReport, dict[int, list[MeasuredLength]]]:
         with _naming_the_flag():
             report = evaluate_decode(
                 subject,
@@ -171,6 +162,7 @@ def tune_floors(
                     lengths=options.lengths,
                     num_sequences=options.num_sequences,
                     window=options.window,
+                    equal_rows=equal_rows,
                     seed=options.seed,
                     skip=skip,
                 ),
@@ -179,10 +171,12 @@ def tune_floors(
                 title=stage,
             )
         return report, {
-            rung: [_measured(one, one.comparisons[index]) for one in report.lengths] for index, rung in enumerate(rungs)
+            rung: [measured_length(one, one.comparisons[index], confidence=CONFIDENCE) for one in report.lengths]
+            for index, rung in enumerate(rungs)
         }
 
-    ladder, on_ladder = measure("choosing", range(len(floors)), skip=0)
+    ladder, on_ladder = measure("choosing", range(len(floors)), skip=0, equal_rows=options.equal_rows)
+    confirmations: list[DecodeReport] = []
     promises: dict[Goal, Promise] = {}
     chosen: dict[Goal, int] = {}
     for goal in options.goals:
@@ -196,7 +190,8 @@ def tune_floors(
         if not chosen:
             break
         rungs = sorted(set(chosen.values()))
-        _, found = measure(f"confirming {confirmation}", rungs, skip=confirmation * options.num_sequences)
+        report, found = measure(f"confirming {confirmation}", rungs, skip=confirmation * options.num_sequences)
+        confirmations.append(report)
         for goal, rung in list(chosen.items()):
             if goal.is_kept(found[rung]):
                 promises[goal] = _kept(goal, floors[rung], found[rung])
@@ -211,7 +206,7 @@ def tune_floors(
     _refuse_broken(ordered)
     setup = subject.setup()
     return Tuned(
-        Evidence(
+        evidence=Evidence(
             mode="values" if options.heavy is None else "shadow",
             heavy=options.heavy,
             weights_sha256=weights_sha256(subject.model_dir),
@@ -230,7 +225,8 @@ def tune_floors(
             date=datetime.datetime.now(datetime.UTC).date(),
             promises=tuple(ordered),
         ),
-        ladder,
+        ladder=ladder,
+        confirmations=tuple(confirmations),
     )
 
 
@@ -262,6 +258,10 @@ def _check(options: TuneOptions) -> None:
         )
     if not options.floors or list(options.floors) != sorted(set(options.floors)) or options.floors[0] <= 0:
         raise EvaluationError("floors have to ascend from above 0", field="floors", remedy="Write them as 0.5,1,2")
+    if options.equal_rows and options.heavy is not None:
+        raise EvaluationError(
+            "what copies read is not compared with exact top-k", field="equal_rows", remedy="Leave --equal-rows out"
+        )
 
 
 def _num_confirmations(subject: DecodedSubject, options: TuneOptions, num_tokens: int) -> int:
@@ -281,39 +281,6 @@ def _num_confirmations(subject: DecodedSubject, options: TuneOptions, num_tokens
             remedy="Give more text (--text), or ask for fewer (--sequences) or shorter ones (--lengths)",
         )
     return min(MAX_CONFIRMATIONS, num_tokens // (options.num_sequences * longest) - 1)
-
-
-def _measured(one: LengthReport, comparison: DecodeComparison) -> MeasuredLength:
-    change_error, kl_error = comparison.change_standard_error, comparison.kl_standard_error
-    # None is for one sequence, and for reports of older releases
-    assert change_error is not None  # noqa: S101
-    assert kl_error is not None  # noqa: S101
-    assert comparison.bytes_share is not None  # noqa: S101
-
-    def bound(mean: float, error: float) -> float:
-        return upper_bound(mean, error, one.num_sequences, confidence=CONFIDENCE)
-
-    return MeasuredLength(
-        length=one.length,
-        num_sequences=one.num_sequences,
-        num_tokens=one.num_predicted_tokens,
-        perplexity_dense=one.perplexity_dense,
-        change_percent=comparison.change_percent,
-        change_error=change_error,
-        change_bound=bound(comparison.change_percent, change_error),
-        kl_divergence=comparison.kl_divergence,
-        kl_error=kl_error,
-        kl_bound=bound(comparison.kl_divergence, kl_error),
-        top1_agreement=comparison.top1_agreement,
-        value_rows_share=comparison.value_rows_share,
-        bytes_share=comparison.bytes_share,
-        lost_mass_p99=_lost_mass_p99(comparison),
-    )
-
-
-def _lost_mass_p99(comparison: DecodeComparison) -> tuple[float | None, ...]:
-    by_layer = {reads.layer: reads.lost_mass.p99 for reads in comparison.layers if reads.lost_mass is not None}
-    return tuple(by_layer.get(layer) for layer in range(max(by_layer, default=-1) + 1))
 
 
 def _kept(goal: Goal, floor: float, measured: Sequence[MeasuredLength]) -> Promise:

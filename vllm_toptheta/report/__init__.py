@@ -1,6 +1,7 @@
 """The report: what a user of some thresholds may expect, as a page, figures and numbers."""
 
-from vllm_toptheta.report.findings import Report
-from vllm_toptheta.report.run import make_report
+from vllm_toptheta.report.quality import find_quality
+from vllm_toptheta.report.record import Report
+from vllm_toptheta.report.run import measure_survivors
 
-__all__ = ["Report", "make_report"]
+__all__ = ["Report", "find_quality", "measure_survivors"]

@@ -1,37 +1,35 @@
-"""The figures of a report. Colours are Okabe and Ito's or viridis, which colour-blind readers tell apart."""
+"""The figures of what was measured with thresholds applied: survivors, reads and lost mass, by layer and head."""
 
-import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from vllm_toptheta.report.collect import RECENT_TOKENS, SINK_TOKENS
+from vllm_toptheta.report.drawing import (
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    HEAT,
+    ORANGE,
+    Picture,
+    finished,
+    layer_axis,
+    log_counts,
+    panels_of,
+    tokens,
+)
 from vllm_toptheta.report.findings import Curves, TargetFindings, TextFindings
 
-__all__ = ["Picture", "draw"]
+__all__ = ["draw"]
 
-_BLUE, _ORANGE, _GREEN, _GREY, _DARK = "#0072B2", "#E69F00", "#009E73", "#999999", "#333333"
-_HEAT = "viridis"
-_WIDTH = 9.0  # inches
-_DPI = 120
 _PANEL_COLUMNS = 7
-
-
-class Picture(NamedTuple):
-    """A figure, as a page and a folder take it."""
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    png: bytes
 
 
 def draw(target: TargetFindings) -> Iterator[Picture]:
@@ -46,24 +44,19 @@ def draw(target: TargetFindings) -> Iterator[Picture]:
     if target.curves is not None:
         painters.append(("thresholds", "The thresholds", partial(_thresholds, curves=target.curves)))
     for name, title, painter in painters:
-        figure, caption, alt = painter(target)
-        stream = io.BytesIO()
-        FigureCanvasAgg(figure)
-        # no metadata, so that the same findings give the same bytes
-        figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
-        yield Picture(name, title, caption, alt, stream.getvalue())
+        yield finished(name, title, *painter(target))
 
 
 def _texts(target: TargetFindings) -> list[tuple[str, str, str, TextFindings]]:
     """Name, colour, marker and findings of each kind of text."""
-    kinds = [("held-out text", _BLUE, "o", target.held_out)]
+    kinds = [("held-out text", BLUE, "o", target.held_out)]
     if target.calibration is not None:
-        kinds.append(("calibration text", _ORANGE, "^", target.calibration))
+        kinds.append(("calibration text", ORANGE, "^", target.calibration))
     return kinds
 
 
 def _survivors(target: TargetFindings) -> tuple[Figure, str, str]:
-    figure, (upper, lower) = _figure(5.2, rows=2, sharex=True)
+    figure, (upper, lower) = panels_of(5.2, rows=2, sharex=True)
     layers = np.array(target.sparse_layers)
     kinds = _texts(target)
     for axes, attribute, name in (
@@ -84,16 +77,11 @@ def _survivors(target: TargetFindings) -> tuple[Figure, str, str]:
                 label=f"a head, {text}",
             )
         if target.label == f"k:{target.dense_length}":
-            axes.axhline(
-                target.dense_length, color=_DARK, linewidth=1.2, linestyle="--", label=f"target {target.label}"
-            )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.axhline(target.dense_length, color=DARK, linewidth=1.2, linestyle="--", label=f"target {target.label}")
+        log_counts(axes)
         axes.set_ylabel(f"keys kept,\n{name}")
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _layer_axis(lower, target)
+    layer_axis(lower, target.num_layers)
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
     parts = [
         f"on {text} {found.mean_survivors:.0f} on average and {found.p95_survivors} at the 95th percentile"
@@ -125,7 +113,7 @@ def _reads(target: TargetFindings) -> tuple[Figure, str, str]:
 
 
 def _lengths(target: TargetFindings) -> tuple[Figure, str, str]:
-    figure, (left, right) = _figure(3.3, columns=2)
+    figure, (left, right) = panels_of(3.3, columns=2)
     for text, colour, marker, found in _texts(target):
         middles = [np.sqrt(rows.min_length * rows.max_length) for rows in found.by_length]
         shares = [100 * rows.expectation.value_rows_share for rows in found.by_length]
@@ -136,7 +124,7 @@ def _lengths(target: TargetFindings) -> tuple[Figure, str, str]:
     left.set_ylabel("value rows read, % of cached")
     left.set_ylim(0, 105)
     right.set_ylabel("attention, times as fast\n(bound 2 / (1 + f))")
-    right.axhline(2.0, color=_DARK, linewidth=1.2, linestyle="--")
+    right.axhline(2.0, color=DARK, linewidth=1.2, linestyle="--")
     right.annotate(
         "no value read at all",
         (0.02, 2.0),
@@ -169,7 +157,7 @@ def _lengths(target: TargetFindings) -> tuple[Figure, str, str]:
 
 
 def _positions(target: TargetFindings) -> tuple[Figure, str, str]:
-    figure, (upper, lower) = _figure(4.8, rows=2, sharex=True)
+    figure, (upper, lower) = panels_of(4.8, rows=2, sharex=True)
     layers = np.array(target.sparse_layers)
     shares, rates = (
         100 * np.array(table)[layers] for table in (target.held_out.position_shares, target.held_out.position_rates)
@@ -177,9 +165,9 @@ def _positions(target: TargetFindings) -> tuple[Figure, str, str]:
     bottom = np.zeros(len(layers))
     for place, (colour, hatch, marker, name) in enumerate(
         (
-            (_GREEN, "", "s", f"first {SINK_TOKENS} tokens"),
-            (_BLUE, "///", "o", "between"),
-            (_ORANGE, "", "^", f"last {RECENT_TOKENS} tokens"),
+            (GREEN, "", "s", f"first {SINK_TOKENS} tokens"),
+            (BLUE, "///", "o", "between"),
+            (ORANGE, "", "^", f"last {RECENT_TOKENS} tokens"),
         )
     ):
         share = shares[:, place]
@@ -191,7 +179,7 @@ def _positions(target: TargetFindings) -> tuple[Figure, str, str]:
     for axes in (upper, lower):
         axes.set_ylim(0, 100)
     lower.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _layer_axis(lower, target)
+    layer_axis(lower, target.num_layers)
     upper.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9)
     caption = (
         "Held-out text, over the heads of a layer. Above, what the kept keys are made of: those between would be lost "
@@ -227,10 +215,10 @@ def _thresholds(target: TargetFindings, curves: Curves) -> tuple[Figure, str, st
     table = np.array(curves.thresholds)
     columns = min(_PANEL_COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
-    figure, panels = _figure(0.9 + 1.15 * rows, rows=rows, columns=columns, sharex=True, sharey=True)
+    figure, panels = panels_of(0.9 + 1.15 * rows, rows=rows, columns=columns, sharex=True, sharey=True)
     for axes, layer in zip(panels, layers, strict=False):
-        axes.plot(curves.lengths, table[:, layer], color=_BLUE, linewidth=0.7, alpha=0.55)
-        axes.plot(curves.lengths, table[:, layer].mean(axis=1), color=_DARK, linewidth=1.6)
+        axes.plot(curves.lengths, table[:, layer], color=BLUE, linewidth=0.7, alpha=0.55)
+        axes.plot(curves.lengths, table[:, layer].mean(axis=1), color=DARK, linewidth=1.6)
         axes.set_title(f"layer {layer}", fontsize=8, pad=2)
         axes.set_xscale("log")
         axes.tick_params(labelsize=7)
@@ -259,25 +247,15 @@ def _thresholds(target: TargetFindings, curves: Curves) -> tuple[Figure, str, st
     return figure, caption, alt
 
 
-def _figure(
-    height: float, *, rows: int = 1, columns: int = 1, sharex: bool = False, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
-    for axes in panels.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels.flat)
-
-
 def _heat(target: TargetFindings, table: NDArray[np.float64], *, ylabel: str, label: str, top: float | None) -> Figure:
     """A heat map of `[num_layers, num_rows]`, layers from left to right, dense layers hatched."""
     num_rows = table.shape[1]
-    figure, (axes,) = _figure(min(1.6 + 0.22 * num_rows, 7.0))
+    figure, (axes,) = panels_of(min(1.6 + 0.22 * num_rows, 7.0))
     hidden = np.isin(np.arange(len(table)), target.dense_layers)
-    axes.patch.set(facecolor="#eeeeee", edgecolor=_GREY, hatch="////")
+    axes.patch.set(facecolor="#eeeeee", edgecolor=GREY, hatch="////")
     image = axes.imshow(
         np.where(hidden, np.nan, table.T),
-        cmap=_HEAT,
+        cmap=HEAT,
         aspect="auto",
         interpolation="nearest",
         vmin=0,
@@ -292,16 +270,10 @@ def _heat(target: TargetFindings, table: NDArray[np.float64], *, ylabel: str, la
     return figure
 
 
-def _layer_axis(axes: Axes, target: TargetFindings) -> None:
-    axes.set_xlabel("layer")
-    axes.set_xlim(-0.6, target.num_layers - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-
-
 def _length_ticks(axes: Axes, least: int, largest: int, *, most: int = 6) -> None:
     """Powers of two between two lengths, at most so many; both ends where there are fewer than two."""
     powers = [1 << power for power in range(25) if least <= 1 << power <= largest]
     step = -(-len(powers) // most)
     ticks = powers[::-1][::step][::-1] if len(powers) > 1 else [least, largest]
-    axes.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())

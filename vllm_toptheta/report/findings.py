@@ -1,7 +1,7 @@
-"""What a report found: as data, as JSON, and what follows from it for bytes and speed."""
+"""What thresholds keep of texts: as data, and what follows from it for bytes and speed."""
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_toptheta.report.collect import RECENT_TOKENS, SINK_TOKENS, SurvivorCounts
 from vllm_toptheta.store import TextSource
 
-__all__ = ["Curves", "Expectation", "LengthFindings", "Report", "TargetFindings", "TextFindings", "expect", "summarise"]
+__all__ = [
+    "Curves",
+    "Expectation",
+    "LengthFindings",
+    "SurvivorReport",
+    "TargetFindings",
+    "TextFindings",
+    "expect",
+    "summarise",
+]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Table = tuple[tuple[float, ...], ...]
@@ -120,10 +129,9 @@ class TargetFindings(_Model):
         return tuple(layer for layer in range(self.num_layers) if layer not in self.dense_layers)
 
 
-class Report(_Model):
-    """A report: what was run, and what was found for each target."""
+class SurvivorReport(_Model):
+    """What thresholds keep of texts: what was run, and what was found for each target."""
 
-    schema_version: Literal[2] = 2
     model: str = Field(description="Name of the model's directory.")
     thresholds: str | None = Field(description="Model id that a store was calibrated for; null without one.")
     num_sequences: int = Field(ge=1)
@@ -136,11 +144,6 @@ class Report(_Model):
     not_calibrated_on: tuple[str, ...] = Field(description="Calibration texts that the manifest does not name.")
     versions: dict[str, str]
     targets: tuple[TargetFindings, ...] = Field(min_length=1)
-
-    @classmethod
-    def read(cls, content: str) -> Self:
-        """Return the report of a report.json."""
-        return cls.model_validate_json(content)
 
 
 def summarise(

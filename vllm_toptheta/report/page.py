@@ -2,18 +2,24 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vllm_toptheta.errors import ReportError
-from vllm_toptheta.report.figures import Picture, draw
-from vllm_toptheta.report.findings import Report, TargetFindings
+from vllm_toptheta.report.drawing import Picture
+from vllm_toptheta.report.figures import draw
+from vllm_toptheta.report.findings import SurvivorReport, TargetFindings
+from vllm_toptheta.report.quality import Quality
+from vllm_toptheta.report.quality_figures import draw_quality
+from vllm_toptheta.report.quality_verdict import QualityVerdict, quality_verdict
+from vllm_toptheta.report.record import Report
 from vllm_toptheta.report.verdict import verdict
+from vllm_toptheta.store import floor_label
 
-__all__ = ["render", "write_report"]
+__all__ = ["draw_report", "render", "write_report"]
 
 
 def write_report(report: Report, out: Path, *, png: Path | None = None) -> tuple[Path, ...]:
@@ -32,11 +38,11 @@ def write_report(report: Report, out: Path, *, png: Path | None = None) -> tuple
     """
     if out.suffix == ".json":
         raise ReportError("the page cannot be a .json file", file=out, remedy="Name it report.html")
-    pictures = [list(draw(target)) for target in report.targets]
+    pictures = draw_report(report)
     content = {out: render(report, pictures).encode(), out.with_suffix(".json"): _json(report)}
     if png is not None:
-        for target, drawn in zip(report.targets, pictures, strict=True):
-            content |= {png / f"{_slug(target.label)}-{picture.name}.png": picture.png for picture in drawn}
+        for slug, drawn in pictures.items():
+            content |= {png / f"{slug}-{picture.name}.png": picture.png for picture in drawn}
     for file, data in content.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +52,23 @@ def write_report(report: Report, out: Path, *, png: Path | None = None) -> tuple
     return tuple(content)
 
 
-def render(report: Report, pictures: Sequence[Sequence[Picture]]) -> str:
+def draw_report(report: Report) -> dict[str, list[Picture]]:
+    """Returns the figures of each mode and each target, by what their sections and files are called.
+
+    Args:
+        report: the report.
+    """
+    pictures = {_of_mode(quality): list(draw_quality(quality)) for quality in report.quality}
+    targets = () if report.survivors is None else report.survivors.targets
+    return pictures | {_slug(target.label): list(draw(target)) for target in targets}
+
+
+def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
     """Returns the HTML page.
 
     Args:
         report: the report.
-        pictures: the figures of each target.
+        pictures: its figures, as `draw_report` returns them.
     """
     environment = Environment(
         loader=PackageLoader("vllm_toptheta.report", "."),
@@ -62,21 +79,62 @@ def render(report: Report, pictures: Sequence[Sequence[Picture]]) -> str:
     )
     environment.filters["percent"] = lambda share, digits=0: f"{100 * share:.{digits}f} %"
     environment.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    sections: list[dict[str, Any]] = []
-    for target, drawn in zip(report.targets, pictures, strict=True):
-        helps, paragraph = verdict(report, target)
+    environment.filters["unbroken"] = _unbroken
+    return environment.get_template("template.html.j2").render(
+        report=report,
+        quality=[_mode(quality, pictures) for quality in report.quality],
+        survivors=report.survivors,
+        targets=[] if report.survivors is None else _targets(report.survivors, pictures),
+    )
+
+
+def _mode(quality: Quality, pictures: Mapping[str, Sequence[Picture]]) -> dict[str, Any]:
+    """What the page says of one mode."""
+    rungs = [(rung, rung.measured) for rung in quality.rungs]
+    confirmed = [
+        (f"{floor_label(promise.weight_floor)}, {promise.preset or 'promised'}", one)
+        for promise in quality.evidence.promises
+        if promise.weight_floor is not None
+        for one in promise.measured
+    ]
+    return {
+        "slug": _of_mode(quality),
+        "evidence": quality.evidence,
+        "other_weights": quality.other_weights,
+        "verdict": QualityVerdict(*map(_unbroken, quality_verdict(quality))),
+        "pictures": pictures[_of_mode(quality)],
+        "tables": [
+            ("Promised, confirmed on sequences that the choice did not see", confirmed),
+            ("The floors that were tried", [(rung.label, one) for rung, one in rungs if rung.equal_rows is None]),
+            (
+                "Exact top-k that reads about as many value rows, on the same tokens",
+                [(f"{rung.label}, as {rung.equal_rows}", one) for rung, one in rungs if rung.equal_rows is not None],
+            ),
+        ],
+    }
+
+
+def _targets(survivors: SurvivorReport, pictures: Mapping[str, Sequence[Picture]]) -> list[dict[str, Any]]:
+    """What the page says of each target."""
+    sections = []
+    for target in survivors.targets:
+        helps, paragraph = verdict(survivors, target)
         sections.append(
             {
                 "target": target,
                 "slug": _slug(target.label),
                 "helps": helps,
-                # a number and its unit stay on one line
-                "paragraph": paragraph.replace(" %", "\N{NO-BREAK SPACE}%"),
-                "pictures": drawn,
+                "paragraph": _unbroken(paragraph),
+                "pictures": pictures[_slug(target.label)],
                 "layers": [_layer(target, layer) for layer in range(target.num_layers)],
             }
         )
-    return environment.get_template("template.html.j2").render(report=report, sections=sections)
+    return sections
+
+
+def _unbroken(text: str) -> str:
+    """A number stays on one line with its unit and its error."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace(" +- ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _layer(target: TargetFindings, layer: int) -> dict[str, Any]:
@@ -101,6 +159,10 @@ def _layer(target: TargetFindings, layer: int) -> dict[str, Any]:
 
 def _json(report: Report) -> bytes:
     return (report.model_dump_json(indent=1) + "\n").encode()
+
+
+def _of_mode(quality: Quality) -> str:
+    return f"quality-{quality.evidence.mode}"
 
 
 def _slug(label: str) -> str:

@@ -1,4 +1,4 @@
-"""Makes a report: a model, its thresholds and texts in, findings out."""
+"""Measures what thresholds keep: a model, its thresholds and texts in, findings out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.variants import expand_variants, floor_label, store_of
 from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR
 from vllm_toptheta.report.collect import collect
-from vllm_toptheta.report.findings import Curves, Report, TargetFindings, summarise
+from vllm_toptheta.report.findings import Curves, SurvivorReport, TargetFindings, summarise
 from vllm_toptheta.store import ThresholdStore, read_architecture
 
-__all__ = ["make_report"]
+__all__ = ["measure_survivors"]
 
 _NUM_LENGTHS = 24
 
 
-def make_report(
+def measure_survivors(
     model_dir: Path,
     texts: Sequence[Path],
     thresholds: ThresholdStore | None = None,
@@ -38,7 +38,7 @@ def make_report(
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     progress: bool = True,
-) -> Report:
+) -> SurvivorReport:
     """Measures what thresholds keep of texts, every row thresholded as a decode step of its length would be.
 
     Args:
@@ -119,7 +119,7 @@ def make_report(
                     calibration=summaries[1] if len(summaries) > 1 else None,
                 )
             )
-    return Report(
+    return SurvivorReport(
         model=model_dir.absolute().name,
         thresholds=thresholds.manifest.model.id if thresholds else None,
         num_sequences=num_sequences,

@@ -1,6 +1,6 @@
-"""A report in plain words: what to expect of the thresholds, and whether they are worth serving."""
+"""What was counted in plain words: what to expect of the thresholds, and whether they are worth serving."""
 
-from vllm_toptheta.report.findings import Report, TargetFindings, TextFindings
+from vllm_toptheta.report.findings import SurvivorReport, TargetFindings, TextFindings
 
 __all__ = ["WORTHLESS_SPEEDUP", "verdict"]
 
@@ -11,7 +11,7 @@ _DRIFT = 1.5
 _MUCH_LOST = 0.1
 
 
-def verdict(report: Report, target: TargetFindings) -> tuple[bool, str]:
+def verdict(report: SurvivorReport, target: TargetFindings) -> tuple[bool, str]:
     """Returns whether the thresholds may help, and a paragraph that says what to expect.
 
     Args:
