@@ -6,7 +6,7 @@ import torch
 from tests.calibration.tiny_model import random_tokens, tiny_model
 from vllm_toptheta.engine.ranks import merge
 from vllm_toptheta.evaluation import Variant
-from vllm_toptheta.evaluation.measuring import TransformersDecoder, WindowJob, WindowResult, measure_window
+from vllm_toptheta.evaluation.measuring import SequenceJob, TransformersDecoder, WindowResult, measure_sequence
 from vllm_toptheta.evaluation.window_reads import WindowReads
 
 OF_KV_HEADS = ("keys", "value_rows", "copies")
@@ -26,8 +26,8 @@ def rank_of(whole: WindowResult, rank: int) -> WindowResult:
 
 def test_ranks_together_are_the_whole_model() -> None:
     variants = (Variant(target="floor:1"), Variant(method="tiers", target="floor:1", heavy=0.02))
-    job = WindowJob(random_tokens(220), 16, variants, {"floor:3": None})
-    whole = measure_window(TransformersDecoder(tiny_model()), job, {})
+    job = SequenceJob(random_tokens(220), 16, variants, {220: {"floor:3": None}})
+    (whole,) = measure_sequence(TransformersDecoder(tiny_model()), job, {})
     merged = merge([rank_of(whole, 0), rank_of(whole, 1)])
     assert (merged.equal_rows, merged.losses) == (whole.equal_rows, whole.losses)
     for found, expected in zip(merged.reads, whole.reads, strict=True):

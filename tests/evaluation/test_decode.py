@@ -122,29 +122,28 @@ def test_one_that_was_killed_goes_on_at_the_next_sequence(
 ) -> None:
     read_prefix, calls = measuring.read_prefix, list[int]()
 
-    def dies_in_the_third_sequence(model: Any, token_ids: Any, **options: Any) -> Any:
+    def dies_in_the_second_sequence(model: Any, token_ids: Any, cache: Any, **options: Any) -> Any:
         calls.append(len(token_ids))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return read_prefix(model, token_ids, **options)
+        return read_prefix(model, token_ids, cache, **options)
 
-    monkeypatch.setattr(measuring, "read_prefix", dies_in_the_third_sequence)
+    monkeypatch.setattr(measuring, "read_prefix", dies_in_the_second_sequence)
     arguments = (subject, texts, VARIANTS, OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         evaluate_decode(*arguments, folder=tmp_path, progress=False)
     assert {file.name for file in tmp_path.iterdir()} == {
         "arguments.json",
         "200-0.safetensors",
-        "200-1.safetensors",
         "260-0.safetensors",
     }
     found = evaluate_decode(*arguments, folder=tmp_path, progress=False)
-    assert calls == [168, 168, 228, 228, 228]
+    assert calls == [168, 60, 168, 60, 168, 60]
     assert found == report
     assert DecodeReport.model_validate_json((tmp_path / "report.json").read_text()) == report
     # a third time there is nothing to do
     assert evaluate_decode(*arguments, folder=tmp_path, progress=False) == report
-    assert len(calls) == 5
+    assert len(calls) == 6
 
     other = DecodeOptions(lengths=(200, 260), num_sequences=2, window=31, equal_rows=(3.0,))
     with pytest.raises(EvaluationError, match=r"output: the folder holds an evaluation with other variants, window\."):

@@ -108,19 +108,19 @@ def test_one_that_was_killed_goes_on(
     whole = found(subject, texts, Goal(max_kl=0.01))
     read_prefix, calls = measuring.read_prefix, list[int]()
 
-    def dies(model: Any, token_ids: Any, **options: Any) -> Any:
+    def dies(model: Any, token_ids: Any, cache: Any, **options: Any) -> Any:
         calls.append(len(token_ids))
         if len(calls) in (6, 12):
             raise KeyboardInterrupt
-        return read_prefix(model, token_ids, **options)
+        return read_prefix(model, token_ids, cache, **options)
 
     monkeypatch.setattr(measuring, "read_prefix", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             found(subject, texts, Goal(max_kl=0.01), folder=tmp_path)
     assert found(subject, texts, Goal(max_kl=0.01), folder=tmp_path) == whole
-    # 2 lengths of 4 sequences to choose on and as many to confirm on, two of which were begun twice
-    assert len(calls) == 16 + 2
+    # 2 lengths of 4 sequences to choose on and as many to confirm on, two of which were read twice
+    assert len(calls) == 16 + 4
     assert {one.name for one in tmp_path.iterdir()} == {"choosing", "confirming-1"}
     with pytest.raises(EvaluationError, match=r"other window\. Repeat the command .* or start anew with --no-resume"):
         found(subject, texts, Goal(max_kl=0.01), folder=tmp_path, window=31)

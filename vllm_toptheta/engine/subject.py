@@ -18,7 +18,7 @@ from vllm_toptheta.calibration.model import load_tokenizer
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.engine.ranks import merge
 from vllm_toptheta.errors import EvaluationError, TopThetaError
-from vllm_toptheta.evaluation.measuring import WindowJob, WindowResult
+from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult
 from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.window import PREFIX_ROWS
 from vllm_toptheta.store import ThresholdStore, read_architecture
@@ -109,14 +109,14 @@ class EngineSubject:
             versions={**package_versions(), "vllm": _vllm_version()},
         )
 
-    def measure(self, job: WindowJob, *, advance: Callable[[int], object] = lambda rows: None) -> WindowResult:
-        """Measures one sequence on all ranks, see `measuring.measure_window`.
+    def measure(self, job: SequenceJob, *, advance: Callable[[int], object] = lambda rows: None) -> list[WindowResult]:
+        """Measures one sequence on all ranks, see `measuring.measure_sequence`.
 
         Raises:
             EvaluationError: rows are to be compared with an exact top-k that several ranks would have to find together.
         """
         is_alone = self._config.parallel_config.world_size == 1
-        if not is_alone and None in job.equal_rows.values():
+        if not is_alone and any(None in of_length.values() for of_length in job.equal_rows.values()):
             raise EvaluationError(
                 "an exact top-k that reads as many rows can be found on one GPU only",
                 field="equal_rows",
@@ -126,7 +126,7 @@ class EngineSubject:
         ranks = self._engine.collective_rpc(_RPC, args=(job, advance if is_alone else None))
         if not is_alone:
             advance(job.num_rows)
-        return merge(ranks)
+        return [merge(of_window) for of_window in zip(*ranks, strict=True)]
 
     @cached_property
     def _config(self) -> Any:

@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.evaluation.measuring import WindowJob, WindowResult, measure_window
+from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult, measure_sequence
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.window import PREFIX_ROWS, Observer, attend_rows
 
@@ -32,8 +32,8 @@ __all__ = ["MeasuringWorker", "WorkerDecoder"]
 class MeasuringWorker:
     """What a worker can do besides."""
 
-    def toptheta_measure(self, job: WindowJob, advance: Callable[[int], object] | None) -> WindowResult:
-        """See `measuring.measure_window`; this rank's heads, and losses of the whole model.
+    def toptheta_measure(self, job: SequenceJob, advance: Callable[[int], object] | None) -> list[WindowResult]:
+        """See `measuring.measure_sequence`; this rank's heads, and losses of the whole model.
 
         Args:
             job: What to measure.
@@ -41,7 +41,7 @@ class MeasuringWorker:
         """
         decoder = WorkerDecoder(self)
         with decoder.attending():
-            return measure_window(decoder, job, {}, advance=advance or (lambda rows: None))
+            return measure_sequence(decoder, job, {}, advance=advance or (lambda rows: None))
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class WorkerDecoder:
         assert logits is not None  # noqa: S101 - see above
         return logits.float()
 
-    def read_prefix(self, token_ids: Tensor, *, on_rows: Callable[[int], object]) -> Cache:
+    def read_prefix(self, token_ids: Tensor, cache: Cache | None = None, *, on_rows: Callable[[int], object]) -> Cache:
         """See `window.read_prefix`."""
-        cache = Cache()
+        cache = cache or Cache()
         for rows in token_ids.split(PREFIX_ROWS):
             _, cache = self._run(rows, _Pass(cache, None, lambda call, result: None))
             on_rows(len(rows))

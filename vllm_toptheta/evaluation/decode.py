@@ -1,11 +1,12 @@
 """What sparse attention changes where a server uses it: in the tokens that follow a prompt, which was read densely.
 
-For each sequence, one dense pass over all tokens but the last ones, the window; then the window, densely and with every
-variant, behind that prefix. Its tokens are given, so all see the same ones, and every figure is paired.
+For each sequence and length, one dense pass over all tokens but the last ones, the window; then the window, densely and
+with every variant, behind that prefix. Its tokens are given, so all see the same ones, and every figure is paired.
+Windows of several lengths lie in one sequence, that of the longest, whose prefix is read once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_toptheta.calibration.data import Text, load_sequences
@@ -13,7 +14,7 @@ from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport, length_report
 from vllm_toptheta.evaluation.decode_state import DecodeArguments, DecodeState, model_files
-from vllm_toptheta.evaluation.measuring import WindowJob, WindowResult, check_variant
+from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult, check_variant
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.variants import Variant, floor_label
 
@@ -25,13 +26,13 @@ class DecodeOptions:
     """What to measure.
 
     Attributes:
-        lengths: tokens of the sequences, each with results of its own.
-        num_sequences: sequences of each length.
-        window: tokens at the end of a sequence that are decoded, at least 2.
+        lengths: tokens up to the end of a window, each with results of its own.
+        num_sequences: sequences of the longest length.
+        window: tokens that are decoded, at least 2.
         equal_rows: weight floors to which exact top-k is compared that reads as many value rows; its k is found for
             each length on the first sequence, see `window_reads.EqualRows`.
         seed: the same seed and texts give the same sequences.
-        skip: sequences of each length to leave out before the first, because something was chosen on them.
+        skip: sequences to leave out before the first, because something was chosen on them.
     """
 
     lengths: tuple[int, ...]
@@ -56,7 +57,7 @@ def evaluate_decode(
 
     Args:
         subject: the model, and the stores that the variants name.
-        texts: held-out texts; sequences are cut from them, of one length without overlap.
+        texts: held-out texts; sequences are cut from them, without overlap.
         variants: what to compare, as `variants.expand_variants` returns them.
         options: what to measure.
         folder: keeps the results of each sequence, so that an evaluation that was interrupted goes on there; None to
@@ -76,16 +77,13 @@ def evaluate_decode(
     for length in options.lengths:
         for variant in (*variants, *(Variant(target=label) for label in matched)):
             check_variant(variant, subject.stores, length=length, window=options.window, device=subject.device)
-    sequences = {
-        length: load_sequences(
-            texts,
-            subject.tokenizer,
-            num_sequences=options.skip + options.num_sequences,
-            max_length=length,
-            seed=options.seed,
-        )[options.skip :]
-        for length in options.lengths
-    }
+    sequences = load_sequences(
+        texts,
+        subject.tokenizer,
+        num_sequences=options.skip + options.num_sequences,
+        max_length=max(options.lengths),
+        seed=options.seed,
+    )[options.skip :]
     arguments = DecodeArguments(
         setup=subject.setup(),
         model_files=model_files(subject.model_dir),
@@ -100,25 +98,36 @@ def evaluate_decode(
     )
     state = DecodeState(folder, arguments)
     with progress_bar("tokens", enabled=progress) as bar:
-        num_windows = 1 + len(variants) + len(matched)
-        tokens = {length: length + (num_windows - 1) * options.window for length in options.lengths}
-        task = bar.add_task(title, total=options.num_sequences * sum(tokens.values()))
-        reports = []
-        for length, of_length in sequences.items():
-            results: list[WindowResult] = []
-            for index, token_ids in enumerate(of_length):
-                result = state.load(length, index)
-                if result is None:
-                    equal_rows: Mapping[str, Variant | None] = (
-                        results[0].equal_rows if results else dict.fromkeys(matched)
-                    )
-                    job = WindowJob(token_ids, options.window, tuple(variants), equal_rows)
-                    result = subject.measure(job, advance=lambda rows: bar.advance(task, rows))
+        whole = SequenceJob(
+            sequences[0],
+            options.window,
+            tuple(variants),
+            dict.fromkeys(sorted(options.lengths), dict.fromkeys(matched)),
+        )
+        task = bar.add_task(title, total=options.num_sequences * whole.num_rows)
+        results: dict[int, list[WindowResult]] = {length: [] for length in options.lengths}
+        for index, token_ids in enumerate(sequences):
+            found = {length: state.load(length, index) for length in options.lengths}
+            missing = {
+                length: results[length][0].equal_rows if results[length] else of_length
+                for length, of_length in whole.equal_rows.items()
+                if found[length] is None
+            }
+            if missing:
+                job = replace(whole, token_ids=token_ids, equal_rows=missing)
+                measured = subject.measure(job, advance=lambda rows: bar.advance(task, rows))
+                for length, result in zip(missing, measured, strict=True):
                     state.save(length, index, result)
-                else:
-                    bar.advance(task, tokens[length])
-                results.append(result)
-            reports.append(length_report(length, variants, results, head_size=subject.architecture.head_size))
+                    found[length] = result
+            for length, of_window in results.items():
+                done = found[length]
+                assert done is not None  # noqa: S101 - it was found or measured
+                of_window.append(done)
+            bar.update(task, completed=(index + 1) * whole.num_rows)
+    reports = [
+        length_report(length, variants, of_length, head_size=subject.architecture.head_size)
+        for length, of_length in results.items()
+    ]
     report = DecodeReport(
         setup=arguments.setup, text=arguments.text, window=options.window, seed=options.seed, lengths=tuple(reports)
     )

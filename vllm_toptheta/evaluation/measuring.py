@@ -1,4 +1,6 @@
-"""Measures one sequence: the window at its end, densely and with every variant, behind one dense prefix.
+"""Measures one sequence: windows of it, densely and with every variant, each behind a prefix that was read densely.
+
+The prefix of a window begins with those of shorter ones, so that all of them together are read once.
 
 What runs the model is a `Decoder`: transformers here (`TransformersDecoder`), or an engine's workers.
 """
@@ -21,7 +23,7 @@ from vllm_toptheta.evaluation.window_reads import EqualRows, WindowReads, Window
 from vllm_toptheta.reference import AttentionResult
 from vllm_toptheta.store import ThresholdStore
 
-__all__ = ["Decoder", "TransformersDecoder", "WindowJob", "WindowResult", "check_variant", "measure_window"]
+__all__ = ["Decoder", "SequenceJob", "TransformersDecoder", "WindowResult", "check_variant", "measure_sequence"]
 
 
 class Decoder(Protocol):
@@ -35,7 +37,7 @@ class Decoder(Protocol):
     def head(self) -> Head:
         """Makes logits of hidden states."""
 
-    def read_prefix(self, token_ids: Tensor, *, on_rows: Callable[[int], object]) -> Any:
+    def read_prefix(self, token_ids: Tensor, cache: Any = None, *, on_rows: Callable[[int], object]) -> Any:
         """See `window.read_prefix`."""
 
     def read_window(
@@ -68,9 +70,9 @@ class TransformersDecoder:
         """
         return head_of(self._model, torch.arange(8) % self._model.config.get_text_config().vocab_size)
 
-    def read_prefix(self, token_ids: Tensor, *, on_rows: Callable[[int], object]) -> Any:
+    def read_prefix(self, token_ids: Tensor, cache: Any = None, *, on_rows: Callable[[int], object]) -> Any:
         """See `window.read_prefix`."""
-        return read_prefix(self._model, token_ids, on_rows=on_rows)
+        return read_prefix(self._model, token_ids, cache, on_rows=on_rows)
 
     def read_window(
         self, cache: Any, token_ids: Tensor, attention: SparseAttention | None = None, *, observe: Observer
@@ -80,31 +82,32 @@ class TransformersDecoder:
 
 
 @dataclass(frozen=True)
-class WindowJob:
+class SequenceJob:
     """What to measure of one sequence.
 
     Attributes:
-        token_ids: `[length]` int64.
-        window: tokens at its end that are decoded; the others are the prefix.
+        token_ids: `[max_length]` int64.
+        window: tokens of a window.
         variants: what to compare with dense attention.
-        equal_rows: by the target of a weight floor, the exact top-k that reads as many value rows; None where it is to
-            be found on this sequence.
+        equal_rows: by the length at which a window ends, ascending: by the target of a weight floor, the exact top-k
+            that reads as many value rows there; None where it is to be found on this sequence.
     """
 
     token_ids: Tensor
     window: int
     variants: tuple[Variant, ...]
-    equal_rows: Mapping[str, Variant | None]
+    equal_rows: Mapping[int, Mapping[str, Variant | None]]
 
     @property
     def num_rows(self) -> int:
         """Rows that go through the model."""
-        return len(self.token_ids) + self.window * (len(self.variants) + len(self.equal_rows))
+        num_windows = sum(1 + len(self.variants) + len(of_length) for of_length in self.equal_rows.values())
+        return max(self.equal_rows) - self.window + self.window * num_windows
 
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What one sequence gave.
+    """What one window gave.
 
     Attributes:
         equal_rows: the exact top-k compared with a weight floor, by the floor's target.
@@ -144,14 +147,14 @@ def check_variant(
     return attention
 
 
-def measure_window(
+def measure_sequence(
     decoder: Decoder,
-    job: WindowJob,
+    job: SequenceJob,
     stores: Mapping[str, ThresholdStore],
     *,
     advance: Callable[[int], object] = lambda rows: None,
-) -> WindowResult:
-    """Returns what every variant changes and reads.
+) -> list[WindowResult]:
+    """Returns what every variant changes and reads, at each length.
 
     Args:
         decoder: runs the model.
@@ -164,15 +167,33 @@ def measure_window(
         EvaluationError: likewise, or a variant keeps every key.
         StoreError: a store lacks what a variant needs.
     """
-    length = len(job.token_ids)
-    prefix, window = job.token_ids[: -job.window], job.token_ids[-job.window :]
+    results, cache, num_read = [], None, 0
+    for length, equal_rows in job.equal_rows.items():
+        begin = length - job.window
+        cache = decoder.read_prefix(job.token_ids[num_read:begin], cache, on_rows=advance)
+        num_read = begin
+        results.append(_measure_window(decoder, cache, job, stores, length, equal_rows, advance))
+    return results
+
+
+def _measure_window(
+    decoder: Decoder,
+    cache: Any,
+    job: SequenceJob,
+    stores: Mapping[str, ThresholdStore],
+    length: int,
+    known: Mapping[str, Variant | None],
+    advance: Callable[[int], object],
+) -> WindowResult:
+    """What the variants change and read in the window that ends at a length; `cache` is of all tokens before it."""
+    window = job.token_ids[length - job.window : length]
 
     def ready(variant: Variant) -> SparseAttention:
         return check_variant(variant, stores, length=length, window=job.window, device=decoder.device)
 
     finders = {
         label: EqualRows(ready(Variant(target=label)), max_length=length)
-        for label, found in job.equal_rows.items()
+        for label, found in known.items()
         if found is None
     }
 
@@ -180,18 +201,17 @@ def measure_window(
         for finder in finders.values():
             finder(call, result)
 
-    cache = decoder.read_prefix(prefix, on_rows=advance)
     dense = decoder.read_window(cache, window, observe=observe)
     advance(len(window))
     equal_rows = {
         label: found or Variant(method="top_k", target=f"k:{finders[label].target_k}", dense_layers=())
-        for label, found in job.equal_rows.items()
+        for label, found in known.items()
     }
     states, reads = [], []
     for variant in (*job.variants, *equal_rows.values()):
         recorder = WindowRecorder()
         states.append(decoder.read_window(cache, window, ready(variant), observe=recorder))
-        reads.append(recorder.reads(range(len(prefix) + 1, length + 1)))
+        reads.append(recorder.reads(range(length - job.window + 1, length + 1)))
         advance(len(window))
     losses = compare_predictions(decoder.head, window, dense, states)
     return WindowResult(equal_rows=equal_rows, losses=tuple(losses), reads=tuple(reads))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_toptheta.calibration.model import load_model, load_tokenizer, served_dtype, usable_device
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.measuring import TransformersDecoder, WindowJob, WindowResult, measure_window
+from vllm_toptheta.evaluation.measuring import SequenceJob, TransformersDecoder, WindowResult, measure_sequence
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Architecture, ThresholdStore, read_architecture
 from vllm_toptheta.store.quality import UNQUANTIZED
@@ -79,8 +79,8 @@ class DecodedSubject(Protocol):
     def setup(self) -> Setup:
         """Returns what a report says of the subject."""
 
-    def measure(self, job: WindowJob, *, advance: Callable[[int], object]) -> WindowResult:
-        """Measures one sequence, see `measuring.measure_window`."""
+    def measure(self, job: SequenceJob, *, advance: Callable[[int], object]) -> list[WindowResult]:
+        """Measures one sequence, see `measuring.measure_sequence`."""
 
 
 class Subject:
@@ -142,9 +142,9 @@ class Subject:
         quantization = getattr(self.model.config, "quantization_config", None) or {}
         return str(quantization.get("quant_method", UNQUANTIZED))
 
-    def measure(self, job: WindowJob, *, advance: Callable[[int], object] = lambda rows: None) -> WindowResult:
-        """Measures one sequence, see `measuring.measure_window`."""
-        return measure_window(self._decoder, job, self.stores, advance=advance)
+    def measure(self, job: SequenceJob, *, advance: Callable[[int], object] = lambda rows: None) -> list[WindowResult]:
+        """Measures one sequence, see `measuring.measure_sequence`."""
+        return measure_sequence(self._decoder, job, self.stores, advance=advance)
 
     def setup(self) -> Setup:
         """Returns what a report says of the subject."""

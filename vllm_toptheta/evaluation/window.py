@@ -43,18 +43,21 @@ class _Pass:
 _active: ContextVar[_Pass] = ContextVar("active_pass")
 
 
-def read_prefix(model: Any, token_ids: Tensor, *, on_rows: Callable[[int], object] = lambda rows: None) -> Any:
+def read_prefix(
+    model: Any, token_ids: Tensor, cache: Any = None, *, on_rows: Callable[[int], object] = lambda rows: None
+) -> Any:
     """Returns the KV cache of a prefix, read with dense attention.
 
     Args:
         model: a transformers causal language model.
         token_ids: `[num_tokens]` int64, at least 1.
+        cache: of the tokens before, which stays as it is; None where these are the first.
         on_rows: told how many rows were read, after each part of the prefix.
 
     Raises:
         CalibrationError: the model is not supported.
     """
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else fork_cache(cache)
     with attending(model, _ATTENTION_NAME, _active, _Pass(None, lambda call, result: None)):
         for rows in token_ids.split(PREFIX_ROWS):
             _states(model, rows, cache)
