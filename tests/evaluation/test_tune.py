@@ -137,7 +137,7 @@ def test_one_that_was_killed_goes_on(
         (Goal(0.5), {"floors": (0.0, 0.5)}, "floors: floors have to ascend from above 0"),
         (Goal(0.5), {"floors": (1.0, 2000.0)}, "floors: no weight floor: 2000"),
         (Goal(0.5), {"lengths": (200, 2000)}, "2000 tokens are more than the 1024 positions"),
-        (Goal(0.5), {"num_sequences": 90}, r"text: the texts have \d+ tokens, .* takes 46800; nothing was measured"),
+        (Goal(0.5), {"num_sequences": 90}, r"text: the texts have \d+ tokens, .* takes 35100; nothing was measured"),
         (Goal(1e-6), {}, r"max_loss: perplexity within 1e-06 %: with floor:0.05 at .* No store was written"),
         (Goal(max_kl=1e-9), {}, r"max_kl: KL to dense .*, up to .* with 95% confidence \(4 sequences, 124 tokens\)"),
     ],
@@ -171,7 +171,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Losses], list[tuple[int
         def evaluate(
             subject: Subject, texts: object, variants: Sequence[Variant], options: DecodeOptions, **other: object
         ) -> DecodeReport:
-            stage = options.skip // options.num_sequences
+            stage = -(-options.skip // options.num_sequences)
             calls.append((stage, [variant.target for variant in variants]))
             comparisons = []
             for variant in variants:
@@ -223,15 +223,25 @@ def test_one_that_is_never_confirmed_is_refused(subject: Subject, texts: list[Te
 
 def test_without_further_text_there_is_no_second_confirmation(subject: Subject, texts: list[Text], losing: Any) -> None:
     calls = losing(lambda floor, stage: (0.9 if stage else 0.1, 0.01))
-    half = len(texts[0].content) // 2 // 260
+    two_thirds = 2 * (len(texts[0].content) // 260) // 3
     with pytest.raises(EvaluationError, match="no lower floor or no further unseen text"):
-        found(subject, texts, Goal(0.5), num_sequences=half)
+        found(subject, texts, Goal(0.5), num_sequences=two_thirds)
     assert [stage for stage, _ in calls] == [0, 1]
 
 
 def test_a_floor_above_one_that_fails_has_been_lucky(subject: Subject, texts: list[Text], losing: Any) -> None:
     losing(lambda floor, stage: ({0.3: 0.6}.get(floor, 0.1), 0.01))
     assert found(subject, texts, Goal(0.5)).served.weight_floor == 0.05
+
+
+def test_few_sequences_choose_what_more_of_them_can_confirm(subject: Subject, texts: list[Text], losing: Any) -> None:
+    # of 6 sequences and t of 5 degrees of freedom the bound is 0.70; of 12 that spread alike it is 0.48
+    losing(lambda floor, stage: (0.1, 0.2 if stage else 0.3))
+    evidence = found(subject, texts, Goal(0.5), num_sequences=12)
+    assert evidence.served.weight_floor == 3.0
+    assert [one.num_sequences for one in evidence.served.measured] == [12, 12]
+    with pytest.raises(PromiseNotKept, match=r"up to \+0.704 % with 95% confidence \(6 sequences"):
+        found(subject, texts, Goal(0.47), num_sequences=12)
 
 
 def test_too_wide_an_error_decides_nothing(subject: Subject, texts: list[Text], losing: Any) -> None:

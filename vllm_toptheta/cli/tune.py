@@ -43,7 +43,7 @@ def tune_command(
         typer.Option(help="In mode shadow, what a key must weigh to be read exactly, over its row's anchors."),
     ] = None,
     sequences: Annotated[
-        int, typer.Option(help="Sequences of each length to choose on, and as many others to confirm on.")
+        int, typer.Option(help="Sequences to confirm on, after half as many others to choose on, 4 at least.")
     ] = 8,
     window: Annotated[
         int, typer.Option(help="Tokens at the end of each that are decoded; the others are read densely.")

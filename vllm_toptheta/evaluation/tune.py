@@ -1,8 +1,8 @@
 """Finds the largest weight floor that keeps a promise: chosen on some sequences, confirmed on others.
 
-choose      all floors of a ladder on the same sequences, whose dense prefixes they share
-confirm     the largest floor that kept the promise there, with all below it, on sequences that nothing was chosen on;
-            one that fails gives way to the next lower one, on further unseen sequences
+choose      all floors of a ladder on the same few sequences, whose dense prefixes they share
+confirm     the largest floor that would keep the promise if more sequences showed the same, with all below it, on as
+            many that nothing was chosen on; one that fails gives way to the next lower one, on further unseen sequences
 
 A promise is kept where what was lost is below it with 95 % confidence, at every length.
 """
@@ -18,6 +18,7 @@ from vllm_toptheta.calibration.data import Text, prompt_prefix, tokenise
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeReport
+from vllm_toptheta.evaluation.paired import upper_bound
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.tuned import Tuned, measured_length
 from vllm_toptheta.evaluation.variants import Variant, floor_label
@@ -90,7 +91,7 @@ class TuneOptions:
     Attributes:
         goals: at least one; without a preset, it must be kept, and of the others one.
         lengths: tokens of the sequences; a promise is kept at all of them.
-        num_sequences: of each length to choose on, and as many for each confirmation; at least 4.
+        num_sequences: for each confirmation, at least 4; half as many, but 4 at least, to choose on.
         window: tokens at the end of a sequence that are decoded.
         floors: what to try, ascending, in multiples of the average weight.
         heavy: in mode shadow, what a key must weigh to be read exactly; None for mode values.
@@ -106,6 +107,11 @@ class TuneOptions:
     heavy: float | None = None
     equal_rows: tuple[float, ...] = ()
     seed: int = 0
+
+    @property
+    def num_to_choose(self) -> int:
+        """Sequences to choose on: what they show need not hold, for it is confirmed."""
+        return max(MIN_SEQUENCES, self.num_sequences // 2)
 
     def variant(self, floor: float) -> Variant:
         """Returns what a floor is compared as.
@@ -151,7 +157,7 @@ def tune_floors(
     floors = options.floors
 
     def measure(
-        stage: str, rungs: Sequence[int], *, skip: int, equal_rows: tuple[float, ...] = ()
+        stage: str, rungs: Sequence[int], num_sequences: int, *, skip: int, equal_rows: tuple[float, ...] = ()
     ) -> tuple[DecodeReport, dict[int, list[MeasuredLength]]]:
         with _naming_the_flag():
             report = evaluate_decode(
@@ -160,7 +166,7 @@ def tune_floors(
                 [options.variant(floors[rung]) for rung in rungs],
                 DecodeOptions(
                     lengths=options.lengths,
-                    num_sequences=options.num_sequences,
+                    num_sequences=num_sequences,
                     window=options.window,
                     equal_rows=equal_rows,
                     seed=options.seed,
@@ -175,13 +181,19 @@ def tune_floors(
             for index, rung in enumerate(rungs)
         }
 
-    ladder, on_ladder = measure("choosing", range(len(floors)), skip=0, equal_rows=options.equal_rows)
+    ladder, on_ladder = measure(
+        "choosing", range(len(floors)), options.num_to_choose, skip=0, equal_rows=options.equal_rows
+    )
     confirmations: list[DecodeReport] = []
+
+    def expected(rung: int) -> list[MeasuredLength]:
+        return [_of_confirmation(one, options.num_sequences) for one in on_ladder[rung]]
+
     promises: dict[Goal, Promise] = {}
     chosen: dict[Goal, int] = {}
     for goal in options.goals:
         # a floor above one that fails has been lucky
-        failing = next((rung for rung in range(len(floors)) if not goal.is_kept(on_ladder[rung])), len(floors))
+        failing = next((rung for rung in range(len(floors)) if not goal.is_kept(expected(rung))), len(floors))
         if failing:
             chosen[goal] = failing - 1
         else:
@@ -190,7 +202,12 @@ def tune_floors(
         if not chosen:
             break
         rungs = sorted(set(chosen.values()))
-        report, found = measure(f"confirming {confirmation}", rungs, skip=confirmation * options.num_sequences)
+        report, found = measure(
+            f"confirming {confirmation}",
+            rungs,
+            options.num_sequences,
+            skip=options.num_to_choose + (confirmation - 1) * options.num_sequences,
+        )
         confirmations.append(report)
         for goal, rung in list(chosen.items()):
             if goal.is_kept(found[rung]):
@@ -272,15 +289,31 @@ def _num_confirmations(subject: DecodedSubject, options: TuneOptions, num_tokens
     """
     check_options(subject, DecodeOptions(options.lengths, options.num_sequences, options.window))
     longest = max(options.lengths) - len(prompt_prefix(subject.tokenizer))
-    needed = 2 * options.num_sequences * longest
+    needed = (options.num_to_choose + options.num_sequences) * longest
     if num_tokens < needed:
         raise EvaluationError(
-            f"the texts have {num_tokens} tokens, and to choose a floor on {options.num_sequences} sequences of "
-            f"{max(options.lengths)} and confirm it on as many others takes {needed}; nothing was measured",
+            f"the texts have {num_tokens} tokens, and to choose a floor on {options.num_to_choose} sequences of "
+            f"{max(options.lengths)} and confirm it on {options.num_sequences} others takes {needed}; nothing was "
+            "measured",
             field="text",
             remedy="Give more text (--text), or ask for fewer (--sequences) or shorter ones (--lengths)",
         )
-    return min(MAX_CONFIRMATIONS, num_tokens // (options.num_sequences * longest) - 1)
+    return min(MAX_CONFIRMATIONS, (num_tokens // longest - options.num_to_choose) // options.num_sequences)
+
+
+def _of_confirmation(one: MeasuredLength, num_sequences: int) -> MeasuredLength:
+    """The figures with the bounds of so many sequences whose mean and spread were the same."""
+    scale = math.sqrt(one.num_sequences / num_sequences)
+
+    def bound(mean: float, error: float) -> float:
+        return upper_bound(mean, error * scale, num_sequences, confidence=CONFIDENCE)
+
+    return one.model_copy(
+        update={
+            "change_bound": bound(one.change_percent, one.change_error),
+            "kl_bound": bound(one.kl_divergence, one.kl_error),
+        }
+    )
 
 
 def _kept(goal: Goal, floor: float, measured: Sequence[MeasuredLength]) -> Promise:
