@@ -1,11 +1,16 @@
-"""The options that the commands `toptheta eval ...` share. Imports nothing heavy."""
+"""What the commands `toptheta eval ...` share: options, and what those mean. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from vllm_toptheta.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")]
 ThresholdsOption = Annotated[
@@ -75,3 +80,30 @@ DenseModelOption = Annotated[str | None, typer.Option(help="Its name of the mode
 SparseModelOption = Annotated[str | None, typer.Option(help="Likewise.")]
 KeyOption = Annotated[str, typer.Option(help="Environment variable with the servers' key, if they ask for one.")]
 ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Questions to ask at a time.")]
+
+
+def drawing(function: Literal["draw_trade_offs", "draw_recall"], folder: Path | None) -> Callable[[Any], None]:
+    """Return what draws a report, before anything is measured: matplotlib is an extra of its own."""
+    if folder is None:
+        return lambda report: None
+    import importlib
+
+    try:
+        plots = importlib.import_module("vllm_toptheta.evaluation.plots")
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{error.name} is not installed", field="--plots", remedy='pip install "vllm-toptheta[report]"'
+        ) from None
+
+    def draw(report: Any) -> None:
+        for file in getattr(plots, function)(report, folder):
+            typer.echo(f"wrote {file}", err=True)
+
+    return draw
+
+
+def text_files(values: list[str]) -> list[Path]:
+    """The files of --text, without their domains."""
+    from vllm_toptheta.evaluation import named_paths
+
+    return [file for files in named_paths(values, field="--text", default="text").values() for file in files]

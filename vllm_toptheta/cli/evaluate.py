@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_toptheta.cli import eval_options as options
+from vllm_toptheta.cli.eval_options import drawing, text_files
 from vllm_toptheta.cli.stores import needs_store
 from vllm_toptheta.cli.terminal import TEXT_FILES, integers, numbers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm_toptheta.evaluation import Domain, Subject
-    from vllm_toptheta.evaluation.endpoint import Endpoint
 
 eval_app = typer.Typer(
     help="What sparse attention does to a model's predictions and answers, paired against dense attention.",
@@ -56,7 +54,7 @@ def evaluate_perplexities(
     """Perplexity, KL and top-1 agreement with dense attention on texts, with paired standard errors."""
     from vllm_toptheta.evaluation import evaluate_perplexity, expand_variants, perplexity_tables
 
-    draw = _drawing("draw_trade_offs", plots)
+    draw = drawing("draw_trade_offs", plots)
     targets = _targets(k, thresholds)
     subject = _subject(model, thresholds, device, dtype, targets=targets)
     variants = expand_variants(
@@ -113,7 +111,7 @@ def evaluate_tasks(
     from vllm_toptheta.evaluation import expand_variants
     from vllm_toptheta.evaluation.tasks import LocalAnswers, TasksReport, compare_answers, make_tasks, task_tables
 
-    draw = _drawing("draw_recall", plots)
+    draw = drawing("draw_recall", plots)
     targets = _targets(k, thresholds)
     subject = _subject(model, thresholds, device, dtype, targets=targets)
     variants = expand_variants(
@@ -128,7 +126,7 @@ def evaluate_tasks(
     asked = make_tasks(
         words(tasks),
         answer.token_counter,
-        texts=_files([*(text or []), *context.args]),
+        texts=text_files([*(text or []), *context.args]),
         lengths=integers("--lengths", lengths),
         depths=[depth / 100 for depth in integers("--depths", depths)],
         samples=samples,
@@ -217,7 +215,7 @@ def evaluate_decoding(
     )
     report = evaluate_decode(
         subject,
-        [read_text(file) for file in _files([*(text or []), *context.args])],
+        [read_text(file) for file in text_files([*(text or []), *context.args])],
         variants,
         DecodeOptions(
             lengths=tuple(integers("--lengths", lengths)),
@@ -231,131 +229,11 @@ def evaluate_decoding(
     print_table(decode_table(report))
 
 
-@eval_app.command("endpoint", context_settings=TEXT_FILES)
-def evaluate_endpoints(
-    context: typer.Context,
-    dense: options.DenseUrlOption,
-    sparse: options.SparseUrlOption,
-    text: options.TextOption = None,
-    tasks: options.TasksOption = "needle,key-value",
-    lengths: options.LengthsOption = "1024,2048",
-    depths: options.DepthsOption = "0,25,50,75,100",
-    samples: options.SamplesOption = 4,
-    limit: options.LimitOption = None,
-    shots: options.ShotsOption = 0,
-    allow_code_execution: options.AllowOption = False,
-    dense_model: options.DenseModelOption = None,
-    sparse_model: options.SparseModelOption = None,
-    api_key_env: options.KeyOption = "OPENAI_API_KEY",
-    concurrency: options.ConcurrencyOption = 4,
-    seed: options.SeedOption = 0,
-    json: options.JsonOption = None,
-    plots: options.PlotsOption = None,
-) -> None:
-    """The same tasks, asked of two running OpenAI servers side by side."""
-    from vllm_toptheta.evaluation.endpoint import EndpointPair
-    from vllm_toptheta.evaluation.tasks import TasksReport, compare_answers, make_tasks, task_tables
-
-    draw = _drawing("draw_recall", plots)
-    if "perplexity" in words(tasks):
-        raise EvaluationError(
-            "servers compute log probabilities of prompts in prefill, densely: they would not measure decoding",
-            field="--tasks",
-            remedy="Use toptheta eval perplexity",
-        )
-    pair = EndpointPair(_endpoint(dense, dense_model, api_key_env), _endpoint(sparse, sparse_model, api_key_env))
-    asked = make_tasks(
-        words(tasks),
-        pair.token_counter,
-        texts=_files([*(text or []), *context.args]),
-        lengths=integers("--lengths", lengths),
-        depths=[depth / 100 for depth in integers("--depths", depths)],
-        samples=samples,
-        limit=limit,
-        shots=shots,
-        allow_code_execution=allow_code_execution,
-        seed=seed,
-    )
-    found = compare_answers(asked, [sparse], pair, concurrency=concurrency)
-    report = TasksReport(setup=pair.endpoints(), phase="decode", seed=seed, tasks=tuple(found))
-    for table in task_tables(report):
-        print_table(table)
-    write_json(json, report)
-    draw(report)
-
-
-@eval_app.command("lm-eval")
-def evaluate_harness(
-    task: Annotated[str, typer.Option(help="A task of the lm-evaluation-harness that generates text.")],
-    dense: options.DenseUrlOption,
-    sparse: options.SparseUrlOption,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of further tasks' YAML files.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Solved questions before each; default: the task's.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
-    dense_model: options.DenseModelOption = None,
-    sparse_model: options.SparseModelOption = None,
-    api_key_env: options.KeyOption = "OPENAI_API_KEY",
-    concurrency: options.ConcurrencyOption = 4,
-    json: options.JsonOption = None,
-) -> None:
-    """A task of the lm-evaluation-harness, which has to be installed, on two running OpenAI servers."""
-    import os
-
-    from vllm_toptheta.evaluation.harness import compare_harness_task, harness_table
-
-    report = compare_harness_task(
-        task,
-        _endpoint(dense, dense_model, api_key_env),
-        _endpoint(sparse, sparse_model, api_key_env),
-        api_key=os.environ.get(api_key_env),
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        concurrency=concurrency,
-    )
-    print_table(harness_table(report))
-    write_json(json, report)
-
-
-def _endpoint(url: str, model: str | None, api_key_env: str) -> Endpoint:
-    import os
-
-    from vllm_toptheta.evaluation.endpoint import Endpoint
-
-    return Endpoint(url, model=model, api_key=os.environ.get(api_key_env))
-
-
-def _drawing(function: Literal["draw_trade_offs", "draw_recall"], folder: Path | None) -> Callable[[Any], None]:
-    """Return what draws a report, before anything is measured: matplotlib is an extra of its own."""
-    if folder is None:
-        return lambda report: None
-    import importlib
-
-    try:
-        plots = importlib.import_module("vllm_toptheta.evaluation.plots")
-    except ModuleNotFoundError as error:
-        raise EvaluationError(
-            f"{error.name} is not installed", field="--plots", remedy='pip install "vllm-toptheta[report]"'
-        ) from None
-
-    def draw(report: Any) -> None:
-        for file in getattr(plots, function)(report, folder):
-            typer.echo(f"wrote {file}", err=True)
-
-    return draw
-
-
 def _layers(option: str) -> tuple[int, ...] | None:
     """The layers of --dense-layers; None for those of the store."""
     if option in ("store", "none"):
         return None if option == "store" else ()
     return tuple(sorted(set(integers("--dense-layers", option))))
-
-
-def _files(values: list[str]) -> list[Path]:
-    from vllm_toptheta.evaluation import named_paths
-
-    return [file for files in named_paths(values, field="--text", default="text").values() for file in files]
 
 
 def _targets(option: str | None, thresholds: list[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ import typer
 from vllm_toptheta.cli.bench import bench_app
 from vllm_toptheta.cli.calibrate import calibrate_command
 from vllm_toptheta.cli.evaluate import eval_app
+from vllm_toptheta.cli.evaluate_servers import evaluate_endpoints, evaluate_harness
 from vllm_toptheta.cli.report import report_command
 from vllm_toptheta.cli.serve import SERVE_SETTINGS, config_app, serve
 from vllm_toptheta.cli.soak import soak_command
@@ -34,6 +35,8 @@ app.command("calibrate", context_settings=TEXT_FILES)(calibrate_command)
 app.command("tune", context_settings=TEXT_FILES)(tune_command)
 app.command("report", context_settings=TEXT_FILES)(report_command)
 app.command("soak")(soak_command)
+eval_app.command("endpoint", context_settings=TEXT_FILES)(evaluate_endpoints)
+eval_app.command("lm-eval")(evaluate_harness)
 app.add_typer(eval_app, name="eval")
 app.add_typer(thresholds_app, name="thresholds")
 app.add_typer(bench_app, name="bench")
