@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
 from vllm_toptheta.calibration.model import attending
-from vllm_toptheta.calibration.route import AttentionCall, windowed_attention
+from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
@@ -27,7 +27,7 @@ __all__ = ["PREFIX_ROWS", "Observer", "attend_rows", "fork_cache", "read_prefix"
 _ATTENTION_NAME = "toptheta_window"
 # rows of a prefix that go through the model at a time
 PREFIX_ROWS = 1024
-# of scores: few enough to stay in a CPU's cache, enough for a product to pay on long rows
+# of scores on a CPU: few enough to stay in its cache, enough for a product to pay on long rows
 _BLOCK_BYTES = 8 << 20
 
 
@@ -154,7 +154,8 @@ def attend_rows(
         observe(call, None)
         return _dense(call, len(call.key))
     outputs, encoded = [], attention.encode(call)
-    for block in call.blocks(_BLOCK_BYTES):
+    device = call.query.device
+    for block in call.blocks(_BLOCK_BYTES if device.type == "cpu" else block_bytes_on(device)):
         result = attention.attend(block, num_prompt_tokens=call.num_before, encoded=encoded)
         observe(block, result)
         outputs.append(result.output)
