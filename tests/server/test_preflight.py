@@ -106,6 +106,19 @@ def test_a_server_that_differs_is_warned_of_and_a_strict_one_refused(model: Path
         preflight(Settings.load(options), str(model))
 
 
+def test_what_config_json_says_of_the_serving_is_compared_too(model: Path, measured: Path) -> None:
+    settings = Settings.load({"thresholds": measured, "strict": True})
+    (model / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 4096}))
+    with pytest.raises(UnsupportedError, match="up to 4096 tokens, measured up to 2048"):
+        preflight(settings, str(model))
+    assert "but" not in preflight(settings, str(model), EngineFlags(serving=Serving(max_length=2048)))
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 2048}')
+    assert "but" not in preflight(settings, str(model))
+    (model / "config.json").write_text(json.dumps(CONFIG | {"dtype": "bfloat16"}))
+    with pytest.raises(UnsupportedError, match="dtype bfloat16, measured with float32"):
+        preflight(settings, str(model))
+
+
 def test_a_store_that_is_named_has_to_hold_what_is_asked_for(model: Path, measured: Path, thresholds: Path) -> None:
     with pytest.raises(SettingsError, match="the store holds no measured quality of mode values"):
         preflight(Settings.load({"thresholds": thresholds}), str(model))

@@ -110,7 +110,9 @@ def _engine(vllm_config: Any) -> Engine:
         num_ranks=parallel.tensor_parallel_size,
         num_context_ranks=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size),
         generates=model.runner_type == "generate",
-        moves_pages=vllm_config.kv_transfer_config is not None,
+        # vLLM makes a connector of the size only when the configuration has been checked
+        moves_pages=vllm_config.kv_transfer_config is not None
+        or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
         draft=None if speculative is None else str(speculative.method),
     )

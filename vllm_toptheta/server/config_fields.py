@@ -56,11 +56,15 @@ _LISTS = ("short_factor", "long_factor")
 
 
 class _Rope(BaseModel):
-    """Of the parameters of positions, the one that transformers fills in only where it is left out."""
+    """Of the parameters of positions, those that transformers fills in only where they are left out."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    rope_type: str = ""
+    type: str = ""
     original_max_position_embeddings: Size = 1
+    full_attention: dict[str, Any] = Field(default_factory=dict)
+    sliding_attention: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Fields(BaseModel):
@@ -97,11 +101,17 @@ class _Fields(BaseModel):
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
     partial_rotary_factor: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    original_max_position_embeddings: Size = 1
+    embd_pdrop: Number = 0.0
+    resid_pdrop: Number = 0.0
     sliding_window: Size | None = None
     use_sliding_window: bool = False
+    use_bidirectional_attention: bool | Literal["all", "vision"] | None = None
+    is_encoder_decoder: bool = False
     max_window_layers: int = 0
     layer_types: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
+    id2label: dict[Annotated[str, Field(pattern=r"^\d+$")], Any] | None = None
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
@@ -141,8 +151,8 @@ def check_numbers(config: Mapping[str, Any], file: Path) -> None:
     """
     text = text_config(config)
     model_type = str(text.get("model_type"))
-    hidden_size, num_heads, head_size = map(text.get, ("hidden_size", "num_attention_heads", "head_dim"))
-    if hidden_size and num_heads and hidden_size % num_heads and (not head_size or model_type in _DIVIDED):
+    hidden_size, num_heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if model_type in _DIVIDED and hidden_size and num_heads and hidden_size % num_heads:
         message = f"{hidden_size} is not a multiple of num_attention_heads {num_heads}"
         raise ModelConfigError(message, file=file, field="hidden_size", remedy=_REMEDY)
     for field, starts in _STATED.items():
@@ -158,28 +168,38 @@ def check_numbers(config: Mapping[str, Any], file: Path) -> None:
         raise ModelConfigError(message, file=file, field="layer_types", remedy=_REMEDY)
 
 
-def check_rope(architecture: Architecture, file: Path) -> None:
+def check_rope(architecture: Architecture, file: Path | None, *, place: str = "rope_parameters") -> None:
     """Check what positions are made of.
+
+    Args:
+        architecture: Of the model.
+        file: Where it was read; None where overrides say what positions are made of.
+        place: What their parameters are called there.
 
     Raises:
         ModelConfigError: Something is missing, or no number above 0, or halves of heads cannot be turned.
     """
     for layer_type, rope in rope_of_layers(architecture).items():
         kind, share = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
-        place = ".".join(filter(None, ("rope_parameters", layer_type)))
+        group = f"{place}.{layer_type}" if layer_type else place
         problem: tuple[str, str] | None = None
         if layer_type and not layer_type.endswith("_attention"):
-            problem = place, "expected a number, got a mapping"
+            problem = group, "expected a number, got a mapping"
         elif kind not in _ROPE:
-            problem = f"{place}.rope_type", f"{clip(kind)} is none of {', '.join(_ROPE)}"
-        elif wrong := [field for field in ("rope_theta", *_ROPE[kind]) if not _fits(rope.get(field), field)]:
+            problem = f"{group}.rope_type", f"{clip(kind)} is none of {', '.join(_ROPE)}"
+        elif wrong := [field for field in _numbers_of(rope) if not _fits(rope.get(field), field)]:
             expected = "numbers" if wrong[0] in _LISTS else "a number"
-            problem = f"{place}.{wrong[0]}", f"expected {expected} above 0, got {clip(rope.get(wrong[0]))}"
+            problem = f"{group}.{wrong[0]}", f"expected {expected} above 0, got {clip(rope.get(wrong[0]))}"
         elif not _is_above_0(share) or int(architecture.head_size * share) % 2:
             turned = f"of {architecture.head_size} numbers an odd number is turned by positions, which turn pairs"
             problem = "head_dim", turned
         if problem:
             raise ModelConfigError(problem[1], file=file, field=problem[0], remedy=_REMEDY)
+
+
+def _numbers_of(rope: dict[str, Any]) -> list[str]:
+    """The parameters that must be numbers, or lists of them; a factor counts wherever there is one."""
+    return ["rope_theta", *_ROPE[rope["rope_type"]], *rope.keys() & {"factor"}]
 
 
 def rope_of_layers(architecture: Architecture) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from vllm_toptheta.server.config_fields import check_fields, check_numbers, chec
 from vllm_toptheta.store import Architecture, Serving, read_config
 from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse, text_config
 
+MAX_TOKENS = 1 << 40  # more than any model takes
 _ALLOW_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _NESTED = "_config"  # the end of the names of configs within one
 _NO_CONFIGS = ("quantization_config", "dual_chunk_attention_config", "linear_attn_config")  # dicts, whatever their name
@@ -46,7 +47,7 @@ class ServedConfig:
         Args:
             folder: A Hugging Face model directory.
             overrides: vLLM's --hf-overrides.
-            has_dummy_weights: Whether there may be more layers than the weights have.
+            has_dummy_weights: Whether weights are made up, so that they fit whatever overrides say.
 
         Raises:
             ModelConfigError: There is no usable config.json.
@@ -63,10 +64,12 @@ class ServedConfig:
         refuse(model_reasons(served), file=file)
         before = Architecture.from_hf_config(config, file=file)
         architecture = Architecture.from_hf_config(served, file=file) if overrides else before
-        check_rope(architecture, file)
-        if architecture.num_layers > before.num_layers and not has_dummy_weights:
-            remedy = f"Give {before.num_layers} or fewer"
-            refuse([Reason("--hf-overrides num_hidden_layers", f"the model has {before.num_layers} layers", remedy)])
+        if "rope_parameters" in overrides:
+            check_rope(architecture, None, place="--hf-overrides rope_parameters")
+        else:
+            check_rope(architecture, file)
+        if not has_dummy_weights:
+            refuse(_weight_reasons(config, served, before, architecture))
         text = text_config(served)
         dtypes = [part.get(name) for part in (text, served) for name in ("dtype", "torch_dtype")]
         return cls(
@@ -98,7 +101,33 @@ class ServedConfig:
         return replace(serving, dtype=serving.dtype or self.dtype, max_length=serving.max_length or self.max_length)
 
 
+def _weight_reasons(
+    config: Mapping[str, Any], served: Mapping[str, Any], before: Architecture, after: Architecture
+) -> list[Reason]:
+    """Why weights would not fit what overrides make of a model; vLLM finds out when it loads them."""
+    text, changed = text_config(config), text_config(served)
+    pairs = {
+        "num_hidden_layers": (before.num_layers, after.num_layers),
+        "num_attention_heads": (before.num_heads, after.num_heads),
+        "num_key_value_heads": (before.num_kv_heads, after.num_kv_heads),
+        "head_dim": (before.head_size, after.head_size),
+        **{
+            field: (text.get(field), changed.get(field)) for field in ("hidden_size", "intermediate_size", "vocab_size")
+        },
+    }
+    return [
+        Reason(
+            f"--hf-overrides {field} {now}",
+            f"the weights are those of a model with {then}",
+            "Leave it out, or make weights up with --load-format dummy",
+        )
+        for field, (then, now) in pairs.items()
+        if now != then
+    ]
+
+
 def _max_length(folder: Path, text: Mapping[str, Any], architecture: Architecture) -> int | None:
+    """Tokens of the longest sequence, as vLLM reckons; None where config.json does not say."""
     length = text.get("max_position_embeddings")
     if length is None:
         return None
@@ -107,11 +136,12 @@ def _max_length(folder: Path, text: Mapping[str, Any], architecture: Architectur
         for rope in rope_of_layers(architecture).values()
         if rope["rope_type"] not in _SCALED_ALREADY and "gemma3" not in str(text.get("model_type"))
     ]
-    length = int(length * max(factors, default=1.0))
-    with suppress(OSError, ValueError):
+    length = int(min(length * max(factors, default=1.0), MAX_TOKENS))
+    # a file that is damaged is for those to name who need it
+    with suppress(OSError, ValueError, AttributeError):
         limit = json.loads((folder / "tokenizer_config.json").read_text()).get("model_max_length")
         # tokenizers without a limit say 1e30
-        length = min(length, int(limit)) if isinstance(limit, int | float) else length
+        length = int(min(length, limit)) if isinstance(limit, int | float) else length
     return length
 
 

@@ -27,6 +27,7 @@ _REFUSED_FIELDS = {
     "swa_num_attention_heads": _PER_LAYER,
     "swa_num_key_value_heads": _PER_LAYER,
     "swa_head_dim": _PER_LAYER,
+    "use_bidirectional_attention": "decoded tokens see what comes before them only",
     "attention_chunk_size": _CHUNKED,
     "dual_chunk_attention_config": "dual chunk attention scores a key by how far away it is",
     "index_topk": "an indexer of the model chooses the keys, so there is nothing to skip",
