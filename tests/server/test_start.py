@@ -68,6 +68,12 @@ def overrides(**fields: Any) -> list[str]:
     return ["--hf-overrides", json.dumps(fields)]
 
 
+# checkpoints that come with scales of float8 keys and values
+FLOAT8 = {"num_bits": 8, "type": "float", "dynamic": False}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "modelopt": {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
+    "compressed-tensors": {"format": "dense", "config_groups": {}, "kv_cache_scheme": FLOAT8},
+}
 DUMMY = ["--load-format", "dummy"]
 SERVED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     "plain": ({}, [], {}),
@@ -127,6 +133,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
             *(["--kv-cache-dtype", dtype] for dtype in ("fp8", "FP8", "fp8_e4m3", "fp8_e5m2", "int8", "nvfp4", "x")),
             *(["--kv_cache_dtype=fp8"], ["--kv-cache-dt", "fp8"]),
         )
+    },
+    **{
+        f"cache by {method}": (
+            {"quantization_config": {"quant_method": method, **quantization}},
+            [],
+            {},
+            r"quantization_config fp8\w*: not supported, only .*Give --kv-cache-dtype bfloat16",
+        )
+        for method, quantization in QUANTIZED.items()
     },
     **{
         f"pages of {size}": (

@@ -45,3 +45,23 @@ def test_ranks_share_heads_evenly(ranks: int, num_heads: int, num_kv_heads: int,
     heads = {"head_size": 64, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
     options = {"mode": "values", "is_sparse": True, "has_copies": False}
     assert (kernel_reasons(replace(CPU, num_ranks=ranks), **heads, **options) == []) == served
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [
+        (None, "auto"),
+        ("fp8", "auto"),
+        ({"quant_method": "awq", "kv_cache_scheme": {}}, "auto"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, "auto"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, "fp8"),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
+        ({"quant_method": "modelopt_fp4", "quantization": {"kv_cache_quant_algo": "NVFP4"}}, "nvfp4"),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "fp8_e4m3"),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "auto"),
+    ],
+)
+def test_a_checkpoint_may_say_what_the_cache_holds(quantization: Any, dtype: str) -> None:
+    config = {"quantization_config": quantization}
+    assert CPU.of_checkpoint(config).cache_dtype == dtype
+    assert replace(CPU, cache_dtype="bfloat16").of_checkpoint(config).cache_dtype == "bfloat16"

@@ -115,7 +115,7 @@ def _engine(vllm_config: Any) -> Engine:
         or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
         draft=None if speculative is None else str(speculative.method),
-    )
+    ).of_checkpoint(model.hf_config.to_dict())
 
 
 def _file(model_config: Any) -> Path | None:

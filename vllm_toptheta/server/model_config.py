@@ -29,12 +29,14 @@ class ServedConfig:
     """What is known of a model that is served.
 
     Attributes:
+        fields: All that config.json says, overrides applied.
         architecture: Its heads, layers and positions.
         model_type: As config.json names it.
         dtype: What vLLM serves it in by itself; None where that depends on the device.
         max_length: Tokens of the longest sequence that it is made for; None where config.json does not say.
     """
 
+    fields: Mapping[str, Any]
     architecture: Architecture
     model_type: str
     dtype: str | None
@@ -73,6 +75,7 @@ class ServedConfig:
         text = text_config(served)
         dtypes = [part.get(name) for part in (text, served) for name in ("dtype", "torch_dtype")]
         return cls(
+            served,
             architecture,
             str(text.get("model_type")),
             # in float16 some classes are not served, and float32 becomes bfloat16

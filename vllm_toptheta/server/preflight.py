@@ -15,7 +15,6 @@ from vllm_toptheta.selection import Selection, select
 from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture
 from vllm_toptheta.support import Device, Reason, engine_reasons, kernel_reasons, override_reasons, refuse
 
 _DEVICES: dict[Device, str] = {"cpu": "CPUs", "gpu": "GPUs"}
@@ -58,15 +57,15 @@ def preflight(
         TopThetaError: What `select` raises.
     """
     local = find_model(flags.config_path or model, flags.revision)
+    config, serving = None, flags.serving
     if local.folder is None:
         refuse(override_reasons(flags.overrides))
-        architecture, serving = None, flags.serving
     else:
         config = ServedConfig.read(local.folder, flags.overrides, has_dummy_weights=flags.has_dummy_weights)
-        refuse(config.reasons(flags.serving))
-        architecture, serving = config.architecture, config.completed(flags.serving)
-    selection = select(settings, model, architecture)
-    caution = _check_engine(flags, architecture, settings.mode, selection, device or _vllm_build())
+        refuse(config.reasons(serving))
+        serving = config.completed(serving)
+    selection = select(settings, model, None if config is None else config.architecture)
+    caution = _check_engine(flags, config, settings.mode, selection, device or _vllm_build())
     thresholds = selection.thresholds
     if thresholds is None:
         return f"every layer will run dense: {selection.origin}{caution}"
@@ -92,13 +91,13 @@ def preflight(
 
 
 def _check_engine(
-    flags: EngineFlags, architecture: Architecture | None, mode: str, selection: Selection, device: Device | None
+    flags: EngineFlags, config: ServedConfig | None, mode: str, selection: Selection, device: Device | None
 ) -> str:
     """Refuse an engine that is served on none of the devices that it may run on.
 
     Args:
         flags: What vLLM's flags say.
-        architecture: The model's; None where it is not known.
+        config: The model's; None where it is not known.
         mode: `values` or `shadow`.
         selection: The thresholds.
         device: What it runs on; None where that is not known.
@@ -112,8 +111,11 @@ def _check_engine(
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
         engine = flags.on(one)
+        if config is not None:
+            engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
-        if architecture is not None:
+        if config is not None:
+            architecture = config.architecture
             reasons[one] += kernel_reasons(
                 engine,
                 head_size=architecture.head_size,

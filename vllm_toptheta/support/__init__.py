@@ -7,7 +7,14 @@ refusal  the reasons, as one error
 """
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons
-from vllm_toptheta.support.model import MLA, NO_GENERATION, model_reasons, override_reasons, text_config
+from vllm_toptheta.support.model import (
+    MLA,
+    NO_GENERATION,
+    checkpoint_cache_dtype,
+    model_reasons,
+    override_reasons,
+    text_config,
+)
 from vllm_toptheta.support.refusal import Reason, refuse
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "Device",
     "Engine",
     "Reason",
+    "checkpoint_cache_dtype",
     "engine_reasons",
     "kernel_reasons",
     "model_reasons",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from vllm_toptheta.limits import (
     BLOCK_MULTIPLE,
@@ -13,7 +14,7 @@ from vllm_toptheta.limits import (
     HEAD_SIZES,
     gpus_lack,
 )
-from vllm_toptheta.support.model import NO_GENERATION
+from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype
 from vllm_toptheta.support.refusal import Reason
 
 Device = Literal["cpu", "gpu"]
@@ -27,7 +28,8 @@ class Engine:
 
     Attributes:
         device: What it runs on.
-        cache_dtype: Of the KV cache, as vLLM names it.
+        cache_dtype: Of the KV cache, as vLLM names it; auto where neither a flag nor the checkpoint says which.
+        cache_dtype_of: The flag or the field that says so.
         dtype: Of weights and activations, as torch names it; None where vLLM chooses.
         block_size: Tokens of a page; None where vLLM chooses.
         num_ranks: GPUs or processes that share a layer's heads.
@@ -40,6 +42,7 @@ class Engine:
 
     device: Device
     cache_dtype: str = "auto"
+    cache_dtype_of: str = "--kv-cache-dtype"
     dtype: str | None = None
     block_size: int | None = None
     num_ranks: int = 1
@@ -48,6 +51,17 @@ class Engine:
     moves_pages: bool = False
     sleeps: bool = False
     draft: str | None = None
+
+    def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
+        """The same, with the dtype of the KV cache that a checkpoint comes with where no flag names one.
+
+        Args:
+            config: The model's config.json as a dict. Of any content.
+        """
+        found = checkpoint_cache_dtype(config)
+        if found is None or self.cache_dtype != "auto":
+            return self
+        return replace(self, cache_dtype=found, cache_dtype_of="quantization_config")
 
     @property
     def cache_dtypes(self) -> tuple[str, ...]:
@@ -61,9 +75,11 @@ def engine_reasons(engine: Engine) -> list[Reason]:
     block_size = engine.block_size
     checks = {
         Reason("--runner, --convert", NO_GENERATION): not engine.generates,
-        Reason(f"--kv-cache-dtype {engine.cache_dtype}", f"not supported, only {dtypes}"): (
-            engine.cache_dtype not in engine.cache_dtypes
-        ),
+        Reason(
+            f"{engine.cache_dtype_of} {engine.cache_dtype}",
+            f"not supported, only {dtypes}",
+            "Give --kv-cache-dtype bfloat16, or leave it out where config.json says nothing else",
+        ): engine.cache_dtype not in engine.cache_dtypes,
         Reason(f"--block-size {block_size}", f"not supported, only multiples of {BLOCK_MULTIPLE}"): (
             block_size is not None and (block_size < 1 or block_size % BLOCK_MULTIPLE != 0)
         ),
@@ -114,7 +130,7 @@ def kernel_reasons(
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
     if mode == "shadow" and engine.cache_dtype in FLOAT8_CACHE_DTYPES:
-        remedy = "Leave --kv-cache-dtype out, or serve in mode values"
+        remedy = "Give --kv-cache-dtype bfloat16, or serve in mode values"
         text = (
             f"mode shadow is not supported with --kv-cache-dtype {engine.cache_dtype}, only with 16-bit keys and values"
         )

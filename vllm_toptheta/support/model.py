@@ -114,6 +114,31 @@ def _layer_type_reasons(text: Mapping[str, Any]) -> list[Reason]:
     return []
 
 
+def checkpoint_cache_dtype(config: Mapping[str, Any]) -> str | None:
+    """What vLLM takes for the KV cache's dtype where no flag says otherwise, because the weights come with its scales.
+
+    Args:
+        config: config.json as a dict, or `PretrainedConfig.to_dict()`. Of any content.
+
+    Returns:
+        The dtype, as vLLM names it; None where the checkpoint says nothing.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return None
+    method, inner = str(quantization.get("quant_method")), quantization.get("quantization")
+    places = [inner, quantization] if isinstance(inner, Mapping) else [quantization]
+    if method == "compressed-tensors":
+        return None if quantization.get("kv_cache_scheme") is None else "fp8"
+    if not method.startswith("modelopt"):
+        return None
+    names = ("kv_cache_scheme", "kv_cache_quant_algo")
+    found = next((place[name] for name in names for place in places if place.get(name)), None)
+    if isinstance(found, Mapping):
+        found = {"8": "fp8", "4": "nvfp4"}.get(str(found.get("num_bits"))) if found.get("type") == "float" else None
+    return {"fp8": "fp8_e4m3", "nvfp4": "nvfp4"}.get(str(found).lower())
+
+
 def override_reasons(overrides: Mapping[str, Any]) -> list[Reason]:
     """Why --hf-overrides are refused: what they come to would depend on the model's class, or on vLLM's version.
 
