@@ -22,11 +22,12 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"limits", "rotation"},
     "settings": {"errors", "limits"},
     "store": {"errors", "limits"},
+    "support": {"errors", "limits"},
     "selection": {"errors", "limits", "settings", "store"},
     "kernels": {"limits", "rotation", "cache_folder"},
     "telemetry": {"limits", "settings"},
-    "backend": {"errors", "limits", "settings", "store", "selection", "kernels", "telemetry"},
-    "server": {"errors", "limits", "settings", "store", "selection"},
+    "backend": {"errors", "limits", "settings", "store", "support", "selection", "kernels", "telemetry"},
+    "server": {"errors", "settings", "store", "support", "selection"},
     "calibration": {"errors", "limits", "reference", "store"},
     "evaluation": {"errors", "limits", "reference", "store", "calibration"},
     "report": {"errors", "limits", "reference", "store", "calibration", "evaluation"},
@@ -48,9 +49,9 @@ USERS = {
     "triton": {"kernels", "benchmarks"},
     "vllm": {"backend", "telemetry", "engine", "benchmarks"},
     "transformers": {"calibration", "evaluation", "gguf_model"},
-    "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "selection", "server", "soak"},
-    "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "server"},
-    "pydantic": ALLOWED.keys() - {"errors", "limits"},
+    "torch": ALLOWED.keys() - {"errors", "limits", "settings", "store", "support", "selection", "server", "soak"},
+    "numpy": ALLOWED.keys() - {"errors", "limits", "settings", "support", "server"},
+    "pydantic": ALLOWED.keys() - {"errors", "limits", "support"},
 }
 
 # what benchmarks may use of vLLM: its public interface, and the kernels that ours are compared with

@@ -8,6 +8,11 @@ from bisect import bisect_left
 # of GPUs; CPUs take heads of any size in groups of any number
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
+# of the KV cache, as vLLM names them; float8 is for GPUs, and whether a card can is for FlashAttention to say
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
+FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+# pages hold a multiple of so many tokens
+BLOCK_MULTIPLE = 16
 
 # how many channels shadow keys may have: what kernels exist for, and calibration aims at
 CHANNELS = (32, 64, 128)
@@ -28,7 +33,9 @@ DEFAULT_WEIGHT_FLOOR = 2.0
 MAX_WEIGHT_FLOOR = 1000.0
 # what a key must weigh to be read exactly where there are copies, in multiples of what the anchors of its row weigh
 DEFAULT_HEAVY = 0.007
-# of GPUs, where there are copies of keys and values
+# where there are copies of keys and values: codes of a head fill bytes
+COPY_MULTIPLE = 8
+# likewise, of GPUs
 TIER_HEAD_SIZES = (64, 128, 256)
 # of heads of 256 with copies: with more, a kernel was seen to read where there is nothing
 TIER_WIDE_QUERIES_PER_KV = 8

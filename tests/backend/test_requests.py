@@ -39,6 +39,8 @@ def new_request(req_id: str, asked: Any = None, *, resumed: bool = False) -> Sim
         *(("dense", KEEP_ALL), ("floor:0", KEEP_ALL), ("floor:0.0", KEEP_ALL)),
         *(("floor:3", COMMON), ("floor:3.0", COMMON), ("floor:1.5", LOWER), ("floor:15e-1", LOWER)),
         ("floor:1000", math.log(1000) - math.log(3.0)),
+        # blanks and the case of letters do not count
+        *((" dense", KEEP_ALL), ("Dense\n", KEEP_ALL), ("FLOOR:1.5 ", LOWER), ("floor: 3", COMMON)),
     ],
 )
 def test_what_can_be_asked_for(asked: Any, offset: float) -> None:
@@ -48,8 +50,8 @@ def test_what_can_be_asked_for(asked: Any, offset: float) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        *("floor:", "floor:x", "floor:-1", "floor:nan", "floor:inf", "floor:1e9", "floor: 1 2", "Floor:1", "3", 3, 3.0),
-        *("k:100", "sparse", "", [64], ["dense"], "Dense", -1, None, "9" * 10_000),
+        *("floor:", "floor:x", "floor:-1", "floor:nan", "floor:inf", "floor:1e9", "floor: 1 2", "floor", "3", 3, 3.0),
+        *("k:100", "sparse", "", " ", [64], ["dense"], "den se", -1, None, True, pytest.param("9" * 10_000, id="long")),
     ],
 )
 def test_anything_else_is_answered_with_what_can(asked: Any) -> None:
@@ -57,12 +59,15 @@ def test_anything_else_is_answered_with_what_can(asked: Any) -> None:
         CHOICES.parse(asked)
     message = str(caught.value)
     assert message.startswith("vllm_xargs.toptheta: a request can ask for dense, floor:3, floor:0 to 1000, not for ")
-    assert len(message) < 90 + MAX_ECHO
+    assert len(message) < 120 + MAX_ECHO
+    # what is cut says so
+    assert message.endswith("... (10002 characters)." if len(repr(asked)) > MAX_ECHO else f"{asked!r}.")
 
 
 def test_promises_of_the_store_have_names() -> None:
     choices = RequestChoices(ServedThresholds.relative(3.0), any_floor=True, presets={"high": 1.5, "fast": 3.0})
     assert (choices.parse("high"), choices.parse("fast"), choices.parse("floor:1.5")) == (LOWER, COMMON, LOWER)
+    assert choices.parse(" High") == LOWER
     assert choices.kind(choices.parse("high")) == "floor"
     with pytest.raises(SettingsError, match="can ask for dense, floor:3, high, fast, floor:0 to 1000, not for 'exact'"):
         choices.parse("exact")
@@ -76,6 +81,7 @@ def test_calibrated_thresholds_have_no_floor_to_choose() -> None:
     curve = ThresholdCurve(128, np.full((2, 4, 2), 1.0, np.float32), 129, 4096, label="k:128")
     choices = RequestChoices(ServedThresholds.calibrated(curve), any_floor=True)
     assert (choices.parse("dense"), choices.parse("k:128")) == (KEEP_ALL, COMMON)
+    assert choices.parse("K:128.0") == COMMON
     assert choices.kinds == ["dense", "k:128"]
     with pytest.raises(SettingsError, match="can ask for dense, k:128, not for 'floor:2'"):
         choices.parse("floor:2")

@@ -197,6 +197,9 @@ def test_channels_follow_the_head_size() -> None:
     assert ShadowOptions(num_channels=16).channels_of(16) == 16
     with pytest.raises(CalibrationError, match="num_channels: 18 channels of keys with 16 numbers"):
         make_shadow(num_channels=18)
+    words = r"num_channels: shadow keys of 48 channels are not served with heads of 64\. Ask for 32 or 64, or"
+    with pytest.raises(CalibrationError, match=words):
+        ShadowOptions(num_channels=48).channels_of(64)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.calibration.tiny_model import save_model_dir, write_text
+from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model, write_text
 from vllm_toptheta import cli, store
 
 Run = Callable[..., tuple[int, str, str]]
@@ -33,6 +34,37 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run_main
 
 
+def assert_served(out: str, words: str) -> None:
+    """The command that was printed last is accepted by the check of the server."""
+    *_, line = out.splitlines()
+    hint = line.removeprefix("serve it: ")
+    assert words in hint
+    _, *arguments = shlex.split(hint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["toptheta", *arguments, "--check"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert not caught.value.code
+
+
+def test_the_command_that_is_printed_is_accepted_by_the_server(run: Run, tmp_path: Path) -> None:
+    save_model_dir(tmp_path / "tiny", tiny_model(tiny_config(head_dim=64)))
+    words = write_text(tmp_path / "words.txt", num_words=600)
+    arguments = ("--text", words, *SMALL, "--max-length", 300, "--model-id", "acme/other name")
+    assert run(*arguments, "--mode", "shadow")[0] == 2  # no hub id
+    code, out, err = run(*arguments[:-1], "acme/other", "--mode", "shadow", "--k", "8,16")
+    assert code == 0, err
+    assert "--target k:16" in out
+    assert_served(out, "--mode shadow")
+
+
+def test_what_no_server_takes_is_said(run: Run, tmp_path: Path) -> None:
+    words = write_text(tmp_path / "words.txt", num_words=100)
+    _, out, _ = run("--text", words, "--k", "8", "--placement", "post_softmax", *SMALL)
+    assert "not served: " in out
+    assert "serving compares scores before the softmax" in out
+
+
 def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     words = write_text(tmp_path / "words.txt", num_words=100)
     lines = tmp_path / "lines.jsonl"
@@ -43,6 +75,7 @@ def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     )
     assert code == 0
     assert f"wrote {tmp_path / 'out' / 'tiny'}" in out
+    assert_served(out, "--target k:16")
     manifest = store.load(tmp_path / "out" / "tiny").manifest
     assert manifest.labels == ("k:8", "k:16")
     assert manifest.dense_layers == (0,)
@@ -88,6 +121,10 @@ def test_without_a_text_python_itself_is_read(run: Run, tmp_path: Path) -> None:
         (
             ("--k", "8", "--mode", "shadow", "--max-length", "300", "--channels", "18"),
             "num_channels: 18 channels of keys with 16 numbers",
+        ),
+        (
+            ("--mode", "shadow", "--max-length", "300", "--channels", "48"),
+            "num_channels: 48 channels of keys with 16 numbers",
         ),
         (("--mode", "shadow"), "shadow keys need sequences of at least 288 tokens"),
     ],

@@ -9,5 +9,5 @@ from vllm_toptheta.settings import Settings
 
 
 def test_every_option_has_a_flag() -> None:
-    flags = set(inspect.signature(serve).parameters) - {"arguments", "config", "check"}
+    flags = set(inspect.signature(serve).parameters) - {"arguments", "config", "check", "device"}
     assert flags == set(Settings.model_fields)

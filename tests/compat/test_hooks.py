@@ -41,17 +41,16 @@ def test_configurations_are_checked(release: Release) -> None:
         "platform.check_and_update_config = classmethod(lambda cls, config: done.append((cls.__name__, 'theirs')))\n"
         "config_check.install(); config_check.install()\n"
         "support_checks.check_engine = lambda config: done.append('engine')\n"
-        "support_checks.check_settings = lambda settings, config: done.append(settings)\n"
-        "support_checks.check_kernels = lambda architecture, **_: done.append(architecture)\n"
+        "support_checks.check_plan = lambda plan, config: done.append(plan)\n"
         "request_validation.install = lambda: done.append('requests')\n"
-        "Plan.resolve = lambda config: S(settings='settings', thresholds='some', architecture='kernels', heavy=None)\n"
+        "Plan.resolve = lambda config: 'plan'\n"
         "for name in ('FLASH_ATTN', 'TOPTHETA'):\n"
         "    config = S(attention_config=S(backend=S(name=name)), model_config='model')\n"
         "    current_platform.check_and_update_config(config)\n"
         "print(done)\n"
     )
     theirs = "('CpuPlatform', 'theirs')"
-    assert release.run(code) == f"[{theirs}, {theirs}, 'engine', 'settings', 'kernels', 'requests']"
+    assert release.run(code) == f"[{theirs}, {theirs}, 'engine', 'plan', 'requests']"
 
 
 def test_cpus_select_it(release: Release) -> None:

@@ -68,12 +68,13 @@ def test_only_what_somebody_set_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_flags_say_of_the_serving_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Serving] = []
-    monkeypatch.setattr(command, "preflight", lambda *_, serving, **__: told.append(serving))
+    monkeypatch.setattr(command, "preflight", lambda _settings, _model, flags, **_: told.append(flags.serving))
     build("acme/tiny", "--quantization", "fp8", "--kv-cache-dtype=fp8_e5m2").check()
     build("acme/tiny", "-q", "awq").check()
     build("acme/tiny", "--dtype", "half").check()
     build("acme/tiny", "--dtype=bfloat16").check()
     build("acme/tiny", "--dtype", "auto").check()
+    build("acme/tiny", "--max-model-len", "32k", "--kv-cache-d", "bfloat16").check()
     build("acme/tiny").check()
     assert told == [
         Serving(quantization="fp8", cache_dtype="fp8_e5m2"),
@@ -81,6 +82,7 @@ def test_what_flags_say_of_the_serving_is_compared(monkeypatch: pytest.MonkeyPat
         Serving(dtype="float16"),
         Serving(dtype="bfloat16"),
         Serving(),
+        Serving(max_length=32_000, cache_dtype="bfloat16"),
         Serving(),
     ]
 

@@ -85,3 +85,43 @@ def test_json_is_taken_out() -> None:
 def test_what_is_no_json_object(given_words: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         flags.take_json(flags.split(given_words)[1], "--additional-config")
+
+
+def test_long_names_may_be_cut_short() -> None:
+    parsed = [Flag.of_words(["--kv-cache-d", "fp8"]), Flag.of_words(["--max_model-len=7"])]
+    assert flags.value_of(parsed, "--kv-cache-dtype") == "fp8"
+    assert flags.integer(parsed, "--max-model-len") == 7
+    assert flags.value_of(parsed, "--dtype") is None
+
+
+def test_a_switch_is_what_it_was_set_to_last() -> None:
+    on, off = Flag.of_words(["--enable-sleep-mode"]), Flag.of_words(["--no-enable-sleep-mode"])
+    states = {(): False, (on,): True, (on, off): False, (off, on): True}
+    assert {given: flags.is_on([*given], "--enable-sleep-mode") for given in states} == states
+
+
+@pytest.mark.parametrize(
+    ("words", "content"),
+    [
+        ([], {}),
+        ([["--a-b", '{"x": 1}']], {"x": 1}),
+        ([["--a_b.x_y", "1"], ["--a-b.z.w=text"]], {"x_y": 1, "z": {"w": "text"}}),
+        ([["--a-b", '{"x": 1}'], ["--a-b.y", "2"]], {"y": 2}),
+        ([["--a-b.x", "1"], ["--a-b.x.y", "2"]], {"x": {"y": 2}}),
+        ([["--a-b.x+", "a"], ["--a-b.x+", "b,c"]], {"x": ["a", "b", "c"]}),
+        ([["-ab.x", "true"]], {"x": True}),
+    ],
+)
+def test_json_by_dots(words: list[list[str]], content: dict[str, object]) -> None:
+    assert flags.json_object([Flag.of_words(group) for group in words], "--a-b", "-ab") == content
+
+
+@pytest.mark.parametrize("value", ["{", "[1]", ""])
+def test_json_that_is_no_object(value: str) -> None:
+    with pytest.raises(SettingsError, match="^--a-b: "):
+        flags.json_object([Flag.of_words(["--a-b", value])], "--a-b")
+
+
+def test_a_number_that_is_none() -> None:
+    with pytest.raises(SettingsError, match=r"^--a: expected an integer, got x\. Correct it"):
+        flags.integer([Flag.of_words(["--a", "x"])], "--a")

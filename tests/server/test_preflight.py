@@ -21,6 +21,7 @@ from vllm_toptheta.errors import (
     TargetOutOfRange,
     UnsupportedError,
 )
+from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Evidence, ModelIdentity, Serving, record_quality, weights_sha256
@@ -28,7 +29,7 @@ from vllm_toptheta.store import Evidence, ModelIdentity, Serving, record_quality
 
 def check(model: str | Path, *, revision: str | None = None, config_path: str | None = None, **options: object) -> str:
     settings = Settings.load({"target": "k:16"} | options if "thresholds" in options else options)
-    return preflight(settings, str(model), revision=revision, config_path=config_path)
+    return preflight(settings, str(model), EngineFlags(revision=revision, config_path=config_path))
 
 
 def test_without_a_store(model: Path) -> None:
@@ -67,50 +68,63 @@ def record(stores: Path, evidence: Evidence) -> None:
 
 def test_what_was_measured_is_served_and_said(model: Path, measured: Path) -> None:
     line = "promised: perplexity within 0.5 % up to 2048 tokens, measured +0.31 +- 0.08 % at 2048 tokens on prose.txt"
-    told = preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+    told = preflight(Settings.load({"thresholds": measured}), str(model))
     assert told.startswith("thresholds floor:1.5: ")
     assert told.endswith(f"; {line}")
     copies = {"mode": "shadow", "shadow_values": True, "thresholds": measured}
-    told = preflight(Settings.load(copies), str(model), revision=None, config_path=None)
+    told = preflight(Settings.load(copies), str(model))
     assert told.startswith("thresholds floor:0.75: ")
     assert "exact rows from 0.02 of the anchors' weight on" in told
-    told = preflight(Settings.load(copies | {"heavy": 0.007}), str(model), revision=None, config_path=None)
+    told = preflight(Settings.load(copies | {"heavy": 0.007}), str(model))
     assert told.endswith("; but heavy 0.007, measured with 0.02")
     by_hand = Settings.load({"thresholds": measured, "weight_floor": 1})
-    told = preflight(by_hand, str(model), revision=None, config_path=None)
+    told = preflight(by_hand, str(model))
     assert told.startswith("thresholds floor:1: ")
     assert told.endswith("; nothing is promised: weight_floor was chosen by hand")
 
 
 def test_a_server_that_differs_is_warned_of_and_a_strict_one_refused(model: Path, measured: Path) -> None:
     options = {"thresholds": measured, "strict": True}
-    assert "but" not in preflight(Settings.load(options), str(model), revision=None, config_path=None)
+    assert "but" not in preflight(Settings.load(options), str(model))
     for change, serving, words in (
         ({"compensation": "sdc"}, Serving(), r"compensation sdc, measured with sdc\+vmc"),
         ({}, Serving(quantization="fp8"), "quantization fp8, measured with none"),
         ({}, Serving(cache_dtype="fp8"), "a KV cache in fp8, measured with that of the dtype"),
     ):
         with pytest.raises(UnsupportedError, match=f"strict: the promise was measured otherwise: {words}. Measure the"):
-            preflight(Settings.load(options | change), str(model), revision=None, config_path=None, serving=serving)
+            preflight(Settings.load(options | change), str(model), EngineFlags(serving=serving))
     with pytest.raises(UnsupportedError, match="strict: nothing is promised: weight_floor was chosen by hand"):
-        preflight(Settings.load(options | {"weight_floor": 1}), str(model), revision=None, config_path=None)
+        preflight(Settings.load(options | {"weight_floor": 1}), str(model))
     with pytest.raises(UnsupportedError, match="strict: nothing is promised: no quality was measured"):
         check(model, strict=True)
     assert check(model, strict=True, weight_floor=0).startswith("every layer will run dense")
     (model / "model.safetensors").write_bytes(b"trained on")
     weights_sha256.cache_clear()
-    told = preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+    told = preflight(Settings.load({"thresholds": measured}), str(model))
     assert told.endswith("; but other weights than those measured")
     with pytest.raises(UnsupportedError, match="other weights than those measured"):
-        preflight(Settings.load(options), str(model), revision=None, config_path=None)
+        preflight(Settings.load(options), str(model))
+
+
+def test_what_config_json_says_of_the_serving_is_compared_too(model: Path, measured: Path) -> None:
+    settings = Settings.load({"thresholds": measured, "strict": True})
+    (model / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 4096}))
+    with pytest.raises(UnsupportedError, match="up to 4096 tokens, measured up to 2048"):
+        preflight(settings, str(model))
+    assert "but" not in preflight(settings, str(model), EngineFlags(serving=Serving(max_length=2048)))
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 2048}')
+    assert "but" not in preflight(settings, str(model))
+    (model / "config.json").write_text(json.dumps(CONFIG | {"dtype": "bfloat16"}))
+    with pytest.raises(UnsupportedError, match="dtype bfloat16, measured with float32"):
+        preflight(settings, str(model))
 
 
 def test_a_store_that_is_named_has_to_hold_what_is_asked_for(model: Path, measured: Path, thresholds: Path) -> None:
     with pytest.raises(SettingsError, match="the store holds no measured quality of mode values"):
-        preflight(Settings.load({"thresholds": thresholds}), str(model), revision=None, config_path=None)
+        preflight(Settings.load({"thresholds": thresholds}), str(model))
     (model / "config.json").write_text(json.dumps(CONFIG | {"head_dim": 32}))
     with pytest.raises(FingerprintMismatch, match="head_size"):
-        preflight(Settings.load({"thresholds": measured}), str(model), revision=None, config_path=None)
+        preflight(Settings.load({"thresholds": measured}), str(model))
 
 
 def test_shipped_evidence_is_found_by_itself_and_ignored_where_it_does_not_fit(
@@ -133,7 +147,7 @@ def test_a_directory(model: Path, thresholds: Path) -> None:
     ("change", "options", "error", "words"),
     [
         ({"head_dim": 32}, {}, FingerprintMismatch, "head_size: calibrated on a model with 16, but this model has 32"),
-        ({"num_attention_heads": None}, {}, ModelConfigError, "num_heads"),
+        ({"num_attention_heads": None}, {}, ModelConfigError, r"config\.json: num_attention_heads: .*, got None"),
         ({}, {"target": "k:64"}, TargetOutOfRange, "calibrated are 8, 32"),
         (
             {},

@@ -13,9 +13,6 @@ from vllm.v1.attention.backend import AttentionType
 
 NAME = "TOPTHETA"  # as in `--attention-backend`, whatever the case
 
-CACHE_DTYPES = ("auto", "float16", "bfloat16")
-FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # on GPUs; whether a card can is for FlashAttention to say
-
 # questions that vLLM calls, all answered no
 REFUSED = {
     "is_mla": "there are no heads with values to skip",

@@ -41,6 +41,7 @@ from vllm_toptheta.kernels.cpu.cache import write_kv
 from vllm_toptheta.kernels.cpu.prefill import prefill
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 from vllm_toptheta.kernels.cpu.tails import write_tails
+from vllm_toptheta.limits import BLOCK_MULTIPLE
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -150,7 +151,7 @@ class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        return [MultipleOf(BLOCK_MULTIPLE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

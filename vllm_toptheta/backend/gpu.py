@@ -26,13 +26,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_toptheta.backend.capabilities import (
-    CACHE_DTYPES,
-    FLOAT8_CACHE_DTYPES,
-    BackendCapabilities,
-    BuilderCapabilities,
-    ImplCapabilities,
-)
+from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.backend.pages import more_memory
@@ -51,7 +45,7 @@ from vllm_toptheta.kernels.gpu.tuning import (
     num_multiprocessors,
     tier_config,
 )
-from vllm_toptheta.limits import HEAD_SIZES
+from vllm_toptheta.limits import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, HEAD_SIZES
 
 # channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
 FEW_CHANNELS = 128

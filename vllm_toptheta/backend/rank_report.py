@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.backend.capabilities import FLOAT8_CACHE_DTYPES
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.layers import our_impls
 from vllm_toptheta.backend.loss_watch import MAX_SHARE, LossWatch
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.limits import FLOAT8_CACHE_DTYPES
 
 
 def rank_report(vllm_config: Any) -> dict[str, Any] | None:

@@ -64,27 +64,29 @@ class RequestChoices:
         """The offset that a request asks for, scaled logits.
 
         Args:
-            asked: The argument as it was sent.
+            asked: The argument as it was sent; blanks around a word and the case of its letters do not count.
 
         Raises:
             SettingsError: It cannot be had; the message is one sentence that says what can.
         """
         if self.refusal is not None:
             raise SettingsError(self.refusal, field=FIELD)
-        if asked == DENSE_LABEL:
+        wanted = asked.strip().casefold() if isinstance(asked, str) else ""
+        if wanted == DENSE_LABEL:
             return KEEP_ALL
-        if self.thresholds is not None and asked == self.thresholds.label:
+        if self.thresholds is not None and _is_same(wanted, self.thresholds.label):
             return COMMON
-        if self._has_floors and isinstance(asked, str) and (asked in self.presets or asked.startswith(FLOOR_PREFIX)):
+        if self._has_floors and (wanted in self.presets or wanted.startswith(FLOOR_PREFIX)):
             with suppress(ValueError):
-                floor = self.presets[asked] if asked in self.presets else float(asked.removeprefix(FLOOR_PREFIX))
+                floor = self.presets[wanted] if wanted in self.presets else float(wanted.removeprefix(FLOOR_PREFIX))
                 if floor == 0:
                     return KEEP_ALL
                 if 0 < floor <= MAX_WEIGHT_FLOOR and self.thresholds is not None and self.thresholds.weight_floor:
                     return math.log(floor) - math.log(self.thresholds.weight_floor)
-        raise SettingsError(
-            f"a request can ask for {', '.join(self.labels)}, not for {repr(asked)[:MAX_ECHO]}", field=FIELD
-        )
+        echo = repr(asked)
+        if len(echo) > MAX_ECHO:
+            echo = f"{echo[:MAX_ECHO]}... ({len(echo)} characters)"
+        raise SettingsError(f"a request can ask for {', '.join(self.labels)}, not for {echo}", field=FIELD)
 
     def kind(self, offset: float) -> str:
         """Which of `kinds` a request with this offset is counted as."""
@@ -93,3 +95,12 @@ class RequestChoices:
     @property
     def _sparse_kind(self) -> str:
         return FLOOR_KIND if self._has_floors or self.thresholds is None else self.thresholds.label
+
+
+def _is_same(wanted: str, label: str) -> bool:
+    """Whether a word is a label, also with its number written otherwise, as k:64.0."""
+    kind, _, number = wanted.partition(":")
+    own_kind, _, own_number = label.partition(":")
+    with suppress(ValueError):
+        return kind.strip() == own_kind and float(number) == float(own_number)
+    return wanted == label

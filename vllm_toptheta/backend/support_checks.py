@@ -1,24 +1,34 @@
-"""What the backend refuses at start-up, and why: better no server than a wrong answer."""
+"""What the backend refuses at start-up: better no server than a wrong answer.
+
+What is refused, and why, stands in `vllm_toptheta.support`; here is what vLLM's configuration says of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
 from vllm.platforms import current_platform
 
-from vllm_toptheta.backend.capabilities import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, NAME
+from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.versions import check_version
-from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.limits import gpus_lack
-from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture
+from vllm_toptheta.support import (
+    MLA,
+    Engine,
+    Reason,
+    engine_reasons,
+    kernel_reasons,
+    model_reasons,
+    override_reasons,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
 
-MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
-_REMEDY = "Remove --attention-backend toptheta, or what is named here"
+    from vllm_toptheta.backend.plan import Plan
 
 
 def is_selected(vllm_config: Any) -> bool:
@@ -29,66 +39,48 @@ def is_selected(vllm_config: Any) -> bool:
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Refuse features of the engine that would break the page tails or bypass the thresholds.
+    """Refuse models and features of the engine that would break the page tails or bypass the thresholds.
 
     Raises:
-        UnsupportedError: Names every feature concerned.
+        UnsupportedError: Names every field or flag concerned.
     """
     check_version(vllm.__version__)
-    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    speculative = vllm_config.speculative_config
-    dtypes = (*CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) if current_platform.is_cuda() else CACHE_DTYPES
-    reasons = {
-        "multi-head latent attention (MLA) has no per-head values to skip": model.use_mla,
-        "hybrid state-space models have pages of their own": model.is_hybrid or model.is_attention_free,
-        "encoder-decoder models are not supported": model.is_encoder_decoder,
-        "only generation is supported, not pooling": model.runner_type != "generate",
-        f"--kv-cache-dtype {cache.cache_dtype} is not supported, only {', '.join(dtypes)}": (
-            cache.cache_dtype not in dtypes
-        ),
-        "KV connectors and offloading move pages without their tails": vllm_config.kv_transfer_config is not None,
-        "--enable-sleep-mode frees the thresholds together with the KV cache": model.enable_sleep_mode,
-        f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers of "
-        "their own, for which there are no thresholds": (
-            speculative is not None and speculative.method not in MODELLESS_DRAFTS
-        ),
-        "context parallelism splits a sequence's scores over ranks": (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    model = vllm_config.model_config
+    # what a class is for its makers, whatever its fields say
+    of_class = {
+        Reason("architectures", MLA): model.use_mla,
+        Reason("architectures", "hybrid state-space models have pages of their own"): (
+            model.is_hybrid or model.is_attention_free
         ),
     }
-    _refuse([reason for reason, applies in reasons.items() if applies])
+    config = {**model.hf_config.to_dict(), "text_config": model.hf_text_config.to_dict()}
+    refuse(
+        model_reasons(config) or [reason for reason, applies in of_class.items() if applies],
+        file=_file(model),
+    )
+    overrides = getattr(model, "hf_overrides", None)
+    of_flags = override_reasons(overrides) if isinstance(overrides, Mapping) else []
+    refuse([*of_flags, *engine_reasons(_engine(vllm_config))])
 
 
-def check_settings(settings: Settings, vllm_config: Any) -> None:
-    """Refuse options that the platform's backend does not have, or not with this engine.
+def check_plan(plan: Plan, vllm_config: Any) -> None:
+    """Refuse a plan that the platform has no kernels for, or not with this engine.
 
     Raises:
-        UnsupportedError: Names the option.
+        UnsupportedError: Says what there are kernels for.
     """
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if settings.mode == "shadow" and cache_dtype in FLOAT8_CACHE_DTYPES:
-        raise UnsupportedError(
-            f"mode shadow is not supported with --kv-cache-dtype {cache_dtype}, only with 16-bit keys and values",
-            field="mode",
-            remedy="Leave --kv-cache-dtype out, or serve in mode values",
+    heads = plan.architecture
+    refuse(
+        kernel_reasons(
+            _engine(vllm_config),
+            head_size=heads.head_size,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            mode=plan.settings.mode,
+            is_sparse=plan.thresholds is not None,
+            has_copies=plan.heavy is not None,
         )
-
-
-def check_kernels(architecture: Architecture, *, has_copies: bool = False) -> None:
-    """Refuse thresholds for a model that the platform has no decode kernels for.
-
-    Args:
-        architecture: The model's heads over all ranks.
-        has_copies: Whether there are copies of keys and values.
-
-    Raises:
-        UnsupportedError: Says what GPUs do have kernels for.
-    """
-    heads = architecture.head_size, architecture.num_heads, architecture.num_kv_heads
-    missing = gpus_lack(*heads, has_copies=has_copies)
-    if missing and not current_platform.is_cpu():
-        remedy = _REMEDY if gpus_lack(*heads) else "Serve in mode values, or with shadow_values off"
-        raise UnsupportedError(f"attention backend toptheta: {missing}", remedy=remedy)
+    )
 
 
 def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:
@@ -103,9 +95,30 @@ def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> N
     Raises:
         UnsupportedError: Names every reason.
     """
-    _refuse(backend.validate_configuration(device_capability=None, **attn_selector_config._asdict()))
+    reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+    refuse([Reason("attention layer", reason) for reason in reasons])
 
 
-def _refuse(reasons: list[str]) -> None:
-    if reasons:
-        raise UnsupportedError(f"attention backend toptheta: {'; '.join(reasons)}", remedy=_REMEDY)
+def _engine(vllm_config: Any) -> Engine:
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    return Engine(
+        device="cpu" if current_platform.is_cpu() else "gpu",
+        cache_dtype=cache.cache_dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
+        block_size=cache.block_size,
+        num_ranks=parallel.tensor_parallel_size,
+        num_context_ranks=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size),
+        generates=model.runner_type == "generate",
+        # vLLM makes a connector of the size only when the configuration has been checked
+        moves_pages=vllm_config.kv_transfer_config is not None
+        or getattr(cache, "kv_offloading_size", None) is not None,
+        sleeps=model.enable_sleep_mode,
+        draft=None if speculative is None else str(speculative.method),
+    ).of_checkpoint(model.hf_config.to_dict())
+
+
+def _file(model_config: Any) -> Path | None:
+    """The config.json whose fields are named; None where it is not one on this machine."""
+    file = Path(getattr(model_config, "hf_config_path", None) or model_config.model, "config.json")
+    return file if file.is_file() else None

@@ -42,10 +42,10 @@ class ShadowOptions(BaseModel):
             head_size: numbers of a key.
 
         Raises:
-            CalibrationError: more were asked for than there are.
+            CalibrationError: more were asked for than there are, or a number that is not served, while others are.
         """
+        served = channels_for(head_size)
         if self.num_channels is None:
-            served = channels_for(head_size)
             fitting = [number for number in served if number <= head_size // 2] or served[:1]
             return fitting[-1] if fitting else max(2, head_size // 4 * 2)
         if self.num_channels > head_size:
@@ -53,6 +53,13 @@ class ShadowOptions(BaseModel):
                 f"{self.num_channels} channels of keys with {head_size} numbers",
                 field="num_channels",
                 remedy="Ask for fewer, or for none in particular",
+            )
+        if served and self.num_channels not in served:
+            allowed = " or ".join(map(str, served))
+            raise CalibrationError(
+                f"shadow keys of {self.num_channels} channels are not served with heads of {head_size}",
+                field="num_channels",
+                remedy=f"Ask for {allowed}, or for none in particular",
             )
         return self.num_channels
 

@@ -76,6 +76,8 @@ def calibrate(
     outside = [layer for layer in options.dense_layers if layer >= architecture.num_layers]
     if outside:
         raise CalibrationError(f"no layer {outside[0]} in a model of {architecture.num_layers}", field="dense_layers")
+    if options.shadow:
+        options.shadow.channels_of(architecture.head_size)  # said before anything is loaded
     identity = model_identity(model_dir, model_id)
     folder = out / store.folder_name(identity.id)
     sequences = load_sequences(

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_toptheta.cli.hints import serve_hint
 from vllm_toptheta.cli.terminal import integers, recorded_command
 
 __all__ = ["calibrate_command"]
 
+USUAL_K = 128
 CHARACTERS_PER_TOKEN = 8  # taken from a dataset; the most that a token stands for in ordinary text
 
 
@@ -126,4 +128,10 @@ def calibrate_command(
         resume=resume,
     )
     typer.echo(f"wrote {folder}")
-    typer.echo(f"serve it: TOPTHETA_THRESHOLDS={out} vllm serve {model} --attention-backend toptheta")
+    ks = [target.k for target in options.targets]
+    if ks:
+        # of those calibrated, the one that the documentation serves, or the next
+        target = f"k:{min(ks, key=lambda k: abs(k - USUAL_K))}"
+        typer.echo(serve_hint(model, thresholds=folder, target=target))
+    if mode == "shadow":
+        typer.echo(serve_hint(model, thresholds=folder, mode="shadow", shadow_values="off"))

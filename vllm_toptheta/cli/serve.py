@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with what follows and vLLM's flags.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check everything, and exit with 0 or 2.")] = False,
+    device: Annotated[
+        Literal["cpu", "gpu"] | None,
+        typer.Option(help="What the check is for; without, what the installed vLLM is for."),
+    ] = None,
     mode: Annotated[str | None, typer.Option(help="What is skipped: values, or shadow for keys too.")] = None,
     shadow_values: Annotated[
         str | None, typer.Option(help="on or off: copies of values too, in mode shadow; off needs a store.")
@@ -80,7 +84,7 @@ def serve(
         {name: value for name, value in options.items() if value is not None},
         ServerConfig() if config is None else ServerConfig.load(config),
     )
-    typer.echo(f"checked: {command.check()}", err=not check)
+    typer.echo(f"checked: {command.check(device)}", err=not check)
     if not check:
         typer.echo(command.text())
         command.become()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vllm_toptheta.cli import eval_options as options
+from vllm_toptheta.cli.hints import serve_hint
 from vllm_toptheta.cli.quality import print_quality
 from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command, write_json
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
@@ -151,9 +152,9 @@ def tune_command(
     if found.evidence.served.weight_floor == wanted.floors[-1]:
         typer.echo("that is the largest floor that was tried: larger ones (--floors) may keep the promise too")
     typer.echo(f"wrote {folder} and {record.name}; peak memory {_peak_memory(subject.device.type)}")
-    shadow = "" if mode == "values" else f" --mode shadow --shadow-values on --heavy {found.evidence.heavy:g}"
     typer.echo(f"draw it: toptheta report {folder} --out report.html")
-    typer.echo(f"serve it: toptheta serve {model} --thresholds {out}{shadow}")
+    copies = {} if mode == "values" else {"mode": "shadow", "shadow_values": "on", "heavy": found.evidence.heavy}
+    typer.echo(serve_hint(model, thresholds=folder, **copies))
 
 
 def _in_transformers(model: Path, *, device: str, dtype: str) -> DecodedSubject:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_toptheta.limits import channels_for
+from vllm_toptheta.limits import COPY_MULTIPLE, channels_for
 from vllm_toptheta.rotation import rotation
 
 NUM_LEVELS = 16  # of a channel of a key
@@ -78,8 +78,10 @@ class TierCodec(NamedTuple):
         Raises:
             ValueError: Codes of such heads do not fill bytes.
         """
-        if head_size % 8:
-            raise ValueError(f"head_size: {head_size}, expected a multiple of 8 for copies of keys and values")
+        if head_size % COPY_MULTIPLE:
+            raise ValueError(
+                f"head_size: {head_size}, expected a multiple of {COPY_MULTIPLE} for copies of keys and values"
+            )
         return cls(rotation(head_size).to(device).contiguous())
 
     @property

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 from vllm_toptheta.errors import SettingsError, UnsupportedError
 from vllm_toptheta.server import flags
 from vllm_toptheta.server.config import ServerConfig
+from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import OPTIONS_KEY, Settings, Source
-from vllm_toptheta.store import Serving
+from vllm_toptheta.support import Device
 
 PLUGIN = "toptheta"  # the name of all our entry points
 PLUGINS_VARIABLE = "VLLM_PLUGINS"
@@ -33,7 +34,6 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _SECRET_FLAGS = {"--api-key", "--hf-token"}
-_DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _BACKEND_FLAGS = ("--attention-backend", "--attention-config", "-ac")
 
 
@@ -94,24 +94,9 @@ class ServeCommand:
             all_flags.append(Flag.of_words(["--additional-config", json.dumps(additional)]))
         return cls(positional[0] if positional else str(config.model), additional.get(OPTIONS_KEY, {}), all_flags)
 
-    def check(self) -> str:
-        """Check options, thresholds and model against each other; see `preflight`."""
-        return preflight(
-            Settings.load(self.options),
-            self.model,
-            revision=self._value("--revision"),
-            config_path=self._value("--hf-config-path"),
-            serving=Serving(
-                dtype=_DTYPES.get(dtype, dtype) if (dtype := self._value("--dtype")) else None,
-                quantization=self._value("--quantization") or self._value("-q"),
-                cache_dtype=self._value("--kv-cache-dtype"),
-            ),
-        )
-
-    def _value(self, name: str) -> str | None:
-        """The value of a flag of vLLM; None without it."""
-        flag = flags.find(self.flags, name)
-        return None if flag is None else flag.value
+    def check(self, device: Device | None = None) -> str:
+        """Check options, flags, thresholds and model against each other, for a device; see `preflight`."""
+        return preflight(Settings.load(self.options), self.model, EngineFlags.read(self.flags), device=device)
 
     def text(self) -> str:
         """The command as one would type it, secrets left out."""

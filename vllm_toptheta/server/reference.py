@@ -23,8 +23,9 @@ One option can be set in four places. The first that sets it wins:
 3. the environment: `TOPTHETA_WEIGHT_FLOOR=2`;
 4. the default.
 
-An option or variable that does not exist is an error that names those that do. `toptheta serve --check` reports every
-mistake, also one in the thresholds, with exit code 2, before anything of vLLM is loaded.
+An option or variable that does not exist is an error that names those that do. `toptheta serve --check` reports a
+mistake in a second, with exit code 2, before anything of vLLM is loaded; `toptheta serve` checks the same before it
+starts.
 
 ## Options of the backend
 """
@@ -58,6 +59,21 @@ The file is checked, the thresholds are compared with the model's config.json, t
 (keys as `***`), and the process becomes that command. `VLLM_PLUGINS` gets `toptheta` added to what it names, or to all
 plugins that vLLM finds installed where it is not set. A hub id is looked up in the local cache of Hugging Face; if its
 config.json is not there, vLLM compares once it has downloaded it.
+
+## What the check answers for
+
+The options, the thresholds, config.json, and these flags of vLLM, in any spelling that vLLM takes: `--hf-overrides`,
+`--hf-config-path`, `--revision`, `--dtype`, `--quantization`, `--kv-cache-dtype`, `--block-size`, `--max-model-len`,
+`--tensor-parallel-size`, both context parallel sizes, `--runner`, `--convert`, `--speculative-config`, `--spec-method`,
+`--spec-model`, `--kv-transfer-config`, `--kv-offloading-size`, `--enable-sleep-mode`, `--load-format`. What it refuses
+does not start with plain `vllm serve` either.
+
+It answers for the device that the installed vLLM is for; `--device cpu` and `--device gpu` name another. Where there is
+no vLLM, it says so if the model is served on one of the two only.
+
+Left to vLLM: whether it knows the class of the model, flags that are not named here, files of weights and tokenizers,
+and memory. `--hf-overrides` that change heads, layers or other sizes need `--load-format dummy`, because weights would
+not fit. Positions are changed by `rope_parameters`, whole, because vLLM goes by nothing else.
 
 ## Other variables
 

@@ -9,7 +9,7 @@ theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
 from vllm_toptheta.store.curve import ThresholdCurve
 from vllm_toptheta.store.expectations import Expectations
 from vllm_toptheta.store.fields import TextSource
-from vllm_toptheta.store.io import load, read_architecture, record_quality, save
+from vllm_toptheta.store.io import load, read_architecture, read_config, record_quality, save
 from vllm_toptheta.store.quality import PRESETS, Evidence, MeasuredLength, MeasuredText, Promise, Serving
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
@@ -58,6 +58,7 @@ __all__ = [
     "load",
     "local_folder",
     "read_architecture",
+    "read_config",
     "record_quality",
     "resolve",
     "save",

@@ -145,6 +145,15 @@ def read_architecture(model_folder: Path | str) -> Architecture:
     Raises:
         ModelConfigError: There is no usable config.json.
     """
+    return Architecture.from_hf_config(read_config(model_folder), file=Path(model_folder) / "config.json")
+
+
+def read_config(model_folder: Path | str) -> dict[str, Any]:
+    """Read the config.json of a Hugging Face directory.
+
+    Raises:
+        ModelConfigError: There is none, or it is no JSON object.
+    """
     file = Path(model_folder) / "config.json"
     remedy = "Name the directory of a Hugging Face model, the one that contains config.json"
     try:
@@ -160,7 +169,7 @@ def read_architecture(model_folder: Path | str) -> Architecture:
         raise ModelConfigError(f"not JSON: {error}", file=file, remedy=remedy) from None
     if not isinstance(config, dict):
         raise ModelConfigError("not a JSON object", file=file, remedy=remedy)
-    return Architecture.from_hf_config(config, file=file)
+    return config
 
 
 def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> ThresholdStore:

@@ -86,6 +86,13 @@ class Architecture(StrictModel):
         head_size = text_config.get("head_dim")
         hidden_size = text_config.get("hidden_size")
         if head_size is None and isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0:
+            if hidden_size % num_heads:
+                raise ModelConfigError(
+                    f"{hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim",
+                    file=file,
+                    field="hidden_size",
+                    remedy=_CONFIG_REMEDY,
+                )
             head_size = hidden_size // num_heads
         num_kv_heads = text_config.get("num_key_value_heads")
         stated = {
@@ -98,7 +105,9 @@ class Architecture(StrictModel):
             return cls.model_validate({**stated, "rope": normalise_rope(text_config)})
         except ValidationError as error:
             field, message = describe(error)
-            raise ModelConfigError(message, file=file, field=field, remedy=_CONFIG_REMEDY) from None
+            raise ModelConfigError(
+                message, file=file, field=_CONFIG_FIELDS.get(field, field), remedy=_CONFIG_REMEDY
+            ) from None
         except (AttributeError, OverflowError):
             raise ModelConfigError("malformed rope parameters", file=file, remedy=_CONFIG_REMEDY) from None
 
@@ -331,4 +340,12 @@ def clip_text(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+# what fields are called in config.json
+_CONFIG_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "(the whole)": "num_key_value_heads",
+}
 _CONFIG_REMEDY = "Top-Theta needs a decoder's config.json with num_hidden_layers, num_attention_heads and head_dim"

@@ -29,9 +29,7 @@ def _checking(check_and_update_config: Callable[..., Any]) -> Callable[..., Any]
         if support_checks.is_selected(vllm_config):
             support_checks.check_engine(vllm_config)
             plan = Plan.resolve(vllm_config)
-            support_checks.check_settings(plan.settings, vllm_config)
-            if plan.thresholds is not None:
-                support_checks.check_kernels(plan.architecture, has_copies=plan.heavy is not None)
+            support_checks.check_plan(plan, vllm_config)
             request_validation.install()
 
     return check

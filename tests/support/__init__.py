@@ -1,0 +1,1 @@
+"""Tests of what can be served, and why the rest cannot."""

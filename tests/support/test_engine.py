@@ -1,0 +1,67 @@
+"""Which engines are refused, and on which devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from vllm_toptheta.support import Device, Engine, engine_reasons, kernel_reasons
+
+CPU, GPU = Engine("cpu"), Engine("gpu")
+
+
+@pytest.mark.parametrize("engine", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_plain_engine(engine: Engine) -> None:
+    assert engine_reasons(engine) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices"),
+    [
+        ({"cache_dtype": "fp8_e4m3"}, ["gpu"]),
+        ({"cache_dtype": "bfloat16"}, ["cpu", "gpu"]),
+        ({"cache_dtype": "turboquant_4bit_nc"}, []),
+        ({"dtype": "float32"}, ["cpu"]),
+        ({"block_size": 16}, ["cpu", "gpu"]),
+        ({"block_size": 8}, []),
+        ({"draft": "ngram"}, ["cpu", "gpu"]),
+        ({"draft": "eagle3"}, []),
+        *(({name: True}, []) for name in ("moves_pages", "sleeps")),
+        ({"generates": False}, []),
+        ({"num_context_ranks": 2}, []),
+    ],
+)
+def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> None:
+    assert [engine.device for engine in (CPU, GPU) if not engine_reasons(replace(engine, **asked))] == devices
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_heads", "num_kv_heads", "served"),
+    [(2, 4, 2, True), (4, 4, 2, True), (3, 6, 2, False), (3, 4, 2, False), (0, 4, 2, False), (6, 12, 4, False)],
+)
+def test_ranks_share_heads_evenly(ranks: int, num_heads: int, num_kv_heads: int, served: bool) -> None:
+    heads = {"head_size": 64, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    options = {"mode": "values", "is_sparse": True, "has_copies": False}
+    assert (kernel_reasons(replace(CPU, num_ranks=ranks), **heads, **options) == []) == served
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [
+        (None, "auto"),
+        ("fp8", "auto"),
+        ({"quant_method": "awq", "kv_cache_scheme": {}}, "auto"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, "auto"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, "fp8"),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
+        ({"quant_method": "modelopt_fp4", "quantization": {"kv_cache_quant_algo": "NVFP4"}}, "nvfp4"),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "fp8_e4m3"),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "auto"),
+    ],
+)
+def test_a_checkpoint_may_say_what_the_cache_holds(quantization: Any, dtype: str) -> None:
+    config = {"quantization_config": quantization}
+    assert CPU.of_checkpoint(config).cache_dtype == dtype
+    assert replace(CPU, cache_dtype="bfloat16").of_checkpoint(config).cache_dtype == "bfloat16"

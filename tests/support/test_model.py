@@ -1,0 +1,85 @@
+"""Which models are refused, by the fields of config.json that say so, whatever else stands there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse
+from vllm_toptheta.support.model import _REFUSED_FIELDS
+
+OTHERS = [
+    "architectures",
+    "layer_types",
+    "num_hidden_layers",
+    "global_head_dim",
+    "head_dim",
+    "model_type",
+    "hidden_size",
+]
+READ = st.sampled_from([*_REFUSED_FIELDS, *OTHERS, "text_config", "rope_parameters", "rope_theta"])
+VALUES = st.sampled_from([None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", "LlamaModel", [], {}])
+ANY_JSON = VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(READ, VALUES, max_size=3)
+
+
+@pytest.mark.parametrize("field", _REFUSED_FIELDS)
+def test_fields_that_change_attention_are_refused_where_they_are_set(field: str) -> None:
+    for config in ({field: 4}, {"text_config": {field: 4}}):
+        assert [reason.field for reason in model_reasons(config)] == [field]
+    for nothing in (None, 0, False, [], {}):
+        assert model_reasons({field: nothing}) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"head_dim": 64, "global_head_dim": 64}, ""),
+        ({"head_dim": 64, "v_head_dim": 128}, "v_head_dim 128"),
+        ({"model_type": "gpt_oss"}, "model_type gpt_oss"),
+        ({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text"}}, "num_kv_shared_layers"),
+        ({"is_encoder_decoder": True, "text_config": {"head_dim": 64}}, "is_encoder_decoder"),
+        ({"architectures": ["LlamaModel"]}, "architectures LlamaModel"),
+        ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, ""),
+        ({"architectures": ["InternVLChatModel"]}, ""),
+        ({"architectures": ["QWenLMHeadModel"]}, ""),
+        ({"architectures": ["ChatGLMModel"]}, ""),
+        ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}, ""),
+        ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 3}, "layer_types"),
+        ({"layer_types": ["mamba"]}, "layer_types mamba"),
+    ],
+)
+def test_values_that_matter(config: dict[str, Any], field: str) -> None:
+    assert [reason.field for reason in model_reasons(config)] == ([field] if field else [])
+
+
+@given(st.dictionaries(READ, ANY_JSON, max_size=5))
+def test_nothing_that_json_can_say_is_a_surprise(config: dict[str, Any]) -> None:
+    assert all(str(reason) for reason in [*model_reasons(config), *override_reasons(config)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        ({"num_hidden_layers": 2}, []),
+        ({"hidden_size": 64}, ["hidden_size"]),
+        ({"hidden_size": 64, "head_dim": 16}, []),
+        ({"text_config": {"rope_scaling": {}}}, ["rope_scaling"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}}}, []),
+    ],
+)
+def test_overrides_must_not_depend_on_the_class(overrides: dict[str, Any], fields: list[str]) -> None:
+    found = override_reasons(overrides)
+    assert [reason.field for reason in found] == [f"--hf-overrides {field}" for field in fields]
+    assert all(reason.remedy for reason in found)
+
+
+def test_every_reason_is_named_at_once_with_a_remedy() -> None:
+    refuse([])
+    with pytest.raises(UnsupportedError) as caught:
+        refuse([Reason("one", "because"), Reason("other", "for that", "Leave both")])
+    assert str(caught.value).startswith("one: because; other: for that. Change that, or start `vllm serve` without")

@@ -1,0 +1,95 @@
+"""What vLLM's flags say of the engine and of how the model is read, as far as an answer of `--check` depends on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_toptheta.server import flags
+from vllm_toptheta.server.flags import Flag
+from vllm_toptheta.store import Serving
+from vllm_toptheta.support import Device, Engine
+
+_DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
+_LENGTH = re.compile(r"(\d+)([kKmM]?)")
+_UNITS = {"": 1, "k": 1000, "K": 1 << 10, "m": 10**6, "M": 1 << 20}
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """What flags say.
+
+    Attributes:
+        revision: Of the hub's repository; None for its main branch.
+        config_path: Where config.json lies instead.
+        overrides: What is changed in config.json.
+        has_dummy_weights: Whether the weights are made up.
+        serving: How the model is served, for what was measured of it.
+        engine: Of the engine, its device left out.
+    """
+
+    revision: str | None = None
+    config_path: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    has_dummy_weights: bool = False
+    serving: Serving = Serving()
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, given: list[Flag]) -> EngineFlags:
+        """Read vLLM's flags.
+
+        Raises:
+            SettingsError: One holds no number or no JSON object where it has to.
+        """
+        dtype = flags.value_of(given, "--dtype")
+        dtype = None if dtype is None else _DTYPES.get(dtype, dtype)
+        cache_dtype = flags.value_of(given, "--kv-cache-dtype")
+        context_ranks = ("--decode-context-parallel-size", "-dcp"), ("--prefill-context-parallel-size", "-pcp")
+        return cls(
+            revision=flags.value_of(given, "--revision"),
+            config_path=flags.value_of(given, "--hf-config-path"),
+            overrides=flags.json_object(given, "--hf-overrides"),
+            has_dummy_weights=flags.value_of(given, "--load-format") == "dummy",
+            serving=Serving(
+                dtype=dtype,
+                quantization=flags.value_of(given, "--quantization", "-q"),
+                cache_dtype=cache_dtype,
+                max_length=_length(flags.value_of(given, "--max-model-len")),
+            ),
+            engine={
+                "cache_dtype": cache_dtype or "auto",
+                "dtype": dtype,
+                "block_size": flags.integer(given, "--block-size"),
+                "num_ranks": 1 if (ranks := flags.integer(given, "--tensor-parallel-size", "-tp")) is None else ranks,
+                "num_context_ranks": max(flags.integer(given, *names) or 1 for names in context_ranks),
+                "generates": flags.value_of(given, "--runner") in (None, "auto", "generate")
+                and flags.value_of(given, "--convert") in (None, "auto", "none"),
+                "moves_pages": flags.find(given, "--kv-offloading-size") is not None
+                or bool(flags.json_object(given, "--kv-transfer-config")),
+                "sleeps": flags.is_on(given, "--enable-sleep-mode"),
+                "draft": _draft(given),
+            },
+        )
+
+    def on(self, device: Device) -> Engine:
+        """The engine on a device."""
+        return Engine(device=device, **self.engine)
+
+
+def _draft(given: list[Flag]) -> str | None:
+    config = flags.json_object(given, "--speculative-config", "-sc")
+    method = flags.value_of(given, "--spec-method") or config.get("method")
+    model = flags.value_of(given, "--spec-model") or config.get("model")
+    if method or model:
+        # vLLM takes the name of a method for a model's too
+        return str(method or model).strip("[]")
+    return "draft_model" if config else None
+
+
+def _length(value: str | None) -> int | None:
+    """Tokens; None where vLLM decides, or cannot read it."""
+    found = _LENGTH.fullmatch(value or "")
+    return int(found[1]) * _UNITS[found[2]] if found else None

@@ -1,0 +1,151 @@
+"""Which engines are served on which device, and which models there are kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vllm_toptheta.limits import (
+    BLOCK_MULTIPLE,
+    CACHE_DTYPES,
+    COPY_MULTIPLE,
+    FLOAT8_CACHE_DTYPES,
+    HEAD_SIZES,
+    gpus_lack,
+)
+from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype
+from vllm_toptheta.support.refusal import Reason
+
+Device = Literal["cpu", "gpu"]
+_WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
+MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is asked of an engine.
+
+    Attributes:
+        device: What it runs on.
+        cache_dtype: Of the KV cache, as vLLM names it; auto where neither a flag nor the checkpoint says which.
+        cache_dtype_of: The flag or the field that says so.
+        dtype: Of weights and activations, as torch names it; None where vLLM chooses.
+        block_size: Tokens of a page; None where vLLM chooses.
+        num_ranks: GPUs or processes that share a layer's heads.
+        num_context_ranks: Those that share a sequence.
+        generates: Whether it generates text.
+        moves_pages: Whether pages are copied out of it, or into it.
+        sleeps: Whether it can give its memory back.
+        draft: How tokens are guessed; None where they are not.
+    """
+
+    device: Device
+    cache_dtype: str = "auto"
+    cache_dtype_of: str = "--kv-cache-dtype"
+    dtype: str | None = None
+    block_size: int | None = None
+    num_ranks: int = 1
+    num_context_ranks: int = 1
+    generates: bool = True
+    moves_pages: bool = False
+    sleeps: bool = False
+    draft: str | None = None
+
+    def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
+        """The same, with the dtype of the KV cache that a checkpoint comes with where no flag names one.
+
+        Args:
+            config: The model's config.json as a dict. Of any content.
+        """
+        found = checkpoint_cache_dtype(config)
+        if found is None or self.cache_dtype != "auto":
+            return self
+        return replace(self, cache_dtype=found, cache_dtype_of="quantization_config")
+
+    @property
+    def cache_dtypes(self) -> tuple[str, ...]:
+        """Those that the device's kernels read."""
+        return (*CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) if self.device == "gpu" else CACHE_DTYPES
+
+
+def engine_reasons(engine: Engine) -> list[Reason]:
+    """Why an engine is not served: it would break the page tails, or bypass the thresholds."""
+    dtypes = ", ".join(engine.cache_dtypes)
+    block_size = engine.block_size
+    checks = {
+        Reason("--runner, --convert", NO_GENERATION): not engine.generates,
+        Reason(
+            f"{engine.cache_dtype_of} {engine.cache_dtype}",
+            f"not supported, only {dtypes}",
+            "Give --kv-cache-dtype bfloat16, or leave it out where config.json says nothing else",
+        ): engine.cache_dtype not in engine.cache_dtypes,
+        Reason(f"--block-size {block_size}", f"not supported, only multiples of {BLOCK_MULTIPLE}"): (
+            block_size is not None and (block_size < 1 or block_size % BLOCK_MULTIPLE != 0)
+        ),
+        Reason("--dtype float32", "GPUs take bfloat16 and float16"): engine.device == "gpu"
+        and engine.dtype == "float32",
+        Reason(
+            "--kv-transfer-config, --kv-offloading-size", "KV connectors and offloading move pages without their tails"
+        ): engine.moves_pages,
+        Reason("--enable-sleep-mode", "it frees the thresholds together with the KV cache"): engine.sleeps,
+        Reason(
+            f"--speculative-config {engine.draft}",
+            f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "
+            "of their own, for which there are no thresholds",
+        ): engine.draft is not None and engine.draft not in MODELLESS_DRAFTS,
+        Reason(
+            "--decode-context-parallel-size, --prefill-context-parallel-size",
+            "context parallelism splits a sequence's scores over ranks",
+        ): engine.num_context_ranks > 1,
+    }
+    return [reason for reason, applies in checks.items() if applies]
+
+
+def kernel_reasons(
+    engine: Engine,
+    *,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mode: str,
+    is_sparse: bool,
+    has_copies: bool,
+) -> list[Reason]:
+    """Why a model is not served by an engine: there are no kernels for its heads, or for what the mode stores.
+
+    Args:
+        engine: What is asked of the engine.
+        head_size: Numbers of a key or a value.
+        num_heads: Query heads of a layer, over all ranks.
+        num_kv_heads: Key and value heads of a layer, over all ranks.
+        mode: `values` or `shadow`.
+        is_sparse: Whether there are thresholds; without, every layer runs dense.
+        has_copies: Whether there are copies of keys and values.
+    """
+    reasons = []
+    ranks = engine.num_ranks
+    if ranks < 1 or num_heads % ranks or (num_kv_heads % ranks and ranks % num_kv_heads):
+        remedy = "Choose a number of ranks that divides both"
+        text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
+        reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
+    if mode == "shadow" and engine.cache_dtype in FLOAT8_CACHE_DTYPES:
+        remedy = "Give --kv-cache-dtype bfloat16, or serve in mode values"
+        text = (
+            f"mode shadow is not supported with --kv-cache-dtype {engine.cache_dtype}, only with 16-bit keys and values"
+        )
+        reasons.append(Reason("mode", text, remedy))
+    if has_copies and head_size % COPY_MULTIPLE:
+        text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
+        reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))
+    elif engine.device == "gpu":
+        if is_sparse:
+            heads = head_size, num_heads, num_kv_heads
+            lacking, of_copies = gpus_lack(*heads, has_copies=has_copies), not gpus_lack(*heads)
+        else:
+            # pages and dense layers are FlashAttention's, and its groups are of any size
+            lacking, of_copies = gpus_lack(head_size, 1, 1), False
+        if lacking:
+            field = "num_attention_heads" if head_size in HEAD_SIZES and not of_copies else f"head_dim {head_size}"
+            reasons.append(Reason(field, lacking, _WITHOUT_COPIES if of_copies else None))
+    return reasons
