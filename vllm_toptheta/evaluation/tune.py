@@ -21,7 +21,7 @@ from vllm_toptheta.evaluation.paired import upper_bound
 from vllm_toptheta.evaluation.state_folder import naming_the_flag
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.tuned import Tuned, measured_length
-from vllm_toptheta.evaluation.variants import Variant, floor_label
+from vllm_toptheta.evaluation.variants import floor_label, floor_variant
 from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, weights_sha256
 
 __all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "tune_floors"]
@@ -113,17 +113,6 @@ class TuneOptions:
         """Sequences to choose on: what they show need not hold, for it is confirmed."""
         return max(MIN_SEQUENCES, self.num_sequences // 2)
 
-    def variant(self, floor: float) -> Variant:
-        """Returns what a floor is compared as.
-
-        Args:
-            floor: in multiples of the average weight.
-        """
-        target = floor_label(floor, field="floors")
-        if self.heavy is None:
-            return Variant(target=target)
-        return Variant(method="tiers", target=target, heavy=self.heavy)
-
 
 def tune_floors(
     subject: DecodedSubject,
@@ -163,7 +152,7 @@ def tune_floors(
             report = evaluate_decode(
                 subject,
                 texts,
-                [options.variant(floors[rung]) for rung in rungs],
+                [floor_variant(floors[rung], heavy=options.heavy) for rung in rungs],
                 DecodeOptions(
                     lengths=options.lengths,
                     num_sequences=num_sequences,
