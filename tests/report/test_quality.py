@@ -130,8 +130,8 @@ def test_tasks_are_shown_and_not_promised(quality: Quality) -> None:
     assert quality_verdict(tried).tasks == (
         "What follows was tried with the same floor, and is shown, not promised. At 2,048 tokens, of 20 questions of "
         "needle, dense attention solves 17 and floor 1.5 16 (2 gained, 3 lost), -5.0 points, with 95 % confidence "
-        "-20.0 to +11.0. At 8,192 tokens, key-value tells nothing of this model at this length: dense attention solves less "
-        "than 20 %, 3 of 20 questions."
+        "-20.0 to +11.0. At 8,192 tokens, key-value tells nothing of this model at this length: dense attention "
+        "solves less than 20 %, 3 of 20 questions."
     )
     html = page_of(tried)
     assert "shown, not promised" in html
