@@ -9,9 +9,11 @@ import typer
 from vllm_toptheta.cli.terminal import print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
-    from vllm_toptheta.store import Evidence, MeasuredLength, TaskProbe
+    from vllm_toptheta.store import Evidence, MeasuredLength, Promise, TaskProbe
 
 __all__ = ["print_quality"]
 
@@ -22,8 +24,9 @@ def print_quality(evidence: Evidence) -> None:
     for promise in evidence.promises:
         if promise.reason is not None:
             typer.echo(f"not kept: {promise.preset or 'own'}, {promise.text}: {promise.reason}")
-    if any(promise.probes for promise in evidence.promises):
-        print_table(_probe_table(evidence))
+    probes = [(promise, probe) for promise in evidence.promises for probe in promise.probes or ()]
+    if probes:
+        print_table(_probe_table(probes))
 
 
 def _table(evidence: Evidence) -> Table:
@@ -76,7 +79,7 @@ def _cells(one: MeasuredLength) -> list[str]:
     ]
 
 
-def _probe_table(evidence: Evidence) -> Table:
+def _probe_table(probes: Sequence[tuple[Promise, TaskProbe]]) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -90,10 +93,12 @@ def _probe_table(evidence: Evidence) -> Table:
     for heading in ("length", "questions", "solved dense", "with floor", "gained", "lost", "difference"):
         table.add_column(heading, justify="right")
     table.add_column("95 % interval", no_wrap=True)
-    table.add_column("")
-    for promise in evidence.promises:
-        for probe in promise.probes or ():
-            table.add_row(promise.preset or "own", f"{promise.weight_floor:g}", *_probe_cells(probe))
+    # empty for most models
+    if any(probe.tells_nothing for _, probe in probes):
+        table.add_column("")
+    for promise, probe in probes:
+        remark = [probe.remark] if probe.tells_nothing else []
+        table.add_row(promise.preset or "own", f"{promise.weight_floor:g}", *_probe_cells(probe), *remark)
     return table
 
 
@@ -108,5 +113,4 @@ def _probe_cells(probe: TaskProbe) -> list[str]:
         str(probe.num_lost),
         f"{100 * probe.difference:+.1f}",
         f"{100 * probe.difference_low:+.1f} to {100 * probe.difference_high:+.1f}",
-        probe.remark,
     ]
