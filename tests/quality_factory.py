@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise
+from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, TaskProbe
 
 
 def make_length(length: int = 2048, **changes: Any) -> MeasuredLength:
@@ -35,6 +35,24 @@ def make_promise(floor: float | None = 1.5, *, lengths: tuple[int, ...] = (2048,
     if floor is None:
         return Promise(reason="too few tokens", measured=(), **fields)
     return Promise(weight_floor=floor, measured=tuple(map(make_length, lengths)), **fields)
+
+
+def make_probe(
+    task: str = "needle", length: int = 2048, *, dense: int = 19, gained: int = 0, lost: int = 1
+) -> TaskProbe:
+    """Return what a floor solved of 20 questions."""
+    fields = {
+        "task": task,
+        "length": length,
+        "num_questions": 20,
+        "num_solved_dense": dense,
+        "num_solved_sparse": dense + gained - lost,
+        "num_gained": gained,
+        "num_lost": lost,
+        "difference_low": -0.2,
+        "difference_high": 0.11,
+    }
+    return TaskProbe.model_validate(fields)
 
 
 def make_evidence(*promises: Promise, **changes: Any) -> Evidence:

@@ -110,6 +110,25 @@ def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
     assert (store.load(folder).manifest.quality or ())[:1] == before
 
 
+def test_tasks_are_tried_with_the_floors_that_are_kept(tune: Run, run: Run, tmp_path: Path) -> None:
+    code, out, err = tune("--max-kl", 0.05, "--lengths", 400, "--tasks", "needle,key-value", "--questions", 4)
+    assert code == 0, err
+    assert "needle, 400 tokens" in err
+    folder = tmp_path / "stores" / "acme--tiny"
+    evidence = store.load(folder).manifest.evidence("values")
+    assert evidence is not None
+    assert read_tuned(tuned_file(folder, "values")).evidence == evidence
+    probes = evidence.served.probes or ()
+    assert [(one.task, one.length, one.num_questions) for one in probes] == [("needle", 400, 4), ("key-value", 400, 4)]
+    code, shown, err = run("thresholds", "show", folder)
+    assert code == 0, err
+    for printed in (out, shown):
+        assert "recall with the floors that are kept: shown, not promised" in printed
+        # its weights are random
+        assert printed.count("tells nothing of this model at this length") == 2
+    assert {file.name for file in (tmp_path / "stores").iterdir()} == {"acme--tiny", "acme--tiny.tune-values.json"}
+
+
 def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Path) -> None:
     for arguments, words in (
         (("--max-loss", 1e-5), "error: max_loss: perplexity within 1e-05 %: with floor:0.05 at 200 tokens"),
@@ -120,6 +139,15 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
             "error: equal_rows: what copies read is not compared with exact top-k",
         ),
         (("--model-id", "../up"), "error: id: "),
+        (
+            ("--tasks", "needle", "--engine", "vllm"),
+            "error: --tasks: --engine vllm measures windows of texts only, and ",
+        ),
+        (("--questions", 9), "error: --questions: there are no questions without --tasks"),
+        (("--tasks", "needle", "--questions", 1), "error: --questions: 1 questions of each task and length. Ask for 4"),
+        (("--tasks", "human-eval"), "error: --tasks: no task that floors are tried on: 'human-eval'. Choose needle, "),
+        # before anything is measured
+        (("--tasks", "needle", "--max-loss", 1e-5), "error: lengths: the text is too short, or the length too small"),
     ):
         code, out, err = tune(*arguments)
         assert (code, out) == (2, "")

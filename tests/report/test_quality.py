@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.quality_factory import make_evidence, make_length, make_promise
+from tests.quality_factory import make_evidence, make_length, make_probe, make_promise
 from tests.report.test_page import Page
 from tests.tuned_factory import make_tuned
 from vllm_toptheta.errors import EvaluationError
@@ -119,6 +119,31 @@ def test_evidence_alone_says_what_is_missing() -> None:
     html = page_of(quality)
     assert "The floors that were tried" not in html
     assert "Promised, confirmed" in html
+
+
+def test_tasks_are_shown_and_not_promised(quality: Quality) -> None:
+    assert quality_verdict(quality).tasks == "No task was tried (toptheta tune --tasks needle,key-value)."
+    assert "Recall with the floors" not in page_of(quality)
+    probes = (make_probe(dense=17, gained=2, lost=3), make_probe("key-value", 8192, dense=3, lost=0))
+    high = make_promise(0.5, preset="high", max_loss=0.2, probes=(make_probe(dense=20, lost=0),))
+    tried = Quality.of(make_evidence(make_promise(probes=probes), high), None)
+    assert quality_verdict(tried).tasks == (
+        "What follows was tried with the same floor, and is shown, not promised. At 2,048 tokens, of 20 questions of "
+        "needle, dense attention solves 17 and floor 1.5 16 (2 gained, 3 lost), -5.0 points, with 95 % confidence "
+        "-20.0 to +11.0. At 8,192 tokens, key-value tells nothing of this model at this length: dense attention "
+        "solves less than 20 %, 3 of 20 questions."
+    )
+    html = page_of(tried)
+    assert "shown, not promised" in html
+    rows = html[html.index("Recall with the floors") :].split("<tr>")[2:]
+    assert "floor:1.5, promised</th><td>needle</td><td>2,048</td>" in rows[0]
+    assert "<td>-5.0 (-20.0 to +11.0)</td>" in rows[0]
+    assert "<td>key-value</td><td>8,192</td>" in rows[1]
+    assert "The task tells nothing of this model at this length" in rows[2]
+    assert "floor:0.5, high</th><td>needle</td>" in rows[3]
+    page = Page(html)
+    assert page.tags.count("caption") == page.tags.count("table") == 2
+    assert Report.read(Report(model="tiny", quality=(tried,), survivors=None).model_dump_json()).quality == (tried,)
 
 
 def test_the_page_has_the_figures_of_the_record(quality: Quality) -> None:

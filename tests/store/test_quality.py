@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from tests.quality_factory import make_evidence, make_length, make_promise
+from tests.quality_factory import make_evidence, make_length, make_probe, make_promise
 from tests.store_factory import make_draft, make_store
 from vllm_toptheta.errors import FingerprintMismatch
 from vllm_toptheta.store import (
@@ -19,6 +19,7 @@ from vllm_toptheta.store import (
     ModelIdentity,
     Promise,
     Serving,
+    TaskProbe,
     load,
     local_folder,
     record_quality,
@@ -60,9 +61,39 @@ def test_the_largest_lost_mass_of_all_lengths_counts(tmp_path: Path) -> None:
     assert evidence.lost_mass_p99 == {1: 0.3, 2: 0.1, 5: 1e-6}
 
 
-def test_evidence_without_lost_mass_is_written_as_before(tmp_path: Path) -> None:
+def test_what_was_not_measured_is_written_as_before(tmp_path: Path) -> None:
     record(tmp_path / "acme--tiny", make_evidence())
-    assert "lost_mass" not in (tmp_path / "acme--tiny" / "manifest.yaml").read_text()
+    text = (tmp_path / "acme--tiny" / "manifest.yaml").read_text()
+    assert "lost_mass" not in text
+    assert "probes" not in text
+
+
+def test_tasks_that_were_tried_are_kept(tmp_path: Path) -> None:
+    probes = (make_probe(), make_probe("key-value"), make_probe("needle", 8192, dense=2, lost=2))
+    evidence = make_evidence(make_promise(lengths=(2048, 8192), probes=probes))
+    assert record(tmp_path / "acme--tiny", evidence) == evidence
+    # a served promise is what it was
+    assert evidence.line == make_evidence(make_promise(lengths=(2048, 8192))).line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "human-eval"}, "'needle' or 'key-value'"),
+        ({"num_questions": 0}, "greater than or equal to 1"),
+        ({"num_lost": 2}, "not what the numbers solved differ by"),
+        ({"num_gained": -1, "num_lost": 0}, "greater than or equal to 0"),
+        ({"num_solved_sparse": 20, "num_gained": 2}, "more questions than there are"),
+        ({"num_solved_dense": 0, "num_solved_sparse": 0, "num_gained": 1}, "more questions than there are"),
+        ({"difference_low": 0.2}, "ends before it begins"),
+        ({"difference_high": 1.5}, "less than or equal to 1"),
+        ({"num_questions": 20.0}, "valid integer"),
+        ({"p_value": 1.0}, "Extra inputs"),
+    ],
+)
+def test_what_cannot_be_solved(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskProbe.model_validate({**make_probe().model_dump(), **change})
 
 
 def test_a_store_keeps_all_else_and_the_evidence_of_other_modes(tmp_path: Path) -> None:
@@ -129,6 +160,12 @@ def test_what_evidence_cannot_say(change: dict[str, Any], message: str) -> None:
         ({"measured": ()}, "a floor and figures, or a reason"),
         ({"weight_floor": 1001.0}, "less than or equal to 1000"),
         ({"preset": "best"}, "'exact', 'high' or 'fast'"),
+        ({"probes": ()}, "at least 1 item"),
+        ({"probes": (make_probe(), make_probe())}, "tried twice at one length"),
+        (
+            {"weight_floor": None, "measured": (), "reason": "because", "probes": (make_probe(),)},
+            "no floor to try",
+        ),
     ],
 )
 def test_what_a_promise_cannot_say(change: dict[str, Any], message: str) -> None:

@@ -9,19 +9,24 @@ import typer
 from vllm_toptheta.cli.terminal import print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
-    from vllm_toptheta.store import Evidence, MeasuredLength
+    from vllm_toptheta.store import Evidence, MeasuredLength, Promise, TaskProbe
 
 __all__ = ["print_quality"]
 
 
 def print_quality(evidence: Evidence) -> None:
-    """Print what was measured in one mode: a row for each promise and length, and why others are not kept."""
+    """Print what was measured in one mode: a row for each promise and length, why others are not kept, and tasks."""
     print_table(_table(evidence))
     for promise in evidence.promises:
         if promise.reason is not None:
             typer.echo(f"not kept: {promise.preset or 'own'}, {promise.text}: {promise.reason}")
+    probes = [(promise, probe) for promise in evidence.promises for probe in promise.probes or ()]
+    if probes:
+        print_table(_probe_table(probes))
 
 
 def _table(evidence: Evidence) -> Table:
@@ -71,4 +76,41 @@ def _cells(one: MeasuredLength) -> list[str]:
         f"{100 * one.top1_agreement:.1f}",
         f"{100 * one.value_rows_share:.1f}",
         f"{100 * one.bytes_share:.1f}",
+    ]
+
+
+def _probe_table(probes: Sequence[tuple[Promise, TaskProbe]]) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title="recall with the floors that are kept: shown, not promised",
+        caption="the same questions, answered densely and with the floor behind one dense prompt; difference of the "
+        "shares solved in points, with its paired 95 % interval",
+    )
+    table.add_column("promise", no_wrap=True)
+    table.add_column("floor", justify="right")
+    table.add_column("task", no_wrap=True)
+    for heading in ("length", "questions", "solved dense", "with floor", "gained", "lost", "difference"):
+        table.add_column(heading, justify="right")
+    table.add_column("95 % interval", no_wrap=True)
+    # empty for most models
+    if any(probe.tells_nothing for _, probe in probes):
+        table.add_column("")
+    for promise, probe in probes:
+        remark = [probe.remark] if probe.tells_nothing else []
+        table.add_row(promise.preset or "own", f"{promise.weight_floor:g}", *_probe_cells(probe), *remark)
+    return table
+
+
+def _probe_cells(probe: TaskProbe) -> list[str]:
+    return [
+        probe.task,
+        str(probe.length),
+        str(probe.num_questions),
+        str(probe.num_solved_dense),
+        str(probe.num_solved_sparse),
+        str(probe.num_gained),
+        str(probe.num_lost),
+        f"{100 * probe.difference:+.1f}",
+        f"{100 * probe.difference_low:+.1f} to {100 * probe.difference_high:+.1f}",
     ]

@@ -11,7 +11,7 @@ import typer
 from vllm_toptheta.cli import eval_options as options
 from vllm_toptheta.cli.hints import serve_hint
 from vllm_toptheta.cli.quality import print_quality
-from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command, write_json
+from vllm_toptheta.cli.terminal import integers, numbers, print_table, recorded_command, words, write_json
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 
 if TYPE_CHECKING:
@@ -56,6 +56,15 @@ def tune_command(
     out: Annotated[
         Path, typer.Option(help="Directory of stores: that of the model, <org>--<model>, is amended or made.")
     ] = Path("thresholds"),
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Also try the floors that are kept on these, by commas: needle, key-value. Shown, not promised."
+        ),
+    ] = "",
+    questions: Annotated[
+        int | None, typer.Option(help="With --tasks: questions of each task at each length; default: 20.")
+    ] = None,
     seed: options.SeedOption = 0,
     engine: Annotated[
         Literal["transformers", "vllm"],
@@ -89,6 +98,9 @@ def tune_command(
     from vllm_toptheta.evaluation import (
         FLOORS,
         Goal,
+        ProbeOptions,
+        Probes,
+        Subject,
         TuneOptions,
         decode_table,
         named_paths,
@@ -99,6 +111,15 @@ def tune_command(
 
     if engine_args and engine != "vllm":
         raise EvaluationError("flags of vllm serve are for --engine vllm", field="--engine-args", remedy="Leave it out")
+    asked = words(tasks)
+    if asked and engine == "vllm":
+        raise EvaluationError(
+            "--engine vllm measures windows of texts only, and answers no questions",
+            field="--tasks",
+            remedy="Leave --tasks out, or measure with --engine transformers; toptheta eval endpoint asks servers",
+        )
+    if questions is not None and not asked:
+        raise EvaluationError("there are no questions without --tasks", field="--questions", remedy="Leave it out")
     if heavy is not None and mode != "shadow":
         raise EvaluationError("keys are heavy in mode shadow only", field="--heavy", remedy="Leave it out")
     goals = [Goal(max_loss, max_kl)] if max_loss is not None or max_kl is not None else []
@@ -122,14 +143,21 @@ def tune_command(
         equal_rows=tuple(numbers("--equal-rows", equal_rows)),
         seed=seed,
     )
+    content = [read_text(file) for paths in files.values() for file in paths]
+    probes = None
+    subject: DecodedSubject
     if engine == "vllm":
         subject = _served(model, wanted, f"--dtype {dtype} {engine_args}")
     else:
-        subject = _in_transformers(model, device=device, dtype=dtype)
+        subject = local = Subject(model, {}, device=device, dtype=dtype)
+        if asked:
+            # before anything is measured: what cannot be asked is said first
+            number = ProbeOptions.num_questions if questions is None else questions
+            probes = Probes(local, content, ProbeOptions(tuple(asked), wanted.lengths, number, seed))
     try:
         found = tune_floors(
             subject,
-            [read_text(file) for paths in files.values() for file in paths],
+            content,
             wanted,
             command=recorded_command(
                 model, out, *([json] if json else []), *(file for paths in files.values() for file in paths)
@@ -140,6 +168,9 @@ def tune_command(
         # nothing is left to go on with, and the next command will ask for something else
         shutil.rmtree(state)
         raise
+    if probes is not None:
+        probed = probes.measure(found.evidence, folder=state / "probing")
+        found = found.model_copy(update={"evidence": probed})
     # before the store: what cannot be written is said while the measurements can still be gone on with
     write_json(json, found)
     record = tuned_file(folder, mode)
@@ -155,12 +186,6 @@ def tune_command(
     typer.echo(f"draw it: toptheta report {folder} --out report.html")
     copies = {} if mode == "values" else {"mode": "shadow", "shadow_values": "on", "heavy": found.evidence.heavy}
     typer.echo(serve_hint(model, thresholds=folder, **copies))
-
-
-def _in_transformers(model: Path, *, device: str, dtype: str) -> DecodedSubject:
-    from vllm_toptheta.evaluation import Subject
-
-    return Subject(model, {}, device=device, dtype=dtype)
 
 
 def _served(model: Path, wanted: TuneOptions, engine_args: str) -> DecodedSubject:

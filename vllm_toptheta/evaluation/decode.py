@@ -13,8 +13,9 @@ from vllm_toptheta.calibration.data import Text, load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport, length_report
-from vllm_toptheta.evaluation.decode_state import DecodeArguments, DecodeState, model_files
+from vllm_toptheta.evaluation.decode_state import DecodeArguments, DecodeState
 from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult, check_variant
+from vllm_toptheta.evaluation.state_folder import model_files
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.variants import Variant, floor_label
 

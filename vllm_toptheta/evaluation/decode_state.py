@@ -6,12 +6,11 @@ DIR/report.json                         when all are there
 """
 
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -19,12 +18,13 @@ from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport
 from vllm_toptheta.evaluation.losses import Losses
 from vllm_toptheta.evaluation.measuring import WindowResult
+from vllm_toptheta.evaluation.state_folder import StateFolder
 from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.evaluation.window_reads import WindowReads
 from vllm_toptheta.store import TextSource
 
-__all__ = ["DecodeArguments", "DecodeState", "model_files"]
+__all__ = ["DecodeArguments", "DecodeState"]
 
 
 class DecodeArguments(BaseModel):
@@ -44,19 +44,6 @@ class DecodeArguments(BaseModel):
     skip: int = 0
 
 
-def model_files(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Returns size and time of change of a model's files, by name: reading all weights takes too long.
-
-    Args:
-        model_dir: a model directory.
-    """
-    return {
-        file.name: (file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(model_dir.iterdir())
-        if file.suffix in {".safetensors", ".bin", ".json", ".model"}
-    }
-
-
 class DecodeState:
     """Saves and finds results of sequences.
 
@@ -69,33 +56,7 @@ class DecodeState:
     """
 
     def __init__(self, folder: Path | None, arguments: DecodeArguments) -> None:
-        self._folder = folder
-        if folder is None:
-            return
-        file = folder / "arguments.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                if any(folder.iterdir()):
-                    raise EvaluationError(
-                        "the folder holds something else", file=folder, field="output", remedy="Name a new folder"
-                    )
-                self._write(file.name, arguments.model_dump_json(indent=1).encode() + b"\n")
-            before = DecodeArguments.model_validate_json(file.read_bytes())
-        except OSError as error:
-            raise _not_usable(folder, error) from error
-        except ValidationError as error:
-            raise EvaluationError(
-                "not the arguments of an evaluation", file=file, field="output", remedy="Name a new folder"
-            ) from error
-        differing = [name for name in DecodeArguments.model_fields if getattr(before, name) != getattr(arguments, name)]
-        if differing:
-            raise EvaluationError(
-                f"the folder holds an evaluation with other {', '.join(differing)}",
-                file=folder,
-                field="output",
-                remedy="Repeat the command that was interrupted to go on with it, or name a new folder",
-            )
+        self._folder = StateFolder(folder, arguments)
 
     def load(self, length: int, sequence: int) -> WindowResult | None:
         """Returns the result of a sequence, None if there is none yet.
@@ -107,8 +68,8 @@ class DecodeState:
         Raises:
             EvaluationError: the file is damaged.
         """
-        file = None if self._folder is None else self._folder / f"{length}-{sequence}.safetensors"
-        if file is None or not file.exists():
+        file = self._folder.find(f"{length}-{sequence}.safetensors")
+        if file is None:
             return None
         try:
             with safe_open(file, "numpy") as saved:
@@ -139,8 +100,6 @@ class DecodeState:
         Raises:
             EvaluationError: it cannot be written.
         """
-        if self._folder is None:
-            return
         arrays = {
             f"{index}.{name}": np.ascontiguousarray(array)
             for index, reads in enumerate(result.reads)
@@ -151,7 +110,7 @@ class DecodeState:
             "losses": json.dumps([asdict(losses) for losses in result.losses]),
             "equal_rows": json.dumps(chosen),
         }
-        self._write(f"{length}-{sequence}.safetensors", save(arrays, metadata=numbers))
+        self._folder.write(f"{length}-{sequence}.safetensors", save(arrays, metadata=numbers))
 
     def finish(self, report: DecodeReport) -> None:
         """Writes the report.
@@ -163,21 +122,4 @@ class DecodeState:
             EvaluationError: it cannot be written.
         """
         # on one line: a number a line would make layers times variants times lengths of them
-        self._write("report.json", report.model_dump_json().encode() + b"\n")
-
-    def _write(self, name: str, content: bytes) -> None:
-        if self._folder is None:
-            return
-        new = self._folder / f"{name}.new"
-        try:
-            with new.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self._folder / name)
-        except OSError as error:
-            raise _not_usable(self._folder, error) from error
-
-
-def _not_usable(folder: Path, error: OSError) -> EvaluationError:
-    return EvaluationError(f"cannot be used: {error.strerror}", file=folder, field="output", remedy="Name a new folder")
+        self._folder.write("report.json", report.model_dump_json().encode() + b"\n")

@@ -9,8 +9,7 @@ A promise is kept where what was lost is below it with 95 % confidence, at every
 
 import datetime
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeReport
 from vllm_toptheta.evaluation.paired import upper_bound
+from vllm_toptheta.evaluation.state_folder import naming_the_flag
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.tuned import Tuned, measured_length
-from vllm_toptheta.evaluation.variants import Variant, floor_label
+from vllm_toptheta.evaluation.variants import floor_label, floor_variant
 from vllm_toptheta.store import Evidence, MeasuredLength, MeasuredText, Promise, weights_sha256
 
 __all__ = ["CONFIDENCE", "FLOORS", "MIN_SEQUENCES", "Goal", "TuneOptions", "tune_floors"]
@@ -113,17 +113,6 @@ class TuneOptions:
         """Sequences to choose on: what they show need not hold, for it is confirmed."""
         return max(MIN_SEQUENCES, self.num_sequences // 2)
 
-    def variant(self, floor: float) -> Variant:
-        """Returns what a floor is compared as.
-
-        Args:
-            floor: in multiples of the average weight.
-        """
-        target = floor_label(floor, field="floors")
-        if self.heavy is None:
-            return Variant(target=target)
-        return Variant(method="tiers", target=target, heavy=self.heavy)
-
 
 def tune_floors(
     subject: DecodedSubject,
@@ -159,11 +148,11 @@ def tune_floors(
     def measure(
         stage: str, rungs: Sequence[int], num_sequences: int, *, skip: int, equal_rows: tuple[float, ...] = ()
     ) -> tuple[DecodeReport, dict[int, list[MeasuredLength]]]:
-        with _naming_the_flag():
+        with naming_the_flag():
             report = evaluate_decode(
                 subject,
                 texts,
-                [options.variant(floors[rung]) for rung in rungs],
+                [floor_variant(floors[rung], heavy=options.heavy) for rung in rungs],
                 DecodeOptions(
                     lengths=options.lengths,
                     num_sequences=num_sequences,
@@ -245,18 +234,6 @@ def tune_floors(
         ladder=ladder,
         confirmations=tuple(confirmations),
     )
-
-
-@contextmanager
-def _naming_the_flag() -> Iterator[None]:
-    """Says of a folder of another run how to be rid of it: its name is not the user's to choose."""
-    try:
-        yield
-    except EvaluationError as error:
-        if error.field != "output":
-            raise
-        remedy = "Repeat the command that was interrupted to go on with it, or start anew with --no-resume"
-        raise EvaluationError(error.message, file=error.file, field="resume", remedy=remedy) from error
 
 
 def _check(options: TuneOptions) -> None:

@@ -16,7 +16,16 @@ from vllm_toptheta.reference import Denominator
 from vllm_toptheta.store import FLOOR_PREFIX, TargetSpec, ThresholdStore
 from vllm_toptheta.store import floor_label as store_floor_label
 
-__all__ = ["COMPENSATIONS", "MODES", "CompensationName", "Variant", "expand_variants", "floor_label", "store_of"]
+__all__ = [
+    "COMPENSATIONS",
+    "MODES",
+    "CompensationName",
+    "Variant",
+    "expand_variants",
+    "floor_label",
+    "floor_variant",
+    "store_of",
+]
 
 
 CompensationName = Literal[
@@ -179,6 +188,20 @@ def floor_label(weight_floor: float, *, field: str) -> str:
             remedy=f"Give multiples of the average weight, from 0 (dense) to {MAX_WEIGHT_FLOOR:g}",
         )
     return store_floor_label(weight_floor)
+
+
+def floor_variant(weight_floor: float, *, heavy: float | None = None) -> Variant:
+    """Returns what a floor is compared as where it is tuned.
+
+    Args:
+        weight_floor: in multiples of the average weight.
+        heavy: by copies, what a key must weigh to be read exactly; None to read all keys.
+
+    Raises:
+        EvaluationError: it is no weight floor.
+    """
+    target = floor_label(weight_floor, field="floors")
+    return Variant(target=target) if heavy is None else Variant(method="tiers", target=target, heavy=heavy)
 
 
 def store_of(variant: Variant, stores: Mapping[str, ThresholdStore]) -> ThresholdStore | None:

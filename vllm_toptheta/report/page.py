@@ -91,18 +91,19 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
 def _mode(quality: Quality, pictures: Mapping[str, Sequence[Picture]]) -> dict[str, Any]:
     """What the page says of one mode."""
     rungs = [(rung, rung.measured) for rung in quality.rungs]
-    confirmed = [
-        (f"{floor_label(promise.weight_floor)}, {promise.preset or 'promised'}", one)
+    kept = [
+        (f"{floor_label(promise.weight_floor)}, {promise.preset or 'promised'}", promise)
         for promise in quality.evidence.promises
         if promise.weight_floor is not None
-        for one in promise.measured
     ]
+    confirmed = [(label, one) for label, promise in kept for one in promise.measured]
     return {
         "slug": _of_mode(quality),
         "evidence": quality.evidence,
         "other_weights": quality.other_weights,
         "verdict": QualityVerdict(*map(_unbroken, quality_verdict(quality))),
         "pictures": pictures[_of_mode(quality)],
+        "probes": [(label, probe) for label, promise in kept for probe in promise.probes or ()],
         "tables": [
             ("Promised, confirmed on sequences that the choice did not see", confirmed),
             ("The floors that were tried", [(rung.label, one) for rung, one in rungs if rung.equal_rows is None]),

@@ -12,18 +12,20 @@ _NAMED_TEXTS = 3
 
 
 class QualityVerdict(NamedTuple):
-    """Four paragraphs.
+    """Five paragraphs.
 
     Attributes:
         promised: how much may be lost, up to which length, with which floor; also by presets.
         figures: what was measured of it.
         where: how far the promise is, what is read there, what the next larger floor and exact top-k lose.
+        tasks: what the floor that is served solves of tasks, which promises nothing.
         unknown: what the evidence does not say.
     """
 
     promised: str
     figures: str
     where: str
+    tasks: str
     unknown: str
 
 
@@ -33,7 +35,7 @@ def quality_verdict(quality: Quality) -> QualityVerdict:
     Args:
         quality: of the mode.
     """
-    return QualityVerdict(*(" ".join(part(quality)) for part in (_promised, _figures, _where, _unknown)))
+    return QualityVerdict(*(" ".join(part(quality)) for part in (_promised, _figures, _where, _tasks, _unknown)))
 
 
 def _promised(quality: Quality) -> list[str]:
@@ -145,6 +147,27 @@ def _top_k(quality: Quality) -> list[str]:
         "Exact top-k that reads about as many value rows changes perplexity, on the sequences of the choice, by "
         f"{', '.join(parts)}."
     ]
+
+
+def _tasks(quality: Quality) -> list[str]:
+    served = quality.evidence.served
+    if served.probes is None:
+        return ["No task was tried (toptheta tune --tasks needle,key-value)."]
+    sentences = ["What follows was tried with the same floor, and is shown, not promised."]
+    for probe in served.probes:
+        of_questions = f"of {probe.num_questions} questions"
+        if probe.tells_nothing:
+            sentences.append(
+                f"At {probe.length:,} tokens, {probe.task} {probe.remark}, {probe.num_solved_dense} {of_questions}."
+            )
+            continue
+        sentences.append(
+            f"At {probe.length:,} tokens, {of_questions} of {probe.task}, dense attention solves "
+            f"{probe.num_solved_dense} and floor {served.weight_floor:g} {probe.num_solved_sparse} "
+            f"({probe.num_gained} gained, {probe.num_lost} lost), {100 * probe.difference:+.1f} points, with 95 % "
+            f"confidence {100 * probe.difference_low:+.1f} to {100 * probe.difference_high:+.1f}."
+        )
+    return sentences
 
 
 def _unknown(quality: Quality) -> list[str]:

@@ -10,7 +10,7 @@ from vllm_toptheta.store.curve import ThresholdCurve
 from vllm_toptheta.store.expectations import Expectations
 from vllm_toptheta.store.fields import TextSource
 from vllm_toptheta.store.io import load, read_architecture, read_config, record_quality, save
-from vllm_toptheta.store.quality import PRESETS, Evidence, MeasuredLength, MeasuredText, Promise, Serving
+from vllm_toptheta.store.quality import PRESETS, Evidence, MeasuredLength, MeasuredText, Promise, Serving, TaskProbe
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
     Architecture,
@@ -48,6 +48,7 @@ __all__ = [
     "ShadowSection",
     "Target",
     "TargetSpec",
+    "TaskProbe",
     "TextSource",
     "ThresholdCurve",
     "ThresholdSection",

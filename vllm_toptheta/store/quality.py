@@ -1,6 +1,7 @@
 """What weight floors were measured to cost on held-out text, and what a server may promise by it.
 
 Promise     how much may be lost, the floor that keeps it, and what was measured with that floor
+TaskProbe   what else was tried with that floor: questions that are shown, and not promised
 Evidence    the promises of one mode, with all that their figures depend on: a section of the manifest
 Serving     how a model is served: `Evidence.differences` says where that is not what was measured
 """
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 
 from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
 from vllm_toptheta.store.fields import (
+    MAX_COUNT,
     MAX_LAYERS,
     PRINTABLE,
     Command,
@@ -32,11 +34,15 @@ from vllm_toptheta.store.fields import (
 # promises that requests can name: of perplexity, in percent
 PRESETS: Final = {"exact": 0.05, "high": 0.2, "fast": 1.0}
 UNQUANTIZED: Final = "none"
+# share of a task's questions; a model that solves fewer even densely cannot show what a floor loses
+_LEAST_SOLVED_DENSE: Final = 0.2
 _SERVED_AS_MEASURED = "sdc+vmc"  # the compensation that floors are measured with
 
 Loss = Annotated[float, Field(gt=0.0, le=100.0)]
 Figure = Annotated[float, Field(ge=-1e9, le=1e9)]
 Error = Annotated[float, Field(ge=0.0, le=1e9)]
+NumQuestions = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Difference = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
 class MeasuredText(TextSource):
@@ -69,6 +75,50 @@ class MeasuredLength(StrictModel):
     )
 
 
+class TaskProbe(StrictModel):
+    """How many questions of a task a floor solved, and dense attention of the same ones, at one length."""
+
+    task: Literal["needle", "key-value"]
+    length: Tokens = Field(description="Tokens that a question takes with its answer, at most.")
+    num_questions: Count
+    num_solved_dense: NumQuestions
+    num_solved_sparse: NumQuestions
+    num_gained: NumQuestions = Field(description="Solved with the floor only.")
+    num_lost: NumQuestions = Field(description="Solved with dense attention only.")
+    difference_low: Difference = Field(
+        description="Lower end of the paired 95 % interval of the share solved with the floor less that solved densely."
+    )
+    difference_high: Difference = Field(description="Its upper end.")
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.num_solved_sparse - self.num_solved_dense != self.num_gained - self.num_lost:
+            raise ValueError("what was gained and lost is not what the numbers solved differ by")
+        if self.num_lost > self.num_solved_dense or self.num_solved_dense + self.num_gained > self.num_questions:
+            raise ValueError("more questions than there are")
+        if self.difference_low > self.difference_high:
+            raise ValueError("an interval that ends before it begins")
+        return self
+
+    @property
+    def difference(self) -> float:
+        """The share of questions solved with the floor, less that solved densely."""
+        return (self.num_solved_sparse - self.num_solved_dense) / self.num_questions
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether the model solves so little with dense attention that nothing can be seen to be lost."""
+        return self.num_solved_dense < _LEAST_SOLVED_DENSE * self.num_questions
+
+    @property
+    def remark(self) -> str:
+        """What a reader has to know of the figures, for people; empty where they can be taken as they are."""
+        if not self.tells_nothing:
+            return ""
+        least = f"{100 * _LEAST_SOLVED_DENSE:g} %"
+        return f"tells nothing of this model at this length: dense attention solves less than {least}"
+
+
 class Promise(StrictModel):
     """How much may be lost, and the largest floor that was confirmed to lose less; or why there is none."""
 
@@ -84,6 +134,10 @@ class Promise(StrictModel):
     measured: Annotated[tuple[MeasuredLength, ...], Field(strict=False, max_length=64)] = Field(
         description="With the floor, on sequences that its choice did not see; empty without one."
     )
+    # None rather than empty, so that the checksums of manifests from before there were any stay
+    probes: Annotated[tuple[TaskProbe, ...], Field(strict=False, min_length=1, max_length=128)] | None = Field(
+        default=None, description="Tasks tried with the floor, which promise nothing; None where none were."
+    )
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
@@ -92,6 +146,11 @@ class Promise(StrictModel):
         is_kept = self.weight_floor is not None
         if is_kept != bool(self.measured) or is_kept == (self.reason is not None):
             raise ValueError("a promise has a floor and figures, or a reason why it has none")
+        probed = [(probe.task, probe.length) for probe in self.probes or ()]
+        if probed and not is_kept:
+            raise ValueError("probes: there is no floor to try")
+        if len(set(probed)) < len(probed):
+            raise ValueError("probes: a task is tried twice at one length")
         return self
 
     @property

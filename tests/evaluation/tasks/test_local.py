@@ -37,6 +37,17 @@ def test_answers_are_what_decoding_gives(subject: Subject, store: ThresholdStore
     assert len(set(expected)) > 1
 
 
+def test_copies_answer_behind_dense_prompts(subject: Subject) -> None:
+    variant = Variant(method="tiers", target="floor:100", heavy=0.5)
+    question = replace(QUESTION, prompt=QUESTION.prompt * 3)
+    answers = LocalAnswers(subject, [variant])(question)
+    prompt = read_prompt(subject.model, torch.tensor(tokenise(subject.tokenizer, question.prompt)))
+    lane = Lane(prompt, SparseAttention(variant, max_length=300))
+    (tokens,) = decode_greedily(subject.model, [lane], max_new_tokens=12)
+    assert answers.sparse == (subject.tokenizer.decode(tokens),)
+    assert answers.sparse != (answers.dense,)
+
+
 def test_an_answer_ends_at_a_stop_text(subject: Subject) -> None:
     answer = LocalAnswers(subject, VARIANTS[:1])
     whole = answer(QUESTION).dense

@@ -71,12 +71,14 @@ class LocalAnswers:
         return lambda text: len(tokenise(self._subject.tokenizer, text))
 
     def _make_attentions(self) -> list[SparseAttention]:
+        # dense prompts are read without these, and tiers are of every row
+        phase: Phase = "both" if self._phase == "decode" else self._phase
         return [
             SparseAttention(
                 variant,
                 store_of(variant, self._subject.stores),
                 max_length=self._max_length,
-                phase=self._phase,
+                phase=phase,
                 device=self._subject.model.device,
             )
             for variant in self._variants

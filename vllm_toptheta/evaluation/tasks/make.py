@@ -6,13 +6,12 @@ from pathlib import Path
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.tasks.human_eval import human_eval_task
-from vllm_toptheta.evaluation.tasks.recall import TokenCounter, key_value_task, needle_task
+from vllm_toptheta.evaluation.tasks.recall import RECALL_TASKS, TokenCounter
 from vllm_toptheta.evaluation.tasks.task import Task
 
 __all__ = ["TASK_NAMES", "make_tasks"]
 
-_RECALL_TASKS = {"needle": needle_task, "key-value": key_value_task}
-TASK_NAMES = (*_RECALL_TASKS, "human-eval")
+TASK_NAMES = (*RECALL_TASKS, "human-eval")
 
 
 def make_tasks(
@@ -59,6 +58,6 @@ def make_tasks(
             raise EvaluationError(f"{name} needs text to make prompts of", field="--text", remedy="Give text files")
         content = "\n".join(read_text(file).content for file in texts)
         tasks.append(
-            _RECALL_TASKS[name](content, token_counter, lengths=lengths, depths=depths, samples=samples, seed=seed)
+            RECALL_TASKS[name](content, token_counter, lengths=lengths, depths=depths, samples=samples, seed=seed)
         )
     return tasks

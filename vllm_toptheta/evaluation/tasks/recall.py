@@ -15,9 +15,10 @@ import numpy as np
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.tasks.task import Question, Task
 
-__all__ = ["TokenCounter", "key_value_task", "needle_task"]
+__all__ = ["MAX_NEW_TOKENS", "RECALL_TASKS", "TokenCounter", "key_value_task", "needle_task"]
 
-_MAX_NEW_TOKENS = 16
+# of an answer
+MAX_NEW_TOKENS = 16
 _PIECE_CHARACTERS = 160
 _SAMPLE_CHARACTERS = 8000
 _SAMPLE_PAIRS = 200
@@ -151,7 +152,7 @@ def _task(name: str, ask: _Ask, *, lengths: Sequence[int], depths: Sequence[floa
             Question(
                 name=f"{name} {length} tokens, depth {depth:g}, sample {sample}",
                 prompt=prompt,
-                max_new_tokens=_MAX_NEW_TOKENS,
+                max_new_tokens=MAX_NEW_TOKENS,
                 stop=("\n",),
                 expected=expected,
                 length=length,
@@ -174,9 +175,12 @@ def _fill(pieces: Iterable[str], budget: float, count_tokens: Callable[[str], fl
     raise EvaluationError(
         "the text is too short, or the length too small, for a prompt of that length",
         field="lengths",
-        remedy="Give more text, or ask for other lengths",
+        remedy="Give more text (--text), or ask for other lengths (--lengths)",
     )
 
 
 def _number(generator: np.random.Generator) -> str:
     return str(generator.integers(10 ** (_DIGITS - 1), 10**_DIGITS))
+
+
+RECALL_TASKS = {"needle": needle_task, "key-value": key_value_task}
