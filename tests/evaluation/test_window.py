@@ -60,7 +60,7 @@ def test_a_window_equals_its_tokens_one_at_a_time(model: Any, store: ThresholdSt
     needs_store = variant is not None and (variant.weight_floor is None or variant.method == "shadow")
     attention = variant and SparseAttention(variant, store if needs_store else None, max_length=LENGTH)
     expected = step_by_step(model, token_ids, attention)
-    torch.testing.assert_close(at_once(model, token_ids, attention), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(at_once(model, token_ids, attention), expected, rtol=1e-3, atol=2e-3)
     change = float((expected - step_by_step(model, token_ids, None)).abs().max())
     assert change > 0.1 if variant else change == 0
 

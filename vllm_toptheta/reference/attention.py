@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, causal_value_mean
-from vllm_toptheta.reference.scores import causal_scores, group_counts, group_rows, row_lengths, ungroup_rows
+from vllm_toptheta.reference.scores import (
+    causal_scores,
+    count,
+    group_counts,
+    group_rows,
+    kept,
+    row_lengths,
+    ungroup_rows,
+)
 from vllm_toptheta.reference.thresholds import (
     Phase,
     keep_last,
@@ -244,34 +252,38 @@ def _attend(
     if value.shape[0] != seq_len or num_heads % num_kv_heads:
         raise ValueError(f"value: shape {list(value.shape)} does not fit {seq_len} keys and {num_heads} query heads")
     value = value.to(scores.dtype)
-    visible = scores > -torch.inf
-    is_thresholded = thresholded[:, None, None]
-    survivors = torch.where(is_thresholded, survivors, visible)
-    read = visible if candidates is None else torch.where(is_thresholded, candidates & visible, visible)
+    lengths = row_lengths(scores)
+    if not bool(thresholded.all()):
+        survivors = torch.where(thresholded[:, None, None], survivors, scores > -torch.inf)
+    read, keys_read = None, lengths[:, None].expand(-1, num_kv_heads)
+    if candidates is not None:
+        visible = scores > -torch.inf
+        read = torch.where(thresholded[:, None, None], candidates & visible, visible)
+        keys_read = group_counts(read, num_kv_heads)
 
     largest = scores.amax(dim=-1)
     exponentials = torch.exp(scores - largest.unsqueeze(-1))
-    kept = exponentials.masked_fill(~survivors, 0.0)
-    num_survivors = survivors.sum(dim=-1)
+    of_survivors = kept(exponentials, survivors)
+    num_survivors = count(survivors)
     missing = compensation.missing_mass(
         exponentials,
         survivors,
-        num_discarded=row_lengths(scores)[:, None] - num_survivors,
+        num_discarded=lengths[:, None] - num_survivors,
         relative_threshold=threshold - largest,
-        candidates=None if candidates is None else read,
+        candidates=read,
         # an estimate above the largest score is an error of the estimate, and must not overflow
         estimates=None if estimates is None else torch.exp((estimates - largest.unsqueeze(-1)).clamp(max=0.0)),
     )
-    denominator = kept.sum(dim=-1) + missing
+    denominator = of_survivors.sum(dim=-1) + missing
     has_mass = denominator > 0
     denominator = torch.where(has_mass, denominator, 1.0)
     lost_mass = torch.where(has_mass, missing / denominator, 1.0)
     true_lost_mass = lost_mass
     if compensation.denominator != "exact":
-        true_lost_mass = exponentials.masked_fill(survivors, 0.0).sum(dim=-1) / exponentials.sum(dim=-1)
+        true_lost_mass = kept(exponentials, ~survivors).sum(dim=-1) / exponentials.sum(dim=-1)
 
-    weights = kept / denominator.unsqueeze(-1)
-    output = ungroup_rows(group_rows(weights, num_kv_heads) @ value.transpose(0, 1), num_heads)
+    sums = group_rows(of_survivors, num_kv_heads) @ value.transpose(0, 1)
+    output = ungroup_rows(sums, num_heads) / denominator.unsqueeze(-1)
     if compensation.value_mean:
         mean = causal_value_mean(value, num_queries).repeat_interleave(num_heads // num_kv_heads, dim=1)
         output = output + lost_mass.unsqueeze(-1) * mean
@@ -279,7 +291,7 @@ def _attend(
         output=output.contiguous(),
         num_survivors=num_survivors,
         value_rows_read=group_counts(survivors, num_kv_heads),
-        keys_read=group_counts(read, num_kv_heads),
+        keys_read=keys_read,
         lost_mass=lost_mass,
         true_lost_mass=true_lost_mass,
         thresholded=thresholded,

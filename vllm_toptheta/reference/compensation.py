@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vllm_toptheta.reference.scores import count, kept
 from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["FULL_COMPENSATION", "Compensation", "Denominator", "causal_value_mean"]
@@ -108,7 +109,7 @@ class Compensation:
         """
         match self.denominator:
             case "exact":
-                return exponentials.masked_fill(survivors, 0.0).sum(dim=-1)
+                return kept(exponentials, ~survivors).sum(dim=-1)
             case "offline":
                 assert self.offline_sum is not None  # noqa: S101 - checked when built
                 offline_sum = per_row("offline_sum", self.offline_sum, relative_threshold)
@@ -119,12 +120,12 @@ class Compensation:
                 if candidates is None:
                     raise ValueError("candidates: the denominator 'candidates' needs them")
                 known = candidates & ~survivors
-                known_mass = exponentials.masked_fill(~known, 0.0).sum(dim=-1)
-                return known_mass + self._estimated_mass(num_discarded - known.sum(dim=-1), relative_threshold)
+                known_mass = kept(exponentials, known).sum(dim=-1)
+                return known_mass + self._estimated_mass(num_discarded - count(known), relative_threshold)
             case "shadow":
                 if estimates is None:
                     raise ValueError("shadow_scores: the denominator 'shadow' needs them")
-                return estimates.masked_fill(survivors, 0.0).sum(dim=-1)
+                return kept(estimates, ~survivors).sum(dim=-1)
             case "none":
                 return torch.zeros_like(relative_threshold)
 

@@ -109,7 +109,8 @@ def select_survivors(scores: Tensor, threshold: Tensor) -> Tensor:
     Returns:
         `[..., seq_len]` bool.
     """
-    return (scores >= threshold.unsqueeze(-1)) & (scores > -torch.inf)
+    # the lowest number is above the minus infinity of keys that are not seen
+    return scores >= threshold.clamp(min=torch.finfo(scores.dtype).min).unsqueeze(-1)
 
 
 def score_threshold(scores: Tensor, probability: Tensor) -> Tensor:

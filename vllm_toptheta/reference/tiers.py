@@ -30,7 +30,16 @@ from torch import Tensor
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from vllm_toptheta.reference.compensation import causal_value_mean
 from vllm_toptheta.reference.relative import anchor_lse, is_anchor
-from vllm_toptheta.reference.scores import causal_scores, group_rows, ungroup_rows
+from vllm_toptheta.reference.scores import (
+    causal_scores,
+    group_any,
+    group_rows,
+    kept,
+    mask_future,
+    row_lengths,
+    ungroup_rows,
+)
+from vllm_toptheta.reference.thresholds import select_survivors
 from vllm_toptheta.rotation import rotation
 
 __all__ = [
@@ -207,40 +216,42 @@ def tiered_attention(
     num_kv_heads = key.shape[1]
     group = query.shape[1] // num_kv_heads
     scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap).float()
-    visible = scores > -torch.inf
-    row_lengths = visible[:, 0].sum(dim=-1)
-    lse = anchor_lse(scores, row_lengths).unsqueeze(-1)
-    theta = lse + (math.log(weight_floor) - row_lengths.float().log())[:, None, None]
+    num_seen = row_lengths(scores)
+    lse = anchor_lse(scores, num_seen)
+    theta = lse + (math.log(weight_floor) - num_seen.float().log())[:, None]
+    # of anchors alone nothing is dropped
+    theta = theta.masked_fill((num_seen <= NUM_ANCHORS)[:, None], -torch.inf)
     if score_copies is None:
         keys = copy_keys(key, key_centre(key)) if keys is None else keys
         score_copies = copy_scores(query, keys, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
 
     position = torch.arange(key.shape[0], device=key.device)
-    last_page = (row_lengths - 1) // block_size * block_size
-    always = is_anchor(row_lengths, len(key)) | (position >= last_page[:, None])
-    wanted = (score_copies >= lse + math.log(heavy) if heavy else visible).unflatten(1, (num_kv_heads, group)).any(2)
-    exact = (wanted | always[:, None]) & visible.unflatten(1, (num_kv_heads, group))[:, :, 0]
+    last_page = (num_seen - 1) // block_size * block_size
+    exact = (is_anchor(num_seen, len(key)) | (position >= last_page[:, None]))[:, None]
+    is_seen = (position < num_seen[:, None])[:, None]
+    if heavy:
+        exact = exact | group_any(score_copies >= (lse + math.log(heavy)).unsqueeze(-1), num_kv_heads)
+        exact = exact & is_seen
+    else:
+        exact = is_seen.expand(-1, num_kv_heads, -1)
     is_exact = exact.repeat_interleave(group, dim=1)
-    known = torch.where(is_exact, scores, score_copies).masked_fill(~visible, -torch.inf)
-    # of anchors alone nothing is dropped
-    survivors = ((known >= theta) | (row_lengths <= NUM_ANCHORS)[:, None, None]) & visible
+    known = mask_future(torch.where(is_exact, scores, score_copies))
+    survivors = select_survivors(known, theta)
 
-    largest = known.amax(dim=-1, keepdim=True)
-    exponentials = torch.exp(known - largest)
+    exponentials = torch.exp(known - known.amax(dim=-1, keepdim=True))
     total = exponentials.sum(dim=-1)
-    weights = exponentials.masked_fill(~survivors, 0.0) / total.unsqueeze(-1)
+    of_survivors = kept(exponentials, survivors)
+    of_exact = kept(of_survivors, is_exact)
     values = copy_values(value) if values is None else values
-    output = torch.zeros_like(query, dtype=torch.float32)
-    for rows, of_tier in ((value.float(), is_exact), (values.decoded(), ~is_exact)):
-        part = group_rows(weights.masked_fill(~of_tier, 0.0), num_kv_heads) @ rows.transpose(0, 1)
-        output = output + ungroup_rows(part, query.shape[1])
-    lost_mass = (1 - weights.sum(dim=-1)).clamp(min=0.0)
+    sums = torch.zeros_like(query, dtype=torch.float32)
+    for rows, of_tier in ((value.float(), of_exact), (values.decoded(), of_survivors - of_exact)):
+        sums = sums + ungroup_rows(group_rows(of_tier, num_kv_heads) @ rows.transpose(0, 1), query.shape[1])
+    lost_mass = (1 - of_survivors.sum(dim=-1) / total).clamp(min=0.0)
     mean = causal_value_mean(value.float(), len(query)).repeat_interleave(group, dim=1)
-    true = scores.softmax(dim=-1)
     return TieredResult(
-        output=output + lost_mass.unsqueeze(-1) * mean,
+        output=sums / total.unsqueeze(-1) + lost_mass.unsqueeze(-1) * mean,
         exact=exact,
         survivors=survivors,
         lost_mass=lost_mass,
-        true_lost_mass=true.masked_fill(survivors, 0.0).sum(dim=-1),
+        true_lost_mass=kept(scores.softmax(dim=-1), ~survivors).sum(dim=-1),
     )
