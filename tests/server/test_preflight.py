@@ -133,7 +133,7 @@ def test_a_directory(model: Path, thresholds: Path) -> None:
     ("change", "options", "error", "words"),
     [
         ({"head_dim": 32}, {}, FingerprintMismatch, "head_size: calibrated on a model with 16, but this model has 32"),
-        ({"num_attention_heads": None}, {}, ModelConfigError, "num_heads"),
+        ({"num_attention_heads": None}, {}, ModelConfigError, "num_attention_heads"),
         ({}, {"target": "k:64"}, TargetOutOfRange, "calibrated are 8, 32"),
         (
             {},
