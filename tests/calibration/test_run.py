@@ -120,7 +120,7 @@ def test_layers_with_a_sliding_window_are_recorded_as_dense(config_type: Any, te
         ({"row_fraction": 0.0}, "row_fraction: Input should be greater"),
         ({"num_sequences": 10_000}, "tokens, but 10000 sequences of 200 need 2000000"),
         ({"dense_layers": (0, 4)}, "no layer 4 in a model of 4"),
-        ({"model_id": "not a model"}, "id: String should match"),
+        ({"model_id": "not a model"}, "--model-id: got"),
         ({"seed": -1}, "seed: Input should be greater"),
     ],
 )

@@ -87,7 +87,7 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
         (("--max-loss", 1e-5), "error: max_loss: perplexity within 1e-05 %: with floor:0.05 at 200 tokens"),
         (("--sequences", 50), "error: text: the texts have "),
         (("--heavy", 0.1), "error: --heavy: keys are heavy in mode shadow only"),
-        (("--model-id", "../up"), "error: id: "),
+        (("--model-id", "../up"), "error: --model-id: got "),
     ):
         code, out, err = tune(*arguments)
         assert (code, out) == (2, "")

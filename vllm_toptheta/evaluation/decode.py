@@ -10,7 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vllm_toptheta.calibration.data import Text, load_sequences
+from vllm_toptheta.calibration.data import Text, different_texts, load_sequences
+from vllm_toptheta.calibration.model import max_positions
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
@@ -78,6 +80,7 @@ def evaluate_decode(
     """
     if not variants and not options.equal_rows:
         raise EvaluationError("nothing to compare", field="weight_floor", remedy="Give at least one")
+    texts = different_texts(texts)
     check_options(subject, options)
     for length in options.lengths:
         matched = [Variant(target=floor_label(floor, field="equal_rows")) for floor in options.equal_rows]
@@ -93,6 +96,8 @@ def evaluate_decode(
         )[options.skip :]
         for length in options.lengths
     }
+    for of_length in sequences.values():
+        check_understanding(subject.model, of_length, model_dir=subject.model_dir)
     arguments = DecodeArguments(
         setup=subject.setup(),
         model_files=model_files(subject.model_dir),
@@ -146,7 +151,7 @@ def check_options(subject: Subject, options: DecodeOptions) -> None:
     Raises:
         EvaluationError: a number cannot be, or a sequence is longer than the model's positions.
     """
-    longest = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max_positions(subject.model)
     if options.num_sequences < 1:
         raise EvaluationError(f"no number of sequences: {options.num_sequences}", field="sequences")
     if options.window < 2:

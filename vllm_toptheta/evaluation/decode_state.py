@@ -52,7 +52,7 @@ def model_files(model_dir: Path) -> dict[str, tuple[int, int]]:
     return {
         file.name: (file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(model_dir.iterdir())
-        if file.suffix in {".safetensors", ".bin", ".json", ".model"}
+        if file.suffix in {".safetensors", ".bin", ".json", ".model"} and file.is_file()
     }
 
 
