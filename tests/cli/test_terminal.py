@@ -1,9 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from vllm_toptheta.cli.terminal import integers, words, write_json
+from vllm_toptheta.cli.terminal import integers, recorded_command, words, write_json
 from vllm_toptheta.errors import SettingsError
 
 
@@ -27,3 +28,11 @@ def test_a_report_is_written_where_it_can_be(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "folder" / "report.json").exists()
     with pytest.raises(SettingsError, match="--json: cannot be written: "):
         write_json(tmp_path / "report.json" / "report.json", Report(number=1))
+
+
+def test_a_recorded_command_is_one_that_a_manifest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["toptheta", "tune", "/models/tiny", "--text", "code=/texts/a b.txt", "\x1b[1m\n"])
+    command = recorded_command(Path("/models/tiny"), Path("/texts/a b.txt"))
+    assert command == "toptheta tune tiny --text 'code=a b.txt' '?[1m?'"
+    monkeypatch.setattr(sys, "argv", ["toptheta", *(f"file-{number}.txt" for number in range(10_000))])
+    assert len(recorded_command()) == 8192

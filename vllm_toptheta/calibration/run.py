@@ -78,8 +78,9 @@ def calibrate(
     if outside:
         raise CalibrationError(f"no layer {outside[0]} in a model of {architecture.num_layers}", field="dense_layers")
     identity = model_identity(model_dir, model_id)
-    texts = different_texts(texts)
     folder = out / store.folder_name(identity.id)
+    store.check_place(folder)
+    texts = different_texts(texts)
     sequences = load_sequences(
         texts,
         load_tokenizer(model_dir),

@@ -19,6 +19,8 @@ __all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "r
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
 
+_MAX_COMMAND = 8192  # characters, as many as a manifest takes
+
 
 def integers(option: str, text: str) -> list[int]:
     """Return the whole numbers of an option such as 32,64,128.
@@ -62,7 +64,9 @@ def recorded_command(*paths: Path) -> str:
     for argument in sys.argv[1:]:
         name, separator, path = argument.rpartition("=")
         words.append(f"{name}{separator}{names.get(path, path)}")
-    return shlex.join(["toptheta", *words])
+    command = "".join(character if character.isprintable() else "?" for character in shlex.join(["toptheta", *words]))
+    # thousands of files are named one by one in the record, and take more than a command may
+    return command if len(command) <= _MAX_COMMAND else command[: _MAX_COMMAND - 3] + "..."
 
 
 def print_table(table: Table) -> None:
@@ -74,18 +78,24 @@ def print_table(table: Table) -> None:
 
 
 def write_json(file: Path | None, report: BaseModel) -> None:
-    """Write a report to a file, if there is one to write to; its folder is made if need be.
+    """Write a report to a file, if there is one to write to, whole or not at all; its folder is made if need be.
 
     Raises:
         SettingsError: It cannot be written.
     """
     if file is None:
         return
+    from vllm_toptheta.whole_file import write_whole
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_whole(file, (report.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
-        raise SettingsError(f"cannot be written: {error.strerror}", file=file, field="--json") from None
+        raise SettingsError(
+            f"cannot be written: {error.strerror}",
+            file=file,
+            field="--json",
+            remedy="Name a file in a folder that you may write to, on a disk with room",
+        ) from None
 
 
 def print_error(error: TopThetaError) -> None:

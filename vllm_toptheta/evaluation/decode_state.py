@@ -6,7 +6,6 @@ DIR/report.json                         when all are there
 """
 
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.evaluation.window_reads import WindowReads
 from vllm_toptheta.store import TextSource
+from vllm_toptheta.whole_file import write_whole
 
 __all__ = ["DecodeArguments", "DecodeState", "model_files"]
 
@@ -167,13 +167,8 @@ class DecodeState:
     def _write(self, name: str, content: bytes) -> None:
         if self._folder is None:
             return
-        new = self._folder / f"{name}.new"
         try:
-            with new.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self._folder / name)
+            write_whole(self._folder / name, content)
         except OSError as error:
             raise _not_usable(self._folder, error) from error
 

@@ -217,6 +217,31 @@ def _read(folder: Path, name: str, max_bytes: int) -> bytes:
         raise StoreUnreadable(f"cannot be read: {reason}", file=file, remedy=_RESTORE) from None
 
 
+def check_place(folder: Path) -> None:
+    """Refuse to write a store where `save` would refuse it or fail, as far as can be said before there is one.
+
+    Args:
+        folder: Where to; nothing is made there.
+
+    Raises:
+        StoreNotWritable: It holds other files, is none, or lies where nothing may be made.
+    """
+    remedy = "Choose a folder of its own for the store"
+    try:
+        foreign = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME, TENSORS_NAME}
+    except FileNotFoundError:
+        foreign = set()
+    except OSError as error:
+        raise StoreNotWritable(f"cannot be written: {error.strerror}", file=folder, remedy=remedy) from None
+    if foreign:
+        raise StoreNotWritable(
+            f"holds other files ({clip(sorted(foreign)[0])}), so it is not replaced", file=folder, remedy=remedy
+        )
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise StoreNotWritable("nothing may be written there", file=parent, remedy="Choose another folder")
+
+
 def _write(file: Path, content: bytes) -> None:
     with file.open("xb") as stream:
         stream.write(content)
@@ -227,14 +252,7 @@ def _write(file: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` once the block has filled it without an error."""
-    if folder.exists():
-        foreign = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME, TENSORS_NAME}
-        if foreign:
-            raise StoreNotWritable(
-                f"holds other files ({clip(sorted(foreign)[0])}), so it is not replaced",
-                file=folder,
-                remedy="Choose a folder of its own for the store",
-            )
+    check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = workspace / "new", workspace / "old"
