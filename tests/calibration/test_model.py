@@ -112,7 +112,9 @@ def test_chunked_attention_is_refused() -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelConfigError, match=r"config\.json: cannot be read"):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}'
+    )
     with pytest.raises(CalibrationError, match="there is no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(CalibrationError, match="cannot load"):

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import MistralConfig
 
 from tests.calibration.families import FAMILIES, SHAPE, family_config
-from tests.calibration.tiny_model import random_tokens, tiny_config, tiny_model
+from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration import plausible
-from vllm_toptheta.calibration.model import check_input, hidden_states, max_positions, routed
+from vllm_toptheta.calibration.model import check_input, hidden_states, load_model, max_positions, routed
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError
@@ -60,6 +60,8 @@ def test_a_tokenizer_without_the_first_token_is_refused() -> None:
     assert (caught.value.file, caught.value.field) == (FOLDER, "bos_token")
     # of models that were trained without it, many name one all the same
     check_understanding(predicting(tiny_model(config), 4.5, behind_begin=4.4), [tokens], model_dir=FOLDER)
+    for none in (-1, 256):
+        check_understanding(predicting(tiny_model(tiny_config(bos_token_id=none)), 4.5), [tokens], model_dir=FOLDER)
     tokens[0] = 7
     check_understanding(predicting(tiny_model(config), 4.5), [tokens], model_dir=FOLDER)
 
@@ -68,7 +70,9 @@ def test_a_tokenizer_without_the_first_token_is_refused() -> None:
 def test_numbers_that_are_none_are_refused(value: float) -> None:
     model = tiny_model()
     model.model.layers[1].self_attn.k_proj.weight.data.fill_(value)
-    with pytest.raises(CalibrationError, match="layer 1 are NaN or infinite"):
+    with pytest.raises(CalibrationError, match="layer 1 are NaN or infinite"), routed(model, DenseRoute()):
+        hidden_states(model, random_tokens(20))
+    with pytest.raises(CalibrationError, match="predictions are NaN or infinite"):
         check_understanding(model, [random_tokens(20)], model_dir=FOLDER)
     model = tiny_model()
     model.lm_head.weight.data.fill_(value)
@@ -126,9 +130,10 @@ def test_positions_are_counted_as_vllm_counts_them(rope: dict[str, Any], expecte
         ({"sliding_window": 20}, "sliding_window"),
     ],
 )
-def test_a_window_that_transformers_passes_over_is_refused(fields: dict[str, Any], field: str) -> None:
+def test_a_window_that_transformers_passes_over_is_refused(fields: dict[str, Any], field: str, tmp_path: Path) -> None:
+    folder = save_model_dir(tmp_path / "tiny", tiny_model(tiny_config(**fields)))
     with pytest.raises(CalibrationError, match="without the window of 20 tokens .* and vLLM serves it") as caught:
-        check_understanding(tiny_model(tiny_config(**fields)), [random_tokens(30)], model_dir=FOLDER)
+        load_model(folder)
     assert caught.value.field == field
 
 

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from vllm_toptheta import store
 from vllm_toptheta.calibration.model_files import check_model_files, check_size
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, windowed_attention
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
 __all__ = [
@@ -68,7 +68,8 @@ def load_model(
         A transformers causal language model in evaluation mode.
 
     Raises:
-        CalibrationError: there is no model there that transformers can load, or no such device.
+        CalibrationError: there is no model there that transformers can load and run, or no such device; or it attends
+            as no route or no server does.
         CheckpointError: the weights are damaged, or a tensor is missing, of another shape than config.json says, or
             nowhere in the model. Tied tensors may be missing, and what transformers knows as harmless may be there.
     """
@@ -79,9 +80,12 @@ def load_model(
                 field="device_map",
                 remedy="pip install 'vllm-toptheta[accelerate]', or name one device",
             )
-        return _load_checked(model_dir, dtype=dtype, device_map=device_map).eval()
-    place = usable_device(device)
-    return _load_checked(model_dir, dtype=dtype).eval().to(place)
+        model = _load_checked(model_dir, dtype=dtype, device_map=device_map).eval()
+    else:
+        place = usable_device(device)
+        model = _load_checked(model_dir, dtype=dtype).eval().to(place)
+    _try_out(model, model_dir)
+    return model
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -124,7 +128,11 @@ def load_tokenizer(model_dir: Path) -> Any:
             file=model_dir,
             remedy=f"Put the model's tokenizer there: {', '.join(_TOKENIZER_FILES)}",
         )
-    return _load(AutoTokenizer, model_dir)
+    tokenizer = _load(AutoTokenizer, model_dir)
+    with _one_error(model_dir):
+        # some of what its files say is looked at when it is used
+        tokenizer("words")
+    return tokenizer
 
 
 def _load_checked(model_dir: Path, **options: Any) -> Any:
@@ -153,6 +161,15 @@ def _load_checked(model_dir: Path, **options: Any) -> Any:
     return model
 
 
+def _try_out(model: Any, model_dir: Path) -> None:
+    """Runs two tokens, so that what a model cannot do is said before anything is read or written for it."""
+    with _one_error(model_dir, "run"), torch.inference_mode():
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        model(input_ids=tokens, use_cache=False)
+        with routed(model, DenseRoute()):
+            model(input_ids=tokens, use_cache=False)
+
+
 @contextmanager
 def _without_load_report() -> Iterator[None]:
     """Keeps transformers from logging a table of what is refused with one message."""
@@ -179,7 +196,7 @@ def _load(kind: Any, model_dir: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def _one_error(model_dir: Path) -> Iterator[None]:
+def _one_error(model_dir: Path, doing: str = "load") -> Iterator[None]:
     try:
         yield
     except TopThetaError:
@@ -190,7 +207,7 @@ def _one_error(model_dir: Path) -> Iterator[None]:
         needs_package = isinstance(error, ImportError)
         field = "quantization_config" if needs_package else _field_of(reason, store.read_config(model_dir))
         raise CalibrationError(
-            f"transformers cannot load it: {reason}",
+            f"transformers cannot {doing} it: {reason}",
             file=model_dir if field is None else model_dir / "config.json",
             field=field,
             remedy="Install that package, or calibrate the model that this one was made of: thresholds fit both"

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 
 from vllm_toptheta.errors import CheckpointError, ModelConfigError
-from vllm_toptheta.store import LFS_POINTER, read_config
+from vllm_toptheta.store import LFS_POINTER, Architecture, read_config
 
 __all__ = ["check_model_files", "check_size"]
 
@@ -36,13 +36,14 @@ def check_model_files(model_dir: Path) -> None:
         model_dir: a Hugging Face model directory.
 
     Raises:
-        ModelConfigError: config.json is not there, or says of dtype, quantisation or rotary embedding what nobody
-            knows.
+        ModelConfigError: config.json is not there, lacks what a fingerprint needs, or says of dtype, quantisation or
+            rotary embedding what nobody knows.
         CheckpointError: a file is a link to nothing, a folder, unreadable, empty or a pointer of Git LFS; or weights
             are whole numbers, and config.json does not say of what.
     """
     config = read_config(model_dir)
     file = model_dir / "config.json"
+    Architecture.from_hf_config(config, file=file)
     nested = config.get("text_config")
     for prefix, fields in (("", config), ("text_config.", nested if isinstance(nested, Mapping) else {})):
         _check_dtype(fields, prefix, file)
@@ -97,7 +98,7 @@ def _check_rope_type(config: Mapping[str, Any], prefix: str, file: Path) -> None
         for layer, own in {"": parameters, **layers}.items():
             for name in ("rope_type", "type"):
                 kind = own.get(name)
-                if kind is not None and kind not in {"default", "su", "mrope", *ROPE_INIT_FUNCTIONS}:
+                if kind is not None and kind not in ["default", "su", "mrope", *ROPE_INIT_FUNCTIONS]:
                     raise ModelConfigError(
                         f"transformers knows no rotary embedding {kind!r}",
                         file=file,

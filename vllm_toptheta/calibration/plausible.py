@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.model import check_input, hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.model import check_input
 from vllm_toptheta.errors import CalibrationError
 
 __all__ = ["MAX_SHARE_OF_GUESSING", "check_understanding"]
@@ -42,10 +41,8 @@ def check_understanding(
     for sequence in sequences:
         check_input(model, sequence, field=length_field)
     token_ids = sequences[0][:_NUM_TOKENS]
-    # what a layer is refused for is said now, and not in the midst of a pass
-    with routed(model, DenseRoute()):
-        hidden_states(model, token_ids)
-    loss, guess = _loss(model, token_ids), math.log(model.get_output_embeddings().weight.shape[0])
+    num_tokens = model.get_output_embeddings().weight.shape[0]
+    loss, guess = _loss(model, token_ids), math.log(num_tokens)
     if not math.isfinite(loss):
         raise CalibrationError(
             "the model's predictions are NaN or infinite",
@@ -55,7 +52,8 @@ def check_understanding(
     if len(token_ids) < _MIN_TOKENS:
         return
     begin = getattr(model.config.get_text_config(), "bos_token_id", None)
-    if isinstance(begin, int) and int(token_ids[0]) != begin:
+    # some configs have -1, or several
+    if isinstance(begin, int) and 0 <= begin < num_tokens and int(token_ids[0]) != begin:
         started = _loss(model, torch.cat([token_ids.new_tensor([begin]), token_ids[:-1]]), num_given=2)
         if loss - started > _MAX_GAIN_BY_BEGIN:
             raise CalibrationError(
