@@ -52,6 +52,11 @@ def make_folder(file: Path) -> None:
     file.mkdir()
 
 
+def make_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pointer": (
         lambda file: file.write_bytes(POINTER),
@@ -60,7 +65,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "empty|not JSON"),
     "dangling": (dangle, "a link to what is not there"),
     "circle": (circle, "a link to what is not there"),
-    "folder": (make_folder, "Is a directory"),
+    "folder": (make_folder, "not a regular file"),
+    "pipe": (make_pipe, "not a regular file"),
 }
 
 

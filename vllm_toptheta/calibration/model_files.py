@@ -128,6 +128,9 @@ def _check_quantization(quantization: Any, file: Path) -> None:
 
 
 def _check_file(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        # a named pipe would be waited for
+        raise CheckpointError("not a regular file", file=file, remedy=_AGAIN)
     try:
         with file.open("rb") as stream:
             start = stream.read(len(LFS_POINTER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,18 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "recorded_command", "words", "write_json"]
+__all__ = [
+    "TEXT_FILES",
+    "check_json",
+    "check_plots",
+    "integers",
+    "numbers",
+    "print_error",
+    "print_table",
+    "recorded_command",
+    "words",
+    "write_json",
+]
 
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
@@ -96,6 +108,29 @@ def write_json(file: Path | None, report: BaseModel) -> None:
             field="--json",
             remedy="Name a file in a folder that you may write to, on a disk with room",
         ) from None
+
+
+def check_json(file: Path | None) -> Path | None:
+    """Refuse a file that `write_json` could not write, before anything is measured for it; a callback of typer.
+
+    Raises:
+        SettingsError: It is a folder, or lies where nothing may be written.
+    """
+    if file is not None and file.is_dir():
+        raise SettingsError("is a folder", file=file, field="--json", remedy="Name a file in it")
+    return file if file is None else _in_writable(file, "--json")
+
+
+def check_plots(folder: Path | None) -> Path | None:
+    """Likewise of a folder for figures."""
+    return folder if folder is None else _in_writable(folder / "figure.png", "--plots").parent
+
+
+def _in_writable(file: Path, field: str) -> Path:
+    parent = next(parent for parent in file.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise SettingsError("nothing may be written there", file=parent, field=field, remedy="Choose another folder")
+    return file
 
 
 def print_error(error: TopThetaError) -> None:

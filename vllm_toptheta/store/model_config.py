@@ -36,6 +36,9 @@ def read_config(model_folder: Path | str) -> dict[str, Any]:
     folder = Path(model_folder)
     check_folder(folder)
     file = folder / "config.json"
+    if file.exists() and not file.is_file():
+        # a named pipe would be waited for
+        raise ModelConfigError("not a regular file", file=file, remedy=_REMEDY)
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_CONFIG_BYTES + 1)
