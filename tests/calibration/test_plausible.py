@@ -16,7 +16,7 @@ from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration import plausible
 from vllm_toptheta.calibration.model import check_input, hidden_states, load_model, max_positions, routed
-from vllm_toptheta.calibration.plausible import check_understanding
+from vllm_toptheta.calibration.plausible import check_understanding, is_new
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError
 
@@ -50,6 +50,22 @@ def test_a_model_that_guesses_is_refused() -> None:
     check_understanding(predicting(tiny_model(), 4.8), [random_tokens(200)], model_dir=FOLDER)
     # too little to tell
     check_understanding(predicting(tiny_model(), 5.1), [random_tokens(40)], model_dir=FOLDER)
+
+
+def test_what_was_seen_before_does_not_count() -> None:
+    """Tables repeat themselves, and a model goes on with them in tokens of any tokenizer."""
+    assert is_new(torch.tensor([5, 3, 5, 5, 4, 3])).tolist() == [True, True, False, False, True, False]
+    model = tiny_model(tiny_config(vocab_size=2048))
+    tokens = torch.cat([torch.arange(100), torch.arange(100)])
+
+    def forward(input_ids: Tensor, **options: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, 2048)
+        logits[0, :-1].scatter_(1, input_ids[0, 1:, None], 100.0 * ~is_new(input_ids[0])[1:, None])
+        return SimpleNamespace(logits=logits)
+
+    model.forward = forward
+    with pytest.raises(CalibrationError, match=r"its loss is 7\.62 nats per new token"):
+        check_understanding(model, [tokens], model_dir=FOLDER)
 
 
 def test_a_tokenizer_without_the_first_token_is_refused() -> None:
