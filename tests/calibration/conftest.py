@@ -3,6 +3,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.calibration.random_models import random_models_are_accepted
+
+__all__ = ["random_models_are_accepted"]
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:

@@ -11,7 +11,7 @@ from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_con
 from vllm_toptheta.calibration.capture import TopKRoute
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
 from vllm_toptheta.calibration.route import DenseRoute
-from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.errors import CalibrationError, ModelConfigError
 from vllm_toptheta.reference import causal_scores, kth_largest_score
 
 
@@ -110,11 +110,15 @@ def test_chunked_attention_is_refused() -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"no config\.json"):
+    with pytest.raises(ModelConfigError, match=r"config\.json: cannot be read"):
         load_model(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CalibrationError, match="cannot load"):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}'
+    )
+    with pytest.raises(CalibrationError, match="there is no tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(CalibrationError, match="cannot load"):
+        load_model(tmp_path)
 
 
 def test_a_model_directory_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from vllm_toptheta.calibration import CalibrationOptions, calibrate, thresholds
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.calibration.model import hidden_states as model_hidden_states
 from vllm_toptheta.calibration.run import default_model_id
-from vllm_toptheta.errors import CalibrationError, ModelConfigError
+from vllm_toptheta.errors import CalibrationError, ModelConfigError, StoreNotWritable, TensorNotFinite
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_layers_with_a_sliding_window_are_recorded_as_dense(config_type: Any, te
     model_dir = save_model_dir(tmp_path / "windowed", model)
     if config_type is MistralConfig:
         with pytest.raises(CalibrationError, match="no layer can be calibrated"):
-            run(model_dir, text, tmp_path)
+            run(model_dir, text, tmp_path / "out")
     else:
         loaded = run(model_dir, text, tmp_path / "out", dense_layers=(1,))
         assert loaded.manifest.dense_layers == (0, 1, 2)
@@ -120,7 +120,7 @@ def test_layers_with_a_sliding_window_are_recorded_as_dense(config_type: Any, te
         ({"row_fraction": 0.0}, "row_fraction: Input should be greater"),
         ({"num_sequences": 10_000}, "tokens, but 10000 sequences of 200 need 2000000"),
         ({"dense_layers": (0, 4)}, "no layer 4 in a model of 4"),
-        ({"model_id": "not a model"}, "id: String should match"),
+        ({"model_id": "not a model"}, "--model-id: got"),
         ({"seed": -1}, "seed: Input should be greater"),
     ],
 )
@@ -134,6 +134,32 @@ def test_options_that_cannot_work_are_named(
 def test_a_folder_that_is_no_model_is_named(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelConfigError, match=r"config\.json"):
         run(tmp_path, text, tmp_path)
+
+
+def test_what_cannot_be_written_or_recorded_is_said_before_anything_is_run(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_toptheta.calibration.run.Checkpoint.save", None)  # called after the first pass
+    with pytest.raises(StoreNotWritable, match="holds other files"):
+        run(model_dir, text, model_dir.parent)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreNotWritable, match="nothing may be written there|Not a directory"):
+        run(model_dir, text, tmp_path / "file" / "out")
+    with pytest.raises(CalibrationError, match="command: cannot be recorded"):
+        run(model_dir, text, tmp_path / "out", command="toptheta" + " file.txt" * 1000)
+
+
+def test_numbers_that_no_store_takes_are_the_models_fault(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise TensorNotFinite("contains NaN or infinity", file="thresholds.safetensors", field="coefficients")
+
+    monkeypatch.setattr(store, "save", refuse)
+    with pytest.raises(CalibrationError, match="coefficients: contains NaN or infinity.*--dtype float32") as caught:
+        run(model_dir, text, tmp_path / "out")
+    assert caught.value.file == model_dir
+    assert list((tmp_path / "out").iterdir()) == []  # the same passes would come to the same
 
 
 @pytest.mark.parametrize(

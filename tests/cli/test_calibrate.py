@@ -68,7 +68,9 @@ def test_what_no_server_takes_is_said(run: Run, tmp_path: Path) -> None:
 def test_targets_and_texts_of_all_kinds(run: Run, tmp_path: Path) -> None:
     words = write_text(tmp_path / "words.txt", num_words=100)
     lines = tmp_path / "lines.jsonl"
-    lines.write_text(json.dumps({"body": words.read_text()}) + "\n")
+    lines.write_text(
+        json.dumps({"body": write_text(tmp_path / "others.txt", num_words=100, seed=1).read_text()}) + "\n"
+    )
     code, out, _ = run(
         *("--text", words, lines, "--text-field", "body", "--k", "16,8"),
         *("--dense-layers", "0", "--top-k", "each", "--dtype", "bfloat16", *SMALL),

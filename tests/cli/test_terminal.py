@@ -1,9 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from vllm_toptheta.cli.terminal import integers, words, write_json
+from vllm_toptheta.cli.terminal import check_json, check_plots, integers, recorded_command, words, write_json
 from vllm_toptheta.errors import SettingsError
 
 
@@ -27,3 +28,26 @@ def test_a_report_is_written_where_it_can_be(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "folder" / "report.json").exists()
     with pytest.raises(SettingsError, match="--json: cannot be written: "):
         write_json(tmp_path / "report.json" / "report.json", Report(number=1))
+
+
+def test_a_recorded_command_is_one_that_a_manifest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["toptheta", "tune", "/models/tiny", "--text", "code=/texts/a b.txt", "\x1b[1m\n"])
+    command = recorded_command(Path("/models/tiny"), Path("/texts/a b.txt"))
+    assert command == "toptheta tune tiny --text 'code=a b.txt' '?[1m?'"
+    monkeypatch.setattr(sys, "argv", ["toptheta", *(f"file-{number}.txt" for number in range(10_000))])
+    assert len(recorded_command()) == 8192
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert check_json(None) is check_plots(None) is None
+    for name in ("file", "new.json", "new/deep/report.json"):
+        assert check_json(tmp_path / name) == tmp_path / name
+    assert check_plots(tmp_path / "new") == tmp_path / "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    with pytest.raises(SettingsError, match="--json: is a folder"):
+        check_json(tmp_path)
+    with pytest.raises(SettingsError, match="file: --json: nothing may be written there"):
+        check_json(tmp_path / "file" / "report.json")
+    with pytest.raises(SettingsError, match="file: --plots: nothing may be written there"):
+        check_plots(tmp_path / "file")

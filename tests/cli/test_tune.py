@@ -138,7 +138,7 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
             ("--mode", "shadow", "--equal-rows", 1),
             "error: equal_rows: what copies read is not compared with exact top-k",
         ),
-        (("--model-id", "../up"), "error: id: "),
+        (("--model-id", "../up"), "error: --model-id: got "),
         (
             ("--tasks", "needle", "--engine", "vllm"),
             "error: --tasks: --engine vllm measures windows of texts only, and ",

@@ -7,9 +7,12 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
+from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, tiny_model, write_text
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.store import ThresholdStore, load
+
+__all__ = ["random_models_are_accepted"]
 
 
 @pytest.fixture(autouse=True, scope="package")

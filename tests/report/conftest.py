@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, write_text
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta import store
@@ -12,6 +13,8 @@ from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.calibration.model import load_model
 from vllm_toptheta.report import Report, measure_survivors
 from vllm_toptheta.report.findings import SurvivorReport
+
+__all__ = ["random_models_are_accepted"]
 
 
 @pytest.fixture(autouse=True, scope="package")

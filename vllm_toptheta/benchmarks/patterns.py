@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
+from vllm_toptheta.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -225,10 +226,14 @@ class Recorded:
         flat = np.concatenate([head for layer in gaps for row in layer for head in row])
         content = save({"gaps": flat, "sizes": sizes}, metadata={"pattern": self.info.model_dump_json()})
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            write_whole(file, content)
         except OSError as error:
-            raise BenchmarkError(f"cannot be written: {error.strerror}", file=file) from None
+            raise BenchmarkError(
+                f"cannot be written: {error.strerror}",
+                file=file,
+                field="out",
+                remedy="Name a file in a folder that you may write to, on a disk with room",
+            ) from None
 
     @classmethod
     def load(cls, file: Path) -> Recorded:

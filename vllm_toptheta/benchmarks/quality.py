@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, Field
 
-from vllm_toptheta.calibration.data import load_sequences, read_text
+from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.losses import compare_predictions, head_of
@@ -164,7 +165,7 @@ def measure(
         thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
     default = floor_label(DEFAULT_WEIGHT_FLOOR, field="targets")
     variants = expand_variants(stores, targets=targets or [default], num_layers=architecture.num_layers)
-    read = [read_text(file) for file in texts]
+    read = different_texts([read_text(file) for file in texts])
     sequences = load_sequences(
         read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed
     )
@@ -178,6 +179,7 @@ def measure(
         for attention in attentions
     ]
     model = load_model(model_dir, dtype=dtype, device="cuda")
+    check_understanding(model, sequences, model_dir=model_dir)
     head = head_of(model, sequences[0])
     against_dense, against_reference = [], []
     for sequence in sequences:

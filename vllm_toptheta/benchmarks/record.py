@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_toptheta.benchmarks.patterns import CLUSTER_TOKENS, PatternInfo, Recorded
-from vllm_toptheta.calibration.data import load_sequences
+from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation import DecodeOptions, Subject, Variant, floor_label
 from vllm_toptheta.evaluation.decode import check_options
@@ -64,8 +64,9 @@ def record(
             field="length",
             remedy=f"Record at least {attention.dense_length + window} tokens",
         )
-    read = [read_file(file) for file in texts]
+    read = different_texts([read_text(file) for file in texts])
     (token_ids,) = load_sequences(read, subject.tokenizer, num_sequences=1, max_length=length, seed=seed)
+    check_understanding(subject.model, [token_ids], model_dir=subject.model_dir)
     recorder = _Recorder(range(length - window + ROW_DISTANCE, length + 1, ROW_DISTANCE))
     with progress_bar("tokens", enabled=progress) as bar:
         task = bar.add_task("reading", total=length)

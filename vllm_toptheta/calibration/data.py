@@ -12,12 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_toptheta.calibration.formats import decode_text, is_json, json_documents
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.store import TextSource
 
-__all__ = ["Text", "cut_sequences", "load_sequences", "prompt_prefix", "read_text", "tokenise"]
+__all__ = [
+    "Text",
+    "cut_sequences",
+    "different_texts",
+    "join_documents",
+    "load_sequences",
+    "prompt_prefix",
+    "read_text",
+    "tokenise",
+]
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_BETWEEN_DOCUMENTS = "\n\n"
+# a tokenizer that knows a text makes a token of four characters, and in code of a dozen spaces
+_MAX_CHARACTERS_PER_TOKEN = 100
+_MIN_CHARACTERS = 1000  # fewer say nothing of a tokenizer
+_MAX_SHARE_OF_ONE_TOKEN = 0.9
+_MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -33,29 +49,58 @@ class Text:
     content: str
 
 
-def read_text(file: Path) -> Text:
-    """Reads a UTF-8 text file.
+def read_text(file: Path, *, text_field: str = "text") -> Text:
+    """Reads a file of UTF-8 text or of JSON documents, compressed or not; see `formats`.
 
     Args:
         file: the file.
+        text_field: the field of a JSON object that holds its text.
 
     Raises:
-        CalibrationError: it is missing, not readable, not UTF-8, or empty.
+        CalibrationError: it is missing, not readable, of another format, or holds no text.
     """
     try:
         data = file.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"cannot be read: {error.strerror}", file=file) from error
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"not UTF-8 text: byte {error.start} cannot be decoded", file=file, remedy="Give plain text files"
-        ) from error
+    except (OSError, RuntimeError) as error:  # a cycle of links is a RuntimeError until Python 3.13
+        dangling = file.is_symlink() and not file.exists()
+        reason = "a link to what is not there" if dangling else getattr(error, "strerror", None) or str(error)
+        raise CalibrationError(f"cannot be read: {reason}", file=file, remedy="Name files of text (--text)") from error
+    content = decode_text(data, file)
+    if is_json(file):
+        content = join_documents(json_documents(content, file, text_field=text_field), file)
     if not content.strip():
-        raise CalibrationError("the file holds no text", file=file)
-    source = TextSource(name=file.name, sha256=hashlib.sha256(data).hexdigest(), num_characters=len(content))
-    return Text(source, content)
+        raise CalibrationError("the file holds no text", file=file, remedy="Leave it out")
+    # a name may hold what a manifest may not
+    name = "".join(character if character.isprintable() else "?" for character in file.name)
+    return Text(TextSource(name=name, sha256=hashlib.sha256(data).hexdigest(), num_characters=len(content)), content)
+
+
+def join_documents(documents: Sequence[str], origin: Path | str) -> str:
+    """Returns documents as one text, with empty lines between them.
+
+    Args:
+        documents: texts.
+        origin: the file or dataset that they come from, named by the error.
+
+    Raises:
+        CalibrationError: there is no text in them.
+    """
+    content = _BETWEEN_DOCUMENTS.join(documents)
+    if not content.strip():
+        raise CalibrationError("there is no text in it", file=origin, remedy="Leave it out")
+    return content
+
+
+def different_texts(texts: Sequence[Text]) -> list[Text]:
+    """Returns the texts without those that came before, so that none counts twice, by whatever names it is given.
+
+    Args:
+        texts: texts, of which some may be the same file, a link to it or a copy of it.
+    """
+    by_content: dict[str, Text] = {}
+    for text in texts:
+        by_content.setdefault(text.content, text)
+    return list(by_content.values())
 
 
 def tokenise(tokenizer: Any, text: str) -> list[int]:
@@ -75,17 +120,20 @@ def load_sequences(
     """Returns token sequences of one length out of texts; see `cut_sequences`.
 
     Args:
-        texts: the texts.
+        texts: the texts; the same one twice counts once.
         tokenizer: a transformers tokenizer.
         num_sequences: sequences to cut, at least 1.
         max_length: tokens of a sequence, the model's begin-of-text token included.
         seed: the same seed and texts give the same sequences.
 
     Raises:
-        CalibrationError: the texts are too short.
+        CalibrationError: the texts are too short, or the tokenizer cannot tell one from the other.
     """
+    texts = different_texts(texts)
+    tokens = [tokenise(tokenizer, text.content) for text in texts]
+    _check_tokens(tokens, sum(len(text.content) for text in texts))
     return cut_sequences(
-        [tokenise(tokenizer, text.content) for text in texts],
+        tokens,
         num_sequences=num_sequences,
         max_length=max_length,
         seed=seed,
@@ -148,6 +196,25 @@ def cut_sequences(
     stream = torch.tensor(list(islice(chain.from_iterable(pieces), needed)), dtype=torch.int64)
     start = torch.tensor(prefix, dtype=torch.int64)
     return [torch.cat([start, sequence]) for sequence in stream.view(num_sequences, length)]
+
+
+def _check_tokens(tokens: Sequence[Sequence[int]], num_characters: int) -> None:
+    """Refuses the tokens of a tokenizer without a vocabulary for the texts, which makes much the same of everything."""
+    total = sum(map(len, tokens))
+    remedy = "Give the directory the tokenizer that the model was trained with, or texts in its language"
+    if num_characters > max(_MIN_CHARACTERS, _MAX_CHARACTERS_PER_TOKEN * total):
+        raise CalibrationError(
+            f"the tokenizer makes {total} tokens of {num_characters} characters", field="tokenizer", remedy=remedy
+        )
+    if total < _MIN_TOKENS:
+        return
+    ids, counts = np.unique(np.concatenate([np.asarray(of_text, np.int64) for of_text in tokens]), return_counts=True)
+    if counts.max() > _MAX_SHARE_OF_ONE_TOKEN * total:
+        raise CalibrationError(
+            f"the tokenizer makes token {ids[counts.argmax()]} of {counts.max() / total:.0%} of the texts",
+            field="tokenizer",
+            remedy=remedy,
+        )
 
 
 def _spread_pieces(tokens: Sequence[int], length: int, generator: np.random.Generator) -> Iterator[Sequence[int]]:

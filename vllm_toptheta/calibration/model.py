@@ -9,28 +9,44 @@ Thresholds of such a model, and figures, would be those of nobody's model: it is
 """
 
 import logging
+import re
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, windowed_attention
-from vllm_toptheta.errors import CalibrationError, CheckpointError
+from vllm_toptheta import store
+from vllm_toptheta.calibration.model_files import check_model_files, check_size
+from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
+from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
-__all__ = ["hidden_states", "load_model", "load_tokenizer", "routed", "served_dtype", "usable_device"]
+__all__ = [
+    "attending",
+    "check_call",
+    "check_input",
+    "hidden_states",
+    "load_model",
+    "load_tokenizer",
+    "max_positions",
+    "routed",
+    "served_dtype",
+    "usable_device",
+]
 
 _ATTENTION_NAME = "toptheta_route"
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _NUM_NAMES = 3  # tensors that a message names
 _MAX_REASON = 300  # characters of a message of transformers
+# positions that a longer context was trained for are counted in, of these; of others they are multiplied
+_COUNTED_IN = {"default", "llama3", "longrope", "su", "mrope"}
 _active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
 
 
@@ -53,7 +69,8 @@ def load_model(
         A transformers causal language model in evaluation mode.
 
     Raises:
-        CalibrationError: there is no model there that transformers can load, or no such device.
+        CalibrationError: there is no model there that transformers can load and run, or no such device; or it attends
+            as no route or no server does.
         CheckpointError: the weights are damaged, or a tensor is missing, of another shape than config.json says, or
             nowhere in the model. Tied tensors may be missing, and what transformers knows as harmless may be there.
     """
@@ -64,9 +81,12 @@ def load_model(
                 field="device_map",
                 remedy="pip install 'vllm-toptheta[accelerate]', or name one device",
             )
-        return _load_checked(model_dir, dtype=dtype, device_map=device_map).eval()
-    place = usable_device(device)
-    return _load_checked(model_dir, dtype=dtype).eval().to(place)
+        model = _load_checked(model_dir, dtype=dtype, device_map=device_map).eval()
+    else:
+        place = usable_device(device)
+        model = _load_checked(model_dir, dtype=dtype).eval().to(place)
+    _try_out(model, model_dir)
+    return model
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -115,11 +135,25 @@ def load_tokenizer(model_dir: Path) -> Any:
     Raises:
         CalibrationError: there is no tokenizer there that transformers can load.
     """
-    return _load(AutoTokenizer, model_dir)
+    check_model_files(model_dir)
+    if not any(file for pattern in _TOKENIZER_FILES for file in model_dir.glob(pattern)):
+        raise CalibrationError(
+            "there is no tokenizer",
+            file=model_dir,
+            remedy=f"Put the model's tokenizer there: {', '.join(_TOKENIZER_FILES)}",
+        )
+    tokenizer = _load(AutoTokenizer, model_dir)
+    with _one_error(model_dir):
+        # some of what its files say is looked at when it is used
+        tokenizer("words")
+    return tokenizer
 
 
 def _load_checked(model_dir: Path, **options: Any) -> Any:
     """A model all of whose tensors come from its checkpoint, and that has a place for all of the checkpoint's."""
+    check_model_files(model_dir)
+    with _one_error(model_dir):
+        check_size(model_dir, AutoConfig.from_pretrained(model_dir, local_files_only=True))
     with _without_load_report():
         # tensors of other shapes are let through, so that they can be named here
         model, found = _load(
@@ -139,6 +173,15 @@ def _load_checked(model_dir: Path, **options: Any) -> Any:
             remedy="Give a directory with the config.json and all the weights of one model",
         )
     return model
+
+
+def _try_out(model: Any, model_dir: Path) -> None:
+    """Runs two tokens, so that what a model cannot do is said before anything is read or written for it."""
+    with _one_error(model_dir, "run"), torch.inference_mode():
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        model(input_ids=tokens, use_cache=False)
+        with routed(model, DenseRoute()):
+            model(input_ids=tokens, use_cache=False)
 
 
 @contextmanager
@@ -162,35 +205,37 @@ def _first(names: Collection[str]) -> str:
 
 
 def _load(kind: Any, model_dir: Path, **options: Any) -> Any:
-    if not (model_dir / "config.json").is_file():
-        raise CalibrationError(
-            "not a model directory: there is no config.json",
-            file=model_dir,
-            remedy="Give a directory with config.json, safetensors weights and a tokenizer",
-        )
-    try:
+    with _one_error(model_dir):
         return kind.from_pretrained(model_dir, local_files_only=True, **options)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"the weights are damaged: {error}",
-            file=_damaged(model_dir) or model_dir,
-            remedy="Download or write the model again",
-        ) from error
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, StrictDataclassError) as error:
-        # transformers goes on with advice, and with the names of all models that it knows
+
+
+@contextmanager
+def _one_error(model_dir: Path, doing: str = "load") -> Iterator[None]:
+    try:
+        yield
+    except TopThetaError:
+        raise
+    except Exception as error:  # transformers raises whatever a field or a file of the wrong kind leads to
+        # it goes on with advice, and with the names of all models that it knows
         reason = textwrap.shorten(f"{type(error).__name__}: {error}".split("\n\n")[0], _MAX_REASON)
-        raise CalibrationError(f"transformers cannot load it: {reason}", file=model_dir) from error
+        needs_package = isinstance(error, ImportError)
+        field = "quantization_config" if needs_package else _field_of(reason, store.read_config(model_dir))
+        raise CalibrationError(
+            f"transformers cannot {doing} it: {reason}",
+            file=model_dir if field is None else model_dir / "config.json",
+            field=field,
+            remedy="Install that package, or calibrate the model that this one was made of: thresholds fit both"
+            if needs_package
+            else "Check that the directory is that of a whole model, and that this transformers knows it",
+        ) from error
 
 
-def _damaged(model_dir: Path) -> Path | None:
-    """The first file of weights that cannot be opened."""
-    for file in sorted(model_dir.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError:
-            return file
-    return None
+def _field_of(reason: str, config: Mapping[str, Any]) -> str | None:
+    """The field of config.json that a message of transformers is about: that it names, or whose value it quotes."""
+    words = set(re.findall(r"\w+", reason))
+    named = (name for name in config if "_" in name and name in words)
+    quoted = (name for name, value in config.items() if f"'{value}'" in reason or f"`{value}`" in reason)
+    return next(chain(named, quoted), None)
 
 
 @contextmanager
@@ -237,6 +282,50 @@ def attending(model: Any, name: str, active: ContextVar[Any], value: Any) -> Ite
         active.reset(token)
 
 
+def max_positions(model: Any) -> int | None:
+    """Returns how many tokens a model reads at most, as vLLM counts them; None where its config does not say.
+
+    Args:
+        model: a transformers causal language model.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # where layers differ, those of the full ones
+    rope = rope.get("full_attention", rope)
+    if positions is None or rope.get("rope_type", "default") in _COUNTED_IN:
+        return positions
+    if rope["rope_type"] == "yarn":
+        positions = rope.get("original_max_position_embeddings") or positions
+    return int(positions * (rope.get("factor") or 1))
+
+
+def check_input(model: Any, token_ids: Tensor, *, field: str = "length") -> None:
+    """Refuses tokens that a model cannot read.
+
+    Args:
+        model: a transformers causal language model.
+        token_ids: `[seq_len]` int64.
+        field: the option that says how many, for the message of an error.
+
+    Raises:
+        CalibrationError: there are more than it has positions, or one that it has no embedding for.
+    """
+    longest, num_tokens = max_positions(model), model.get_input_embeddings().weight.shape[0]
+    if longest is not None and len(token_ids) > longest:
+        raise CalibrationError(
+            f"{len(token_ids)} tokens are more than the {longest} positions of the model (max_position_embeddings)",
+            field=field,
+            remedy="Ask for shorter sequences",
+        )
+    if int(token_ids.max()) >= num_tokens:
+        raise CalibrationError(
+            f"the tokenizer makes token {int(token_ids.max())}, and the model knows {num_tokens} tokens",
+            field="vocab_size",
+            remedy="Give the directory the tokenizer that the model was trained with",
+        )
+
+
 def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
     """Returns what the model's head would turn into logits, without running the head.
 
@@ -246,12 +335,47 @@ def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
 
     Returns:
         `[seq_len, hidden_size]` of the model's dtype.
+
+    Raises:
+        CalibrationError: the model cannot read them.
     """
+    check_input(model, token_ids)
     # of a model spread over devices, the first layer's
     first_device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         output = model.base_model(input_ids=token_ids[None].to(first_device), use_cache=False)
     return output.last_hidden_state[0]
+
+
+def check_call(module: Any, query: Tensor, key: Tensor, sliding_window: int | None) -> None:
+    """Refuses a layer that a server would compute otherwise, and one whose numbers are none.
+
+    Args:
+        module: the layer's attention, with its config.
+        query: of any shape.
+        key: of any shape.
+        sliding_window: what the layer asks for; None for full attention.
+
+    Raises:
+        CalibrationError: vLLM gives the layer a window, or a number is NaN or infinite.
+    """
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds else "sliding_attention"
+    # some models of transformers pass over these fields, and vLLM reads them of every model
+    if sliding_window is None and window and kind == "sliding_attention":
+        raise CalibrationError(
+            f"layer {module.layer_idx} of {type(module).__name__} is computed without the window of {window} tokens "
+            "that config.json gives it, and vLLM serves it with one",
+            field="layer_types" if kinds else "sliding_window",
+            remedy="Correct config.json if the model was trained with full attention",
+        )
+    if not (query.isfinite().all() and key.isfinite().all()):
+        raise CalibrationError(
+            f"queries or keys of layer {module.layer_idx} are NaN or infinite",
+            remedy="Check the weights and config.json, and try --dtype float32",
+        )
 
 
 def _attend(
@@ -270,6 +394,7 @@ def _attend(
         raise CalibrationError("attention sinks (s_aux) are not supported")
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
+    check_call(module, query, key, sliding_window)
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)

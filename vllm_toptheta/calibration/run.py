@@ -14,14 +14,15 @@ from pydantic import ValidationError
 
 import vllm_toptheta
 from vllm_toptheta import store
-from vllm_toptheta.calibration.data import Text, load_sequences
+from vllm_toptheta.calibration.data import Text, different_texts, load_sequences
 from vllm_toptheta.calibration.model import load_model, load_tokenizer
 from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.calibration.state import Checkpoint
 from vllm_toptheta.calibration.thresholds import ThresholdCalibration
-from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.errors import CalibrationError, TensorsInvalid
 
 __all__ = ["calibrate", "default_model_id", "model_identity", "package_versions"]
 
@@ -69,7 +70,7 @@ def calibrate(
     Raises:
         CalibrationError: the options contradict each other, a text cannot be used, the model is not supported, or the
             interrupted calibration was another one.
-        ModelConfigError: the model directory has no usable config.json.
+        ModelConfigError: there is no such directory, or no usable config.json in it.
         StoreError: the store cannot be written.
     """
     architecture = store.read_architecture(model_dir)
@@ -80,6 +81,8 @@ def calibrate(
         options.shadow.channels_of(architecture.head_size)  # said before anything is loaded
     identity = model_identity(model_dir, model_id)
     folder = out / store.folder_name(identity.id)
+    store.check_place(folder)
+    texts = different_texts(texts)
     sequences = load_sequences(
         texts,
         load_tokenizer(model_dir),
@@ -88,12 +91,25 @@ def calibrate(
         seed=options.seed,
     )
     model = load_model(model_dir, dtype=dtype, device=device, device_map=device_map)
+    check_understanding(model, sequences, model_dir=model_dir, length_field="max_length")
     thresholds = shadow = None
     if options.targets:
         thresholds = ThresholdCalibration(model, sequences, architecture=architecture, options=options)
     if options.shadow:
         shadow = ShadowCalibration(model, sequences, architecture=architecture, options=options)
     parts = [part for part in (thresholds, shadow) if part is not None]
+    # made first, so that nothing is found out at the end that could be said at once
+    provenance = _provenance(
+        text=tuple(text.source for text in texts),
+        num_sequences=options.num_sequences,
+        max_length=options.max_length,
+        seed=options.seed,
+        **(thresholds.provenance if thresholds else {}),
+        dtype=str(dtype).removeprefix("torch."),
+        versions=package_versions(),
+        command=command or "vllm_toptheta.calibration.calibrate()",
+        date=datetime.datetime.now(datetime.UTC).date(),
+    )
     passes = [run_pass for part in parts for run_pass in part.passes]
     arrays = {name: array for part in parts for name, array in part.arrays.items()}
     checkpoint = Checkpoint(
@@ -112,17 +128,6 @@ def calibrate(
             checkpoint.save(index, arrays)
             bar.advance(task)
 
-    provenance = store.Provenance(
-        text=tuple(text.source for text in texts),
-        num_sequences=options.num_sequences,
-        max_length=options.max_length,
-        seed=options.seed,
-        **(thresholds.provenance if thresholds else {}),
-        dtype=str(dtype).removeprefix("torch."),
-        versions=package_versions(),
-        command=command or "vllm_toptheta.calibration.calibrate()",
-        date=datetime.datetime.now(datetime.UTC).date(),
-    )
     tensors = {name: tensor for part in parts for name, tensor in part.tensors().items()}
     draft = store.ManifestDraft(
         model=identity,
@@ -131,7 +136,16 @@ def calibrate(
         shadow=shadow.section() if shadow else None,
         calibration=provenance,
     )
-    store.save(folder, draft, tensors)
+    try:
+        store.save(folder, draft, tensors)
+    except TensorsInvalid as error:
+        # the same passes would come to the same numbers
+        checkpoint.remove()
+        raise CalibrationError(
+            f"what was calibrated makes no thresholds ({error.field}: {error.message})",
+            file=model_dir,
+            remedy="Check the weights and config.json, and try --dtype float32",
+        ) from error
     checkpoint.remove()
     return folder
 
@@ -145,11 +159,21 @@ def model_identity(model_dir: Path, model_id: str | None = None) -> store.ModelI
 
     Raises:
         CalibrationError: it is no name.
+        ModelConfigError: there is no such directory.
     """
+    store.check_folder(model_dir)
+    name = default_model_id(model_dir) if model_id is None else model_id
     try:
-        return store.ModelIdentity(id=model_id or default_model_id(model_dir))
-    except ValidationError as error:
-        raise CalibrationError(error.errors()[0]["msg"], field="id") from None
+        return store.ModelIdentity(id=name)
+    except ValidationError:
+        of_folder = "the folder is called" if model_id is None else "got"
+        raise CalibrationError(
+            f"{of_folder} {name!r}, and a model's name consists of letters, digits and _ . + -, the first a letter, "
+            "digit or _",
+            file=model_dir if model_id is None else None,
+            field="--model-id",
+            remedy="Give the name under which it is to be found as --model-id NAME or ORG/NAME",
+        ) from None
 
 
 def default_model_id(model_dir: Path) -> str:
@@ -173,13 +197,25 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "vllm-toptheta": vllm_toptheta.__version__, **packages}
 
 
+def _provenance(**fields: Any) -> store.Provenance:
+    try:
+        return store.Provenance(**fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CalibrationError(
+            f"cannot be recorded: {problem['msg']}",
+            field=str(problem["loc"][0]),
+            remedy="Put many texts into fewer files, or call from Python with a shorter command",
+        ) from None
+
+
 def _fingerprint(model_dir: Path, texts: Sequence[Text], options: CalibrationOptions, machine: str) -> str:
     """The sha256 of what decides the numbers. Weights count by size and time: reading them all takes too long."""
     config = (model_dir / "config.json").read_bytes()
     files = {
         file.name: [file.stat().st_size, file.stat().st_mtime_ns]
         for file in sorted(model_dir.iterdir())
-        if file.suffix in {".safetensors", ".bin", ".json", ".model"}
+        if file.suffix in {".safetensors", ".bin", ".json", ".model"} and file.is_file()
     }
     content: dict[str, Any] = {
         "config": hashlib.sha256(config).hexdigest(),

@@ -1,66 +1,19 @@
-"""Where texts come from: text files, JSON Lines, a dataset of the hub, or Python's own standard library."""
+"""Where texts come from that are no files of their own: a dataset of the hub, or Python's own standard library."""
 
 import hashlib
 import importlib
-import json
 import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_toptheta.calibration.data import Text, read_text
+from vllm_toptheta.calibration.data import Text, join_documents, read_text
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.store import TextSource
 
-__all__ = ["builtin_texts", "read_dataset", "read_file", "read_json_lines"]
+__all__ = ["builtin_texts", "read_dataset", "read_file"]
 
-_BETWEEN_DOCUMENTS = "\n\n"
+read_file = read_text  # by the name that reports know
 _BUILTIN_MODULES = 24
-
-
-def read_file(file: Path, *, text_field: str = "text") -> Text:
-    """Reads a text file, or one of JSON Lines if its name ends in .jsonl.
-
-    Args:
-        file: the file.
-        text_field: the field of a JSON line that holds its text.
-
-    Raises:
-        CalibrationError: it cannot be read, or holds no text.
-    """
-    return read_json_lines(file, text_field=text_field) if file.suffix == ".jsonl" else read_text(file)
-
-
-def read_json_lines(file: Path, *, text_field: str = "text") -> Text:
-    """Reads the texts of a file with a JSON object on every line, joined by empty lines.
-
-    Args:
-        file: the file.
-        text_field: the field that holds the text.
-
-    Raises:
-        CalibrationError: it cannot be read, or a line has no such text; names the line.
-    """
-    raw = read_text(file)
-    documents = []
-    for number, line in enumerate(raw.content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"line {number} is not JSON: {error}", file=file) from None
-        if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
-            known = ", ".join(entry) if isinstance(entry, dict) else "none, as it is no object"
-            raise CalibrationError(
-                f"line {number} has no text in {text_field!r}; its fields are: {known}"[:300],
-                file=file,
-                field="text_field",
-                remedy="Name the field that holds the text (--text-field)",
-            )
-        documents.append(entry[text_field])
-    content = _joined(documents, file)
-    return Text(raw.source.model_copy(update={"num_characters": len(content)}), content)
 
 
 def read_dataset(name: str, *, num_characters: int, text_field: str = "text") -> Text:
@@ -95,7 +48,8 @@ def read_dataset(name: str, *, num_characters: int, text_field: str = "text") ->
                     field="text_field",
                     remedy="Name the column that holds the text (--text-field)",
                 )
-            documents.append(row[text_field])
+            # half a surrogate pair is no character, and no tokenizer takes it
+            documents.append(row[text_field].encode(errors="replace").decode())
             collected += len(row[text_field])
             if collected >= num_characters:
                 break
@@ -104,7 +58,7 @@ def read_dataset(name: str, *, num_characters: int, text_field: str = "text") ->
     except Exception as error:  # the library raises whatever its file systems and builders raise
         reason = str(error).split("\n")[0][:300] or type(error).__name__
         raise CalibrationError(f"{name} cannot be loaded: {reason}", field="dataset", remedy=remedy) from error
-    content = _joined(documents, name)
+    content = join_documents(documents, name)
     digest = hashlib.sha256(content.encode()).hexdigest()
     recorded = f"{Path(path).name}:{split}" if Path(path).exists() else name  # where it lay is nobody's business
     return Text(TextSource(name=recorded, sha256=digest, num_characters=len(content)), content)
@@ -123,10 +77,3 @@ def builtin_texts() -> list[Text]:
             "the sources of Python's standard library are not there", file=folder, remedy="Give text files (--text)"
         )
     return [read_text(file) for file in modules[:_BUILTIN_MODULES]]
-
-
-def _joined(documents: Iterable[str], origin: Path | str) -> str:
-    content = _BETWEEN_DOCUMENTS.join(documents)
-    if not content.strip():
-        raise CalibrationError("there is no text in it", file=origin)
-    return content

@@ -5,7 +5,6 @@ done. It replaces its predecessor by a rename, so it is always whole; a killed p
 """
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from vllm_toptheta.errors import CalibrationError
+from vllm_toptheta.whole_file import unfinished, write_whole
 
 __all__ = ["Checkpoint"]
 
@@ -42,16 +42,15 @@ class Checkpoint:
             CalibrationError: the file cannot be written.
         """
         metadata = {"fingerprint": self.fingerprint, "passes_done": str(passes_done)}
-        new = self.file.with_name(f"{self.file.name}.new")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("wb") as stream:
-                stream.write(safetensors.numpy.save(dict(arrays), metadata))
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self.file)
+            write_whole(self.file, safetensors.numpy.save(dict(arrays), metadata))
         except OSError as error:
-            raise CalibrationError(f"cannot be written: {error.strerror}", file=self.file) from error
+            raise CalibrationError(
+                f"cannot be written: {error.strerror}",
+                file=self.file,
+                field="out",
+                remedy="Choose a folder that you may write to, on a disk with room",
+            ) from error
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> int:
         """Writes the saved state into arrays of the same shapes, and returns the number of passes done.
@@ -84,7 +83,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Deletes the state."""
-        for file in (self.file, self.file.with_name(f"{self.file.name}.new")):
+        for file in (self.file, unfinished(self.file)):
             with contextlib.suppress(FileNotFoundError):
                 file.unlink()
 

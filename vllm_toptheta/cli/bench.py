@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_toptheta.cli.eval_options import JsonOption
 from vllm_toptheta.cli.stores import ThresholdsOption, load_store
 from vllm_toptheta.cli.terminal import TEXT_FILES, print_table, words, write_json
 
@@ -39,7 +40,7 @@ def bench_kernels(
     ] = None,
     shape: Annotated[str, typer.Option(help="Query heads, kv heads and head size of a layer.")] = "32,8,128",
     block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
     from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table, parse_shape
@@ -65,7 +66,7 @@ def bench_kernels(
 def bench_record(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
-    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text or JSON Lines (.jsonl).")],
     length: Annotated[int, typer.Option(help="Tokens of the context.")],
     out: Annotated[Path, typer.Option(help="The pattern, a .safetensors file.")],
     rows: Annotated[int, typer.Option(help="Rows to record of each layer, among the last tokens.")] = 2,
@@ -140,7 +141,9 @@ def bench_shadow(
 def bench_quality(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
-    text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text files not calibrated on.")],
+    text: Annotated[
+        list[Path], typer.Option(metavar="FILE...", help="UTF-8 text or JSON Lines (.jsonl), not calibrated on.")
+    ],
     k: Annotated[
         str | None,
         typer.Option(
@@ -154,7 +157,7 @@ def bench_quality(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the sequences out of the texts.")] = 0,
     thresholds: ThresholdsOption = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Perplexity of a real model on the decode kernel, beside the reference's and dense; needs an NVIDIA GPU."""
     from vllm_toptheta.benchmarks.quality import kernel_quality_table, measure
@@ -198,7 +201,7 @@ def bench_serving(
     random_keys: Annotated[
         int | None, typer.Option(help="With random weights, keys that a kv head reads with TOPTHETA:shadow.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Time per output token of whole engines, one backend against the other in one run."""
     import os

@@ -22,9 +22,12 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="Directory in which the folder <org>--<model> is written.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE...", help="UTF-8 text files, or .jsonl files; default: Python's own sources."),
+        typer.Option(
+            metavar="FILE...",
+            help="UTF-8 text or JSON Lines (.jsonl), also gzip, xz or zstd; default: Python's own sources.",
+        ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of a JSON line, or column of a dataset, with the text.")] = (
+    text_field: Annotated[str, typer.Option(help="Field of a JSON object, or column of a dataset, with the text.")] = (
         "text"
     ),
     dataset: Annotated[
@@ -83,7 +86,8 @@ def calibrate_command(
     import torch
 
     from vllm_toptheta.calibration import CalibrationOptions, calibrate
-    from vllm_toptheta.calibration.sources import builtin_texts, read_dataset, read_file
+    from vllm_toptheta.calibration.data import read_text
+    from vllm_toptheta.calibration.sources import builtin_texts, read_dataset
     from vllm_toptheta.limits import gpus_lack
     from vllm_toptheta.store import read_architecture
 
@@ -102,7 +106,7 @@ def calibrate_command(
         else None,
     )
     files = [*(text or []), *map(Path, context.args)]
-    texts = [read_file(file, text_field=text_field) for file in files]
+    texts = [read_text(file, text_field=text_field) for file in files]
     if dataset is not None:
         wanted = CHARACTERS_PER_TOKEN * sequences * max_length
         texts.append(read_dataset(dataset, num_characters=wanted, text_field=text_field))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vllm_toptheta.cli.terminal import check_json, check_plots
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="Of weights and activations; attention is float32 whatever it is."),
 ]
-JsonOption = Annotated[Path | None, typer.Option(help="Also write the report to this file.")]
-PlotsOption = Annotated[Path | None, typer.Option(help="Also draw figures, as PNG files into this folder.")]
+JsonOption = Annotated[Path | None, typer.Option(callback=check_json, help="Also write the report to this file.")]
+PlotsOption = Annotated[
+    Path | None, typer.Option(callback=check_plots, help="Also draw figures, as PNG files into this folder.")
+]
 TextOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[NAME=]FILE...",
-        help="UTF-8 text files not calibrated on. NAME is a domain, reported by itself; "
+        help="UTF-8 text or JSON Lines (.jsonl), not calibrated on. NAME is a domain, reported by itself; "
         "FILE may be a quoted pattern: --text 'code=src/**/*.py' --text prose=book.txt.",
     ),
 ]

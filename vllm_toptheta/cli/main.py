@@ -15,6 +15,7 @@ from vllm_toptheta.cli.bench import bench_app
 from vllm_toptheta.cli.calibrate import calibrate_command
 from vllm_toptheta.cli.evaluate import eval_app
 from vllm_toptheta.cli.evaluate_servers import evaluate_endpoints, evaluate_harness
+from vllm_toptheta.cli.interrupts import interruptible
 from vllm_toptheta.cli.report import report_command
 from vllm_toptheta.cli.serve import SERVE_SETTINGS, config_app, serve
 from vllm_toptheta.cli.soak import soak_command
@@ -44,9 +45,10 @@ app.add_typer(config_app, name="config")
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    """Run the command; an error of ours is one line on stderr and exit code 2, and so is an interrupt with its code."""
     try:
-        app()
+        with interruptible():
+            app()
     except TopThetaError as error:
         print_error(error)
         sys.exit(2)

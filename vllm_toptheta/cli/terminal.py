@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,23 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
-__all__ = ["TEXT_FILES", "integers", "numbers", "print_error", "print_table", "recorded_command", "words", "write_json"]
+__all__ = [
+    "TEXT_FILES",
+    "check_json",
+    "check_plots",
+    "integers",
+    "numbers",
+    "print_error",
+    "print_table",
+    "recorded_command",
+    "words",
+    "write_json",
+]
 
 # `--text *.py` hands over many files, of which click takes one as the option's value and the rest as extra arguments
 TEXT_FILES = {"allow_extra_args": True}
+
+_MAX_COMMAND = 8192  # characters, as many as a manifest takes
 
 
 def integers(option: str, text: str) -> list[int]:
@@ -62,7 +76,9 @@ def recorded_command(*paths: Path) -> str:
     for argument in sys.argv[1:]:
         name, separator, path = argument.rpartition("=")
         words.append(f"{name}{separator}{names.get(path, path)}")
-    return shlex.join(["toptheta", *words])
+    command = "".join(character if character.isprintable() else "?" for character in shlex.join(["toptheta", *words]))
+    # thousands of files are named one by one in the record, and take more than a command may
+    return command if len(command) <= _MAX_COMMAND else command[: _MAX_COMMAND - 3] + "..."
 
 
 def print_table(table: Table) -> None:
@@ -74,7 +90,7 @@ def print_table(table: Table) -> None:
 
 
 def write_json(file: Path | None, report: BaseModel, *, field: str = "--json") -> None:
-    """Write a report to a file, if there is one to write to; its folder is made if need be.
+    """Write a report to a file, if there is one to write to, whole or not at all; its folder is made if need be.
 
     Args:
         file: Where to.
@@ -86,11 +102,40 @@ def write_json(file: Path | None, report: BaseModel, *, field: str = "--json") -
     """
     if file is None:
         return
+    from vllm_toptheta.whole_file import write_whole
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_whole(file, (report.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
-        raise SettingsError(f"cannot be written: {error.strerror}", file=file, field=field) from None
+        raise SettingsError(
+            f"cannot be written: {error.strerror}",
+            file=file,
+            field=field,
+            remedy="Name a file in a folder that you may write to, on a disk with room",
+        ) from None
+
+
+def check_json(file: Path | None) -> Path | None:
+    """Refuse a file that `write_json` could not write, before anything is measured for it; a callback of typer.
+
+    Raises:
+        SettingsError: It is a folder, or lies where nothing may be written.
+    """
+    if file is not None and file.is_dir():
+        raise SettingsError("is a folder", file=file, field="--json", remedy="Name a file in it")
+    return file if file is None else _in_writable(file, "--json")
+
+
+def check_plots(folder: Path | None) -> Path | None:
+    """Likewise of a folder for figures."""
+    return folder if folder is None else _in_writable(folder / "figure.png", "--plots").parent
+
+
+def _in_writable(file: Path, field: str) -> Path:
+    parent = next(parent for parent in file.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise SettingsError("nothing may be written there", file=parent, field=field, remedy="Choose another folder")
+    return file
 
 
 def print_error(error: TopThetaError) -> None:

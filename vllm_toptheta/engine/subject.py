@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vllm_toptheta.calibration.model import load_tokenizer
+from vllm_toptheta.calibration.plausible import MAX_SHARE_OF_GUESSING
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.engine.ranks import merge
-from vllm_toptheta.errors import EvaluationError, TopThetaError
+from vllm_toptheta.errors import CalibrationError, EvaluationError, TopThetaError
 from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult
 from vllm_toptheta.evaluation.subject import Setup
 from vllm_toptheta.evaluation.window import PREFIX_ROWS
@@ -109,10 +112,14 @@ class EngineSubject:
             versions={**package_versions(), "vllm": _vllm_version()},
         )
 
+    def check(self, sequences: Sequence[Tensor]) -> None:
+        """Nothing before a window was measured: then its loss is compared with that of a guess, in `measure`."""
+
     def measure(self, job: SequenceJob, *, advance: Callable[[int], object] = lambda rows: None) -> list[WindowResult]:
         """Measures one sequence on all ranks, see `measuring.measure_sequence`.
 
         Raises:
+            CalibrationError: the model predicts the text no better than a guess.
             EvaluationError: rows are to be compared with an exact top-k that several ranks would have to find together.
         """
         is_alone = self._config.parallel_config.world_size == 1
@@ -126,7 +133,17 @@ class EngineSubject:
         ranks = self._engine.collective_rpc(_RPC, args=(job, advance if is_alone else None))
         if not is_alone:
             advance(job.num_rows)
-        return [merge(of_window) for of_window in zip(*ranks, strict=True)]
+        found = [merge(of_window) for of_window in zip(*ranks, strict=True)]
+        guess = math.log(self._config.model_config.get_vocab_size())
+        for loss in (result.losses[0].dense for result in found if result.losses):
+            if not loss <= MAX_SHARE_OF_GUESSING * guess:
+                raise CalibrationError(
+                    f"the model does not understand the text: its loss is {loss:.2f} nats per token, and a guess among "
+                    f"all tokens has {guess:.2f}",
+                    file=self.model_dir,
+                    remedy="Check that weights and tokenizer belong together, and that the text is in its language",
+                )
+        return found
 
     @cached_property
     def _config(self) -> Any:

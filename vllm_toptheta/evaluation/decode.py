@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_toptheta.calibration.data import Text, load_sequences
+from vllm_toptheta.calibration.data import Text, different_texts, load_sequences
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.decode_report import DecodeReport, length_report
@@ -73,6 +73,7 @@ def evaluate_decode(
     """
     if not variants and not options.equal_rows:
         raise EvaluationError("nothing to compare", field="weight_floor", remedy="Give at least one")
+    texts = different_texts(texts)
     check_options(subject, options)
     matched = [floor_label(floor, field="equal_rows") for floor in options.equal_rows]
     for length in options.lengths:
@@ -85,6 +86,7 @@ def evaluate_decode(
         max_length=max(options.lengths),
         seed=options.seed,
     )[options.skip :]
+    subject.check(sequences)
     arguments = DecodeArguments(
         setup=subject.setup(),
         model_files=model_files(subject.model_dir),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_toptheta.calibration.data import load_sequences, read_text
+from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.store import TextSource
 
@@ -94,7 +94,7 @@ def text_domain(
     Raises:
         CalibrationError: a text cannot be used, or the texts are too short.
     """
-    texts = [read_text(file) for file in files]
+    texts = different_texts([read_text(file) for file in files])
     sequences = load_sequences(texts, tokenizer, num_sequences=num_sequences, max_length=length, seed=seed)
     return Domain(
         name,

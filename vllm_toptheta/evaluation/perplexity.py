@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
@@ -59,6 +60,9 @@ def evaluate_perplexity(
         raise EvaluationError(
             "no text to compare on", field="--text", remedy="Give text files that were not calibrated on"
         )
+    for domain in domains:
+        sequences = [sample.token_ids for sample in domain.samples]
+        check_understanding(subject.model, sequences, model_dir=subject.model_dir)
     with progress_bar("passes", enabled=progress) as bar:
         task = bar.add_task("evaluating", total=sum(len(domain.samples) for domain in domains) * (1 + len(variants)))
         reports = []

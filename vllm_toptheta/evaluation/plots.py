@@ -3,6 +3,7 @@
 Needs matplotlib, so this module is imported only where something is to be drawn.
 """
 
+import io
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.tasks.report import TaskReport, TasksReport
 from vllm_toptheta.evaluation.variants import Variant
+from vllm_toptheta.whole_file import write_whole
 
 __all__ = ["draw_recall", "draw_trade_offs", "recall_figure", "trade_off_figure"]
 
@@ -137,8 +140,17 @@ def recall_figure(task: TaskReport) -> Figure:
 
 
 def _write(figure: Figure, folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / ("".join(letter if letter.isalnum() else "-" for letter in name) + ".png")
+    drawn = io.BytesIO()
     # no metadata, so that the same report gives the same bytes
-    figure.savefig(file, dpi=_DPI, metadata={"Software": None})
+    figure.savefig(drawn, dpi=_DPI, metadata={"Software": None}, format="png")
+    try:
+        write_whole(file, drawn.getvalue())
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot be written: {error.strerror}",
+            file=file,
+            field="--plots",
+            remedy="Name a folder that you may write to, on a disk with room",
+        ) from None
     return file

@@ -4,7 +4,6 @@ DIR/arguments.json      what the results depend on
 DIR/<name>              a result, always whole: it appears by a rename
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from vllm_toptheta.errors import EvaluationError
+from vllm_toptheta.whole_file import write_whole
 
 __all__ = ["StateFolder", "model_files", "naming_the_flag"]
 
@@ -77,13 +77,8 @@ class StateFolder:
         """
         if self._folder is None:
             return
-        new = self._folder / f"{name}.new"
         try:
-            with new.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            new.replace(self._folder / name)
+            write_whole(self._folder / name, content)
         except OSError as error:
             raise _not_usable(self._folder, error) from error
 
@@ -97,7 +92,7 @@ def model_files(model_dir: Path) -> dict[str, tuple[int, int]]:
     return {
         file.name: (file.stat().st_size, file.stat().st_mtime_ns)
         for file in sorted(model_dir.iterdir())
-        if file.suffix in {".safetensors", ".bin", ".json", ".model"}
+        if file.suffix in {".safetensors", ".bin", ".json", ".model"} and file.is_file()
     }
 
 

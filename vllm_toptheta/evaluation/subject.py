@@ -1,14 +1,16 @@
 """The model under evaluation with the thresholds to try on it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
-from vllm_toptheta.calibration.model import load_model, load_tokenizer, served_dtype, usable_device
+from vllm_toptheta.calibration.model import load_model, load_tokenizer, max_positions, served_dtype, usable_device
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.measuring import SequenceJob, TransformersDecoder, WindowResult, measure_sequence
@@ -79,6 +81,9 @@ class DecodedSubject(Protocol):
     def setup(self) -> Setup:
         """Returns what a report says of the subject."""
 
+    def check(self, sequences: Sequence[Tensor]) -> None:
+        """Refuses sequences, `[length]` int64 each, that the model cannot read or does not understand."""
+
     def measure(self, job: SequenceJob, *, advance: Callable[[int], object]) -> list[WindowResult]:
         """Measures one sequence, see `measuring.measure_sequence`."""
 
@@ -133,14 +138,17 @@ class Subject:
     @property
     def max_length(self) -> int | None:
         """Positions of the model; None where its config names none."""
-        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return longest
+        return max_positions(self.model)
 
     @property
     def quantization(self) -> str:
         """Of the weights, as config.json names it; `none` without."""
         quantization = getattr(self.model.config, "quantization_config", None) or {}
         return str(quantization.get("quant_method", UNQUANTIZED))
+
+    def check(self, sequences: Sequence[Tensor]) -> None:
+        """See `calibration.plausible.check_understanding`."""
+        check_understanding(self.model, sequences, model_dir=self.model_dir)
 
     def measure(self, job: SequenceJob, *, advance: Callable[[int], object] = lambda rows: None) -> list[WindowResult]:
         """Measures one sequence, see `measuring.measure_sequence`."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_toptheta.calibration.data import Text, prompt_prefix, tokenise
+from vllm_toptheta.calibration.data import Text, different_texts, prompt_prefix, tokenise
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeReport
@@ -141,6 +141,7 @@ def tune_floors(
         PromiseNotKept: no floor keeps the promise, or too few tokens were measured to tell.
     """
     _check(options)
+    texts = different_texts(texts)
     num_tokens = [len(tokenise(subject.tokenizer, text.content)) for text in texts]
     num_confirmations = _num_confirmations(subject, options, sum(num_tokens))
     floors = options.floors

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
-from vllm_toptheta.calibration.model import attending
+from vllm_toptheta.calibration.model import attending, check_call
 from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -123,6 +123,7 @@ def _attend(
     """The attention function as transformers calls it: tensors are `[1, num_heads, num_tokens, head_size]`."""
     if options.get("s_aux") is not None or attention_mask is not None or query.shape[0] != 1:
         raise EvaluationError("a window is of one sequence, without padding, mask or attention sinks")
+    check_call(module, query, key, sliding_window)
     this = _active.get()
     rows, keys, values = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling

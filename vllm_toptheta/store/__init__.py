@@ -9,7 +9,8 @@ theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
 from vllm_toptheta.store.curve import ThresholdCurve
 from vllm_toptheta.store.expectations import Expectations
 from vllm_toptheta.store.fields import TextSource
-from vllm_toptheta.store.io import load, read_architecture, read_config, record_quality, save
+from vllm_toptheta.store.io import check_place, load, record_quality, save
+from vllm_toptheta.store.model_config import LFS_POINTER, check_folder, read_architecture, read_config
 from vllm_toptheta.store.quality import PRESETS, Evidence, MeasuredLength, MeasuredText, Promise, Serving, TaskProbe
 from vllm_toptheta.store.resolve import folder_name, list_stores, resolve
 from vllm_toptheta.store.schema import (
@@ -29,6 +30,7 @@ from vllm_toptheta.store.weights import local_folder, weights_sha256
 
 __all__ = [
     "FLOOR_PREFIX",
+    "LFS_POINTER",
     "PRESETS",
     "Architecture",
     "CalibratedThresholds",
@@ -53,6 +55,8 @@ __all__ = [
     "ThresholdCurve",
     "ThresholdSection",
     "ThresholdStore",
+    "check_folder",
+    "check_place",
     "floor_label",
     "folder_name",
     "list_stores",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -24,7 +23,6 @@ from vllm_toptheta.errors import (
     ChecksumMismatch,
     ManifestInvalid,
     ManifestVersion,
-    ModelConfigError,
     StoreNotFound,
     StoreNotWritable,
     StoreTooLarge,
@@ -50,7 +48,6 @@ MANIFEST_NAME = "manifest.yaml"
 TENSORS_NAME = "thresholds.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 256 << 20
-MAX_CONFIG_BYTES = 4 << 20
 
 _RESTORE = "Restore the folder from where it came, or calibrate the model again (toptheta calibrate --help)"
 
@@ -107,7 +104,9 @@ def save(folder: Path | str, draft: ManifestDraft, arrays: Mapping[str, NDArray[
             _sync_directory(new)
     except OSError as error:
         raise StoreNotWritable(
-            f"cannot be written: {error.strerror}", file=folder, remedy="Choose a folder that you may write to"
+            f"cannot be written: {error.strerror}",
+            file=folder,
+            remedy="Choose a folder that you may write to, on a disk with room",
         ) from error
     return store
 
@@ -137,39 +136,6 @@ def record_quality(
     arrays = tensors.decode(_read(folder, TENSORS_NAME, MAX_TENSORS_BYTES), manifest, file=folder / TENSORS_NAME)
     others = [other for other in manifest.quality or () if other.mode != evidence.mode]
     return save(folder, manifest.model_copy(update={"quality": (*others, evidence)}), arrays)
-
-
-def read_architecture(model_folder: Path | str) -> Architecture:
-    """Read the fingerprint of the model in a Hugging Face directory.
-
-    Raises:
-        ModelConfigError: There is no usable config.json.
-    """
-    return Architecture.from_hf_config(read_config(model_folder), file=Path(model_folder) / "config.json")
-
-
-def read_config(model_folder: Path | str) -> dict[str, Any]:
-    """Read the config.json of a Hugging Face directory.
-
-    Raises:
-        ModelConfigError: There is none, or it is no JSON object.
-    """
-    file = Path(model_folder) / "config.json"
-    remedy = "Name the directory of a Hugging Face model, the one that contains config.json"
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ModelConfigError(f"cannot be read: {error.strerror}", file=file, remedy=remedy) from None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ModelConfigError(f"larger than {MAX_CONFIG_BYTES} bytes", file=file, remedy=remedy)
-    try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ModelConfigError(f"not JSON: {error}", file=file, remedy=remedy) from None
-    if not isinstance(config, dict):
-        raise ModelConfigError("not a JSON object", file=file, remedy=remedy)
-    return config
 
 
 def _parse(folder: Path, manifest_bytes: bytes, tensor_bytes: bytes) -> ThresholdStore:
@@ -251,6 +217,31 @@ def _read(folder: Path, name: str, max_bytes: int) -> bytes:
         raise StoreUnreadable(f"cannot be read: {reason}", file=file, remedy=_RESTORE) from None
 
 
+def check_place(folder: Path) -> None:
+    """Refuse to write a store where `save` would refuse it or fail, as far as can be said before there is one.
+
+    Args:
+        folder: Where to; nothing is made there.
+
+    Raises:
+        StoreNotWritable: It holds other files, is none, or lies where nothing may be made.
+    """
+    remedy = "Choose a folder of its own for the store"
+    try:
+        foreign = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME, TENSORS_NAME}
+    except FileNotFoundError:
+        foreign = set()
+    except OSError as error:
+        raise StoreNotWritable(f"cannot be written: {error.strerror}", file=folder, remedy=remedy) from None
+    if foreign:
+        raise StoreNotWritable(
+            f"holds other files ({clip(sorted(foreign)[0])}), so it is not replaced", file=folder, remedy=remedy
+        )
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise StoreNotWritable("nothing may be written there", file=parent, remedy="Choose another folder")
+
+
 def _write(file: Path, content: bytes) -> None:
     with file.open("xb") as stream:
         stream.write(content)
@@ -261,14 +252,7 @@ def _write(file: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` once the block has filled it without an error."""
-    if folder.exists():
-        foreign = {entry.name for entry in folder.iterdir()} - {MANIFEST_NAME, TENSORS_NAME}
-        if foreign:
-            raise StoreNotWritable(
-                f"holds other files ({clip(sorted(foreign)[0])}), so it is not replaced",
-                file=folder,
-                remedy="Choose a folder of its own for the store",
-            )
+    check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = workspace / "new", workspace / "old"
@@ -279,7 +263,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         try:
             new.rename(folder)
-        except OSError:
+        except BaseException:  # also an interrupt
             if old.exists():
                 old.rename(folder)
             raise

@@ -7,13 +7,64 @@ All of them become one flat dict without nulls, in which `full_attention.rope_th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 DEFAULT_ROPE_THETA = 10_000.0  # transformers' default where a config names no base
 
 _LEGACY_TYPES = {"su": "longrope", "mrope": "default"}
 _SCALED_FROM_TRAINING_LENGTH = {"llama3", "yarn", "longrope"}
+
+_POSITIVE = {
+    *("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor", "original_max_position_embeddings"),
+    *("partial_rotary_factor", "rotary_pct", "low_freq_factor", "high_freq_factor"),
+}
+_NUMBERS = {*_POSITIVE, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+_LISTS = {"short_factor", "long_factor"}
+
+
+def rope_problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the rope parameters of a text config: the field, and a message.
+
+    Args:
+        config: A config.json, or its `text_config`, as a dict.
+    """
+    yield from _problems({name: value for name, value in config.items() if name in _NUMBERS}, "")
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(name)
+        if isinstance(parameters, Mapping):
+            yield from _problems(parameters, f"{name}.")
+        elif parameters:
+            yield name, f"expected an object, got {_shown(parameters)}"
+
+
+def _problems(parameters: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if name in _NUMBERS and not _is_number(value):
+            yield f"{prefix}{name}", f"expected a number, got {_shown(value)}"
+        elif name in _POSITIVE and value <= 0:
+            yield f"{prefix}{name}", f"expected a number above 0, got {_shown(value)}"
+        elif name in _LISTS and not (isinstance(value, list | tuple) and all(map(_is_number, value))):
+            yield f"{prefix}{name}", f"expected a list of numbers, got {_shown(value)}"
+        elif name in ("rope_type", "type") and not isinstance(value, str):
+            yield f"{prefix}{name}", f"expected a text, got {_shown(value)}"
+        elif isinstance(value, Mapping):
+            yield from _problems(value, f"{prefix}{name}.")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def normalise_rope(config: Mapping[str, Any]) -> dict[str, Any]:

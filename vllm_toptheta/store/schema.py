@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -34,7 +35,7 @@ from vllm_toptheta.store.fields import (
     Versions,
 )
 from vllm_toptheta.store.quality import Evidence
-from vllm_toptheta.store.rope import normalise_rope
+from vllm_toptheta.store.rope import normalise_rope, rope_problems
 from vllm_toptheta.store.target import Target
 
 SCHEMA_VERSION: Final = 5
@@ -81,7 +82,9 @@ class Architecture(StrictModel):
             ModelConfigError: A field is missing or has an impossible value.
         """
         nested = config.get("text_config")
-        text_config = nested if isinstance(nested, Mapping) else config
+        text_config, prefix = (nested, "text_config.") if isinstance(nested, Mapping) else (config, "")
+        for field, message in rope_problems(text_config):
+            raise ModelConfigError(message, file=file, field=prefix + field, remedy=_CONFIG_REMEDY)
         num_heads = text_config.get("num_attention_heads")
         head_size = text_config.get("head_dim")
         hidden_size = text_config.get("hidden_size")
@@ -104,12 +107,11 @@ class Architecture(StrictModel):
         try:
             return cls.model_validate({**stated, "rope": normalise_rope(text_config)})
         except ValidationError as error:
-            field, message = describe(error)
-            raise ModelConfigError(
-                message, file=file, field=_CONFIG_FIELDS.get(field, field), remedy=_CONFIG_REMEDY
-            ) from None
-        except (AttributeError, OverflowError):
-            raise ModelConfigError("malformed rope parameters", file=file, remedy=_CONFIG_REMEDY) from None
+            field, message = (_OUR_NAMES.sub(lambda name: _CONFIG_NAMES[name[0]], text) for text in describe(error))
+            if field.startswith("rope."):
+                # of each type that it might have had there is a message
+                field, message = "rope_parameters", f"{field.split('.')[1]} is no number, text or list of numbers"
+            raise ModelConfigError(message, file=file, field=prefix + field, remedy=_CONFIG_REMEDY) from None
 
     def check(self, other: Architecture, *, file: Path | None = None) -> None:
         """Refuse a model whose architecture differs from this one, the one calibrated.
@@ -340,12 +342,13 @@ def clip_text(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-# what fields are called in config.json
-_CONFIG_FIELDS = {
+# what the fields of `Architecture` are called in config.json
+_CONFIG_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "head_size": "head_dim",
     "(the whole)": "num_key_value_heads",
 }
+_OUR_NAMES = re.compile("|".join(re.escape(name) for name in _CONFIG_NAMES))
 _CONFIG_REMEDY = "Top-Theta needs a decoder's config.json with num_hidden_layers, num_attention_heads and head_dim"

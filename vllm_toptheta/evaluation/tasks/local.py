@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.data import prompt_prefix, tokenise
+from vllm_toptheta.calibration.model import check_input
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.subject import Subject
@@ -38,10 +40,15 @@ class LocalAnswers:
         self._variants = variants
         self._phase = phase
         self._max_length = 1
+        self._is_checked = False
         self._attentions = self._make_attentions()
 
     def __call__(self, question: Question) -> Answers:
-        """Returns the answers to a question, one of each variant."""
+        """Returns the answers to a question, one of each variant.
+
+        Raises:
+            CalibrationError: the question is longer than the model reads, or the model does not understand it.
+        """
         tokenizer = self._subject.tokenizer
         token_ids = torch.tensor([*prompt_prefix(tokenizer), *tokenise(tokenizer, question.prompt)])
         if len(token_ids) + question.max_new_tokens > self._max_length:
@@ -49,6 +56,11 @@ class LocalAnswers:
             self._max_length = 2 * (len(token_ids) + question.max_new_tokens)
             self._attentions = self._make_attentions()
         model = self._subject.model
+        # as long as the row gets; what is generated are tokens that the model knows
+        check_input(model, torch.cat([token_ids, token_ids.new_zeros(question.max_new_tokens)]))
+        if not self._is_checked:
+            check_understanding(model, [token_ids], model_dir=self._subject.model_dir)
+            self._is_checked = True
         dense_prompt = read_prompt(model, token_ids)
         lanes = [Lane(dense_prompt)]
         for attention in self._attentions:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_toptheta.calibration.data import read_text
+from vllm_toptheta.calibration.data import different_texts, read_text
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.tasks.human_eval import human_eval_task
 from vllm_toptheta.evaluation.tasks.recall import RECALL_TASKS, TokenCounter
@@ -56,7 +56,7 @@ def make_tasks(
             continue
         if not texts:
             raise EvaluationError(f"{name} needs text to make prompts of", field="--text", remedy="Give text files")
-        content = "\n".join(read_text(file).content for file in texts)
+        content = "\n".join(text.content for text in different_texts([read_text(file) for file in texts]))
         tasks.append(
             RECALL_TASKS[name](content, token_counter, lengths=lengths, depths=depths, samples=samples, seed=seed)
         )
