@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config, PreTrainedConfig, Qwen3Config
 
+from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model, write_text
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.evaluation import DecodeOptions, DecodeReport, Subject, Variant, evaluate_decode
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+__all__ = ["random_models_are_accepted"]
 
 SHAPE = {
     "vocab_size": 256,
@@ -50,7 +53,8 @@ CODE = """
 import sys
 from pathlib import Path
 from vllm_toptheta.calibration.data import read_text
-from vllm_toptheta.engine import EngineSubject
+from vllm_toptheta.engine import EngineSubject, subject as of_engine
+of_engine.MAX_SHARE_OF_GUESSING = float("inf")  # random weights are worse than a guess
 from vllm_toptheta.evaluation import DecodeOptions, Variant, evaluate_decode
 model, text, out, flags, variants, lengths, window, equal_rows = sys.argv[1:]
 if __name__ == "__main__":
