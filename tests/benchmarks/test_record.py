@@ -12,8 +12,7 @@ from tests.benchmarks.test_patterns import recorded
 from tests.calibration.tiny_model import save_model_dir, write_text
 from vllm_toptheta.benchmarks.patterns import Recorded
 from vllm_toptheta.benchmarks.record import ROW_DISTANCE, record, summary
-from vllm_toptheta.calibration.data import load_sequences
-from vllm_toptheta.calibration.sources import read_file
+from vllm_toptheta.calibration.data import load_sequences, read_text
 from vllm_toptheta.errors import BenchmarkError, EvaluationError
 from vllm_toptheta.evaluation import Subject, Variant
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -40,7 +39,7 @@ def test_rows_keep_what_decoding_keeps(subject: Subject, text: Path, tmp_path: P
     assert (info.model, info.text, info.weight_floor, info.layers) == ("tiny", ("text.txt",), 1.5, (0, 1, 2, 3))
     assert (info.num_heads, info.num_kv_heads) == (4, 2)
 
-    (tokens,) = load_sequences([read_file(text)], subject.tokenizer, num_sequences=1, max_length=LENGTH, seed=0)
+    (tokens,) = load_sequences([read_text(text)], subject.tokenizer, num_sequences=1, max_length=LENGTH, seed=0)
     window = 3 * ROW_DISTANCE
     cache = read_prefix(subject.model, tokens[:-window])
     recorder = WindowRecorder()

@@ -15,7 +15,8 @@ from transformers import MistralConfig
 from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration import plausible
-from vllm_toptheta.calibration.model import check_input, hidden_states, load_model, max_positions, routed
+from vllm_toptheta.calibration.model import hidden_states, load_model, routed
+from vllm_toptheta.calibration.model_input import check_input, max_positions
 from vllm_toptheta.calibration.plausible import check_understanding, is_new
 from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError

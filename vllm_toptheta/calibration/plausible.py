@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.model import check_input
+from vllm_toptheta.calibration.model_input import check_input
 from vllm_toptheta.errors import CalibrationError
 
 __all__ = ["MAX_SHARE_OF_GUESSING", "check_understanding", "is_new"]

@@ -10,9 +10,8 @@ from vllm_toptheta.calibration.data import Text, join_documents, read_text
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.store import TextSource
 
-__all__ = ["builtin_texts", "read_dataset", "read_file"]
+__all__ = ["builtin_texts", "read_dataset"]
 
-read_file = read_text  # by the name that reports know
 _BUILTIN_MODULES = 24
 
 

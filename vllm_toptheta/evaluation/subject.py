@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from vllm_toptheta.calibration.model import load_model, load_tokenizer, max_positions, served_dtype, usable_device
+from vllm_toptheta.calibration.model import load_model, load_tokenizer, served_dtype, usable_device
+from vllm_toptheta.calibration.model_input import max_positions
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.run import package_versions
 from vllm_toptheta.errors import EvaluationError

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_toptheta.calibration.data import Text, load_sequences
+from vllm_toptheta.calibration.data import Text, load_sequences, read_text
 from vllm_toptheta.calibration.model import load_model, load_tokenizer, usable_device
+from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.run import package_versions
-from vllm_toptheta.calibration.sources import read_file
 from vllm_toptheta.errors import ReportError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.variants import expand_variants, floor_label, store_of
@@ -82,7 +82,7 @@ def measure_survivors(
     ]
     for attention in attentions:
         _check_rows(attention, length=length, num_layers=architecture.num_layers)
-    held_out, calibrated = ([read_file(file) for file in files] for files in (texts, calibration_texts))
+    held_out, calibrated = ([read_text(file) for file in files] for files in (texts, calibration_texts))
     tokenizer = load_tokenizer(model_dir)
     sequences = [
         load_sequences(kind, tokenizer, num_sequences=num_sequences, max_length=length, seed=seed)
@@ -90,6 +90,8 @@ def measure_survivors(
         if kind
     ]
     model = load_model(model_dir, dtype=dtype, device=torch_device)
+    for of_kind in sequences:
+        check_understanding(model, of_kind, model_dir=model_dir)
 
     found: list[TargetFindings] = []
     with progress_bar("passes", enabled=progress) as bar:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.data import prompt_prefix, tokenise
-from vllm_toptheta.calibration.model import check_input
+from vllm_toptheta.calibration.model_input import check_input
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.sparse import SparseAttention
