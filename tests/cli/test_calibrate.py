@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model, write_text
+from tests.cli.running import Run, runner
 from vllm_toptheta import cli, store
 
-Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--max-length", 200, "--sequences", 1)
 
 
@@ -22,16 +21,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run `toptheta calibrate` on a tiny model; return exit code, stdout and stderr."""
     model = save_model_dir(tmp_path / "tiny")
     capsys.readouterr()
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        argv = ["toptheta", "calibrate", str(model), "--out", str(tmp_path / "out"), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run_main
+    return runner(monkeypatch, capsys, "calibrate", model, "--out", tmp_path / "out")
 
 
 def assert_served(out: str, words: str) -> None:

@@ -2,33 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cli.running import Run, runner
 from tests.cli.test_main import imported
 from tests.evaluation.fake_server import FakeServer
-from vllm_toptheta import cli
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `toptheta eval` with these arguments; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["toptheta", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run_main
+    return runner(monkeypatch, capsys, "eval")
 
 
 def on(folder: Path, command: str, *arguments: object) -> tuple[object, ...]:

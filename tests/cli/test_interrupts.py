@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.calibration.tiny_model import save_model_dir, write_text
+from tests.cli.running import Run, runner
 from vllm_toptheta import cli, store
 from vllm_toptheta.calibration.state import Checkpoint
 
 MAIN = sys.modules[cli.main.__module__]  # the package's name for it is that of the function
-Run = Callable[..., tuple[int, str, str]]
 HANDLERS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -23,16 +22,15 @@ HANDLERS = (signal.SIGINT, signal.SIGTERM)
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `toptheta` with these arguments; return exit code, stdout and stderr."""
 
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        before = [signal.getsignal(number) for number in HANDLERS]
-        monkeypatch.setattr(sys, "argv", ["toptheta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert [signal.getsignal(number) for number in HANDLERS] == before
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
+    run_main = runner(monkeypatch, capsys)
 
-    return run_main
+    def run_and_restore(*arguments: object) -> tuple[int, str, str]:
+        before = [signal.getsignal(number) for number in HANDLERS]
+        found = run_main(*arguments)
+        assert [signal.getsignal(number) for number in HANDLERS] == before
+        return found
+
+    return run_and_restore
 
 
 @pytest.mark.parametrize(

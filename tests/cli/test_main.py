@@ -6,31 +6,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.cli.running import Run, runner
 from tests.store_factory import make_store
-from vllm_toptheta import cli
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `toptheta` with these arguments; return exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["toptheta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run_main
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

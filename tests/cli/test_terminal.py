@@ -1,11 +1,16 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import typer
 from pydantic import BaseModel
 
-from vllm_toptheta.cli.terminal import check_json, check_plots, integers, recorded_command, words, write_json
+from vllm_toptheta.cli.terminal import check_file, check_folder, integers, recorded_command, words, write_json
 from vllm_toptheta.errors import SettingsError
+
+OUT = cast(typer.CallbackParam, SimpleNamespace(opts=["--out"]))
 
 
 class Report(BaseModel):
@@ -40,14 +45,14 @@ def test_a_recorded_command_is_one_that_a_manifest_takes(monkeypatch: pytest.Mon
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert check_json(None) is check_plots(None) is None
+    assert check_file(OUT, None) is check_folder(OUT, None) is None
     for name in ("file", "new.json", "new/deep/report.json"):
-        assert check_json(tmp_path / name) == tmp_path / name
-    assert check_plots(tmp_path / "new") == tmp_path / "new"
+        assert check_file(OUT, tmp_path / name) == tmp_path / name
+    assert check_folder(OUT, tmp_path / "new") == tmp_path / "new"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-    with pytest.raises(SettingsError, match="--json: is a folder"):
-        check_json(tmp_path)
-    with pytest.raises(SettingsError, match="file: --json: nothing may be written there"):
-        check_json(tmp_path / "file" / "report.json")
-    with pytest.raises(SettingsError, match="file: --plots: nothing may be written there"):
-        check_plots(tmp_path / "file")
+    with pytest.raises(SettingsError, match="--out: is a folder"):
+        check_file(OUT, tmp_path)
+    with pytest.raises(SettingsError, match="file: --out: nothing may be written there"):
+        check_file(OUT, tmp_path / "file" / "report.json")
+    with pytest.raises(SettingsError, match="file: --out: nothing may be written there"):
+        check_folder(OUT, tmp_path / "file")

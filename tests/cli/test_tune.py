@@ -1,32 +1,20 @@
 """The command `toptheta tune`, as a user types it, and what `toptheta thresholds` shows of its store."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.calibration.tiny_model import write_text
+from tests.cli.running import Run, runner
 from tests.cli.test_main import imported
-from vllm_toptheta import cli, store
+from vllm_toptheta import store
 from vllm_toptheta.evaluation import read_tuned, tuned_file
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `toptheta` with these arguments; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["toptheta", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run_main
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -1,34 +1,23 @@
 """`toptheta report`: what it prints, and what it leaves behind."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.calibration.tiny_model import write_text
+from tests.cli.running import Run, runner
 from tests.quality_factory import make_evidence
 from tests.tuned_factory import make_tuned
-from vllm_toptheta import cli
 from vllm_toptheta.evaluation import tuned_file
 from vllm_toptheta.report import Report
 from vllm_toptheta.store import ModelIdentity, ThresholdStore, read_architecture, record_quality, weights_sha256
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `toptheta report` with these arguments; return exit code, stdout and stderr."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["toptheta", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run_main
+    return runner(monkeypatch, capsys, "report")
 
 
 def test_a_page_its_numbers_and_figures(run: Run, folder: Path, thresholds: ThresholdStore, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from vllm_toptheta.cli.eval_options import JsonOption
 from vllm_toptheta.cli.stores import ThresholdsOption, load_store
-from vllm_toptheta.cli.terminal import TEXT_FILES, print_table, words, write_json
+from vllm_toptheta.cli.terminal import TEXT_FILES, check_file, print_table, words, write_json
 
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 
@@ -68,7 +68,7 @@ def bench_record(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")],
     text: Annotated[list[Path], typer.Option(metavar="FILE...", help="UTF-8 text or JSON Lines (.jsonl).")],
     length: Annotated[int, typer.Option(help="Tokens of the context.")],
-    out: Annotated[Path, typer.Option(help="The pattern, a .safetensors file.")],
+    out: Annotated[Path, typer.Option(callback=check_file, help="The pattern, a .safetensors file.")],
     rows: Annotated[int, typer.Option(help="Rows to record of each layer, among the last tokens.")] = 2,
     weight_floor: Annotated[float | None, typer.Option(help="As for serve; default: the backend's.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the sequence out of the texts.")] = 0,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vllm_toptheta.cli.terminal import check_json, check_plots
+from vllm_toptheta.cli.terminal import check_file, check_folder
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="Of weights and activations; attention is float32 whatever it is."),
 ]
-JsonOption = Annotated[Path | None, typer.Option(callback=check_json, help="Also write the report to this file.")]
+JsonOption = Annotated[Path | None, typer.Option(callback=check_file, help="Also write the report to this file.")]
 PlotsOption = Annotated[
-    Path | None, typer.Option(callback=check_plots, help="Also draw figures, as PNG files into this folder.")
+    Path | None, typer.Option(callback=check_folder, help="Also draw figures, as PNG files into this folder.")
 ]
 TextOption = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vllm_toptheta.cli.stores import ThresholdsOption, load_store
-from vllm_toptheta.cli.terminal import words
+from vllm_toptheta.cli.terminal import check_file, check_folder, words
 from vllm_toptheta.errors import ReportError, SettingsError
 
 if TYPE_CHECKING:
@@ -47,12 +47,16 @@ def report_command(
             help=f"Also measure what is kept of these: UTF-8 text or .jsonl files not calibrated on. {_PATTERN}",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The HTML page; its numbers are written beside it, as .json.")],
+    out: Annotated[
+        Path, typer.Option(callback=check_file, help="The HTML page; its numbers are written beside it, as .json.")
+    ],
     calibration_text: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help=f"A text that was calibrated on, to compare with; repeatable. {_PATTERN}"),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the figures into this folder.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(callback=check_folder, metavar="DIR", help="Also write the figures into this folder.")
+    ] = None,
     k: Annotated[
         str | None,
         typer.Option(

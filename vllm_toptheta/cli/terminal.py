@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TEXT_FILES",
-    "check_json",
-    "check_plots",
+    "check_file",
+    "check_folder",
     "integers",
     "numbers",
     "print_error",
@@ -115,20 +115,21 @@ def write_json(file: Path | None, report: BaseModel, *, field: str = "--json") -
         ) from None
 
 
-def check_json(file: Path | None) -> Path | None:
-    """Refuse a file that `write_json` could not write, before anything is measured for it; a callback of typer.
+def check_file(parameter: typer.CallbackParam, file: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before anything is measured for it; a callback of typer.
 
     Raises:
         SettingsError: It is a folder, or lies where nothing may be written.
     """
+    field = parameter.opts[0]
     if file is not None and file.is_dir():
-        raise SettingsError("is a folder", file=file, field="--json", remedy="Name a file in it")
-    return file if file is None else _in_writable(file, "--json")
+        raise SettingsError("is a folder", file=file, field=field, remedy="Name a file in it")
+    return file if file is None else _in_writable(file, field)
 
 
-def check_plots(folder: Path | None) -> Path | None:
-    """Likewise of a folder for figures."""
-    return folder if folder is None else _in_writable(folder / "figure.png", "--plots").parent
+def check_folder(parameter: typer.CallbackParam, folder: Path | None) -> Path | None:
+    """Likewise of a folder for files."""
+    return folder if folder is None else _in_writable(folder / "file", parameter.opts[0]).parent
 
 
 def _in_writable(file: Path, field: str) -> Path:
