@@ -170,7 +170,10 @@ def test_shipped_thresholds_are_valid() -> None:
     from vllm_toptheta import store
 
     folders = store.list_stores(thresholds=PACKAGE.parent / "thresholds")
-    assert [folder.name for folder in folders] == ["HuggingFaceTB--SmolLM2-135M-Instruct"]
+    assert [folder.name for folder in folders] == [
+        "HuggingFaceTB--SmolLM2-135M-Instruct",
+        "Qwen--Qwen2.5-Coder-0.5B-Instruct",
+    ]
     for folder in folders:
         loaded = store.load(folder)
         assert store.folder_name(loaded.manifest.model.id) == folder.name

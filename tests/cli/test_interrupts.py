@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from vllm_toptheta.calibration.state import Checkpoint
 
 MAIN = sys.modules[cli.main.__module__]  # the package's name for it is that of the function
 HANDLERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_not_ignored() -> Iterator[None]:
+    """Tests that run in the background of a shell inherit that SIGINT is ignored, and the command respects that."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in HANDLERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
