@@ -11,7 +11,7 @@ from tests.e2e.server import Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("server")]
 
-KNOWN = "a request can ask for dense, floor:2, floor:0 to 1000, not for "
+KNOWN = "a request can ask for dense, floor:2, fast, floor:0 to 1000, not for "
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -159,6 +161,7 @@ def is_connected(pid: int, server: Server) -> bool:
         ("""--additional-config '{"toptheta": {"weightfloor": 3}}'""", "toptheta.weightfloor: unknown option"),
         ("""--additional-config '{"toptheta": {"thresholds": "nowhere", "target": "k:64"}}'""", "nowhere"),
         ("--target k:1000", "calibrated are "),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8: not supported, only "),
     ],
 )
 def test_a_mistake_ends_the_start_in_seconds_with_one_reason(arguments: str, words: str) -> None:
@@ -171,10 +174,11 @@ def test_a_mistake_ends_the_start_in_seconds_with_one_reason(arguments: str, wor
     assert words in line
 
 
-def test_what_only_vllm_knows_is_refused_by_the_backend() -> None:
+def test_plain_vllm_is_refused_by_the_backend_with_the_same_words(model: Path) -> None:
+    flags = ["--attention-backend", "toptheta", "--kv-cache-dtype", "fp8", "--port", str(free_port())]
     process = subprocess.run(
-        serve_command(free_port(), "--kv-cache-dtype fp8"),
-        cwd=ROOT,
+        [str(Path(sys.prefix, "bin", "vllm")), "serve", str(model), *flags],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -182,4 +186,4 @@ def test_what_only_vllm_knows_is_refused_by_the_backend() -> None:
     )
     assert process.returncode != 0
     last = [line for line in process.stderr.splitlines() if "vllm_toptheta.errors." in line][-1]
-    assert "--kv-cache-dtype fp8" in last
+    assert "--kv-cache-dtype fp8: not supported, only " in last
