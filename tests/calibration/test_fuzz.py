@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.calibration.families import family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_model
+from tests.fuzzing import fuzz
 from tests.store.mutation import anything, damaged, edited, split_safetensors, with_header
 from vllm_toptheta.calibration.data import read_text, tokenise
 from vllm_toptheta.calibration.model import load_model, load_tokenizer
@@ -25,17 +26,6 @@ from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.errors import TopThetaError
 
 EXAMPLES = {"config": 300, "weights": 150, "tokenizer": 100, "texts": 150}
-
-
-def fuzz(name: str) -> settings:
-    return settings(
-        max_examples=EXAMPLES[name],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        # the fixtures hold files that every example writes anew
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -101,7 +91,7 @@ def test_there_are_five_hundred_mutations() -> None:
 
 
 @given(data=st.data())
-@fuzz("config")
+@fuzz(EXAMPLES["config"])
 def test_config(original: Path, victim: Path, data: st.DataObject) -> None:
     fields = json.loads((original / "config.json").read_bytes())
     (victim / "config.json").write_bytes(written(data.draw(changed(fields))))
@@ -109,7 +99,7 @@ def test_config(original: Path, victim: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@fuzz("weights")
+@fuzz(EXAMPLES["weights"])
 def test_weights(original: Path, victim: Path, data: st.DataObject) -> None:
     content = (original / "model.safetensors").read_bytes()
     header, tensors = split_safetensors(content)
@@ -131,7 +121,7 @@ def test_weights(original: Path, victim: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@fuzz("tokenizer")
+@fuzz(EXAMPLES["tokenizer"])
 def test_tokenizer(original: Path, victim: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
     content = (original / name).read_bytes()
@@ -149,7 +139,7 @@ TEXTS = {
 
 
 @given(data=st.data())
-@fuzz("texts")
+@fuzz(EXAMPLES["texts"])
 def test_texts(tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(TEXTS)))
     encoding = data.draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"]))

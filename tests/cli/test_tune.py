@@ -128,9 +128,10 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
         ),
         (("--model-id", "../up"), "error: --model-id: got "),
         (
-            ("--tasks", "needle", "--engine", "vllm"),
+            ("--tasks", "needle", "--engine", "vllm", "--device", "auto"),
             "error: --tasks: --engine vllm measures windows of texts only, and ",
         ),
+        (("--engine", "vllm"), "error: --device: vLLM runs on the device that it was built for"),
         (("--questions", 9), "error: --questions: there are no questions without --tasks"),
         (("--tasks", "needle", "--questions", 1), "error: --questions: 1 questions of each task and length. Ask for 4"),
         (("--tasks", "human-eval"), "error: --tasks: no task that floors are tried on: 'human-eval'. Choose needle, "),

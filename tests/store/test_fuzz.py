@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests import store_factory
+from tests.fuzzing import fuzz
 from tests.store.mutation import anything, damaged, edited, split_safetensors, with_header, write_resealed
 from vllm_toptheta.errors import ChecksumMismatch, StoreError
 from vllm_toptheta.store import Manifest, ThresholdStore, load, strict_yaml
@@ -34,17 +35,6 @@ EXAMPLES = {
     "tensor header, resealed": 400,
 }
 TENSORS = ("coefficients", "bucket_edges", "row_count", "score_mean", "score_std")
-
-
-def fuzz(name: str) -> settings:
-    return settings(
-        max_examples=EXAMPLES[name],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        # the fixtures hold files that every example writes anew
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +114,7 @@ def test_there_are_two_thousand_mutations() -> None:
 
 
 @given(data=st.data())
-@fuzz("manifest bytes")
+@fuzz(EXAMPLES["manifest bytes"])
 def test_manifest_bytes(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
     content = (original.folder / "manifest.yaml").read_bytes()
     (victim / "manifest.yaml").write_bytes(data.draw(damaged(content)))
@@ -134,7 +124,7 @@ def test_manifest_bytes(original: ThresholdStore, victim: Path, data: st.DataObj
 
 
 @given(data=st.data())
-@fuzz("manifest fields")
+@fuzz(EXAMPLES["manifest fields"])
 def test_manifest_fields(original: ThresholdStore, fields: dict[str, Any], victim: Path, data: st.DataObject) -> None:
     mutant = data.draw(edited(fields))
     (victim / "manifest.yaml").write_bytes(strict_yaml.dump(mutant).encode())
@@ -144,7 +134,7 @@ def test_manifest_fields(original: ThresholdStore, fields: dict[str, Any], victi
 
 
 @given(data=st.data())
-@fuzz("manifest fields, resealed")
+@fuzz(EXAMPLES["manifest fields, resealed"])
 def test_manifest_fields_resealed(
     original: ThresholdStore, fields: dict[str, Any], victim: Path, data: st.DataObject
 ) -> None:
@@ -165,7 +155,7 @@ def test_manifest_fields_resealed(
 
 
 @given(data=st.data())
-@fuzz("tensor bytes")
+@fuzz(EXAMPLES["tensor bytes"])
 def test_tensor_bytes(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
     content = (original.folder / "thresholds.safetensors").read_bytes()
     mutant = data.draw(damaged(content))
@@ -186,7 +176,7 @@ def check_resealed(original: ThresholdStore, victim: Path, tensors: bytes) -> No
 
 
 @given(data=st.data())
-@fuzz("tensor bytes, resealed")
+@fuzz(EXAMPLES["tensor bytes, resealed"])
 def test_tensor_bytes_resealed(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
     content = (original.folder / "thresholds.safetensors").read_bytes()
     header_end = len(content) - len(split_safetensors(content)[1])
@@ -203,7 +193,7 @@ def test_tensor_bytes_resealed(original: ThresholdStore, victim: Path, data: st.
 
 
 @given(data=st.data())
-@fuzz("tensor header, resealed")
+@fuzz(EXAMPLES["tensor header, resealed"])
 def test_tensor_header_resealed(original: ThresholdStore, victim: Path, data: st.DataObject) -> None:
     header, body = split_safetensors((original.folder / "thresholds.safetensors").read_bytes())
     json_values = anything.filter(lambda value: "date" not in type(value).__name__).map(

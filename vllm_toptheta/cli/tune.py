@@ -111,6 +111,10 @@ def tune_command(
 
     if engine_args and engine != "vllm":
         raise EvaluationError("flags of vllm serve are for --engine vllm", field="--engine-args", remedy="Leave it out")
+    if device != "auto" and engine == "vllm":
+        raise EvaluationError(
+            "vLLM runs on the device that it was built for", field="--device", remedy="Leave it out with --engine vllm"
+        )
     asked = words(tasks)
     if asked and engine == "vllm":
         raise EvaluationError(

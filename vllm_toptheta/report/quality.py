@@ -91,6 +91,21 @@ class Quality(BaseModel):
         label = floor_label(weight_floor)
         return tuple(rung.measured for rung in self.rungs if rung.equal_rows is None and rung.label == label)
 
+    def confirmed_at(self, weight_floor: float) -> tuple[MeasuredLength, ...]:
+        """Returns what a floor cost where it was to be confirmed, by length; empty if it was not tried there.
+
+        Args:
+            weight_floor: any.
+        """
+        label = floor_label(weight_floor)
+        return tuple(
+            measured_length(one, comparison, confidence=self.evidence.confidence)
+            for report in self.confirmations
+            for one in report.lengths
+            for comparison in one.comparisons
+            if comparison.variant.target == label
+        )
+
     @property
     def served_layers(self) -> dict[int, tuple[LayerReads, ...]]:
         """What each layer reads with the floor that is served, by length, where confirmed; empty without a record."""

@@ -120,10 +120,13 @@ def _next_floor(quality: Quality) -> list[str]:
         return []
     if not larger:
         return ["No larger floor was tried: one may keep the promise too."]
-    label, measured = floor_label(larger[0]), quality.at_floor(larger[0])
-    goal = Goal(promise.max_loss, promise.max_kl)
+    label, goal = floor_label(larger[0]), Goal(promise.max_loss, promise.max_kl)
+    confirmed = quality.confirmed_at(larger[0])
+    if confirmed and not goal.is_kept(confirmed):
+        return [f"The next larger one, {label}, was chosen and not confirmed: {goal.shortfall(label, confirmed)}."]
+    measured = quality.at_floor(larger[0])
     if goal.is_kept(measured):
-        return [f"The next larger one, {label}, kept it where it was chosen, but not on the sequences to confirm it."]
+        return [f"The next larger one, {label}, kept it on the sequences of the choice, and was not tried further."]
     return [f"The next larger one does not keep it: {goal.shortfall(label, measured)}."]
 
 
