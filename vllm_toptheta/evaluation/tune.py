@@ -1,8 +1,8 @@
 """Finds the largest weight floor that keeps a promise: chosen on some sequences, confirmed on others.
 
 choose      all floors of a ladder on the same few sequences, whose dense prefixes they share
-confirm     the largest floor that would keep the promise if more sequences showed the same, with all below it, on as
-            many that nothing was chosen on; one that fails gives way to the next lower one, on further unseen sequences
+confirm     the largest floor that these let expect to keep the promise (choosing.py), with all below it, on others; one
+            that fails gives way to the next lower one, on further unseen sequences
 
 A promise is kept where what was lost is below it with 95 % confidence, at every length.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from vllm_toptheta.calibration.data import Text, different_texts, prompt_prefix, tokenise
 from vllm_toptheta.errors import EvaluationError, PromiseNotKept
+from vllm_toptheta.evaluation.choosing import expect
 from vllm_toptheta.evaluation.decode import DecodeOptions, check_options, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeReport
-from vllm_toptheta.evaluation.paired import upper_bound
 from vllm_toptheta.evaluation.state_folder import naming_the_flag
 from vllm_toptheta.evaluation.subject import DecodedSubject
 from vllm_toptheta.evaluation.tuned import Tuned, measured_length
@@ -176,18 +176,19 @@ def tune_floors(
     )
     confirmations: list[DecodeReport] = []
 
-    def expected(rung: int) -> list[MeasuredLength]:
-        return [_of_confirmation(one, options.num_sequences) for one in on_ladder[rung]]
-
+    expected = expect([on_ladder[rung] for rung in range(len(floors))], options.num_sequences, confidence=CONFIDENCE)
     promises: dict[Goal, Promise] = {}
     chosen: dict[Goal, int] = {}
     for goal in options.goals:
         # a floor above one that fails has been lucky
-        failing = next((rung for rung in range(len(floors)) if not goal.is_kept(expected(rung))), len(floors))
+        failing = next((rung for rung, one in enumerate(expected) if not goal.is_kept(one)), len(floors))
         if failing:
             chosen[goal] = failing - 1
         else:
-            promises[goal] = _broken(goal, goal.shortfall(floor_label(floors[0], field="floors"), on_ladder[0]))
+            shortfall = goal.shortfall(floor_label(floors[0], field="floors"), expected[0])
+            promises[goal] = _broken(
+                goal, f"{options.num_to_choose} sequences let expect of {options.num_sequences} that {shortfall}"
+            )
     for confirmation in range(1, num_confirmations + 1):
         if not chosen:
             break
@@ -277,21 +278,6 @@ def _num_confirmations(subject: DecodedSubject, options: TuneOptions, num_tokens
             remedy="Give more text (--text), or ask for fewer (--sequences) or shorter ones (--lengths)",
         )
     return min(MAX_CONFIRMATIONS, (num_tokens // longest - options.num_to_choose) // options.num_sequences)
-
-
-def _of_confirmation(one: MeasuredLength, num_sequences: int) -> MeasuredLength:
-    """The figures with the bounds of so many sequences whose mean and spread were the same."""
-    scale = math.sqrt(one.num_sequences / num_sequences)
-
-    def bound(mean: float, error: float) -> float:
-        return upper_bound(mean, error * scale, num_sequences, confidence=CONFIDENCE)
-
-    return one.model_copy(
-        update={
-            "change_bound": bound(one.change_percent, one.change_error),
-            "kl_bound": bound(one.kl_divergence, one.kl_error),
-        }
-    )
 
 
 def _kept(goal: Goal, floor: float, measured: Sequence[MeasuredLength]) -> Promise:
