@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def test_the_command_imports_lazily(module: Path) -> None:
     allowed |= {"collections", "contextlib", "signal", "types"}
     names = {name for name in imports(ast.parse(module.read_text()), top_level=True)}
     assert {name for name in names if not any(is_within(name, other) for other in allowed)} == set()
+
+
+def test_nothing_large_is_kept() -> None:
+    """Clones are made by every user; a download that was added by mistake stays in all of them."""
+    root = PACKAGE.parent
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    large = [name for name in listed.split("\0") if name and (root / name).stat().st_size > 2 << 20]
+    assert not large
 
 
 def test_shipped_thresholds_are_valid() -> None:
