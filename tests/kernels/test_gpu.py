@@ -22,7 +22,7 @@ from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.shadow import decode as decode_shadow
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
-from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
 from vllm_toptheta.limits import NUM_ANCHORS, TIER_HEAD_SIZES, gpus_lack
@@ -322,6 +322,21 @@ def test_long_sequences_by_tiers(in_cuda: bool, group: int, head_size: int) -> N
     shape = Shape((40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16)
     tiers = make_tier_case(shape, in_cuda=in_cuda)
     check_tiers(tiers, *tiers.run())
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("in_cuda", [False, True], ids=["Triton", "CUDA"])
+@pytest.mark.parametrize(
+    "lens", [(100, 300, 16, 700, 1_500, 2_900), (2_000,), (900,) * 24, (40_000, 3_001, 16, 0), (8_000, 30) * 8]
+)
+def test_steps_as_they_are_served_by_tiers(lens: tuple[int, ...], in_cuda: bool, group: int) -> None:
+    tiers = make_tier_case(Shape(lens, 3 * group, 3, 64, dtype=torch.bfloat16), in_cuda=in_cuda)
+    config = replace(tier_config(tiers.loader), dense_length=0, dense_tokens=0)
+    num_programs = config.num_programs(3, num_multiprocessors(torch.device("cuda", torch.cuda.current_device())))
+    present = [length for length in lens if length]
+    mean = sum(present) // len(present)
+    reads_all_keys = sum(present) < config.few_tokens * num_programs or mean < config.short_length
+    check_tiers(replace(tiers, reads_all_keys=reads_all_keys), *tiers.run(config))
 
 
 def test_more_heavy_keys_than_lists_have_room_for() -> None:

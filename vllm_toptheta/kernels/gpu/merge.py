@@ -175,13 +175,16 @@ def merge_kernel(
         value_sum = tl.where(last_page > 0, value_sum, 0.0)
         value_sum += tl.sum(values.to(tl.float32), axis=0)
 
-    min_work, dense_work = schedule.MIN_WORK, schedule.DENSE_WORK
+    min_work, dense_work, piece_work = schedule.MIN_WORK, schedule.DENSE_WORK, schedule.PIECE_WORK
     if CHOOSES:
         reads_all = reads_all_keys(load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK), few_tokens, short_length)
         num_programs = tl.where(reads_all, num_values_programs, num_programs)
         min_work = tl.where(reads_all, values_schedule.MIN_WORK, schedule.MIN_WORK)
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
-    work, share, _ = work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule)
+        piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
+    work, share, _ = work_of_step(
+        tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
+    )
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1

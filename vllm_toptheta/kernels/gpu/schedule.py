@@ -10,7 +10,7 @@ nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mo
 A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning of
 the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps are
 bound by memory, and equal shares are faster, unless a piece takes long beside its
-keys (`PIECE_WORK`) and few are wasted.
+keys (`piece_work`) and few are wasted.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -72,15 +72,19 @@ def work_of(seq_len, is_dense, dense_work, multiple, UNIT: tl.constexpr):
 
 
 @triton.jit
-def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, schedule):
+def work_of_step(
+    tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s multiple.
 
-    `min_work` and `dense_work` are those of `schedule`, or of another one; `max_dense_len` is a `dense_length`.
+    `max_dense_len` is a `dense_length`; what follows `num_programs` are fields of one `Schedule`. Whoever joins pieces
+    has to ask with the same as those who left them.
     """
-    seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
-    seq = tl.arange(0, schedule.SEQ_BLOCK)
+    seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
+    seq = tl.arange(0, SEQ_BLOCK)
     is_dense = keeps_all(tokens, seq, seq_lens, num_seqs, max_dense_len)
-    work = work_of(seq_lens, is_dense, dense_work, 1, schedule.UNIT)
+    work = work_of(seq_lens, is_dense, dense_work, 1, UNIT)
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
     # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
@@ -88,7 +92,7 @@ def work_of_step(tokens, num_seqs, max_dense_len, num_programs, min_work, dense_
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
     equal = tl.cdiv(total, num_programs)
     # of large steps only where a piece less is worth more than what is wasted
-    is_worth = (num_decoded <= num_programs) & (rounded < equal + schedule.PIECE_WORK)
+    is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work)
     is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple = tl.where(is_rounded, share, 1)

@@ -50,8 +50,9 @@ def split_step(
     num_kv_heads = tl.num_programs(0)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
     work, share, multiple = work_of_step(
-        tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK, schedule
-    )
+        tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
+        schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
+    )  # fmt: skip
     seq, work_before, end_of_share = first_of_share(work, share, program)
     offs_g = tl.arange(0, tiling.G_PAD)
     mask_g = offs_g < shape.GROUP
