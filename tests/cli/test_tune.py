@@ -83,7 +83,7 @@ def test_a_store_with_the_evidence(tune: Run, run: Run, tmp_path: Path) -> None:
     assert evidence.weights_sha256 is not None
     for word in (evidence.weights_sha256, evidence.command, "nothing", "KL to dense attention within 0.05"):
         assert word in shown, word
-    assert "not kept: exact, perplexity within 0.05 %: with floor:0.05 at 200 tokens" in shown
+    assert "not kept: exact, perplexity within 0.05 %: 4 sequences let expect of 4 that with floor:0.05 at" in shown
     one = evidence.served.worst
     assert f"{one.kl_divergence:.6f} +- {one.kl_error:.6f}" in shown
     code, listed, _ = run("thresholds", "list", "--thresholds", tmp_path / "stores")
@@ -119,7 +119,6 @@ def test_tasks_are_tried_with_the_floors_that_are_kept(tune: Run, run: Run, tmp_
 
 def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Path) -> None:
     for arguments, words in (
-        (("--max-loss", 1e-5), "error: max_loss: perplexity within 1e-05 %: with floor:0.05 at 200 tokens"),
         (("--sequences", 50), "error: text: the texts have "),
         (("--heavy", 0.1), "error: --heavy: keys are heavy in mode shadow only"),
         (
@@ -145,6 +144,15 @@ def test_refusals_leave_no_store(tune: Run, run: Run, folder: Path, tmp_path: Pa
     code, _, err = run("tune", folder / "tiny", "--out", tmp_path)
     assert code == 2
     assert "--text: nothing to measure on" in err
+
+
+def test_a_promise_that_is_not_kept_shows_what_was_measured(tune: Run, tmp_path: Path) -> None:
+    code, out, err = tune("--max-loss", 1e-5)
+    assert code == 2
+    assert "error: max_loss: perplexity within 1e-05 %: 4 sequences let expect of 4 that with floor:0.05 at 200" in err
+    for floor in ("0.05", "0.3", "1"):
+        assert f"floor:{floor} " in out
+    assert not list((tmp_path / "stores").glob("*"))
 
 
 def test_another_run_in_the_way_is_named_and_can_be_forgotten(tune: Run, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def tune_command(
                 model, out, *([json] if json else []), *(file for paths in files.values() for file in paths)
             ),
             folder=state,
+            show=lambda report: print_table(decode_table(report)),
         )
     except PromiseNotKept:
         # nothing is left to go on with, and the next command will ask for something else
@@ -181,7 +182,6 @@ def tune_command(
     write_json(record, found, field="--out")
     store.record_quality(folder, found.evidence, model=identity, architecture=subject.architecture)
     shutil.rmtree(state)
-    print_table(decode_table(found.ladder))
     print_quality(found.evidence)
     typer.echo(f"{found.evidence.line}; floor:{found.evidence.served.weight_floor:g}")
     if found.evidence.served.weight_floor == wanted.floors[-1]:

@@ -9,7 +9,7 @@ A promise is kept where what was lost is below it with 95 % confidence, at every
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,7 @@ def tune_floors(
     command: str,
     folder: Path | None = None,
     progress: bool = True,
+    show: Callable[[DecodeReport], None] | None = None,
 ) -> Tuned:
     """Finds the largest floors that keep promises.
 
@@ -133,6 +134,7 @@ def tune_floors(
         folder: keeps the results of each sequence, so that a run that was killed goes on at the next one; None to keep
             nothing.
         progress: show a progress bar on stderr.
+        show: called with what each stage has measured, which is lost if the promise is not kept.
 
     Raises:
         CalibrationError: the model is not supported.
@@ -166,6 +168,8 @@ def tune_floors(
                 progress=progress,
                 title=stage,
             )
+        if show is not None:
+            show(report)
         return report, {
             rung: [measured_length(one, one.comparisons[index], confidence=CONFIDENCE) for one in report.lengths]
             for index, rung in enumerate(rungs)
