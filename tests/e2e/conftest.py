@@ -141,17 +141,18 @@ class Subject(NamedTuple):
         floor: float | None = None,
         mode: str = "values",
         copies: bool = False,
+        always: bool = True,
         **engine: Any,
     ) -> list[dict[str, Any]]:
         """The answers of ours, in mode `values` at `floor` or the model's, in mode `shadow` at the calibrated one.
 
-        With `copies`, mode `shadow` has copies of keys and values, and the model's floor.
+        With `copies`, mode `shadow` has copies of keys and values, and the model's floor; `always` scans short steps.
         """
         options: dict[str, Any] = {"mode": mode}
         if copies:
-            options |= {"always_shadow": True, "shadow_values": True, "weight_floor": floor or self.floor}
+            options |= {"always_shadow": always, "shadow_values": True, "weight_floor": floor or self.floor}
         elif mode == "shadow":
-            options |= {"always_shadow": True, **self.thresholds}
+            options |= {"always_shadow": always, **self.thresholds}
         else:
             options["weight_floor"] = floor or self.floor
         return generate(

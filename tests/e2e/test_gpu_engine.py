@@ -128,3 +128,15 @@ def deviation(one: dict[str, Any], other: dict[str, Any]) -> float:
             if a != b:
                 break
     return statistics.mean(differences)
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["all keys are read", "scanned"])
+def test_a_batch_of_uneven_lengths_with_copies_answers_as_each_alone(demo: Subject, always: bool) -> None:
+    prompts = cut(demo.text, [100, 300, 16, 700, 1500, 2900])
+    together, *alone = demo.sparse(
+        [Call(prompts, MAX_TOKENS), *(Call([prompt], MAX_TOKENS) for prompt in prompts)],
+        mode="shadow",
+        copies=True,
+        always=always,
+    )
+    assert_same_text(together["outputs"], [output for one in alone for output in one["outputs"]])

@@ -215,7 +215,8 @@ def bench_serving(
     with ExitStack() as stack:
         if random_rows is not None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            folder, thresholds = write_model(Path(scratch), name=model)
+            # a name for the report: what lies there, if anything, is not looked at
+            folder, thresholds = write_model(Path(scratch), name=Path(model).name)
             model, shadow_keys = str(folder), str(thresholds)
             # the thresholds are set on the running engine, by functions sent to its workers
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
