@@ -94,6 +94,7 @@ class Selection:
         heavy: What a key must weigh to be read exactly, where there are copies of keys and values; None where not.
         evidence: What floors were measured to cost in this mode; None where nothing was.
         is_promised: Whether the thresholds are those of the evidence's promise.
+        is_lossless: Whether answers are dense attention's, so that nothing has to be promised.
     """
 
     thresholds: ServedThresholds | None
@@ -104,10 +105,13 @@ class Selection:
     heavy: float | None = None
     evidence: Evidence | None = None
     is_promised: bool = False
+    is_lossless: bool = False
 
     @property
     def quality(self) -> str:
         """What is promised, or why nothing is; for people."""
+        if self.is_lossless:
+            return "lossless: answers are those of dense attention, by which drafts are verified"
         if self.evidence is None:
             return "nothing is promised: no quality was measured for this model and mode (toptheta tune)"
         if not self.is_promised:
@@ -133,7 +137,8 @@ class Selection:
                 serving, min_context=settings.min_context, compensation=settings.compensation, heavy=self.heavy
             )
             differences = self.evidence.differences(serving)
-        if settings.strict and self.thresholds is not None and (differences or not self.is_promised):
+        is_kept = self.is_lossless or (self.is_promised and not differences)
+        if settings.strict and self.thresholds is not None and not is_kept:
             raise UnsupportedError(
                 f"the promise was measured otherwise: {'; '.join(differences)}" if differences else self.quality,
                 field="strict",
@@ -194,7 +199,8 @@ def select(settings: Settings, model: str, architecture: Architecture | None) ->
         _dense_layers(settings, (), architecture.num_layers if architecture else None),
         heavy=heavy if has_copies else None,
         evidence=evidence,
-        is_promised=evidence is not None and weight_floor == evidence.served.weight_floor,
+        is_promised=evidence is not None and weight_floor == evidence.served.weight_floor and not settings.lossless,
+        is_lossless=settings.lossless,
     )
 
 
@@ -234,7 +240,7 @@ def _calibrated(settings: Settings, target: str, model: str, architecture: Archi
         )
     dense_layers = _dense_layers(settings, manifest.dense_layers, manifest.architecture.num_layers)
     served = ServedThresholds.calibrated(thresholds.curve_of(target))
-    return Selection(served, manifest.model.id, str(folder), dense_layers)
+    return Selection(served, manifest.model.id, str(folder), dense_layers, is_lossless=settings.lossless)
 
 
 def _shadow(settings: Settings, model: str, architecture: Architecture | None) -> Selection:
@@ -250,7 +256,8 @@ def _shadow(settings: Settings, model: str, architecture: Architecture | None) -
         )
     dense_layers = _dense_layers(settings, (), manifest.architecture.num_layers)
     served = ServedThresholds.relative(weight_floor)
-    return Selection(served, manifest.model.id, str(thresholds.folder), dense_layers, shadow)
+    origin, lossless = str(thresholds.folder), settings.lossless
+    return Selection(served, manifest.model.id, origin, dense_layers, shadow, is_lossless=lossless)
 
 
 def _dense_layers(settings: Settings, default: tuple[int, ...], num_layers: int | None) -> frozenset[int]:

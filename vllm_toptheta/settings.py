@@ -124,6 +124,14 @@ class Settings(BaseSettings):
         description="Go by shadow keys in mode shadow also where reading all keys is faster, which depends on how many "
         "tokens a step holds, and so on other requests.",
     )
+    lossless: bool = Field(
+        False,
+        description="Draft tokens with thresholds, and verify them densely, several in one step: answers are those of "
+        "dense attention, and a floor decides how many drafts are accepted, not what is answered.",
+    )
+    draft_tokens: int = Field(
+        6, ge=1, le=32, description="With lossless, tokens that are drafted before they are verified."
+    )
     per_request: bool = Field(
         True,
         description="Let requests ask for dense decoding, another floor or a promise by its name, in "
@@ -187,6 +195,7 @@ class Settings(BaseSettings):
             ) from error
         settings._check_target(source)
         settings._check_copies(source)
+        settings._check_drafts(source)
         return settings
 
     @property
@@ -213,6 +222,25 @@ class Settings(BaseSettings):
                 "without copies of values, keys are heavy by no bound",
                 field=source.name("heavy"),
                 remedy="Leave it out, or choose mode shadow, and do not switch shadow_values off",
+            )
+
+    def _check_drafts(self, source: Source) -> None:
+        """Refuse a number of drafts where there are none, and drafts that cannot be faster.
+
+        Raises:
+            SettingsError: Names the option.
+        """
+        if self.lossless and self.weight_floor == 0:
+            raise SettingsError(
+                "drafts that skip nothing are no faster than what verifies them",
+                field=source.name("weight_floor"),
+                remedy="Choose another floor, or leave lossless out",
+            )
+        if "draft_tokens" in self.model_fields_set and not self.lossless:
+            raise SettingsError(
+                "nothing is drafted",
+                field=source.name("draft_tokens"),
+                remedy="Leave it out, or set lossless",
             )
 
     def _check_target(self, source: Source) -> None:

@@ -268,6 +268,8 @@ def test_a_server_that_is_not_what_was_measured_says_so_and_a_strict_one_does_no
     with pytest.raises(errors.UnsupportedError, match="strict: the promise was measured otherwise: other weights"):
         make_config(options | {"strict": True})
     make_config(measured() | {"strict": True}, max_model_len=2048)
+    drafts = Plan.resolve(make_config(options | {"strict": True, "lossless": True}))
+    assert (drafts.promised, drafts.differences, drafts.watch) == (None, (), None)
     with pytest.raises(errors.UnsupportedError, match="strict: nothing is promised"):
         make_config({"strict": True})
 
@@ -402,6 +404,9 @@ def test_floors_that_are_none(make_config: MakeConfig, monkeypatch: pytest.Monke
         ({"target": "k:8", "mode": "shadow"}, errors.SettingsError, "target: .*served in mode values only"),
         ({"shadow_values": True}, errors.SettingsError, "shadow_values: copies of values belong to mode shadow"),
         ({"heavy": 0.1}, errors.SettingsError, "heavy: without copies .* mode shadow"),
+        ({"draft_tokens": 3}, errors.SettingsError, "draft_tokens: nothing is drafted. Leave it out, or set lossless"),
+        ({"lossless": True, "weight_floor": 0}, errors.SettingsError, "weight_floor: drafts that skip nothing are no"),
+        ({"lossless": True, "draft_tokens": 33}, errors.SettingsError, "draft_tokens: .* less than or equal to 32"),
         ({"mode": "shadow", "shadow_values": False, "heavy": 0.1}, errors.SettingsError, "heavy: without copies"),
         ({"heavy": 2}, errors.SettingsError, "heavy.*less than or equal to 1"),
         ({"max_lost_mass": 1}, errors.SettingsError, "max_lost_mass.*less than 1"),

@@ -194,6 +194,66 @@ def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> 
     assert release.run(code) == "[0.0, -inf, 0.0] {'dense': 1}"
 
 
+def test_engines_draft_with_the_model_that_they_serve(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm.v1.worker.worker_base import WorkerBase\n"
+        "import vllm.v1.worker.gpu_model_runner as runner\n"
+        "from vllm_toptheta.backend.hooks import self_drafts\n"
+        "made, theirs = [], runner.DraftModelProposer\n"
+        "assert 'DraftModelProposer(' in inspect.getsource(runner.GPUModelRunner.__init__)\n"
+        "assert 'self.create_speculative_config(' in inspect.getsource(EngineArgs.create_engine_config)\n"
+        "assert {'draft_sample_method', 'num_speculative_tokens'} <= set(\n"
+        "    inspect.signature(__import__('vllm.config').config.SpeculativeConfig).parameters)\n"
+        "EngineArgs.create_speculative_config = lambda args, *a, **named: made.append(args.speculative_config)\n"
+        "WorkerBase.__init__ = lambda worker, vllm_config, *a, **named: None\n"
+        "self_drafts.install(); self_drafts.install()\n"
+        "def start(name, options):\n"
+        "    args = S(attention_backend=name, attention_config=S(backend=None), model='m', speculative_config=None,\n"
+        "             additional_config={'toptheta': options})\n"
+        "    EngineArgs.create_speculative_config(args, target_model_config=None, target_parallel_config=None)\n"
+        "    WorkerBase(S(attention_config=S(backend=S(name=name.upper())), model_config='m', speculative_config=1,\n"
+        "                 additional_config=args.additional_config), 0, 0, '')\n"
+        "    return runner.DraftModelProposer\n"
+        "lossless = {'lossless': True, 'draft_tokens': 3}\n"
+        "assert start('toptheta', {}) is start('flash_attn', lossless) is theirs\n"
+        "ours = start('toptheta', lossless)\n"
+        "assert issubclass(ours, theirs) and ours is not theirs\n"
+        "for name in ('__init__', 'propose', 'prepare_next_token_ids_padded', 'load_model',\n"
+        "             'initialize_attn_backend'):\n"
+        "    known = [list(inspect.signature(getattr(one, name)).parameters) for one in (ours, theirs)]\n"
+        "    assert known[0] == known[1], known\n"
+        "assert '_sample_draft_tokens' in dir(theirs)\n"
+        "print(made)\n"
+    )
+    ours = {
+        "method": "draft_model",
+        "model": "m",
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
+    }
+    assert release.run(code) == str([None, None, ours])
+
+
+def test_drafts_are_verified_by_the_options_of_their_requests(release: Release) -> None:
+    code = (
+        "import inspect, torch\n"
+        "from vllm.v1.sample import rejection_sampler\n"
+        "from vllm_toptheta.backend.hooks import expanded_options\n"
+        "theirs = list(inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters)\n"
+        "expanded_options.install(); expanded_options.install()\n"
+        "expand = rejection_sampler.expand_batch_to_tokens\n"
+        "assert 'expand_batch_to_tokens(' in inspect.getsource(rejection_sampler.apply_sampling_constraints)\n"
+        "ends = torch.tensor([2, 2, 5], dtype=torch.int32)\n"
+        "print(theirs == ['x', 'cu_num_tokens', 'num_tokens', 'replace_from', 'replace_to'],\n"
+        "      expand(torch.tensor([0.5, 9.0, 0.0]), ends, 5, replace_from=0, replace_to=1).tolist(),\n"
+        "      expand(torch.tensor([3, 4, 5], dtype=torch.int32), ends, 5).tolist())\n"
+    )
+    assert release.run(code) == "True [0.5, 0.5, 1.0, 1.0, 1.0] [3, 3, 5, 5, 5]"
+
+
 def test_a_runner_without_the_method_is_refused(release: Release) -> None:
     code = CONFIG + (
         "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n"

@@ -106,6 +106,13 @@ def test_a_server_that_differs_is_warned_of_and_a_strict_one_refused(model: Path
         preflight(Settings.load(options), str(model))
 
 
+def test_lossless_needs_no_promise(model: Path, measured: Path) -> None:
+    for options in ({}, {"thresholds": measured}, {"mode": "shadow"}):
+        said = preflight(Settings.load({"lossless": True, "strict": True, **options}), str(model))
+        assert "lossless: answers are those of dense attention, by which drafts are verified" in said
+        assert "promise" not in said
+
+
 def test_what_config_json_says_of_the_serving_is_compared_too(model: Path, measured: Path) -> None:
     settings = Settings.load({"thresholds": measured, "strict": True})
     (model / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 4096}))

@@ -79,6 +79,7 @@ def test_the_thresholds_are_described(stats: Stats) -> None:
         "mode": "values",
         "target": "k:128",
         "compensation": "sdc+vmc",
+        "draft_tokens": "",
         "min_context": "128",
         "min_step_tokens": "0",
         "dense_layers": "0,3",

@@ -141,6 +141,14 @@ def test_a_promise_is_shown_with_where_the_server_differs(page: Page) -> None:
     assert page.complaints == []
 
 
+def test_that_tokens_are_drafts_is_shown(page: Page) -> None:
+    with serving(Engine([rank(counted(1, [0, 1], [[30, 10]], 0.25), draft_tokens=6)])) as port:
+        page.open(f"http://127.0.0.1:{port}/toptheta")
+        page.wait_for(IDLE)
+        assert "drafts6 tokens at a time, verified by dense attentioncompensation" in page.text("#in-force")
+    assert page.complaints == []
+
+
 def test_what_is_lost_beyond_the_evidence_is_shown(page: Page) -> None:
     layer = counted(1, [0, 1], [[30, 10]], 0.25)
     engine = Engine([rank(layer, promised=PROMISED, beyond_evidence=BEYOND)])

@@ -103,37 +103,70 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
-        self.guard_monitor.step()
         common = common_attn_metadata
-        block_size = self.kv_cache_spec.block_size
         starts = common.query_start_loc_cpu[: common.num_reqs + 1]
         query_lens = starts.diff()
         seq_lens = common.seq_lens[: common.num_reqs]
         block_table = common.block_table_tensor[: common.num_reqs]
-        is_decode = query_lens == 1
-        if common.is_prefilling is not None:
-            # the last token of a prompt is dense too, also when it is the only one left to compute
-            is_decode &= ~common.is_prefilling[: common.num_reqs]
+        if self.plan.settings.lossless:
+            # what is answered is dense; drafts are asked for below
+            is_decode = torch.zeros_like(query_lens, dtype=torch.bool)
+        else:
+            self.guard_monitor.step()
+            is_decode = query_lens == 1
+            if common.is_prefilling is not None:
+                # the last token of a prompt is dense too, also when it is the only one left to compute
+                is_decode &= ~common.is_prefilling[: common.num_reqs]
         rows = torch.nonzero(is_decode).flatten()
         prefills = [
             PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
             for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
         ]
-        decode = DecodeStep(
-            block_table[rows],
-            seq_lens[rows],
+        return StepMetadata(
+            decode=self._decode_step(block_table[rows], seq_lens[rows], rows),
+            decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
+            prefills=prefills,
+            tails=prepare_tails(
+                TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len),
+                self.kv_cache_spec.block_size,
+            ),
+        )
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> StepMetadata:
+        """A step of `self_drafts`, one token per sequence; nobody looks at that of a sequence of length 0."""
+        self.guard_monitor.step()
+        common = common_attn_metadata
+        rows = torch.nonzero(common.seq_lens[: common.num_reqs] > 0).flatten()
+        block_table, seq_lens = common.block_table_tensor[rows], common.seq_lens[rows]
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32)
+        return StepMetadata(
+            decode=self._decode_step(block_table, seq_lens, rows),
+            decode_tokens=rows,
+            prefills=[],
+            tails=prepare_tails(
+                TailStep(block_table, seq_lens, starts, max_query_len=1), self.kv_cache_spec.block_size
+            ),
+        )
+
+    def _decode_step(self, block_table: torch.Tensor, seq_lens: torch.Tensor, rows: torch.Tensor) -> DecodeStep | None:
+        """What decodes; None if nothing does.
+
+        Args:
+            block_table: [num_decodes, max_blocks] int32.
+            seq_lens: [num_decodes] int32.
+            rows: [num_decodes] int64, where the sequences stand in the batch.
+        """
+        if not len(rows):
+            return None
+        step = DecodeStep(
+            block_table,
+            seq_lens,
             max_dense_len=self.plan.dense_rule.max_len,
             min_step_tokens=self.plan.dense_rule.min_step_tokens,
             length_range=self.plan.length_range,
             threshold_offset=self.requests.offsets[rows],
         )
-        tails = TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len)
-        return StepMetadata(
-            decode=prepare_decode(decode, block_size) if len(rows) else None,
-            decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
-            prefills=prefills,
-            tails=prepare_tails(tails, block_size),
-        )
+        return prepare_decode(step, self.kv_cache_spec.block_size)
 
 
 class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):

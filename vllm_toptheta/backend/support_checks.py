@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.versions import check_version
+from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.support import (
     MLA,
     Engine,
@@ -102,6 +103,9 @@ def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> N
 def _engine(vllm_config: Any) -> Engine:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
+    drafts_itself = Settings.load((vllm_config.additional_config or {}).get(OPTIONS_KEY, {})).lossless
+    # as `hooks.self_drafts` has made it
+    is_own = drafts_itself and speculative is not None and speculative.model == model.model
     return Engine(
         device="cpu" if current_platform.is_cpu() else "gpu",
         cache_dtype=cache.cache_dtype,
@@ -114,7 +118,10 @@ def _engine(vllm_config: Any) -> Engine:
         moves_pages=vllm_config.kv_transfer_config is not None
         or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
-        draft=None if speculative is None else str(speculative.method),
+        draft=None if speculative is None or is_own else str(speculative.method),
+        drafts_itself=drafts_itself,
+        num_stages=parallel.pipeline_parallel_size,
+        adapts=vllm_config.lora_config is not None,
     ).of_checkpoint(model.hf_config.to_dict())
 
 

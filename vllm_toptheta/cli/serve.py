@@ -48,6 +48,13 @@ def serve(
         bool | None,
         typer.Option("--always-shadow/--no-always-shadow", help="Go by shadow keys also where that is slower."),
     ] = None,
+    lossless: Annotated[
+        bool | None,
+        typer.Option(
+            "--lossless/--no-lossless", help="Draft with thresholds, verify densely: dense attention's answers."
+        ),
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="With --lossless: tokens drafted at a time.")] = None,
     per_request: Annotated[
         bool | None,
         typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or other floors."),
@@ -75,6 +82,8 @@ def serve(
         "max_lost_mass": max_lost_mass,
         "guard_share": guard_share,
         "always_shadow": always_shadow,
+        "lossless": lossless,
+        "draft_tokens": draft_tokens,
         "per_request": per_request,
         "strict": strict,
         "page": page,

@@ -71,12 +71,14 @@ class EngineFlags:
                 or bool(flags.json_object(given, "--kv-transfer-config")),
                 "sleeps": flags.is_on(given, "--enable-sleep-mode"),
                 "draft": _draft(given),
+                "num_stages": flags.integer(given, "--pipeline-parallel-size", "-pp") or 1,
+                "adapts": flags.is_on(given, "--enable-lora"),
             },
         )
 
-    def on(self, device: Device) -> Engine:
+    def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
         """The engine on a device."""
-        return Engine(device=device, **self.engine)
+        return Engine(device=device, drafts_itself=drafts_itself, **self.engine)
 
 
 def _draft(given: list[Flag]) -> str | None:

@@ -65,7 +65,7 @@ def preflight(
         refuse(config.reasons(serving))
         serving = config.completed(serving)
     selection = select(settings, model, None if config is None else config.architecture)
-    caution = _check_engine(flags, config, settings.mode, selection, device or _vllm_build())
+    caution = _check_engine(flags, config, settings, selection, device or _vllm_build())
     thresholds = selection.thresholds
     if thresholds is None:
         return f"every layer will run dense: {selection.origin}{caution}"
@@ -91,14 +91,14 @@ def preflight(
 
 
 def _check_engine(
-    flags: EngineFlags, config: ServedConfig | None, mode: str, selection: Selection, device: Device | None
+    flags: EngineFlags, config: ServedConfig | None, settings: Settings, selection: Selection, device: Device | None
 ) -> str:
     """Refuse an engine that is served on none of the devices that it may run on.
 
     Args:
         flags: What vLLM's flags say.
         config: The model's; None where it is not known.
-        mode: `values` or `shadow`.
+        settings: The options in force.
         selection: The thresholds.
         device: What it runs on; None where that is not known.
 
@@ -110,7 +110,7 @@ def _check_engine(
     """
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
-        engine = flags.on(one)
+        engine = flags.on(one, drafts_itself=settings.lossless)
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
@@ -121,7 +121,7 @@ def _check_engine(
                 head_size=architecture.head_size,
                 num_heads=architecture.num_heads,
                 num_kv_heads=architecture.num_kv_heads,
-                mode=mode,
+                mode=settings.mode,
                 is_sparse=selection.thresholds is not None,
                 has_copies=selection.heavy is not None,
             )

@@ -37,7 +37,10 @@ class Engine:
         generates: Whether it generates text.
         moves_pages: Whether pages are copied out of it, or into it.
         sleeps: Whether it can give its memory back.
-        draft: How tokens are guessed; None where they are not.
+        draft: How tokens are guessed; None where they are not, or by the served model itself.
+        drafts_itself: Whether the served model drafts.
+        num_stages: Ranks that share the layers.
+        adapts: Whether it loads adapters.
     """
 
     device: Device
@@ -51,6 +54,9 @@ class Engine:
     moves_pages: bool = False
     sleeps: bool = False
     draft: str | None = None
+    drafts_itself: bool = False
+    num_stages: int = 1
+    adapts: bool = False
 
     def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
         """The same, with the dtype of the KV cache that a checkpoint comes with where no flag names one.
@@ -99,7 +105,21 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "context parallelism splits a sequence's scores over ranks",
         ): engine.num_context_ranks > 1,
     }
-    return [reason for reason, applies in checks.items() if applies]
+    return [reason for reason, applies in {**checks, **_drafting_reasons(engine)}.items() if applies]
+
+
+def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
+    """Why the served model cannot draft for itself, and whether that is so."""
+    drafts = engine.drafts_itself
+    return {
+        Reason("lossless", "the served model drafts on CPUs only so far", "Leave it out"): drafts
+        and engine.device == "gpu",
+        Reason("lossless", f"the served model drafts, and so does --speculative-config {engine.draft}"): drafts
+        and engine.draft is not None,
+        Reason("--pipeline-parallel-size", "lossless drafts need all layers on each rank"): drafts
+        and engine.num_stages > 1,
+        Reason("--enable-lora", "lossless drafts do not know which adapter a request has"): drafts and engine.adapts,
+    }
 
 
 def kernel_reasons(

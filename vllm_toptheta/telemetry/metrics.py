@@ -127,6 +127,7 @@ def _info(stats: Stats) -> InfoMetricFamily:
             "mode": stats.mode,
             "target": stats.target or "",
             "compensation": stats.compensation,
+            "draft_tokens": str(stats.draft_tokens or ""),
             "min_context": str(stats.min_context),
             "min_step_tokens": str(stats.min_step_tokens),
             "dense_layers": ",".join(map(str, stats.dense_layers)),

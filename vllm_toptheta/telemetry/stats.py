@@ -113,6 +113,11 @@ class InForce(BaseModel):
     )
     choices: list[str] = Field(description="What a request can ask for in vllm_xargs.toptheta.")
     promised: Promised | None = Field(description="What the server promises; null if nothing.")
+    draft_tokens: int | None = Field(
+        None,
+        description="Tokens that are drafted before they are verified densely: then decoded tokens are drafts; null "
+        "where they are what is answered.",
+    )
     num_layers: int
     num_kv_heads: int
     value_row_bytes: int = Field(description="Bytes of one cached value row: head size times bytes of an element.")

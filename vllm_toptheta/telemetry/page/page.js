@@ -143,6 +143,7 @@ function drawInForce(stats) {
     "target": stats.target ?? "–",
     "promised": describePromise(stats.promised),
     ...(stats.beyond_evidence && { "beyond the evidence": describeBeyond(stats.beyond_evidence) }),
+    ...(stats.draft_tokens && { "drafts": `${stats.draft_tokens} tokens at a time, verified by dense attention` }),
     "compensation": stats.compensation,
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
     "dense up to": describeDense(stats),

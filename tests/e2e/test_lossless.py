@@ -1,0 +1,249 @@
+"""Lossless: whatever is drafted, texts are those of dense attention, and samples have its distribution."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tests.e2e.conftest import TINY, Subject, write_model
+from tests.e2e.generate import ENVIRONMENT, IN_PROCESSES_OF_THEIR_OWN, IN_THIS_PROCESS, Call, generate
+from tests.e2e.texts import ON_GPU, assert_same_text, cut
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("lossless"),
+    pytest.mark.skipif(ON_GPU, reason="the served model drafts on CPUs only so far"),
+]
+
+LENGTHS = [700, 160, 1500, 40]
+# such a prompt fills 20 of 84 blocks and grows to 23: all four start, and not all of them can end
+TIGHT_LENGTHS = [305] * 4
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: Subject) -> list[list[int]]:
+    return cut(tiny.text, LENGTHS + TIGHT_LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def dense(tiny: Subject, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    (answer,) = tiny.stock([Call(prompts, MAX_TOKENS)])
+    return answer["outputs"]
+
+
+def lossless(
+    subject: Subject,
+    calls: list[Call],
+    *,
+    draft_tokens: int = 4,
+    environment: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
+    **engine: Any,
+) -> list[dict[str, Any]]:
+    return generate(
+        calls,
+        environment,
+        model=str(subject.model),
+        backend="toptheta",
+        options={"lossless": True, "draft_tokens": draft_tokens, "weight_floor": subject.floor, **(options or {})},
+        engine={**subject.engine, **engine},
+    )
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4, 20], ids="{} drafts".format)
+def test_texts_are_those_of_dense_attention(
+    tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]], draft_tokens: int
+) -> None:
+    calls = [Call(prompts, MAX_TOKENS)] * 2
+    first, again = lossless(
+        tiny, calls, draft_tokens=draft_tokens, enable_prefix_caching=True, max_num_batched_tokens=512
+    )
+    assert_same_text(first["outputs"], dense)
+    assert_same_text(again["outputs"], dense)
+    assert again["prefix_hits"] > 2000
+    # some are accepted, and some are not: the model draws from its own thresholds
+    for one in (first, again):
+        assert 0 < one["accepted"] < 0.98 * one["drafted"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "shadow", "shadow_values": True, "always_shadow": True}, {"weight_floor": 900.0, "compensation": "none"}],
+    ids=["copies", "next to nothing is read"],
+)
+def test_whatever_drafts(
+    tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    (answer,) = lossless(tiny, [Call(prompts, MAX_TOKENS)], options=options)
+    assert_same_text(answer["outputs"], dense)
+    assert 0 < answer["accepted"] < 0.98 * answer["drafted"]
+    (stats,) = answer["stats"]
+    # what is counted are drafts, and their keys are skipped
+    assert stats["decode_tokens"] >= answer["drafted"]
+    assert sum(head["rows_read"] for head in stats["layers"]) < 0.8 * sum(
+        head["rows_cached"] for head in stats["layers"]
+    )
+
+
+def test_preemption(tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]) -> None:
+    tight = slice(len(LENGTHS), None)
+    (answer,) = lossless(
+        tiny, [Call(prompts[tight], MAX_TOKENS)], block_size=16, num_gpu_blocks_override=84, max_model_len=512
+    )
+    assert answer["preemptions"] > 0
+    assert_same_text(answer["outputs"], dense[tight])
+
+
+def test_up_to_the_longest_sequence(tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]) -> None:
+    (answer,) = lossless(tiny, [Call(prompts[:2], MAX_TOKENS)], draft_tokens=7, max_model_len=LENGTHS[0] + MAX_TOKENS)
+    assert_same_text(answer["outputs"], dense[:2])
+
+
+def test_drafts_of_dense_requests_are_all_accepted(
+    tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
+) -> None:
+    (answer,) = lossless(tiny, [Call(prompts, MAX_TOKENS, asked=["dense"] * len(prompts))])
+    assert_same_text(answer["outputs"], dense)
+    # drafts behind the last token are cut, not rejected
+    assert answer["accepted"] > 0.9 * answer["drafted"]
+
+
+def test_two_ranks(tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]) -> None:
+    short = [1, 3]
+    (answer,) = lossless(
+        tiny,
+        [Call([prompts[index] for index in short], 16)],
+        environment=IN_PROCESSES_OF_THEIR_OWN,
+        tensor_parallel_size=2,
+    )
+    expected = [{"token_ids": dense[index]["token_ids"][:16], "top2": dense[index]["top2"][:16]} for index in short]
+    assert_same_text(answer["outputs"], expected)
+    assert answer["accepted"] > 0
+
+
+def test_refusals(tiny: Subject, prompts: list[list[int]]) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    for engine, words in (
+        ({"speculative_config": ngram}, "lossless: drafts come from the served model itself"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: lossless drafts need all layers on each rank"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            lossless(tiny, [Call(prompts[:1], 4)], **engine)
+
+
+def run(module: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    result = folder / "result.json"
+    process = subprocess.run(
+        [sys.executable, "-m", f"tests.e2e.{module}", str(result)],
+        input=json.dumps(config),
+        env={**os.environ, **ENVIRONMENT, **IN_THIS_PROCESS},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-6000:]
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly)]
+)
+def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - nothing is secret
+    # scores spread differently from model to model, and so does what is accepted
+    fields = {
+        **TINY,
+        "initializer_range": chance.choice([0.06, 0.1, 0.15]),
+        "num_key_value_heads": chance.choice([1, 2, 4]),
+    }
+    model = write_model(LlamaConfig(**fields), tmp_path)
+    vocabulary, beginning = TINY["vocab_size"], [chance.randrange(512) for _ in range(400)]
+    requests = [
+        {
+            "prompt": [
+                *beginning[: chance.choice([0, 64, 333, 400])],
+                *(chance.randrange(vocabulary) for _ in range(chance.randrange(1, 200))),
+            ],
+            "max_tokens": chance.randrange(1, 60),
+            "stop": [chance.randrange(vocabulary) for _ in range(chance.choice([0, 0, 30]))],
+            "left": chance.choice([None, None, None, 1, 7]),
+        }
+        for _ in range(24)
+    ]
+    config = {"model": str(model), "requests": requests, "seed": seed}
+    engine = {"max_model_len": 700, "block_size": 32}
+    whole = [{**request, "left": None} for request in requests]
+    expected = run(
+        "lossless_load",
+        tmp_path,
+        {**config, "requests": whole, "backend": None, "options": {}, "engine": {**engine, "max_num_seqs": 1}},
+    )["texts"]
+    found = run(
+        "lossless_load",
+        tmp_path,
+        {
+            **config,
+            "backend": "toptheta",
+            "options": {
+                "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
+                "guard": "off",
+            },
+            # three of the longest fit, so that some are preempted
+            "engine": {**engine, "max_num_seqs": 6, "num_gpu_blocks_override": 56, "max_num_batched_tokens": 256},
+        },
+    )  # fmt: skip
+    assert set(found["texts"]) >= {str(index) for index, request in enumerate(requests) if request["left"] is None}
+    for index, text in found["texts"].items():
+        assert text == expected[index], index
+    assert 0 < found["accepted"] < found["drafted"]
+    assert found["prefix_hits"] > 0
+
+
+def test_samples_have_the_distribution_of_dense_attention(tmp_path: Path) -> None:
+    # few tokens, so that texts of three repeat
+    model = write_model(LlamaConfig(**{**TINY, "vocab_size": 8, "num_hidden_layers": 2}), tmp_path)
+    chance = random.Random(3)  # noqa: S311 - nothing is secret
+    config = {
+        "model": str(model),
+        "prompt": [chance.randrange(8) for _ in range(300)],
+        "number": 4000,
+        "sampling": {"temperature": 1.5, "max_tokens": 3},
+    }
+    floor = {"weight_floor": 20.0, "min_context": 0, "guard": "off"}
+    dense = run("sample", tmp_path, {**config, "backend": None, "options": {}, "seed": 1})
+    lossy = run("sample", tmp_path, {**config, "backend": "toptheta", "options": floor, "seed": 2})
+    ours = run(
+        "sample",
+        tmp_path,
+        {**config, "backend": "toptheta", "options": {**floor, "lossless": True, "draft_tokens": 2}, "seed": 3},
+    )
+    assert 0.3 * ours["drafted"] < ours["accepted"] < 0.98 * ours["drafted"]
+    # the same number of samples tells what thresholds change
+    assert p_value(dense["counts"], lossy["counts"]) < 1e-6
+    assert p_value(dense["counts"], ours["counts"]) > 1e-3
+
+
+def p_value(one: dict[str, int], other: dict[str, int]) -> float:
+    """Of the chi-squared test that both are drawn from one distribution; rare texts count as one."""
+    common = [text for text in one.keys() | other.keys() if one.get(text, 0) + other.get(text, 0) >= 20]
+    table = torch.tensor([[counts.get(text, 0) for text in common] for counts in (one, other)], dtype=torch.float64)
+    rest = torch.tensor([sum(one.values()), sum(other.values())]) - table.sum(1)
+    if rest.sum() >= 20:
+        table = torch.cat((table, rest[:, None]), dim=1)
+    expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True) / table.sum()
+    statistic = ((table - expected) ** 2 / expected).sum()
+    degrees = torch.tensor(table.shape[1] - 1, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))

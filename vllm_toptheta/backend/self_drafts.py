@@ -1,0 +1,150 @@
+"""Drafts by the served model itself, with the layers' sparse attention, on the KV cache that it is served from.
+
+vLLM's V1 runner asks for drafts after every step, and verifies them in the next one, in which all tokens attend
+densely. With n' tokens whose keys and values are confirmed and x_0 the token sampled last, step i runs x_i at position
+n' + i, writes its keys and values there, and samples x_i+1. The verifying step runs x_0 to x_g at n' to n' + g and
+writes all of these again, so nothing of a draft is left where it counts. Slots up to there are the scheduler's
+lookahead, and lie in pages that are not full, which no other request shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
+
+from vllm_toptheta.errors import UnsupportedError
+
+
+class SelfDrafts(DraftModelProposer):
+    """What the V1 runner makes, by the name of its base class, for an engine whose draft model is the served one."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self._runner = runner
+        self._idle: torch.Tensor | None = None
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Takes the served model; there are no weights of its own."""
+        self.model = target_model
+        self.supports_mm_inputs = False
+        self._draft_attn_layer_names: set[str] = set()
+
+    def validate_same_kv_cache_group(self, kv_cache_config: Any) -> None:
+        """Nothing: `initialize_attn_backend` says what does not fit."""
+
+    def initialize_attn_backend(self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None) -> None:
+        """Finds that drafts can use the runner's pages and metadata builders.
+
+        Raises:
+            UnsupportedError: Layers have block tables of several kinds, and a runner tells one.
+        """
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise UnsupportedError(
+                "layers with windows and without have pages of several kinds, and drafts know one",
+                field="lossless",
+                remedy="Leave it out, or give --disable-hybrid-kv-cache-manager",
+            )
+        self.kv_cache_gid = 0
+        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+
+    def dummy_run(self, *arguments: Any, **named: Any) -> None:
+        """Nothing: the served model's own is the same."""
+
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # the runner says here, and nowhere else, whose prompts are not done
+        self._idle = discard_request_mask[: len(sampled_token_ids)]
+        return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: Any,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """Drafts for every sequence of a step.
+
+        Args:
+            num_speculative_tokens: Tokens to draft.
+            target_token_ids, target_positions, target_hidden_states: Unused; of the step before.
+            next_token_ids: [num_reqs], sampled last.
+            token_indices_to_sample: Unused.
+            common_attn_metadata: Of the step before, whose lengths hold rejected tokens.
+            sampling_metadata: Says how to sample.
+            mm_embed_inputs, slot_mappings: Unused.
+            num_rejected_tokens_gpu: [num_reqs]; None if nothing was verified.
+
+        Returns:
+            [num_reqs, num_speculative_tokens].
+        """
+        self.num_speculative_tokens, self._last_draft_probs = num_speculative_tokens, None
+        num_reqs, table = common_attn_metadata.num_reqs, common_attn_metadata.block_table_tensor
+        lengths = common_attn_metadata.seq_lens[:num_reqs].clone()
+        if num_rejected_tokens_gpu is not None:
+            lengths -= num_rejected_tokens_gpu[:num_reqs]
+        drafts = [next_token_ids[:num_reqs].to(torch.int32)]
+        probabilities = []
+        rows = torch.arange(num_reqs, device=lengths.device)
+        for _ in range(num_speculative_tokens):
+            positions = lengths.long()
+            slots = table[rows, positions // self.block_size].long() * self.block_size + positions % self.block_size
+            lengths = lengths + 1
+            if self._idle is not None:
+                slots = slots.masked_fill(self._idle, PADDING_SLOT_ID)
+            hidden_states = self._run(drafts[-1], positions, slots, self._step(common_attn_metadata, lengths))
+            token_ids, of_step = self._sample_draft_tokens(hidden_states, sampling_metadata)
+            drafts.append(token_ids.to(torch.int32))
+            if of_step is not None:
+                probabilities.append(of_step)
+        if probabilities:
+            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
+        return torch.stack(drafts[1:], dim=1) if len(drafts) > 1 else next_token_ids.new_empty(num_reqs, 0)
+
+    def _step(self, common: CommonAttentionMetadata, lengths: torch.Tensor) -> CommonAttentionMetadata:
+        """Metadata of a step of one token per sequence; those that are idle have no token in it."""
+        num_reqs = common.num_reqs
+        if self._idle is not None:
+            lengths = lengths.masked_fill(self._idle, 0)
+        return replace(
+            common,
+            query_start_loc=self.arange[: num_reqs + 1],
+            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
+            seq_lens=lengths,
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            max_seq_len=min(common.max_seq_len + self.num_speculative_tokens, self.max_model_len),
+            slot_mapping=common.slot_mapping[:num_reqs],
+        )
+
+    def _run(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
+    ) -> torch.Tensor:
+        """Hidden states of one token per sequence."""
+        metadata: dict[str, Any] = {}
+        for group in (one for groups in self._runner.attn_groups for one in groups):
+            metadata |= dict.fromkeys(group.layer_names, group.build_metadata_for_drafting(common, draft_index=0))
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=len(token_ids),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=dict.fromkeys(metadata, slots),
+        ):
+            states = self.model(input_ids=token_ids, positions=positions, inputs_embeds=None)
+        return states if isinstance(states, torch.Tensor) else states[0]
