@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.kernels.cpu_case import decode
 from tests.kernels.gaps import in_a_gap
 from tests.kernels.paged import PagedSequences
+from vllm_toptheta.kernels.cpu import values
 from vllm_toptheta.kernels.cpu.cache import write_kv
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import (
@@ -27,6 +28,15 @@ from vllm_toptheta.reference import (
 SHAPES = {"mha": (2, 2, 64), "gqa 3": (9, 3, 64), "gqa 8": (8, 1, 80)}
 # accumulation order differs between the kernel and the reference
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What decodes: Numba's code, or torch operations as where there is none."""
+    name: str = request.param
+    if name == "torch":
+        monkeypatch.setattr(values, "compiled_for", lambda dtype: None)
+    return name
 
 
 def sequences(lens: list[int], shape: str, block_size: int, dtype: torch.dtype, seed: int = 42) -> Any:

@@ -11,9 +11,9 @@ from vllm_toptheta.kernels.cpu.cache import NULL_BLOCK
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """The sequences of a decode step.
+    """The sequences of a decode step; hashed by what it is, so that arrays of it can be kept.
 
     Attributes:
         seq_lens: [num_seqs] int64, cached tokens including the new one; at least 1.

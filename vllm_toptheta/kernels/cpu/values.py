@@ -7,6 +7,10 @@ Source: arXiv 2502.08363, sections on softmax denominator and value-mean compens
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, LayerThresholds, check
@@ -33,12 +37,36 @@ def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
     thresholds = call.layer.thresholds
     if thresholds is None or step.prepared.keeps_everything:
         keep_everything(step.prepared, call, scratch)
+    elif (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
+        _count(step.prepared, call, scratch, *compiled.decode(step.prepared, call))
     else:
         _keep_survivors(step.prepared, call, thresholds, scratch)
 
 
+@functools.cache
+def compiled_for(dtype: torch.dtype) -> ModuleType | None:
+    """What reads caches of `dtype` faster than torch operations do; None without Numba, or if that does not know it."""
+    try:
+        compiled = importlib.import_module("vllm_toptheta.kernels.cpu.compiled")
+    except ImportError:
+        return None
+    return compiled if dtype in compiled.READ_AS else None
+
+
+def _count(
+    batch: Batch, call: LayerCall, scratch: CpuScratch, rows_read: torch.Tensor, lost_mass: torch.Tensor
+) -> None:
+    window = call.layer.sliding_window
+    keys_read = batch.seq_lens if window is None else batch.seq_lens.clamp(max=window)
+    keys_read = keys_read[:, None].expand_as(rows_read)
+    scratch.add(call.layer.counters, Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read))
+
+
 def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     """Dense attention of the new tokens, in all modes."""
+    if (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
+        _count(batch, call, scratch, *compiled.decode(batch, call))
+        return
     num_seqs, num_heads, head_size = call.query.shape
     key_cache, value_cache = split_cache(call.cache.kv_cache)
     num_kv_heads = key_cache.shape[1]
@@ -56,9 +84,7 @@ def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     output = torch.matmul(weights, values).sum(dim=1) / total[..., None]
     call.output.copy_(output.view(num_seqs, num_heads, head_size))
     rows_read = visible.sum(dim=1, keepdim=True).expand(-1, num_kv_heads)
-    lost_mass = torch.zeros(num_seqs, num_heads)
-    counted = Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read=rows_read)
-    scratch.add(call.layer.counters, counted)
+    _count(batch, call, scratch, rows_read, torch.zeros(num_seqs, num_heads))
 
 
 def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, scratch: CpuScratch) -> None:
@@ -97,10 +123,7 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
         value_sum=call.cache.value_sum,
     )
     call.output.copy_(output.view(num_seqs, num_heads, head_size))
-    rows_read = valid.sum(dim=2)
-    keys_read = batch.seq_lens[:, None].expand_as(rows_read)
-    lost_mass = lost_mass.view(num_seqs, num_heads)
-    scratch.add(call.layer.counters, Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read))
+    _count(batch, call, scratch, valid.sum(dim=2), lost_mass.view(num_seqs, num_heads))
 
 
 def _scores(

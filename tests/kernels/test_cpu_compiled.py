@@ -1,0 +1,80 @@
+"""What Numba compiles: bits that do not depend on threads, exponentials, and where it is not used."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.cpu_case import decode
+from tests.kernels.paged import PagedSequences
+from vllm_toptheta.kernels.cpu import compiled, values
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def paged() -> PagedSequences:
+    lens = [700, 1, 300, 2_000]
+    generator = torch.Generator().manual_seed(0)
+    made = PagedSequences.allocate(
+        lens, num_kv_heads=3, head_size=64, block_size=16, dtype=torch.bfloat16, generator=generator
+    )
+    made.append(lens, generator)
+    return made
+
+
+def test_threads_change_no_bit(paged: PagedSequences, threads: None) -> None:
+    query = 4 * torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(decode(query, paged, torch.zeros(9), slope=1.0, log_slope=-1.0, max_dense_len=144))
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert 0 < float(found[0].lost_mass.max()) < 1
+
+
+def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours = decode(query, paged, None, sliding_window=90)
+    monkeypatch.setattr(values, "compiled_for", lambda dtype: None)
+    theirs = decode(query, paged, None, sliding_window=90)
+    torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=2e-5)
+    assert ours.value_rows_read.tolist() == theirs.value_rows_read.tolist()
+    assert ours.keys_read.tolist() == theirs.keys_read.tolist() == [[90] * 3, [1] * 3, [90] * 3, [90] * 3]
+
+
+def test_exponentials() -> None:
+    for x in (0.0, -1e-7, -0.1, -0.34657, -0.34658, -1.0, -10.3, -50.0, -86.0):
+        assert compiled._exp(np.float32(x)) == pytest.approx(math.exp(np.float32(x)), rel=5e-7)
+    assert compiled._exp(np.float32(-200.0)) == compiled._exp(np.float32(-np.inf)) == 0
+
+
+def test_other_dtypes_and_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    values.compiled_for.cache_clear()
+    assert values.compiled_for(torch.bfloat16) is values.compiled_for(torch.float32) is compiled
+    assert values.compiled_for(torch.float16) is None
+    values.compiled_for.cache_clear()
+    monkeypatch.setitem(sys.modules, "vllm_toptheta.kernels.cpu.compiled", None)
+    assert values.compiled_for(torch.bfloat16) is None
+    values.compiled_for.cache_clear()
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: object, **options: object) -> str:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return f"compiled with {options}"
+
+    monkeypatch.setattr(compiled, "njit", refuse)
+    assert compiled._compiled(len) == f"compiled with {{'parallel': True, 'fastmath': {compiled._FAST}}}"
