@@ -69,7 +69,8 @@ def _exp(x):
     power = power * y + np.float32(0.5)
     power = power * y + np.float32(1.0)
     power = power * y + np.float32(1.0)
-    power *= np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    # the exponent's bits, by a product that is exact: integers would be widened to 64 bits
+    power *= np.int32((whole + np.float32(127.0)) * np.float32(1 << 23)).view(np.float32)
     return np.float32(0.0) if is_tiny else power
 
 
