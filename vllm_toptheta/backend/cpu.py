@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
@@ -45,6 +46,8 @@ from vllm_toptheta.limits import BLOCK_MULTIPLE
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_layout import KVCacheLayout
+
+logger = init_logger("vllm.toptheta")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         if (compiled := values.compiled_for(kv_cache_spec.dtype)) is not None:
+            logger.info_once("toptheta: compiling for this CPU, which takes some seconds where it was not kept on disk")
             compiled.warm_up(kv_cache_spec.dtype)
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
