@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -42,6 +43,18 @@ def test_threads_change_no_bit(paged: PagedSequences, threads: None) -> None:
     for one, other in zip(*found, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     assert 0 < float(found[0].lost_mass.max()) < 1
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    # in a process whose threads Numba has not started yet
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from vllm_toptheta.kernels.cpu import compiled\n"
+        "compiled.warm_up(torch.bfloat16)\n"
+        "import numba; print(torch.get_num_threads(), numba.get_num_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 1\n"
 
 
 def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypatch: pytest.MonkeyPatch) -> None:

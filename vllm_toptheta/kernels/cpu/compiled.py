@@ -271,8 +271,7 @@ def decode(batch: Batch, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         coefficients, is_dense = thresholds.coefficients, arrays.is_dense
         log_lengths = arrays.own_log_lengths if thresholds.is_relative else arrays.log_lengths
-    if (num_threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)) != numba.get_num_threads():
-        numba.set_num_threads(num_threads)
+    _use_threads_of_torch()
     _decode(
         (call.query.float() * layer.softmax_scale).numpy(),
         _memory(cache).view(READ_AS[cache.dtype]).numpy(),
@@ -299,6 +298,14 @@ def decode(batch: Batch, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
     if output is not call.output:
         call.output.copy_(output)
     return rows_read, lost_mass
+
+
+def _use_threads_of_torch() -> None:
+    """As many as torch has; where Numba starts its own, by OpenMP, it would set torch's number too."""
+    num_threads = torch.get_num_threads()
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def warm_up(dtype: torch.dtype) -> None:
