@@ -61,7 +61,7 @@ def lossless(
     )
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 4, 20], ids="{} drafts".format)
+@pytest.mark.parametrize("draft_tokens", [pytest.param(1, marks=pytest.mark.nightly), 4, 20], ids="{} drafts".format)
 def test_texts_are_those_of_dense_attention(
     tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]], draft_tokens: int
 ) -> None:
@@ -79,8 +79,12 @@ def test_texts_are_those_of_dense_attention(
 
 @pytest.mark.parametrize(
     "options",
-    [{"mode": "shadow", "shadow_values": True, "always_shadow": True}, {"weight_floor": 900.0, "compensation": "none"}],
-    ids=["copies", "next to nothing is read"],
+    [
+        pytest.param({"mode": "shadow", "shadow_values": True, "always_shadow": True}, id="copies"),
+        pytest.param(
+            {"weight_floor": 900.0, "compensation": "none"}, id="next to nothing is read", marks=pytest.mark.nightly
+        ),
+    ],
 )
 def test_whatever_drafts(
     tiny: Subject, prompts: list[list[int]], dense: list[dict[str, Any]], options: dict[str, Any]
