@@ -205,7 +205,7 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
                 "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
                 "guard": "off",
             },
-            # three of the longest fit, so that some are preempted
+            # few blocks, for which requests wait
             "engine": {**engine, "max_num_seqs": 6, "num_gpu_blocks_override": 56, "max_num_batched_tokens": 256},
         },
     )  # fmt: skip

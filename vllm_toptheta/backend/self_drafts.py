@@ -49,7 +49,7 @@ class SelfDrafts(DraftModelProposer):
             raise UnsupportedError(
                 "layers with windows and without have pages of several kinds, and drafts know one",
                 field="lossless",
-                remedy="Leave it out, or give --disable-hybrid-kv-cache-manager",
+                remedy="Leave it out",
             )
         self.kv_cache_gid = 0
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size

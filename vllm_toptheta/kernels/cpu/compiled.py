@@ -1,4 +1,4 @@
-"""Mode `values` and dense layers on CPUs, compiled by Numba, which comes with vLLM: one pass over keys, and no copies.
+"""Mode `values` and dense layers on CPUs, compiled by Numba, which comes with vLLM: keys are read once, in place.
 
 scan     scores of all keys, by chunks of a sequence and kv head that threads share
 judge    the threshold of every head, from the scores of its anchors
