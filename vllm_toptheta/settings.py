@@ -198,6 +198,19 @@ class Settings(BaseSettings):
         settings._check_drafts(source)
         return settings
 
+    @classmethod
+    def of_engine(cls, config: Any) -> Settings:
+        """The settings of an engine.
+
+        Args:
+            config: vLLM's configuration or arguments of it, whose `additional_config` holds them.
+
+        Raises:
+            SettingsError: As `load`.
+        """
+        options = config.additional_config
+        return cls.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
+
     @property
     def has_copies(self) -> bool | None:
         """Whether light keys are weighed by copies; None if that depends on the store that `thresholds` names."""

@@ -207,15 +207,21 @@ def test_engines_draft_with_the_model_that_they_serve(release: Release) -> None:
         "assert 'self.create_speculative_config(' in inspect.getsource(EngineArgs.create_engine_config)\n"
         "assert {'draft_sample_method', 'num_speculative_tokens'} <= set(\n"
         "    inspect.signature(__import__('vllm.config').config.SpeculativeConfig).parameters)\n"
-        "EngineArgs.create_speculative_config = lambda args, *a, **named: made.append(args.speculative_config)\n"
+        "def create(args, **named):\n"
+        "    made.append(args.speculative_config)\n"
+        "    return S(target_model_config='served', draft_model_config='read again')\n"
+        "EngineArgs.create_speculative_config = create\n"
         "WorkerBase.__init__ = lambda worker, vllm_config, *a, **named: None\n"
         "self_drafts.install(); self_drafts.install()\n"
         "def start(name, options):\n"
         "    args = S(attention_backend=name, attention_config=S(backend=None), model='m', speculative_config=None,\n"
-        "             additional_config={'toptheta': options})\n"
-        "    EngineArgs.create_speculative_config(args, target_model_config=None, target_parallel_config=None)\n"
+        "             revision='r', code_revision=None, additional_config={'toptheta': options})\n"
+        "    config = EngineArgs.create_speculative_config(\n"
+        "        args, target_model_config=None, target_parallel_config=None)\n"
+        "    assert config.draft_model_config == ('served' if made[-1] else 'read again')\n"
+        "    assert args.speculative_config is None\n"
         "    WorkerBase(S(attention_config=S(backend=S(name=name.upper())), model_config='m', speculative_config=1,\n"
-        "                 additional_config=args.additional_config), 0, 0, '')\n"
+        "                 additional_config=args.additional_config, use_v2_model_runner=False), 0, 0, '')\n"
         "    return runner.DraftModelProposer\n"
         "lossless = {'lossless': True, 'draft_tokens': 3}\n"
         "assert start('toptheta', {}) is start('flash_attn', lossless) is theirs\n"
@@ -231,10 +237,55 @@ def test_engines_draft_with_the_model_that_they_serve(release: Release) -> None:
     ours = {
         "method": "draft_model",
         "model": "m",
+        "revision": "r",
+        "code_revision": None,
         "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic",
     }
     assert release.run(code) == str([None, None, ours])
+
+
+def test_the_v2_runner_drafts_with_the_model_that_it_serves(release: Release) -> None:
+    if not (release.files / "vllm/v1/worker/gpu/spec_decode/target_dependent_ar").is_dir():
+        pytest.skip("drafts by models are vLLM's V1 runner's, so lossless is refused on GPUs")
+    code = (
+        "import inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "import vllm.v1.worker.gpu.model_runner as runner\n"
+        "from vllm.v1.worker.gpu import attn_utils, block_table, cudagraph_utils, input_batch\n"
+        "from vllm.v1.worker.worker_base import WorkerBase\n"
+        "from vllm_toptheta.backend.hooks import self_drafts\n"
+        "from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator\n"
+        "AR = speculator.TargetDependentARSpeculator\n"
+        "assert 'self.speculator = init_speculator(' in inspect.getsource(runner.GPUModelRunner.__init__)\n"
+        "WorkerBase.__init__ = lambda worker, vllm_config, *a, **named: None\n"
+        "self_drafts.install()\n"
+        "WorkerBase(S(attention_config=S(backend=S(name='TOPTHETA')), model_config='m', speculative_config=1,\n"
+        "             additional_config={'toptheta': {'lossless': True}}, use_v2_model_runner=True), 0, 0, '')\n"
+        "from vllm_toptheta.backend.drafts.v2_runner import SelfSpeculator as ours\n"
+        "ours.__init__ = lambda *args: print(args[1:])\n"
+        "runner.init_speculator('config', 'device', 'states')\n"
+        "for name in ('load_draft_model', 'init_cudagraph_manager', 'capture', 'propose'):\n"
+        "    known = [list(inspect.signature(getattr(one, name)).parameters) for one in (ours, AR)]\n"
+        "    assert known[0] == known[1], (name, known)\n"
+        "def takes(function, *names):\n"
+        "    assert set(names) <= set(inspect.signature(function).parameters), (function, names)\n"
+        "takes(AR.set_attn, 'model_state', 'kv_cache_config')\n"
+        "takes(AR._build_uniform_attn_metadata, 'batch_desc', 'num_reqs', 'num_query_per_req', 'step',\n"
+        "      'seq_lens_cpu_upper_bound')\n"
+        "takes(AR._copy_request_inputs, 'num_reqs', 'idx_mapping', 'temperature', 'seeds', 'dummy_run')\n"
+        "takes(cudagraph_utils.CudaGraphManager.dispatch, 'num_reqs', 'num_tokens', 'uniform_token_count',\n"
+        "      'num_active_loras')\n"
+        "drawn = ['hidden_states', 'sample_src_positions', 'idx_mapping', 'temperature', 'seeds', 'draft_step',\n"
+        "         'draft_logits']\n"
+        "assert list(inspect.signature(AR.sample_draft).parameters)[1:8] == drawn\n"
+        "slots = inspect.signature(block_table.BlockTables.compute_slot_mappings).parameters\n"
+        "assert list(slots)[1:5] == ['idx_mapping', 'query_start_loc', 'positions', 'num_tokens_padded'], list(slots)\n"
+        "assert list(inspect.signature(attn_utils.build_slot_mappings_by_layer).parameters) == [\n"
+        "    'slot_mappings', 'kv_cache_config']\n"
+        "assert ours.num_extra_query_per_req == 0\n"
+    )
+    assert release.run(code) == "('config', 'device')"
 
 
 def test_drafts_are_verified_by_the_options_of_their_requests(release: Release) -> None:

@@ -42,6 +42,7 @@ GPU_ENGINE = {
     "kv_cache_memory_bytes": 2 << 30,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
 }
+ENGINE = GPU_ENGINE if ON_GPU else CPU_ENGINE
 
 COUNTS = ("decode_steps", "decode_tokens", "dense_tokens", "asked_tokens")
 HEAD_COUNTS = ("decode_tokens", "dense_tokens", "asked_tokens", "rows_cached", "rows_read", "keys_read", "copies_read")
@@ -120,7 +121,7 @@ def main() -> None:
             "max_model_len": 4096,
             "max_num_seqs": 8,
             "disable_log_stats": False,
-            **(GPU_ENGINE if ON_GPU else CPU_ENGINE),
+            **ENGINE,
             **config.get("engine", {}),
         },
     )

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.generate import CPU_ENGINE
+from tests.e2e.generate import ENGINE
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         additional_config={"toptheta": config["options"]},
         disable_log_stats=False,
         skip_tokenizer_init=True,
-        **{**CPU_ENGINE, **config["engine"]},
+        **{**ENGINE, **config["engine"]},
     )
     engine, chance = llm.llm_engine, random.Random(config["seed"])  # noqa: S311 - nothing is secret
     waiting = list(enumerate(config["requests"]))

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.e2e.generate import CPU_ENGINE
+from tests.e2e.generate import ENGINE
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         max_model_len=512,
         max_num_seqs=128,
         seed=config.get("seed", 0),
-        **CPU_ENGINE,
+        **ENGINE,
     )
     sampling = SamplingParams(ignore_eos=True, detokenize=False, **config["sampling"])
     prompts = [{"prompt_token_ids": config["prompt"]}] * config["number"]

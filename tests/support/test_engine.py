@@ -28,7 +28,12 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"block_size": 8}, []),
         ({"draft": "ngram"}, ["cpu", "gpu"]),
         ({"draft": "eagle3"}, []),
-        ({"drafts_itself": True}, ["cpu"]),
+        ({"drafts_itself": True}, ["cpu", "gpu"]),
+        *(
+            ({"drafts_itself": True, **asked}, ["cpu"])
+            for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2})
+        ),
+        ({"runs_on_v2": False, "sees": True, "num_replicas": 2}, ["cpu", "gpu"]),
         ({"drafts_itself": True, "draft": "ngram"}, []),
         ({"drafts_itself": True, "num_stages": 2}, []),
         ({"drafts_itself": True, "adapts": True}, []),
@@ -40,6 +45,16 @@ def test_a_plain_engine(engine: Engine) -> None:
 )
 def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> None:
     assert [engine.device for engine in (CPU, GPU) if not engine_reasons(replace(engine, **asked))] == devices
+
+
+def test_a_checkpoint_says_what_the_model_takes() -> None:
+    assert not CPU.of_checkpoint({"vision_config": None}).sees
+    assert CPU.of_checkpoint({"vision_config": {"depth": 1}, "quantization_config": None}).sees
+    quantized = {
+        "audio_config": {"depth": 1},
+        "quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8}},
+    }
+    assert CPU.of_checkpoint(quantized).sees
 
 
 @pytest.mark.parametrize(

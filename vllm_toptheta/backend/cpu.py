@@ -139,7 +139,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         )
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> StepMetadata:
-        """A step of `self_drafts`, one token per sequence; nobody looks at that of a sequence of length 0."""
+        """A step of what drafts, one token per sequence; nobody looks at that of a sequence of length 0."""
         self.guard_monitor.step()
         common = common_attn_metadata
         rows = torch.nonzero(common.seq_lens[: common.num_reqs] > 0).flatten()

@@ -46,6 +46,7 @@ from vllm_toptheta.kernels.gpu.tuning import (
     tier_config,
 )
 from vllm_toptheta.limits import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, HEAD_SIZES
+from vllm_toptheta.settings import Settings
 
 # channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
 FEW_CHANNELS = 128
@@ -85,9 +86,23 @@ def shadow_config(plan: Plan, loader: Loader | None) -> ShadowConfig:
 
 
 class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
-    """FlashAttention's metadata with a `StepSplit` attached as `toptheta`."""
+    """FlashAttention's metadata with a `StepSplit` attached as `toptheta`.
+
+    Attributes:
+        plan: The model's.
+        requests: What the rank's requests ask for.
+        guard_monitor: Sees what layers lose.
+        is_verifying: Whether all of a step is dense, because drafts are verified in it.
+    """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        """Which steps graphs may capture: those that verify drafts have several tokens a sequence."""
+        if Settings.of_engine(vllm_config).lossless:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -103,6 +118,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             impl = next(iter(layers.values())).impl
             loader = find_loader(device, kv_cache_spec.head_size, impl.num_heads // impl.num_kv_heads)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
+        self.is_verifying = plan.settings.lossless  # what drafts has builders of its own
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
@@ -139,16 +155,13 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata:
-        self.guard_monitor.step()
         common = common_attn_metadata
         metadata = super().build(0, common, fast_build)
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        prefill = None
-        if num_decodes and num_prefills:
-            # fast_build: a second ahead-of-time schedule in the same step would overwrite the first one's buffer
-            prefill = super().build(0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True)
-        elif num_prefills:
-            prefill = metadata
+        if self.is_verifying:
+            num_decodes, prefill = 0, metadata
+        else:
+            self.guard_monitor.step()
+            num_decodes, prefill = self._divide(common, metadata)
         metadata.toptheta = StepSplit(
             num_decodes,
             DecodeStep(
@@ -163,6 +176,18 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
             prefill,
         )
         return metadata
+
+    def _divide(
+        self, common: CommonAttentionMetadata, metadata: FlashAttentionMetadata
+    ) -> tuple[int, FlashAttentionMetadata | None]:
+        """How many sequences decode, and FlashAttention's metadata of those behind them, None without any."""
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        if num_decodes and num_prefills:
+            # fast_build: a second ahead-of-time schedule in the same step would overwrite the first one's buffer
+            return num_decodes, super().build(
+                0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True
+            )
+        return num_decodes, metadata if num_prefills else None
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False

@@ -17,7 +17,7 @@ from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec, tier_bytes
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer, TierLayer
 from vllm_toptheta.selection import ServedThresholds, select
-from vllm_toptheta.settings import OPTIONS_KEY, Settings
+from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture, Evidence, Serving, ShadowKeys, local_folder, weights_sha256
 from vllm_toptheta.store.quality import UNQUANTIZED
 
@@ -134,7 +134,7 @@ class Plan:
             UnsupportedError: The thresholds apply after the softmax, or nothing can compute with their shadow keys, or
                 the settings are strict, and no promise can be known to be kept.
         """
-        settings = _settings(vllm_config)
+        settings = Settings.of_engine(vllm_config)
         model_config = vllm_config.model_config
         architecture = Architecture.from_hf_config(model_config.hf_text_config.to_dict())
         selection = select(settings, model_config.model, architecture)
@@ -168,7 +168,7 @@ class Plan:
         Raises:
             SettingsError: As for `resolve`, like the others.
         """
-        if _settings(vllm_config).mode == "values":
+        if Settings.of_engine(vllm_config).mode == "values":
             return 0
         return cls.resolve(vllm_config).code_bytes
 
@@ -330,11 +330,6 @@ def _shadow_layer(
         margin=torch.from_numpy(keys.margin[layer, heads].copy()).to(device),
         log_unread_ratio=torch.from_numpy(keys.log_scale[layer, heads].copy()).to(device),
     )
-
-
-def _settings(vllm_config: Any) -> Settings:
-    options = vllm_config.additional_config
-    return Settings.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
 
 
 def _serving(vllm_config: Any) -> Serving:

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.versions import check_version
-from vllm_toptheta.settings import OPTIONS_KEY, Settings
+from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import (
     MLA,
     Engine,
@@ -103,7 +103,7 @@ def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> N
 def _engine(vllm_config: Any) -> Engine:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    drafts_itself = Settings.load((vllm_config.additional_config or {}).get(OPTIONS_KEY, {})).lossless
+    drafts_itself = Settings.of_engine(vllm_config).lossless
     # as `hooks.self_drafts` has made it
     is_own = drafts_itself and speculative is not None and speculative.model == model.model
     return Engine(
@@ -122,6 +122,9 @@ def _engine(vllm_config: Any) -> Engine:
         drafts_itself=drafts_itself,
         num_stages=parallel.pipeline_parallel_size,
         adapts=vllm_config.lora_config is not None,
+        num_replicas=parallel.data_parallel_size,
+        runs_on_v2=not drafts_itself or vllm_config.use_v2_model_runner,
+        sees=model.is_multimodal_model,
     ).of_checkpoint(model.hf_config.to_dict())
 
 

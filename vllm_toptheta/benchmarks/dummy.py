@@ -101,6 +101,26 @@ def write_model(folder: Path, *, name: str = "dummy", max_length: int = 131072) 
     return model, folder / "thresholds"
 
 
+def accept(share: float) -> None:
+    """Have engines that are made from now on in this process accept each draft with a probability of `share`.
+
+    What random weights draft says nothing of what a model does, and it is rejected where a model's would not be.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_speculative_config
+
+    def create_accepting(args: Any, *arguments: Any, **named: Any) -> Any:
+        config = create(args, *arguments, **named)
+        if config is not None:
+            config.rejection_sample_method = "synthetic"
+            # of each position, that all drafts up to it are accepted
+            config.synthetic_acceptance_rates = [share ** (step + 1) for step in range(config.num_speculative_tokens)]
+        return config
+
+    EngineArgs.create_speculative_config = create_accepting
+
+
 def keep(
     engine: Any, decode: Callable[[], object], *, rows: float, keys: float | None = None, are_copies: bool = False
 ) -> None:

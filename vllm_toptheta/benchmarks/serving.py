@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from vllm_toptheta.benchmarks.dummy import keep
+from vllm_toptheta.benchmarks.dummy import accept, keep
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _MODES: dict[str, dict[str, Any]] = {
     "values": {"mode": "values"},
     "shadow": {"mode": "shadow"},
     "tiers": {"mode": "shadow", "shadow_values": True},
+    "lossless": {"lossless": True},
+    "lossless-tiers": {"lossless": True, "mode": "shadow", "shadow_values": True},
 }
 
 
@@ -51,6 +53,10 @@ class ServingWorkload(BaseModel):
     random_keys: int | None = Field(
         default=None, description="With random weights, keys that a kv head reads in mode shadow."
     )
+    draft_tokens: int | None = Field(default=None, description="In lossless modes; the backend's if not given.")
+    acceptance: float | None = Field(
+        default=None, description="With random weights, the probability by which each draft is accepted."
+    )
     gpu_memory_utilization: float = 0.92
 
 
@@ -66,6 +72,7 @@ class BackendTimes(BaseModel):
     )
     keys_read_share: float | None = Field(default=None, description="Likewise keys, in mode shadow.")
     copies_read_share: float | None = Field(default=None, description="Likewise values that were read as copies.")
+    accepted_share: float | None = Field(default=None, description="Drafts accepted over drafted.")
 
     @property
     def median(self) -> float:
@@ -86,8 +93,8 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
     """Measure each backend in `rounds` alternating engines.
 
     Raises:
-        BenchmarkError: Random weights lack a number of keys for mode `shadow`, or an engine failed; shows the end of
-            its log.
+        BenchmarkError: Random weights lack a number of keys for mode `shadow`, weights that are not random have an
+            acceptance, or an engine failed; shows the end of its log.
     """
     from importlib.metadata import version
 
@@ -105,6 +112,12 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             field="--random-keys",
             remedy=f"Choose a number above {rows}, the value rows that a kv head reads",
         )
+    if workload.acceptance is not None and rows is None:
+        raise BenchmarkError(
+            "a model's drafts are accepted or not",
+            field="--acceptance",
+            remedy="Leave it out, or give --random-rows",
+        )
 
     times = {backend: BackendTimes(backend=backend, ms_per_token=[]) for backend in backends}
     for _ in range(rounds):
@@ -114,6 +127,7 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             times[backend].rows_read_share = measured.rows_read_share
             times[backend].keys_read_share = measured.keys_read_share
             times[backend].copies_read_share = measured.copies_read_share
+            times[backend].accepted_share = measured.accepted_share
     # where they lie is nobody's business
     named = workload.model_copy(update={"model": Path(workload.model).name, "shadow_keys": None})
     return ServingReport(workload=named, device=_device(), vllm=version("vllm"), backends=list(times.values()))
@@ -138,6 +152,7 @@ def serving_table(report: ServingReport) -> Table:
         "value rows read %",
         "keys read %",
         "copies read %",
+        "accepted %",
     ):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for backend in report.backends:
@@ -150,7 +165,12 @@ def serving_table(report: ServingReport) -> Table:
             f"{report.backends[0].median / backend.median:.3f}",
             *(
                 "" if share is None else f"{100 * share:.1f}"
-                for share in (backend.rows_read_share, backend.keys_read_share, backend.copies_read_share)
+                for share in (
+                    backend.rows_read_share,
+                    backend.keys_read_share,
+                    backend.copies_read_share,
+                    backend.accepted_share,
+                )
             ),
         )
     return table
@@ -183,8 +203,14 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
     is_dummy = workload.random_rows is not None
     name, _, mode = backend.partition(":")
     options = workload.options | _MODES[mode]
+    has_copies = bool(options.get("shadow_values"))
+    if options.get("lossless"):
+        if workload.draft_tokens is not None:
+            options["draft_tokens"] = workload.draft_tokens
+        if workload.acceptance is not None:
+            accept(workload.acceptance)
     if is_dummy:
-        if mode == "tiers":
+        if has_copies:
             options["heavy"] = 1.0  # of keys that are all alike, none is
         # random weights lose far more mass than a model does, and a guard would read row after row for it
         options["guard"] = "warn"
@@ -221,7 +247,7 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
             lambda: engine.generate(prompts, few_tokens, use_tqdm=False),
             rows=workload.random_rows,
             keys=workload.random_keys if mode == "shadow" else None,
-            are_copies=mode == "tiers",
+            are_copies=has_copies,
         )
     times = []
     for repeat in range(1 + workload.repeats):
@@ -231,12 +257,15 @@ def _measure(workload: ServingWorkload, backend: str) -> BackendTimes:
             times.append(1000 * statistics.mean(seconds) / (workload.output_tokens - 1))
     ranks = [rank for rank in engine.collective_rpc(STATS_RPC) if rank is not None]
     stats = merge([ranks]) if ranks else None
+    counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    drafted, accepted = (counts.get(f"vllm:spec_decode_num_{name}_tokens", 0) for name in ("draft", "accepted"))
     return BackendTimes(
         backend=backend,
         ms_per_token=times,
         rows_read_share=None if stats is None else stats.rows_read_share,
         copies_read_share=None if stats is None else stats.copies_read_share,
         keys_read_share=None if stats is None else stats.keys_read_share,
+        accepted_share=accepted / drafted if drafted else None,
     )
 
 

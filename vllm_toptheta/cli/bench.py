@@ -188,7 +188,8 @@ def bench_serving(
         str,
         typer.Option(
             help="Backends; the others are measured against the first. A mode follows behind a colon: TOPTHETA:values, "
-            "TOPTHETA:shadow (calibrated shadow keys) or TOPTHETA:tiers (copies)."
+            "TOPTHETA:shadow (calibrated shadow keys) or TOPTHETA:tiers (copies); TOPTHETA:lossless and "
+            "TOPTHETA:lossless-tiers draft by thresholds or copies."
         ),
     ] = "CPU_ATTN,TOPTHETA",
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
@@ -197,6 +198,11 @@ def bench_serving(
     random_rows: Annotated[
         int | None,
         typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="As for serve, in lossless modes.")] = None,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="With random weights, the probability by which each draft is accepted."),
     ] = None,
     random_keys: Annotated[
         int | None, typer.Option(help="With random weights, keys that a kv head reads with TOPTHETA:shadow.")
@@ -232,6 +238,8 @@ def bench_serving(
             enforce_eager=not compile,
             options={} if weight_floor is None else {"weight_floor": weight_floor},
             shadow_keys=shadow_keys,
+            draft_tokens=draft_tokens,
+            acceptance=acceptance,
         )
         report = compare(workload, backends.split(","), rounds)
     print_table(serving_table(report))

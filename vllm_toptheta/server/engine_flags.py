@@ -73,12 +73,13 @@ class EngineFlags:
                 "draft": _draft(given),
                 "num_stages": flags.integer(given, "--pipeline-parallel-size", "-pp") or 1,
                 "adapts": flags.is_on(given, "--enable-lora"),
+                "num_replicas": flags.integer(given, "--data-parallel-size", "-dp") or 1,
             },
         )
 
-    def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
-        """The engine on a device."""
-        return Engine(device=device, drafts_itself=drafts_itself, **self.engine)
+    def on(self, device: Device, *, drafts_itself: bool = False, runs_on_v2: bool = True) -> Engine:
+        """The engine on a device; see `Engine`."""
+        return Engine(device=device, drafts_itself=drafts_itself, runs_on_v2=runs_on_v2, **self.engine)
 
 
 def _draft(given: list[Flag]) -> str | None:

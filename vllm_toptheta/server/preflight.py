@@ -17,6 +17,7 @@ from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import Device, Reason, engine_reasons, kernel_reasons, override_reasons, refuse
 
+FIRST_V2_DRAFTS = (0, 32)  # of vLLM
 _DEVICES: dict[Device, str] = {"cpu": "CPUs", "gpu": "GPUs"}
 
 
@@ -110,7 +111,7 @@ def _check_engine(
     """
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
-        engine = flags.on(one, drafts_itself=settings.lossless)
+        engine = flags.on(one, drafts_itself=settings.lossless, runs_on_v2=_runs_on_v2())
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
@@ -140,6 +141,14 @@ def _vllm_build() -> Device | None:
         with suppress(importlib.metadata.PackageNotFoundError):
             return "cpu" if "cpu" in distribution + importlib.metadata.version(distribution) else "gpu"
     return None
+
+
+def _runs_on_v2() -> bool:
+    """Whether the installed vLLM's V2 model runner drafts by models, as far as it can be known here."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        major, minor = importlib.metadata.version("vllm").split(".")[:2]
+        return (int(major), int(minor)) >= FIRST_V2_DRAFTS and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
+    return True
 
 
 def find_model(model: str, revision: str | None) -> LocalModel:

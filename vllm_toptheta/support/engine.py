@@ -41,6 +41,9 @@ class Engine:
         drafts_itself: Whether the served model drafts.
         num_stages: Ranks that share the layers.
         adapts: Whether it loads adapters.
+        num_replicas: Ranks that share the requests.
+        runs_on_v2: Whether its model runner is vLLM's V2, of a version that drafts by models; only GPUs have it.
+        sees: Whether the model takes images or sounds.
     """
 
     device: Device
@@ -57,17 +60,21 @@ class Engine:
     drafts_itself: bool = False
     num_stages: int = 1
     adapts: bool = False
+    num_replicas: int = 1
+    runs_on_v2: bool = True
+    sees: bool = False
 
     def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
-        """The same, with the dtype of the KV cache that a checkpoint comes with where no flag names one.
+        """The same, with what a checkpoint says: what it takes, and the KV cache's dtype where no flag names one.
 
         Args:
             config: The model's config.json as a dict. Of any content.
         """
+        sees = self.sees or any(config.get(name) for name in ("vision_config", "audio_config"))
         found = checkpoint_cache_dtype(config)
         if found is None or self.cache_dtype != "auto":
-            return self
-        return replace(self, cache_dtype=found, cache_dtype_of="quantization_config")
+            return replace(self, sees=sees)
+        return replace(self, sees=sees, cache_dtype=found, cache_dtype_of="quantization_config")
 
     @property
     def cache_dtypes(self) -> tuple[str, ...]:
@@ -111,9 +118,18 @@ def engine_reasons(engine: Engine) -> list[Reason]:
 def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
     """Why the served model cannot draft for itself, and whether that is so."""
     drafts = engine.drafts_itself
+    on_gpu = drafts and engine.device == "gpu"
     return {
-        Reason("lossless", "the served model drafts on CPUs only so far", "Leave it out"): drafts
-        and engine.device == "gpu",
+        Reason(
+            "lossless",
+            "on GPUs the served model drafts in vLLM's V2 model runner, which can since 0.32",
+            "Leave it out, or install vLLM 0.32 or later and unset VLLM_USE_V2_MODEL_RUNNER",
+        ): on_gpu and not engine.runs_on_v2,
+        Reason("lossless", "on GPUs, models that take images or sounds do not draft for themselves", "Leave it out"): (
+            on_gpu and engine.sees
+        ),
+        Reason("--data-parallel-size", "lossless drafts were never tried on ranks that wait for each other"): on_gpu
+        and engine.num_replicas > 1,
         Reason("lossless", f"the served model drafts, and so does --speculative-config {engine.draft}"): drafts
         and engine.draft is not None,
         Reason("--pipeline-parallel-size", "lossless drafts need all layers on each rank"): drafts
