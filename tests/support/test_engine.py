@@ -48,7 +48,7 @@ def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> 
 )
 def test_ranks_share_heads_evenly(ranks: int, num_heads: int, num_kv_heads: int, served: bool) -> None:
     heads = {"head_size": 64, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    options = {"mode": "values", "is_sparse": True, "has_copies": False}
+    options = {"is_sparse": True, "has_copies": False}
     assert (kernel_reasons(replace(CPU, num_ranks=ranks), **heads, **options) == []) == served
 
 

@@ -101,7 +101,8 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         loader = None
         if plan.heavy is not None:
             impl = next(iter(layers.values())).impl
-            loader = find_loader(device, kv_cache_spec.head_size, impl.num_heads // impl.num_kv_heads)
+            group = impl.num_heads // impl.num_kv_heads
+            loader = find_loader(device, kv_cache_spec.head_size, group, kv_cache_spec.dtype.itemsize)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()

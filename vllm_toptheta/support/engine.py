@@ -128,7 +128,6 @@ def kernel_reasons(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
-    mode: str,
     is_sparse: bool,
     has_copies: bool,
 ) -> list[Reason]:
@@ -139,7 +138,6 @@ def kernel_reasons(
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer, over all ranks.
         num_kv_heads: Key and value heads of a layer, over all ranks.
-        mode: `values` or `shadow`.
         is_sparse: Whether there are thresholds; without, every layer runs dense.
         has_copies: Whether there are copies of keys and values.
     """
@@ -149,12 +147,6 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
-    if mode == "shadow" and engine.cache_dtype in FLOAT8_CACHE_DTYPES:
-        remedy = "Give --kv-cache-dtype bfloat16, or serve in mode values"
-        text = (
-            f"mode shadow is not supported with --kv-cache-dtype {engine.cache_dtype}, only with 16-bit keys and values"
-        )
-        reasons.append(Reason("mode", text, remedy))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))
