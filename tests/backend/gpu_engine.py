@@ -99,7 +99,8 @@ class Engine:
             gpu, "request_offsets", lambda choices, config, rows, device: RequestOffsets(choices, rows, device)
         )
         monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(gpu, "warm_up", SimpleNamespace(install=lambda: None))
+        for hook in ("warm_up", "sleep"):
+            monkeypatch.setattr(gpu, hook, SimpleNamespace(install=lambda: None))
         # vLLM looks for layers of this class; its own constructor would choose the platform's backend
         attention = Attention.__new__(Attention)
         torch.nn.Module.__init__(attention)

@@ -83,6 +83,18 @@ def test_float8_pages_with_copies_are_for_gpus(monkeypatch: pytest.MonkeyPatch, 
         check_plan(config, heads.model_copy(update={"head_size": 80}))
 
 
+def test_sleep_is_for_gpus_that_wake_up_whole(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    config = make_config(dtype="bfloat16")
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: vLLM has no sleep mode on CPUs"):
+        support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    support_checks.check_engine(config)
+    monkeypatch.setattr(support_checks, "wakes_up_whole", lambda: False)
+    with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: this vLLM throws the thresholds away"):
+        support_checks.check_engine(config)
+
+
 def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
     config = make_config(dtype="bfloat16")
     wide = Architecture(num_layers=1, num_heads=34, num_kv_heads=2, head_size=72, rope={})

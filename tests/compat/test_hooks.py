@@ -164,6 +164,40 @@ def test_workers_answer_what_they_counted(release: Release) -> None:
     assert release.run(code) == "1 4 128"
 
 
+def test_a_worker_that_sleeps_answers_what_it_had_counted(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "from vllm_toptheta.backend.hooks import sleep, worker_stats\n"
+        "theirs = Worker.sleep, Worker.wake_up\n"
+        "assert [list(inspect.signature(one).parameters) for one in theirs] == [['self', 'level'], ['self', 'tags']]\n"
+        "done = []\n"
+        "Worker.sleep = lambda self, level=1: done.append(level)\n"
+        "Worker.wake_up = lambda self, tags=None: done.append(tags)\n"
+        "def report(config):\n"
+        "    assert not config['asleep'], 'the memory is away'\n"
+        "    return {'tokens': config['tokens']}\n"
+        "sleep.rank_report = worker_stats.rank_report = report\n"
+        "for _ in range(2):\n"
+        "    sleep.install(); worker_stats.install()\n"
+        "worker = Worker.__new__(Worker)\n"
+        "worker.vllm_config = config = {'asleep': False, 'tokens': 3}\n"
+        "answers = [worker.toptheta_stats()]\n"
+        "config['tokens'] = 5\n"
+        "worker.sleep(2)\n"
+        "config['asleep'] = True\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "worker.sleep(level=1)\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "config['asleep'] = False\n"
+        "worker.wake_up(tags=['weights'])\n"
+        "config['tokens'] = 7\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "print([answer['tokens'] for answer in answers], done)\n"
+    )
+    assert release.run(code) == "[3, 5, 5, 7] [2, 1, ['weights']]"
+
+
 @pytest.mark.parametrize("is_v2", [False, True], ids=["V1 runner", "V2 runner"])
 def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> None:
     code = CONFIG + (

@@ -76,6 +76,27 @@ def test_the_gpu_classes_import_and_fit(release: Release) -> None:
     assert release.run(code) == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
+def test_what_vllm_gives_back_when_it_wakes_up_is_told_by_its_file(release: Release) -> None:
+    """What it really keeps, at both levels, and in which pool it makes what our builder keeps."""
+    code = (
+        "import inspect\n"
+        "import vllm.device_allocator as allocator\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.device_allocator.sleep_mode_backend import CuMemBackend\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "from vllm_toptheta.support import wakes_up_whole\n"
+        "kept = []\n"
+        "allocator.get_mem_allocator_instance = lambda: S(sleep=lambda offload_tags: kept.append(offload_tags))\n"
+        "CuMemBackend().suspend(1); CuMemBackend().suspend(2)\n"
+        "text = inspect.getsource(Worker.initialize_from_config)\n"
+        "pool = text.rindex('memory_pool_context', 0, text.index('.initialize_kv_cache('))\n"
+        "is_made_there = 'runtime' in text[pool:text.index('.initialize_kv_cache(')]\n"
+        "print(wakes_up_whole(), all('runtime' in tags for tags in kept), is_made_there)\n"
+    )
+    whole = "0.26.0" not in release.files.name
+    assert release.run(code) == f"{whole} {whole} {whole}"
+
+
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])
 def test_supported_versions(version: str) -> None:
     versions.check_version(version)

@@ -12,6 +12,7 @@ from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 from tests.shadow_store import make_shadow_store
+from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +162,31 @@ def test_copies_of_float8_pages_are_near_dense_attention(model: Path, text_ids: 
     assert sum(head["copies_read"] for head in heads) > 0
     assert sum(head["keys_read"] for head in heads) < 0.9 * sum(head["rows_cached"] for head in heads)
     assert deviation(ours, exact) < 0.2
+
+
+@pytest.mark.skipif(not wakes_up_whole(), reason="this vLLM loses what a backend keeps when it sleeps")
+@pytest.mark.parametrize("copies", [False, True], ids=["values", "copies"])
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1 runner", "V2 runner"])
+def test_an_engine_that_slept_decodes_as_before(
+    demo: Subject, prompts: list[list[int]], runner: str, copies: bool
+) -> None:
+    awake, *slept = demo.sparse(
+        [Call(prompts, MAX_TOKENS), Call(prompts, MAX_TOKENS, slept=1), Call(prompts, MAX_TOKENS, slept=2)],
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
+        mode="shadow" if copies else "values",
+        copies=copies,
+        enable_sleep_mode=True,
+        enable_prefix_caching=True,
+        **FULL_AND_PIECEWISE,
+    )
+    # counted up to then, by memory that is away
+    assert slept[0]["asleep"] == awake["stats"]
+    for one in slept:
+        assert one["python_decodes"] == one["prefix_hits"] == 0
+        assert_same_text(one["outputs"], awake["outputs"])
+        for head in one["stats"][0]["layers"]:
+            assert head["decode_tokens"] == len(LENGTHS) * (MAX_TOKENS - 1)
+            assert 0 < head["rows_read"] < head["rows_cached"]
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["all keys are read", "scanned"])

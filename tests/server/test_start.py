@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
         "--kv-transfer-config, --kv-offloading-size: KV connectors",
     ),
     "offloading": ({}, ["--kv-offloading-size", "1"], {}, "KV connectors and offloading"),
-    "sleep": ({}, ["--enable-sleep-mode"], {}, "--enable-sleep-mode: "),
+    "sleep": ({}, ["--enable-sleep-mode"], {}, "--enable-sleep-mode: vLLM has no sleep mode on CPUs"),
     "three ranks": ({}, ["-tp", "3"], {}, "--tensor-parallel-size 3: ranks cannot share 4 query heads on 2 kv heads"),
     "ranks of a sequence": ({}, ["-tp", "4", "-dcp", "2"], {}, "context parallelism"),
     "too long": ({}, ["--max-model-len", "8192"], {}, "--max-model-len 8192: the model is made for 4096 tokens"),
@@ -247,6 +247,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "float8 of copies": ({}, ["--kv-cache-dtype", "fp8"], {"mode": "shadow"}, ""),
     "float8 of another kind": ({}, ["--kv-cache-dtype", "fp8_e5m2"], {}, "only auto, float16, bfloat16, fp8, fp8_e4m3"),
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
+    "sleep": ({}, ["--enable-sleep-mode"], {}, ""),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -260,6 +261,15 @@ def test_the_check_for_another_device(name: str, tmp_path: Path) -> None:
             command.check("gpu")
     else:
         assert command.check("gpu")
+
+
+def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_toptheta.server.engine_flags.wakes_up_whole", lambda: False)
+    model = write(tmp_path / "tiny", LLAMA)
+    words = "--enable-sleep-mode: this vLLM throws the thresholds away.*install vLLM 0.32 or 0.33"
+    with pytest.raises(TopThetaError, match=words):
+        build(model, ["--enable-sleep-mode"]).check("gpu")
+    assert build(model, []).check("gpu")
 
 
 @pytest.mark.parametrize(

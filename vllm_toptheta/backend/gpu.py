@@ -28,7 +28,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
-from vllm_toptheta.backend.hooks import warm_up
+from vllm_toptheta.backend.hooks import sleep, warm_up
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
@@ -122,6 +122,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                     kv_cache_spec.head_size,
                 )
         warm_up.install()
+        sleep.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self.requests = request_offsets(self.plan.choices, vllm_config, max_num_rows, device)

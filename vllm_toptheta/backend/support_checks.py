@@ -24,6 +24,7 @@ from vllm_toptheta.support import (
     model_reasons,
     override_reasons,
     refuse,
+    wakes_up_whole,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _engine(vllm_config: Any) -> Engine:
         moves_pages=vllm_config.kv_transfer_config is not None
         or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
+        wakes_up_whole=wakes_up_whole(),
         draft=None if speculative is None or is_own else str(speculative.method),
         drafts_itself=drafts_itself,
         num_stages=parallel.pipeline_parallel_size,

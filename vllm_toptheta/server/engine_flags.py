@@ -10,7 +10,7 @@ from typing import Any
 from vllm_toptheta.server import flags
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.store import Serving
-from vllm_toptheta.support import Device, Engine
+from vllm_toptheta.support import Device, Engine, wakes_up_whole
 
 _DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
@@ -78,7 +78,7 @@ class EngineFlags:
 
     def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
         """The engine on a device."""
-        return Engine(device=device, drafts_itself=drafts_itself, **self.engine)
+        return Engine(device=device, drafts_itself=drafts_itself, wakes_up_whole=wakes_up_whole(), **self.engine)
 
 
 def _draft(given: list[Flag]) -> str | None:

@@ -3,6 +3,7 @@ has started. Both put what they know into the same records, so that they give th
 
 model    a model, as its config.json says
 engine   an engine and its device, as flags or vLLM's configuration say
+sleep    what the installed vLLM gives back
 refusal  the reasons, as one error
 """
 
@@ -16,6 +17,7 @@ from vllm_toptheta.support.model import (
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
+from vllm_toptheta.support.sleep import wakes_up_whole
 
 __all__ = [
     "MLA",
@@ -30,4 +32,5 @@ __all__ = [
     "override_reasons",
     "refuse",
     "text_config",
+    "wakes_up_whole",
 ]

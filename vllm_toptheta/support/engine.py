@@ -37,6 +37,7 @@ class Engine:
         generates: Whether it generates text.
         moves_pages: Whether pages are copied out of it, or into it.
         sleeps: Whether it can give its memory back.
+        wakes_up_whole: Whether it then gets back what an attention backend keeps there (`sleep.wakes_up_whole`).
         draft: How tokens are guessed; None where they are not, or by the served model itself.
         drafts_itself: Whether the served model drafts.
         num_stages: Ranks that share the layers.
@@ -53,6 +54,7 @@ class Engine:
     generates: bool = True
     moves_pages: bool = False
     sleeps: bool = False
+    wakes_up_whole: bool = True
     draft: str | None = None
     drafts_itself: bool = False
     num_stages: int = 1
@@ -94,7 +96,13 @@ def engine_reasons(engine: Engine) -> list[Reason]:
         Reason(
             "--kv-transfer-config, --kv-offloading-size", "KV connectors and offloading move pages without their tails"
         ): engine.moves_pages,
-        Reason("--enable-sleep-mode", "it frees the thresholds together with the KV cache"): engine.sleeps,
+        Reason("--enable-sleep-mode", "vLLM has no sleep mode on CPUs", "Leave it out"): engine.sleeps
+        and engine.device == "cpu",
+        Reason(
+            "--enable-sleep-mode",
+            "this vLLM throws the thresholds away together with the KV cache, and does not get them back",
+            "Leave it out, or install vLLM 0.32 or 0.33, which keep them",
+        ): engine.sleeps and engine.device == "gpu" and not engine.wakes_up_whole,
         Reason(
             f"--speculative-config {engine.draft}",
             f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "
