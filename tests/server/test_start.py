@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
@@ -293,6 +294,13 @@ def test_where_the_device_is_not_known(
     answer = build(write(tmp_path / "tiny", LLAMA | change), flags).check(device)
     assert told in answer
     assert ("only, because" in answer) == bool(told)
+
+
+def test_a_model_that_only_names_the_kinds_of_its_layers_is_refused_for_them(tmp_path: Path) -> None:
+    config = {"architectures": ["NemotronHForCausalLM"], **NemotronHConfig().to_dict()}
+    assert "num_hidden_layers" not in config
+    with pytest.raises(TopThetaError, match="layers_block_type: layers with a state of their own"):
+        build(write(tmp_path / "tiny", config), []).check("gpu")
 
 
 def test_llama_4_is_refused_whether_or_not_its_chunks_are_named(tmp_path: Path) -> None:
