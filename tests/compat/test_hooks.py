@@ -97,6 +97,41 @@ def test_pages_have_tails(release: Release) -> None:
     assert release.run(code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32} 0"
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_layer_of_chunks_is_refused_whatever_config_json_says(release: Release, platform: str) -> None:
+    builder = {"cpu": "CpuMetadataBuilder", "gpu": "GpuMetadataBuilder"}[platform]
+    code = CONFIG + (
+        "import importlib\n"
+        "from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention\n"
+        "from vllm.v1.attention.backend import AttentionMetadataBuilder\n"
+        "from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "from vllm_toptheta.errors import UnsupportedError\n"
+        f"module = importlib.import_module('vllm_toptheta.backend.{platform}')\n"
+        "layer = ChunkedLocalAttention.__new__(ChunkedLocalAttention); torch.nn.Module.__init__(layer)\n"
+        "layer.attention_chunk_size, layer.num_kv_heads, layer.head_size = 64, 8, 128\n"
+        "layer.kv_cache_dtype, layer.kv_cache_torch_dtype = 'auto', torch.bfloat16\n"
+        "spec = layer.get_kv_cache_spec(S(cache_config=S(block_size=16, cache_dtype='auto')))\n"
+        "assert spec.attention_chunk_size == 64  # the attribute is what vLLM goes by\n"
+        "Plan.resolve = classmethod(lambda cls, config: S(heavy=None, choices=None, log=lambda **_: None,\n"
+        "                                                 code_bytes=0))\n"
+        "FlashAttentionMetadataBuilder.__init__ = AttentionMetadataBuilder.__init__\n"
+        f"builder = module.{builder}\n"
+        "builder._init_reorder_batch_threshold = lambda *_, **__: None\n"
+        "module.get_tensor_model_parallel_rank = lambda: 1\n"
+        "module.request_offsets = lambda *_: None\n"
+        "layers = {'model.layers.1.attn': layer}\n"
+        "config = S(compilation_config=S(static_forward_context=layers), scheduler_config=S(max_num_seqs=1))\n"
+        "try:\n"
+        "    builder(spec, list(layers), config, torch.device('cpu'))\n"
+        "except UnsupportedError as error:\n"
+        "    print(error)\n"
+    )
+    said = release.run(code)
+    assert said.startswith("layer model.layers.1.attn: layers that attend within chunks are not supported")
+    assert said.endswith("Serve this model without --attention-backend toptheta.")
+
+
 def test_workers_forget_what_warm_up_counted(release: Release) -> None:
     """Counters are made in inference mode, where newer versions profile; all versions warm up outside of it."""
     code = CONFIG + (

@@ -33,6 +33,7 @@ from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
+from vllm_toptheta.backend.support_checks import check_no_chunks
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
@@ -98,6 +99,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1)
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_no_chunks(layers)
         loader = None
         if plan.heavy is not None:
             impl = next(iter(layers.values())).impl

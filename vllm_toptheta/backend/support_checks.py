@@ -16,6 +16,7 @@ from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
 from vllm_toptheta.support import (
+    CHUNKED,
     MLA,
     Engine,
     Reason,
@@ -82,6 +83,23 @@ def check_plan(plan: Plan, vllm_config: Any) -> None:
             has_copies=plan.heavy is not None,
         )
     )
+
+
+def check_no_chunks(layers: Mapping[str, Any]) -> None:
+    """Refuse layers that attend within chunks, also those of a model whose config.json does not say so.
+
+    vLLM hands each chunk to a backend as a sequence of its own. Thresholds would go by the length of the chunk, and a
+    page's tail would hold sums over more than that.
+
+    Args:
+        layers: vLLM's attention layers by name.
+
+    Raises:
+        UnsupportedError: Names the first of them.
+    """
+    for name, layer in layers.items():
+        if getattr(layer, "attention_chunk_size", None):
+            refuse([Reason(f"layer {name}", CHUNKED, "Serve this model without --attention-backend toptheta")])
 
 
 def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:

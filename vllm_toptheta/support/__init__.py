@@ -9,6 +9,7 @@ refusal  the reasons, as one error
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons
 from vllm_toptheta.support.model import (
+    CHUNKED,
     MLA,
     NO_GENERATION,
     checkpoint_cache_dtype,
@@ -20,6 +21,7 @@ from vllm_toptheta.support.refusal import Reason, refuse
 from vllm_toptheta.support.sleep import wakes_up_whole
 
 __all__ = [
+    "CHUNKED",
     "MLA",
     "NO_GENERATION",
     "Device",
