@@ -297,7 +297,7 @@ def test_where_the_device_is_not_known(
 
 
 def test_a_model_that_only_names_the_kinds_of_its_layers_is_refused_for_them(tmp_path: Path) -> None:
-    config = {"architectures": ["NemotronHForCausalLM"], **NemotronHConfig().to_dict()}
+    config = {**NemotronHConfig().to_dict(), "architectures": ["NemotronHForCausalLM"]}
     assert "num_hidden_layers" not in config
     with pytest.raises(TopThetaError, match="layers_block_type: layers with a state of their own"):
         build(write(tmp_path / "tiny", config), []).check("gpu")
