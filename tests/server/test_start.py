@@ -264,6 +264,42 @@ def test_the_check_for_another_device(name: str, tmp_path: Path) -> None:
         assert command.check("gpu")
 
 
+IMAGES = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_served"),
+    [
+        ([], False),
+        (["--limit-mm-per-prompt", '{"image": 0}'], True),
+        (["--limit-mm-per-prompt", '{"image": {"count": 0}}'], True),
+        (["--limit-mm-per-prompt.image", "0"], True),
+        (["--limit-mm-per-prompt", '{"image": 1}'], False),
+        (["--limit-mm-per-prompt", '{"video": 0}'], False),
+        (["--language-model-only"], True),
+        (["--language-model-only", "--enable-mm-embeds"], False),
+    ],
+    ids=str,
+)
+def test_text_alone_of_a_model_whose_images_attend_to_themselves(
+    flags: list[str], is_served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {**LLAMA, "model_type": "gemma3_text", "sliding_window": 48, "head_dim": 64}
+    command = build(write(tmp_path / "tiny", IMAGES | {"text_config": text}), flags)
+    if is_served:
+        assert command.check("gpu").startswith("thresholds floor:2")
+        monkeypatch.setattr("vllm_toptheta.server.preflight.serves_text_alone", lambda: False)
+        monkeypatch.setattr("vllm_toptheta.support.images.serves_text_alone", lambda: False)
+        remedy = (
+            """Install vLLM 0.32 or 0.33, which can leave them out, then give --limit-mm-per-prompt '{"image": 0}'"""
+        )
+    else:
+        remedy = """Give --limit-mm-per-prompt '{"image": 0}'"""
+    with pytest.raises(TopThetaError, match="--limit-mm-per-prompt: tokens of one image see each other") as caught:
+        command.check("gpu")
+    assert caught.value.remedy == f"{remedy} to serve its text alone"
+
+
 def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_toptheta.server.engine_flags.wakes_up_whole", lambda: False)
     model = write(tmp_path / "tiny", LLAMA)

@@ -21,6 +21,8 @@ from vllm_toptheta.support import (
     Engine,
     Reason,
     engine_reasons,
+    image_modalities,
+    image_reason,
     kernel_reasons,
     model_reasons,
     override_reasons,
@@ -61,6 +63,8 @@ def check_engine(vllm_config: Any) -> None:
         model_reasons(config) or [reason for reason, applies in of_class.items() if applies],
         file=_file(model),
     )
+    if model.is_mm_prefix_lm:
+        refuse([image_reason(image_modalities(config) or ("image",))])
     overrides = getattr(model, "hf_overrides", None)
     of_flags = override_reasons(overrides) if isinstance(overrides, Mapping) else []
     refuse([*of_flags, *engine_reasons(_engine(vllm_config))])

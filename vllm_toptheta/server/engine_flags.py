@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ class EngineFlags:
         has_dummy_weights: Whether the weights are made up.
         serving: How the model is served, for what was measured of it.
         engine: Of the engine, its device left out.
+        limits: How many images and the like a prompt may hold, where flags say so.
+        is_text_alone: Whether no prompt may hold any.
+        takes_embeddings: Whether prompts may hold what an encoder made of them.
     """
 
     revision: str | None = None
@@ -36,6 +39,9 @@ class EngineFlags:
     has_dummy_weights: bool = False
     serving: Serving = Serving()
     engine: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    is_text_alone: bool = False
+    takes_embeddings: bool = False
 
     @classmethod
     def read(cls, given: list[Flag]) -> EngineFlags:
@@ -74,7 +80,16 @@ class EngineFlags:
                 "num_stages": flags.integer(given, "--pipeline-parallel-size", "-pp") or 1,
                 "adapts": flags.is_on(given, "--enable-lora"),
             },
+            limits=flags.json_object(given, "--limit-mm-per-prompt"),
+            is_text_alone=flags.is_on(given, "--language-model-only"),
+            takes_embeddings=flags.is_on(given, "--enable-mm-embeds"),
         )
+
+    def leaves_out(self, modalities: Iterable[str]) -> bool:
+        """Whether no prompt can hold any of these."""
+        counts = (self.limits.get(modality) for modality in modalities)
+        are_none = all((count.get("count") if isinstance(count, Mapping) else count) == 0 for count in counts)
+        return (self.is_text_alone or are_none) and not self.takes_embeddings
 
     def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
         """The engine on a device."""

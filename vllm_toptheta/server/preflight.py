@@ -15,7 +15,17 @@ from vllm_toptheta.selection import Selection, select
 from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.support import Device, Reason, engine_reasons, kernel_reasons, override_reasons, refuse
+from vllm_toptheta.support import (
+    Device,
+    Reason,
+    engine_reasons,
+    image_modalities,
+    image_reason,
+    kernel_reasons,
+    override_reasons,
+    refuse,
+    serves_text_alone,
+)
 
 _DEVICES: dict[Device, str] = {"cpu": "CPUs", "gpu": "GPUs"}
 
@@ -63,6 +73,9 @@ def preflight(
     else:
         config = ServedConfig.read(local.folder, flags.overrides, has_dummy_weights=flags.has_dummy_weights)
         refuse(config.reasons(serving))
+        modalities = image_modalities(config.fields)
+        if modalities and not (flags.leaves_out(modalities) and serves_text_alone()):
+            refuse([image_reason(modalities)])
         serving = config.completed(serving)
     selection = select(settings, model, None if config is None else config.architecture)
     caution = _check_engine(flags, config, settings, selection, device or _vllm_build())

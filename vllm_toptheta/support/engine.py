@@ -37,7 +37,7 @@ class Engine:
         generates: Whether it generates text.
         moves_pages: Whether pages are copied out of it, or into it.
         sleeps: Whether it can give its memory back.
-        wakes_up_whole: Whether it then gets back what an attention backend keeps there (`sleep.wakes_up_whole`).
+        wakes_up_whole: Whether it then gets back what an attention backend keeps there (`installed.wakes_up_whole`).
         draft: How tokens are guessed; None where they are not, or by the served model itself.
         drafts_itself: Whether the served model drafts.
         num_stages: Ranks that share the layers.
