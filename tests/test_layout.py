@@ -60,6 +60,7 @@ USERS = {
 # what benchmarks may use of vLLM: its public interface, and the kernels that ours are compared with
 PEERS = {
     "vllm",
+    "vllm.EngineArgs",
     "vllm.LLM",
     "vllm.SamplingParams",
     "vllm.vllm_flash_attn",

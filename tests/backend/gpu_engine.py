@@ -99,7 +99,8 @@ class Engine:
             gpu, "request_offsets", lambda choices, config, rows, device: RequestOffsets(choices, rows, device)
         )
         monkeypatch.setattr(gpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(gpu, "warm_up", SimpleNamespace(install=lambda: None))
+        for hook in ("warm_up", "sleep"):
+            monkeypatch.setattr(gpu, hook, SimpleNamespace(install=lambda: None))
         # vLLM looks for layers of this class; its own constructor would choose the platform's backend
         attention = Attention.__new__(Attention)
         torch.nn.Module.__init__(attention)
@@ -115,7 +116,10 @@ class Engine:
             ),
         )
         spec = FullAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float16
+            block_size=BLOCK_SIZE,
+            num_kv_heads=NUM_KV_HEADS,
+            head_size=HEAD_SIZE,
+            dtype=torch.uint8 if float8 else torch.float16,
         )
         self.builder = gpu.GpuMetadataBuilder(spec, [name], config, torch.device(DEVICE))
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
@@ -170,8 +174,8 @@ class Engine:
             return torch.full((NUM_HEADS,), THETA)
         if length <= NUM_ANCHORS:
             return torch.full((NUM_HEADS,), -torch.inf)
-        key, _ = gather_sequence(self.kv_cache, block_row, length)
-        scores = causal_scores(query[None].float(), key.float(), softmax_scale=SCALE)
+        key, _ = gather_sequence(self.scaled_cache(), block_row, length)
+        scores = causal_scores(self.scaled(query[None]).float(), key.float(), softmax_scale=SCALE)
         return relative_threshold(scores, torch.tensor([length], device=DEVICE), weight_floor)[0].cpu()
 
     def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
@@ -179,14 +183,9 @@ class Engine:
         return values.to(FLOAT8 if self.float8 else torch.float16).to(DEVICE)
 
     def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
-        kv_cache = self.kv_cache
-        if self.float8:
-            query = query.float() * SCALES["_q_scale"]
-            scale = torch.tensor([SCALES["_k_scale"], SCALES["_v_scale"]], device=DEVICE)
-            kv_cache = kv_cache.view(FLOAT8).float() * scale.repeat_interleave(HEAD_SIZE)
         return paged_top_theta_attention(
-            query,
-            kv_cache,
+            self.scaled(query),
+            self.scaled_cache(),
             block_table,
             lens,
             starts,
@@ -194,6 +193,17 @@ class Engine:
             target_k=0,
             softmax_scale=SCALE,
         ).output
+
+    def scaled(self, query: torch.Tensor) -> torch.Tensor:
+        """What queries stand for."""
+        return query.float() * SCALES["_q_scale"] if self.float8 else query
+
+    def scaled_cache(self) -> torch.Tensor:
+        """What the cache stands for."""
+        if not self.float8:
+            return self.kv_cache
+        scale = torch.tensor([SCALES["_k_scale"], SCALES["_v_scale"]], device=DEVICE)
+        return self.kv_cache.view(FLOAT8).float() * scale.repeat_interleave(HEAD_SIZE)
 
     def flash_attention_build(self, prefix: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         return SimpleNamespace(

@@ -51,7 +51,15 @@ WEIGHT_FLOOR = 6.0
 class ShadowEngine(Engine):
     """The engine in mode `shadow`; what its reference expects of decoding rows has candidates."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, max_lens: list[int], **options: Any) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        max_lens: list[int],
+        *,
+        float8: bool = False,
+        **options: Any,
+    ) -> None:
         self.store: ThresholdStore = make_shadow_store(
             folder / "store",
             weight_floor=WEIGHT_FLOOR,
@@ -74,7 +82,7 @@ class ShadowEngine(Engine):
             choices=RequestChoices(thresholds, refusal=refusal),
             shadow=self.store.shadow,
         )
-        super().__init__(monkeypatch, max_lens, plan=plan)
+        super().__init__(monkeypatch, max_lens, plan=plan, float8=float8)
         self.keys_read = 0
         codes_view(self.kv_cache, CODE_BYTES).fill_(0xA5)
 
@@ -93,7 +101,8 @@ class ShadowEngine(Engine):
         self, query: torch.Tensor, block_row: torch.Tensor, length: int, threshold: torch.Tensor
     ) -> torch.Tensor:
         shadow = self.store.shadow
-        key, value = (part.float().cpu() for part in gather_sequence(self.kv_cache, block_row, length))
+        key, value = (part.float().cpu() for part in gather_sequence(self.scaled_cache(), block_row, length))
+        query = self.scaled(query)
         projection = projection_of(shadow, LAYER)
         scores = shadow_scores(
             quantize_query(query.float().cpu(), projection, softmax_scale=SCALE), encode_keys(key, projection)
@@ -128,15 +137,16 @@ class ShadowEngine(Engine):
     def check_codes(self, row: int, length: int) -> None:
         """The codes of a sequence's full pages are the reference's, and its open page has none."""
         num_full = length // BLOCK_SIZE
-        key, _ = gather_sequence(self.kv_cache, self.block_table[row], num_full * BLOCK_SIZE)
+        key, _ = gather_sequence(self.scaled_cache(), self.block_table[row], num_full * BLOCK_SIZE)
         expected = pack_codes(encode_keys(key.float().cpu(), projection_of(self.store.shadow, LAYER)))
         codes = codes_view(self.kv_cache, CODE_BYTES)
         stored = codes[self.block_table[row, :num_full].long()].transpose(1, 2).flatten(0, 1)
         assert float((stored.cpu() != expected).float().mean()) < 1e-3
 
 
-def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = ShadowEngine(monkeypatch, tmp_path, [310, 390, 90])
+@pytest.mark.parametrize("float8", [False, True])
+def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, float8: bool) -> None:
+    engine = ShadowEngine(monkeypatch, tmp_path, [310, 390, 90], float8=float8)
     assert engine.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
     assert engine.dense_rows == [703]
     engine.check_codes(1, 370)

@@ -14,7 +14,6 @@ from vllm_toptheta import errors
 from vllm_toptheta.backend import plugin, support_checks
 from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
@@ -71,12 +70,29 @@ def check_plan(config: VllmConfig, architecture: Architecture | None = None, **o
     support_checks.check_plan(plan, config)
 
 
-def test_what_copies_and_shadow_keys_are_made_for(make_config: MakeConfig) -> None:
-    config = make_config()
+def test_float8_pages_with_copies_are_for_gpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    config = make_config({"mode": "shadow"}, dtype="bfloat16")
     config.cache_config.cache_dtype = "fp8_e4m3"
-    check_plan(config)
-    with pytest.raises(errors.UnsupportedError, match=r"^mode: mode shadow is not supported with --kv-cache-dtype fp8"):
-        check_plan(config, settings=Settings.load({"mode": "shadow"}))
+    with pytest.raises(errors.UnsupportedError, match=r"fp8_e4m3: not supported, only auto, float16, bfloat16\."):
+        support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    support_checks.check_engine(config)
+    heads = Architecture(num_layers=1, num_heads=4, num_kv_heads=2, head_size=128, rope={})
+    check_plan(config, heads)
+    with pytest.raises(errors.UnsupportedError, match="no GPU kernels for copies of heads of 80"):
+        check_plan(config, heads.model_copy(update={"head_size": 80}))
+
+
+def test_sleep_is_for_gpus_that_wake_up_whole(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    config = make_config(dtype="bfloat16")
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: vLLM has no sleep mode on CPUs"):
+        support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    support_checks.check_engine(config)
+    monkeypatch.setattr(support_checks, "wakes_up_whole", lambda: False)
+    with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: this vLLM throws the thresholds away"):
+        support_checks.check_engine(config)
 
 
 def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:

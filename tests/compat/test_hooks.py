@@ -97,6 +97,41 @@ def test_pages_have_tails(release: Release) -> None:
     assert release.run(code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32} 0"
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_layer_of_chunks_is_refused_whatever_config_json_says(release: Release, platform: str) -> None:
+    builder = {"cpu": "CpuMetadataBuilder", "gpu": "GpuMetadataBuilder"}[platform]
+    code = CONFIG + (
+        "import importlib\n"
+        "from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention\n"
+        "from vllm.v1.attention.backend import AttentionMetadataBuilder\n"
+        "from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder\n"
+        "from vllm_toptheta.backend.plan import Plan\n"
+        "from vllm_toptheta.errors import UnsupportedError\n"
+        f"module = importlib.import_module('vllm_toptheta.backend.{platform}')\n"
+        "layer = ChunkedLocalAttention.__new__(ChunkedLocalAttention); torch.nn.Module.__init__(layer)\n"
+        "layer.attention_chunk_size, layer.num_kv_heads, layer.head_size = 64, 8, 128\n"
+        "layer.kv_cache_dtype, layer.kv_cache_torch_dtype = 'auto', torch.bfloat16\n"
+        "spec = layer.get_kv_cache_spec(S(cache_config=S(block_size=16, cache_dtype='auto')))\n"
+        "assert spec.attention_chunk_size == 64  # the attribute is what vLLM goes by\n"
+        "Plan.resolve = classmethod(lambda cls, config: S(heavy=None, choices=None, log=lambda **_: None,\n"
+        "                                                 code_bytes=0))\n"
+        "FlashAttentionMetadataBuilder.__init__ = AttentionMetadataBuilder.__init__\n"
+        f"builder = module.{builder}\n"
+        "builder._init_reorder_batch_threshold = lambda *_, **__: None\n"
+        "module.get_tensor_model_parallel_rank = lambda: 1\n"
+        "module.request_offsets = lambda *_: None\n"
+        "layers = {'model.layers.1.attn': layer}\n"
+        "config = S(compilation_config=S(static_forward_context=layers), scheduler_config=S(max_num_seqs=1))\n"
+        "try:\n"
+        "    builder(spec, list(layers), config, torch.device('cpu'))\n"
+        "except UnsupportedError as error:\n"
+        "    print(error)\n"
+    )
+    said = release.run(code)
+    assert said.startswith("layer model.layers.1.attn: layers that attend within chunks are not supported")
+    assert said.endswith("Serve this model without --attention-backend toptheta.")
+
+
 def test_workers_forget_what_warm_up_counted(release: Release) -> None:
     """Counters are made in inference mode, where newer versions profile; all versions warm up outside of it."""
     code = CONFIG + (
@@ -162,6 +197,40 @@ def test_workers_answer_what_they_counted(release: Release) -> None:
         "print(stats.decode_tokens, stats.layers[0].rows_read, stats.value_row_bytes)\n"
     )
     assert release.run(code) == "1 4 128"
+
+
+def test_a_worker_that_sleeps_answers_what_it_had_counted(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "from vllm_toptheta.backend.hooks import sleep, worker_stats\n"
+        "theirs = Worker.sleep, Worker.wake_up\n"
+        "assert [list(inspect.signature(one).parameters) for one in theirs] == [['self', 'level'], ['self', 'tags']]\n"
+        "done = []\n"
+        "Worker.sleep = lambda self, level=1: done.append(level)\n"
+        "Worker.wake_up = lambda self, tags=None: done.append(tags)\n"
+        "def report(config):\n"
+        "    assert not config['asleep'], 'the memory is away'\n"
+        "    return {'tokens': config['tokens']}\n"
+        "sleep.rank_report = worker_stats.rank_report = report\n"
+        "for _ in range(2):\n"
+        "    sleep.install(); worker_stats.install()\n"
+        "worker = Worker.__new__(Worker)\n"
+        "worker.vllm_config = config = {'asleep': False, 'tokens': 3}\n"
+        "answers = [worker.toptheta_stats()]\n"
+        "config['tokens'] = 5\n"
+        "worker.sleep(2)\n"
+        "config['asleep'] = True\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "worker.sleep(level=1)\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "config['asleep'] = False\n"
+        "worker.wake_up(tags=['weights'])\n"
+        "config['tokens'] = 7\n"
+        "answers.append(worker.toptheta_stats())\n"
+        "print([answer['tokens'] for answer in answers], done)\n"
+    )
+    assert release.run(code) == "[3, 5, 5, 7] [2, 1, ['weights']]"
 
 
 @pytest.mark.parametrize("is_v2", [False, True], ids=["V1 runner", "V2 runner"])

@@ -76,6 +76,51 @@ def test_the_gpu_classes_import_and_fit(release: Release) -> None:
     assert release.run(code) == "UNIFORM_SINGLE_TOKEN_DECODE"
 
 
+def test_what_vllm_gives_back_when_it_wakes_up_is_told_by_its_file(release: Release) -> None:
+    """What it really keeps, at both levels, and in which pool it makes what our builder keeps."""
+    code = (
+        "import inspect\n"
+        "import vllm.device_allocator as allocator\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.device_allocator.sleep_mode_backend import CuMemBackend\n"
+        "from vllm.v1.worker.gpu_worker import Worker\n"
+        "from vllm_toptheta.support import wakes_up_whole\n"
+        "kept = []\n"
+        "allocator.get_mem_allocator_instance = lambda: S(sleep=lambda offload_tags: kept.append(offload_tags))\n"
+        "CuMemBackend().suspend(1); CuMemBackend().suspend(2)\n"
+        "text = inspect.getsource(Worker.initialize_from_config)\n"
+        "pool = text.rindex('memory_pool_context', 0, text.index('.initialize_kv_cache('))\n"
+        "is_made_there = 'runtime' in text[pool:text.index('.initialize_kv_cache(')]\n"
+        "print(wakes_up_whole(), all('runtime' in tags for tags in kept), is_made_there)\n"
+    )
+    whole = "0.26.0" not in release.files.name
+    assert release.run(code) == f"{whole} {whole} {whole}"
+
+
+def test_whether_images_can_be_left_out_is_told_by_vllms_file(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase as Base\n"
+        "from vllm_toptheta.support import image_modalities, serves_text_alone\n"
+        "def is_prefix(config, **known):\n"
+        "    convertor = Base.__new__(Base)\n"
+        "    convertor.hf_config = S(**config)\n"
+        "    return convertor.is_mm_prefix_lm(**known)\n"
+        "names = 'bagel gemma3 molmo2 moondream3 paligemma gemma3_text qwen2_5_vl idefics3'.split()\n"
+        "configs = [{'model_type': name} for name in names]\n"
+        "configs += [{**config, 'is_mm_prefix_lm': said} for config in configs for said in (False, True)]\n"
+        "for config in configs:\n"
+        "    assert is_prefix(config) == bool(image_modalities(config)), config\n"
+        "can = 'supports_multimodal' in inspect.signature(Base.is_mm_prefix_lm).parameters\n"
+        "if can:\n"
+        "    assert not any(is_prefix(config, supports_multimodal=False) for config in configs)\n"
+        "print(serves_text_alone(), can)\n"
+    )
+    can = "0.26.0" not in release.files.name
+    assert release.run(code) == f"{can} {can}"
+
+
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])
 def test_supported_versions(version: str) -> None:
     versions.check_version(version)

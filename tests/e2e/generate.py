@@ -56,12 +56,14 @@ class Call(NamedTuple):
         max_tokens: Tokens to generate for each.
         asked: What each prompt asks for in its extra arguments, None for nothing; None if none asks for anything.
         refused: Whether the engine must refuse it.
+        slept: The level at which the engine sleeps, and wakes up, before it; 0 for not at all.
     """
 
     prompts: list[list[int]]
     max_tokens: int = 40
     asked: list[Any] | None = None
     refused: bool = False
+    slept: int = 0
 
 
 def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, **config: Any) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
         `outputs`: per prompt `token_ids` and `top2` (the two best log-probabilities of each step);
         `refusal`: why the engine refused the call, None if it did not;
         `stats`: what the workers counted during the call, None on another backend; the first call's include whatever
-        the engine counted before it;
+        the engine counted before it; `asleep`: what they answered while they slept, None if they did not;
         `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
         `accepted`, `drafted`: speculated tokens;
         `python_decodes`: calls of the GPU backend's decode step from Python instead of a graph, and `graph_mode`:
@@ -129,6 +131,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     stats, counters = None, {"python_decodes": 0}
     for call in (Call(*fields) for fields in config["calls"]):
+        asleep = _sleep(llm, call.slept, STATS_RPC) if call.slept else None
         answer = _answer(llm, call)
         metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
         now = {
@@ -142,6 +145,7 @@ def main() -> None:
         results.append(
             {
                 **answer,
+                "asleep": asleep,
                 "stats": [since(*ranks) for ranks in zip(earlier or [None] * len(stats), stats, strict=True)],
                 **{name: value - counters.get(name, 0) for name, value in now.items()},
                 "graph_mode": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
@@ -200,6 +204,16 @@ def _answer(llm: Any, call: Call) -> dict[str, Any]:
         best = [sorted((entry.logprob for entry in step.values()), reverse=True) for step in answer.outputs[0].logprobs]
         outputs.append({"token_ids": list(answer.outputs[0].token_ids), "top2": [step[:2] for step in best]})
     return {"outputs": outputs, "refusal": None}
+
+
+def _sleep(llm: Any, level: int, stats_rpc: str) -> list[dict[str, Any] | None]:
+    """Have the engine sleep and wake up; what its workers say in between."""
+    llm.sleep(level=level)
+    said = llm.collective_rpc(stats_rpc)
+    llm.wake_up()
+    if level > 1:  # which throws weights away
+        llm.collective_rpc("reload_weights")
+    return said
 
 
 def _count_python_decodes() -> list[int]:

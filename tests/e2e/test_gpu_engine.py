@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Subject
+from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
+from tests.shadow_store import make_shadow_store
+from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +25,15 @@ LENGTHS = [600] * 3  # in a graph captured for four sequences, so that one row i
 MAX_TOKENS = 40
 FULL_AND_PIECEWISE = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 NO_GRAPHS = {"enforce_eager": True, "compilation_config": {}}
+
+# sparse, and no score lies that far below the others; nothing is weighed by a copy
+FLOAT8_OPTIONS: dict[str, dict[str, Any]] = {
+    "values": {"weight_floor": 1e-300},
+    "copies": {
+        "mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, "weight_floor": 1e-300,
+    },
+    "shadow keys": {"mode": "shadow", "always_shadow": True},
+}  # fmt: skip
 
 graphs = pytest.mark.xdist_group("graphs")
 
@@ -106,13 +117,18 @@ def test_synchronous_scheduling(synchronous: list[dict[str, Any]], eager: list[d
 
 
 @pytest.mark.xdist_group("float8")
-def test_float8_pages(model: Path, text_ids: list[int]) -> None:
+@pytest.mark.parametrize("kind", FLOAT8_OPTIONS)
+def test_float8_pages(model: Path, text_ids: list[int], kind: str, tmp_path: Path) -> None:
     calls = [Call(cut(text_ids, [300, 1500, 40, 2500]), max_tokens=24)]
     # FlashAttention has no other output for float8 than bfloat16
     float8 = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
     (exact,) = generate(calls, model=str(model), engine={"dtype": "bfloat16"})
     (stock,) = generate(calls, model=str(model), engine=float8)
-    options = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
+    options = dict(FLOAT8_OPTIONS[kind])
+    if kind == "shadow keys":
+        folder = tmp_path / "HuggingFaceTB--SmolLM2-135M-Instruct"
+        make_shadow_store(folder, weight_floor=1e-300, margin=1e8, **STORED, **architecture(model))
+        options["thresholds"] = str(folder)
     (ours,) = generate(calls, model=str(model), engine=float8, backend="toptheta", options=options)
     assert all(head["rows_read"] == head["rows_cached"] > 0 for head in ours["stats"][0]["layers"])
     # FlashAttention rounds the weights to float8 too, so it is no measure; but who rounds less must not err more
@@ -128,6 +144,49 @@ def deviation(one: dict[str, Any], other: dict[str, Any]) -> float:
             if a != b:
                 break
     return statistics.mean(differences)
+
+
+@pytest.mark.xdist_group("float8")
+def test_copies_of_float8_pages_are_near_dense_attention(model: Path, text_ids: list[int]) -> None:
+    """At the defaults, of a server that scans every step and captures it; far from dense would be nats."""
+    calls = [Call(cut(text_ids, [300, 1500, 40, 2500]), max_tokens=24)]
+    (exact,) = generate(calls, model=str(model), engine={"dtype": "bfloat16"})
+    (ours,) = generate(
+        calls,
+        model=str(model),
+        engine={"dtype": "bfloat16", "kv_cache_dtype": "fp8", "enforce_eager": False, **FULL_AND_PIECEWISE},
+        backend="toptheta",
+        options={"mode": "shadow", "always_shadow": True},
+    )
+    heads = ours["stats"][0]["layers"]
+    assert sum(head["copies_read"] for head in heads) > 0
+    assert sum(head["keys_read"] for head in heads) < 0.9 * sum(head["rows_cached"] for head in heads)
+    assert deviation(ours, exact) < 0.2
+
+
+@pytest.mark.skipif(not wakes_up_whole(), reason="this vLLM loses what a backend keeps when it sleeps")
+@pytest.mark.parametrize("copies", [False, True], ids=["values", "copies"])
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1 runner", "V2 runner"])
+def test_an_engine_that_slept_decodes_as_before(
+    demo: Subject, prompts: list[list[int]], runner: str, copies: bool
+) -> None:
+    awake, *slept = demo.sparse(
+        [Call(prompts, MAX_TOKENS), Call(prompts, MAX_TOKENS, slept=1), Call(prompts, MAX_TOKENS, slept=2)],
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
+        mode="shadow" if copies else "values",
+        copies=copies,
+        enable_sleep_mode=True,
+        enable_prefix_caching=True,
+        **FULL_AND_PIECEWISE,
+    )
+    # counted up to then, by memory that is away
+    assert slept[0]["asleep"] == awake["stats"]
+    for one in slept:
+        assert one["python_decodes"] == one["prefix_hits"] == 0
+        assert_same_text(one["outputs"], awake["outputs"])
+        for head in one["stats"][0]["layers"]:
+            assert head["decode_tokens"] == len(LENGTHS) * (MAX_TOKENS - 1)
+            assert 0 < head["rows_read"] < head["rows_cached"]
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["all keys are read", "scanned"])

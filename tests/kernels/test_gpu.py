@@ -324,6 +324,17 @@ def test_long_sequences_by_tiers(in_cuda: bool, group: int, head_size: int) -> N
     check_tiers(tiers, *tiers.run())
 
 
+@pytest.mark.parametrize("query_dtype", [None, torch.float8_e4m3fn], ids=["16-bit queries", "float8 queries"])
+@pytest.mark.parametrize(("group", "head_size"), [(4, 64), (1, 128), (4, 128), (7, 128), (16, 128), (8, 256)])
+def test_long_sequences_by_tiers_in_float8(group: int, head_size: int, query_dtype: torch.dtype | None) -> None:
+    shape = Shape(
+        (40_000, 3_001, 16, 0, 9_000), 2 * group, 2, head_size, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn,
+        query_dtype=query_dtype,
+    )  # fmt: skip
+    tiers = make_tier_case(shape)
+    check_tiers(tiers, *tiers.run())
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("in_cuda", [False, True], ids=["Triton", "CUDA"])
 @pytest.mark.parametrize(
@@ -356,9 +367,14 @@ def test_both_kernels_of_tiers_read_the_same_keys() -> None:
         assert bool(((ours - theirs).abs() <= 2 + 0.001 * theirs).all()), name
 
 
-@pytest.mark.parametrize("in_cuda", [False, True], ids=["Triton", "CUDA"])
-def test_a_replayed_graph_by_tiers_equals_the_eager_call(in_cuda: bool) -> None:
-    tiers = make_tier_case(Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16), in_cuda=in_cuda)
+@pytest.mark.parametrize(
+    ("in_cuda", "kv_dtype"),
+    [(False, None), (True, None), (False, torch.float8_e4m3fn)],
+    ids=["Triton", "CUDA", "Triton, float8"],
+)
+def test_a_replayed_graph_by_tiers_equals_the_eager_call(in_cuda: bool, kv_dtype: torch.dtype | None) -> None:
+    shape = Shape((5_000, 300, 2_000), 8, 2, 128, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    tiers = make_tier_case(shape, in_cuda=in_cuda)
     scratch = tiers.scratch()
     output = torch.empty_like(tiers.case.query)
     records = tiers.records(output)

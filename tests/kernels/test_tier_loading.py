@@ -54,6 +54,15 @@ def test_without_a_compiler_the_kernels_in_triton_are_taken(
     assert tier_config(None) is TIER_CONFIG
 
 
+def test_float8_pages_are_read_in_triton(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm.toptheta"):
+        for _ in range(2):
+            assert tier_split.find_loader(torch.device("cuda", 0), 128, 4, element_bytes=1) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "toptheta: float8 keys and values with copies are read by the slower kernels in Triton"
+    ]
+
+
 def test_what_is_loaded_is_launched_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(tier_split, "_loaded", lambda *arguments: asked.append(arguments))

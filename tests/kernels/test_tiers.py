@@ -47,6 +47,18 @@ SHAPES = {
     "everything kept": Shape(LENS, max_dense_len=1000),
     "no value mean": Shape(LENS, value_mean=False),
 }
+FLOAT8 = torch.float8_e4m3fn
+# of the kernels in Triton alone
+FLOAT8_SHAPES = {
+    "plain": Shape(LENS, kv_dtype=FLOAT8),
+    "queries too": Shape(LENS, num_heads=8, kv_dtype=FLOAT8, query_dtype=FLOAT8),
+    "head size 128, block 32": Shape(LENS, num_heads=8, head_size=128, block_size=32, kv_dtype=FLOAT8),
+    "head size 256, soft cap": Shape(
+        LENS[:3], num_kv_heads=1, num_heads=2, head_size=256, soft_cap=5.0, kv_dtype=FLOAT8, query_dtype=FLOAT8
+    ),
+    "group of 16, HND": Shape(LENS[2:], num_heads=16, num_kv_heads=1, layout="HND", kv_dtype=FLOAT8),
+    "short sequences kept": Shape(LENS, max_dense_len=160, kv_dtype=FLOAT8),
+}
 # few programs, so that sequences are split in the middle and programs cross from one to the next
 FEW = replace(SCANNING, tile=64, programs_per_sm=1, min_work=1, walk_tile=32, chunk_tiles=2, list_depth=4)
 
@@ -72,6 +84,32 @@ def test_decode(make: Make, name: str) -> None:
 def test_decode_bfloat16(make: Make, name: str) -> None:
     tiers = make(replace(SHAPES[name], dtype=torch.bfloat16))
     check(tiers, *tiers.run())
+
+
+@pytest.mark.parametrize("name", FLOAT8_SHAPES)
+def test_float8_pages(name: str) -> None:
+    tiers = make_tier_case(FLOAT8_SHAPES[name])
+    check(tiers, *tiers.run(FEW if INTERPRETED else SCANNING))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
+@pytest.mark.parametrize("name", FLOAT8_SHAPES)
+def test_float8_pages_and_bfloat16(name: str) -> None:
+    tiers = make_tier_case(replace(FLOAT8_SHAPES[name], dtype=torch.bfloat16))
+    check(tiers, *tiers.run())
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_step_of_short_sequences_in_float8_pages(is_short: bool) -> None:
+    tiers = replace(make_tier_case(FLOAT8_SHAPES["queries too"]), reads_all_keys=is_short)
+    mean = sum(LENS) // sum(length > 0 for length in LENS)
+    check(tiers, *tiers.run(replace(FEW, short_length=mean + is_short)))
+
+
+def test_scales_of_pages_of_16_bits(make: Make) -> None:
+    tiers = make(SHAPES["plain"])
+    tiers.case.scales = torch.tensor([0.7], device=DEVICE), torch.tensor([1.3], device=DEVICE)
+    check(tiers, *tiers.run(FEW if INTERPRETED else SCANNING))
 
 
 @pytest.mark.parametrize(
@@ -192,9 +230,12 @@ def test_what_scratch_held_does_not_matter(make: Make) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("kv_dtype", [None, FLOAT8])
 @pytest.mark.parametrize(("name", "before"), [("plain", (0, 0, 100, 31)), ("head size 128, block 32", (0, 0, 0, 320))])
-def test_copies_of_steps_that_fill_any_number_of_pages(make: Make, name: str, before: tuple[int, ...]) -> None:
-    tiers = make(SHAPES[name])
+def test_copies_of_steps_that_fill_any_number_of_pages(
+    make: Make, name: str, before: tuple[int, ...], kv_dtype: torch.dtype | None
+) -> None:
+    tiers = make(replace(SHAPES[name], kv_dtype=kv_dtype))
     tiers.codes.fill_(GARBAGE)
     tiers.write_tails([0] * len(LENS), list(before))
     tiers.write_tails(list(before), list(LENS))
@@ -211,12 +252,17 @@ def test_copies_of_steps_that_fill_any_number_of_pages(make: Make, name: str, be
     [
         ({"head_size": 80}, "query: there are no GPU kernels for copies of heads of 80, only of 64, 128, 256"),
         ({"head_size": 256, "num_heads": 16, "num_kv_heads": 1}, "16 query heads per kv head, only for up to 8"),
-        ({"kv_dtype": torch.float8_e4m3fn}, "kv_cache: dtype is torch.float8_e4m3fn, expected"),
     ],
 )
 def test_what_has_no_kernels(make: Make, change: dict[str, object], words: str) -> None:
     tiers = make(replace(Shape((200,)), **change))
     with pytest.raises(ValueError, match=words):
+        tiers.run(FEW)
+
+
+def test_the_kernels_in_cuda_have_none_for_float8() -> None:
+    tiers = make_tier_case(Shape((200,), kv_dtype=FLOAT8), in_cuda=True)
+    with pytest.raises(ValueError, match="kv_cache: dtype is torch.float8_e4m3fn, expected torch.float16 for kernels"):
         tiers.run(FEW)
 
 

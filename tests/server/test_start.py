@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
@@ -197,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
         "--kv-transfer-config, --kv-offloading-size: KV connectors",
     ),
     "offloading": ({}, ["--kv-offloading-size", "1"], {}, "KV connectors and offloading"),
-    "sleep": ({}, ["--enable-sleep-mode"], {}, "--enable-sleep-mode: "),
+    "sleep": ({}, ["--enable-sleep-mode"], {}, "--enable-sleep-mode: vLLM has no sleep mode on CPUs"),
     "three ranks": ({}, ["-tp", "3"], {}, "--tensor-parallel-size 3: ranks cannot share 4 query heads on 2 kv heads"),
     "ranks of a sequence": ({}, ["-tp", "4", "-dcp", "2"], {}, "context parallelism"),
     "too long": ({}, ["--max-model-len", "8192"], {}, "--max-model-len 8192: the model is made for 4096 tokens"),
@@ -244,9 +245,10 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "17 dense query heads": ({"num_attention_heads": 34, "hidden_size": 34 * 64}, [], {"weight_floor": 0}, ""),
     "copies of heads of 80": ({"head_dim": 80}, [], {"mode": "shadow"}, "no GPU kernels for copies of heads of 80"),
     "float8": ({}, ["--kv-cache-dtype", "fp8"], {}, ""),
-    "float8 of copies": ({}, ["--kv-cache-dtype", "fp8"], {"mode": "shadow"}, "^mode: mode shadow is not supported"),
+    "float8 of copies": ({}, ["--kv-cache-dtype", "fp8"], {"mode": "shadow"}, ""),
     "float8 of another kind": ({}, ["--kv-cache-dtype", "fp8_e5m2"], {}, "only auto, float16, bfloat16, fp8, fp8_e4m3"),
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
+    "sleep": ({}, ["--enable-sleep-mode"], {}, ""),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -260,6 +262,51 @@ def test_the_check_for_another_device(name: str, tmp_path: Path) -> None:
             command.check("gpu")
     else:
         assert command.check("gpu")
+
+
+IMAGES = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_served"),
+    [
+        ([], False),
+        (["--limit-mm-per-prompt", '{"image": 0}'], True),
+        (["--limit-mm-per-prompt", '{"image": {"count": 0}}'], True),
+        (["--limit-mm-per-prompt.image", "0"], True),
+        (["--limit-mm-per-prompt", '{"image": 1}'], False),
+        (["--limit-mm-per-prompt", '{"video": 0}'], False),
+        (["--language-model-only"], True),
+        (["--language-model-only", "--enable-mm-embeds"], False),
+    ],
+    ids=str,
+)
+def test_text_alone_of_a_model_whose_images_attend_to_themselves(
+    flags: list[str], is_served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {**LLAMA, "model_type": "gemma3_text", "sliding_window": 48, "head_dim": 64}
+    command = build(write(tmp_path / "tiny", IMAGES | {"text_config": text}), flags)
+    if is_served:
+        assert command.check("gpu").startswith("thresholds floor:2")
+        monkeypatch.setattr("vllm_toptheta.server.preflight.serves_text_alone", lambda: False)
+        monkeypatch.setattr("vllm_toptheta.support.images.serves_text_alone", lambda: False)
+        remedy = (
+            """Install vLLM 0.32 or 0.33, which can leave them out, then give --limit-mm-per-prompt '{"image": 0}'"""
+        )
+    else:
+        remedy = """Give --limit-mm-per-prompt '{"image": 0}'"""
+    with pytest.raises(TopThetaError, match="--limit-mm-per-prompt: tokens of one image see each other") as caught:
+        command.check("gpu")
+    assert caught.value.remedy == f"{remedy} to serve its text alone"
+
+
+def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_toptheta.server.engine_flags.wakes_up_whole", lambda: False)
+    model = write(tmp_path / "tiny", LLAMA)
+    words = "--enable-sleep-mode: this vLLM throws the thresholds away.*install vLLM 0.32 or 0.33"
+    with pytest.raises(TopThetaError, match=words):
+        build(model, ["--enable-sleep-mode"]).check("gpu")
+    assert build(model, []).check("gpu")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +330,13 @@ def test_where_the_device_is_not_known(
     answer = build(write(tmp_path / "tiny", LLAMA | change), flags).check(device)
     assert told in answer
     assert ("only, because" in answer) == bool(told)
+
+
+def test_a_model_that_only_names_the_kinds_of_its_layers_is_refused_for_them(tmp_path: Path) -> None:
+    config = {**NemotronHConfig().to_dict(), "architectures": ["NemotronHForCausalLM"]}
+    assert "num_hidden_layers" not in config
+    with pytest.raises(TopThetaError, match="layers_block_type: layers with a state of their own"):
+        build(write(tmp_path / "tiny", config), []).check("gpu")
 
 
 def test_llama_4_is_refused_whether_or_not_its_chunks_are_named(tmp_path: Path) -> None:

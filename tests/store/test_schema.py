@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from transformers import NemotronHConfig
 
 from tests.store_factory import make_draft
 from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
@@ -44,6 +45,18 @@ def test_fills_in_what_old_configs_leave_out() -> None:
 
 def test_reads_the_text_config_of_a_multimodal_model() -> None:
     assert Architecture.from_hf_config({"text_config": {**LLAMA, "head_dim": 128}, "hidden_size": 1}).head_size == 128
+
+
+def test_layers_are_counted_where_only_their_kinds_are_named() -> None:
+    """As transformers 5 writes a Nemotron-H."""
+    kinds = ["mamba", "moe", "attention"]
+    unnumbered = {name: value for name, value in LLAMA.items() if name != "num_hidden_layers"}
+    assert Architecture.from_hf_config({**unnumbered, "layers_block_type": kinds}).num_layers == 3
+    assert Architecture.from_hf_config({**LLAMA, "layers_block_type": kinds}).num_layers == LLAMA["num_hidden_layers"]
+    with pytest.raises(ModelConfigError, match="num_hidden_layers"):
+        Architecture.from_hf_config({**unnumbered, "layers_block_type": "MEM*"})
+    config = NemotronHConfig()
+    assert Architecture.from_hf_config(config.to_dict()).num_layers == len(config.layers_block_type)
 
 
 @pytest.mark.parametrize(

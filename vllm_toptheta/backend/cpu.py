@@ -34,6 +34,7 @@ from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
+from vllm_toptheta.backend.support_checks import check_no_chunks
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.cpu import shadow, tiers, values
@@ -94,8 +95,10 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_no_chunks(layers)
         layer_plans = []
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+        for name, layer in layers.items():
             impl = layer.impl
             if isinstance(impl, CpuTopThetaImpl):
                 layer_idx = extract_layer_index(name)

@@ -28,11 +28,12 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
-from vllm_toptheta.backend.hooks import warm_up
+from vllm_toptheta.backend.hooks import sleep, warm_up
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
+from vllm_toptheta.backend.support_checks import check_no_chunks
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
@@ -113,10 +114,12 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1)
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_no_chunks(layers)
         loader = None
         if plan.heavy is not None:
             impl = next(iter(layers.values())).impl
-            loader = find_loader(device, kv_cache_spec.head_size, impl.num_heads // impl.num_kv_heads)
+            group = impl.num_heads // impl.num_kv_heads
+            loader = find_loader(device, kv_cache_spec.head_size, group, kv_cache_spec.dtype.itemsize)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
         self.is_verifying = plan.settings.lossless  # what drafts has builders of its own
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -137,6 +140,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                     kv_cache_spec.head_size,
                 )
         warm_up.install()
+        sleep.install()
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self.requests = request_offsets(self.plan.choices, vllm_config, max_num_rows, device)

@@ -16,14 +16,18 @@ from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import (
+    CHUNKED,
     MLA,
     Engine,
     Reason,
     engine_reasons,
+    image_modalities,
+    image_reason,
     kernel_reasons,
     model_reasons,
     override_reasons,
     refuse,
+    wakes_up_whole,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +63,8 @@ def check_engine(vllm_config: Any) -> None:
         model_reasons(config) or [reason for reason, applies in of_class.items() if applies],
         file=_file(model),
     )
+    if model.is_mm_prefix_lm:
+        refuse([image_reason(image_modalities(config) or ("image",))])
     overrides = getattr(model, "hf_overrides", None)
     of_flags = override_reasons(overrides) if isinstance(overrides, Mapping) else []
     refuse([*of_flags, *engine_reasons(_engine(vllm_config))])
@@ -77,11 +83,27 @@ def check_plan(plan: Plan, vllm_config: Any) -> None:
             head_size=heads.head_size,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
-            mode=plan.settings.mode,
             is_sparse=plan.thresholds is not None,
             has_copies=plan.heavy is not None,
         )
     )
+
+
+def check_no_chunks(layers: Mapping[str, Any]) -> None:
+    """Refuse layers that attend within chunks, also those of a model whose config.json does not say so.
+
+    vLLM hands each chunk to a backend as a sequence of its own. Thresholds would go by the length of the chunk, and a
+    page's tail would hold sums over more than that.
+
+    Args:
+        layers: vLLM's attention layers by name.
+
+    Raises:
+        UnsupportedError: Names the first of them.
+    """
+    for name, layer in layers.items():
+        if getattr(layer, "attention_chunk_size", None):
+            refuse([Reason(f"layer {name}", CHUNKED, "Serve this model without --attention-backend toptheta")])
 
 
 def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:
@@ -118,6 +140,7 @@ def _engine(vllm_config: Any) -> Engine:
         moves_pages=vllm_config.kv_transfer_config is not None
         or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
+        wakes_up_whole=wakes_up_whole(),
         draft=None if speculative is None or is_own else str(speculative.method),
         drafts_itself=drafts_itself,
         num_stages=parallel.pipeline_parallel_size,

@@ -106,7 +106,7 @@ def accept(share: float) -> None:
 
     What random weights draft says nothing of what a model does, and it is rejected where a model's would not be.
     """
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import EngineArgs
 
     create = EngineArgs.create_speculative_config
 

@@ -76,7 +76,8 @@ def toptheta_by_tiers(
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device, counts_keys=True, counts_copies=True)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    loader = None if in_triton else find_loader(device, head_size, num_heads // num_kv_heads)
+    group, element_bytes = num_heads // num_kv_heads, inputs.kv_cache.element_size()
+    loader = None if in_triton else find_loader(device, head_size, group, element_bytes)
     config = (config or tier_config(loader)).scanning
     scratch = TierScratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     tiers = TierLayer(TierCodec.build(head_size, device), LOG_HEAVY)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_toptheta.server import flags
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.store import Serving
-from vllm_toptheta.support import Device, Engine
+from vllm_toptheta.support import Device, Engine, drafts_on_v2, wakes_up_whole
 
 _DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
@@ -28,6 +29,9 @@ class EngineFlags:
         has_dummy_weights: Whether the weights are made up.
         serving: How the model is served, for what was measured of it.
         engine: Of the engine, its device left out.
+        limits: How many images and the like a prompt may hold, where flags say so.
+        is_text_alone: Whether no prompt may hold any.
+        takes_embeddings: Whether prompts may hold what an encoder made of them.
     """
 
     revision: str | None = None
@@ -36,6 +40,9 @@ class EngineFlags:
     has_dummy_weights: bool = False
     serving: Serving = Serving()
     engine: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    is_text_alone: bool = False
+    takes_embeddings: bool = False
 
     @classmethod
     def read(cls, given: list[Flag]) -> EngineFlags:
@@ -75,11 +82,26 @@ class EngineFlags:
                 "adapts": flags.is_on(given, "--enable-lora"),
                 "num_replicas": flags.integer(given, "--data-parallel-size", "-dp") or 1,
             },
+            limits=flags.json_object(given, "--limit-mm-per-prompt"),
+            is_text_alone=flags.is_on(given, "--language-model-only"),
+            takes_embeddings=flags.is_on(given, "--enable-mm-embeds"),
         )
 
-    def on(self, device: Device, *, drafts_itself: bool = False, runs_on_v2: bool = True) -> Engine:
-        """The engine on a device; see `Engine`."""
-        return Engine(device=device, drafts_itself=drafts_itself, runs_on_v2=runs_on_v2, **self.engine)
+    def leaves_out(self, modalities: Iterable[str]) -> bool:
+        """Whether no prompt can hold any of these."""
+        counts = (self.limits.get(modality) for modality in modalities)
+        are_none = all((count.get("count") if isinstance(count, Mapping) else count) == 0 for count in counts)
+        return (self.is_text_alone or are_none) and not self.takes_embeddings
+
+    def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
+        """The engine on a device."""
+        return Engine(
+            device=device,
+            drafts_itself=drafts_itself,
+            runs_on_v2=drafts_on_v2() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0",
+            wakes_up_whole=wakes_up_whole(),
+            **self.engine,
+        )
 
 
 def _draft(given: list[Flag]) -> str | None:

@@ -15,9 +15,18 @@ from vllm_toptheta.selection import Selection, select
 from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.support import Device, Reason, engine_reasons, kernel_reasons, override_reasons, refuse
+from vllm_toptheta.support import (
+    Device,
+    Reason,
+    engine_reasons,
+    image_modalities,
+    image_reason,
+    kernel_reasons,
+    override_reasons,
+    refuse,
+    serves_text_alone,
+)
 
-FIRST_V2_DRAFTS = (0, 32)  # of vLLM
 _DEVICES: dict[Device, str] = {"cpu": "CPUs", "gpu": "GPUs"}
 
 
@@ -64,6 +73,9 @@ def preflight(
     else:
         config = ServedConfig.read(local.folder, flags.overrides, has_dummy_weights=flags.has_dummy_weights)
         refuse(config.reasons(serving))
+        modalities = image_modalities(config.fields)
+        if modalities and not (flags.leaves_out(modalities) and serves_text_alone()):
+            refuse([image_reason(modalities)])
         serving = config.completed(serving)
     selection = select(settings, model, None if config is None else config.architecture)
     caution = _check_engine(flags, config, settings, selection, device or _vllm_build())
@@ -111,7 +123,7 @@ def _check_engine(
     """
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
-        engine = flags.on(one, drafts_itself=settings.lossless, runs_on_v2=_runs_on_v2())
+        engine = flags.on(one, drafts_itself=settings.lossless)
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
@@ -122,7 +134,6 @@ def _check_engine(
                 head_size=architecture.head_size,
                 num_heads=architecture.num_heads,
                 num_kv_heads=architecture.num_kv_heads,
-                mode=settings.mode,
                 is_sparse=selection.thresholds is not None,
                 has_copies=selection.heavy is not None,
             )
@@ -141,14 +152,6 @@ def _vllm_build() -> Device | None:
         with suppress(importlib.metadata.PackageNotFoundError):
             return "cpu" if "cpu" in distribution + importlib.metadata.version(distribution) else "gpu"
     return None
-
-
-def _runs_on_v2() -> bool:
-    """Whether the installed vLLM's V2 model runner drafts by models, as far as it can be known here."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        major, minor = importlib.metadata.version("vllm").split(".")[:2]
-        return (int(major), int(minor)) >= FIRST_V2_DRAFTS and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
-    return True
 
 
 def find_model(model: str, revision: str | None) -> LocalModel:

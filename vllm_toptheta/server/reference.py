@@ -65,8 +65,9 @@ config.json is not there, vLLM compares once it has downloaded it.
 The options, the thresholds, config.json, and these flags of vLLM, in any spelling that vLLM takes: `--hf-overrides`,
 `--hf-config-path`, `--revision`, `--dtype`, `--quantization`, `--kv-cache-dtype`, `--block-size`, `--max-model-len`,
 `--tensor-parallel-size`, both context parallel sizes, `--runner`, `--convert`, `--speculative-config`, `--spec-method`,
-`--spec-model`, `--kv-transfer-config`, `--kv-offloading-size`, `--enable-sleep-mode`, `--load-format`. What it refuses
-does not start with plain `vllm serve` either.
+`--spec-model`, `--kv-transfer-config`, `--kv-offloading-size`, `--enable-sleep-mode`, `--load-format`,
+`--limit-mm-per-prompt`, `--language-model-only`, `--enable-mm-embeds`. What it refuses does not start with plain
+`vllm serve` either.
 
 It answers for the device that the installed vLLM is for; `--device cpu` and `--device gpu` name another. Where there is
 no vLLM, it says so if the model is served on one of the two only.

@@ -98,8 +98,12 @@ class Architecture(StrictModel):
                 )
             head_size = hidden_size // num_heads
         num_kv_heads = text_config.get("num_key_value_heads")
+        num_layers, layer_kinds = text_config.get("num_hidden_layers"), text_config.get("layers_block_type")
+        if num_layers is None and isinstance(layer_kinds, list | tuple):
+            # transformers 5 writes Nemotron-H without their number
+            num_layers = len(layer_kinds)
         stated = {
-            "num_layers": text_config.get("num_hidden_layers"),
+            "num_layers": num_layers,
             "num_heads": num_heads,
             "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
             "head_size": head_size,

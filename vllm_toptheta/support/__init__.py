@@ -1,13 +1,18 @@
 """What can be served, and why the rest cannot: asked by `toptheta serve` before vLLM starts, and by the backend when it
 has started. Both put what they know into the same records, so that they give the same answer. Nothing of vLLM.
 
-model    a model, as its config.json says
-engine   an engine and its device, as flags or vLLM's configuration say
-refusal  the reasons, as one error
+model      a model, as its config.json says
+images     models whose images are attended to in another way
+engine     an engine and its device, as flags or vLLM's configuration say
+installed  what the installed vLLM can do
+refusal    the reasons, as one error
 """
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons
+from vllm_toptheta.support.images import image_modalities, image_reason
+from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, wakes_up_whole
 from vllm_toptheta.support.model import (
+    CHUNKED,
     MLA,
     NO_GENERATION,
     checkpoint_cache_dtype,
@@ -18,16 +23,22 @@ from vllm_toptheta.support.model import (
 from vllm_toptheta.support.refusal import Reason, refuse
 
 __all__ = [
+    "CHUNKED",
     "MLA",
     "NO_GENERATION",
     "Device",
     "Engine",
     "Reason",
     "checkpoint_cache_dtype",
+    "drafts_on_v2",
     "engine_reasons",
+    "image_modalities",
+    "image_reason",
     "kernel_reasons",
     "model_reasons",
     "override_reasons",
     "refuse",
+    "serves_text_alone",
     "text_config",
+    "wakes_up_whole",
 ]

@@ -37,12 +37,13 @@ class Engine:
         generates: Whether it generates text.
         moves_pages: Whether pages are copied out of it, or into it.
         sleeps: Whether it can give its memory back.
+        wakes_up_whole: Whether it then gets back what an attention backend keeps there (`installed.wakes_up_whole`).
         draft: How tokens are guessed; None where they are not, or by the served model itself.
         drafts_itself: Whether the served model drafts.
         num_stages: Ranks that share the layers.
         adapts: Whether it loads adapters.
         num_replicas: Ranks that share the requests.
-        runs_on_v2: Whether its model runner is vLLM's V2, of a version that drafts by models; only GPUs have it.
+        runs_on_v2: Whether its model runner is vLLM's V2, and that drafts by models (`installed.drafts_on_v2`).
         sees: Whether the model takes images or sounds.
     """
 
@@ -56,6 +57,7 @@ class Engine:
     generates: bool = True
     moves_pages: bool = False
     sleeps: bool = False
+    wakes_up_whole: bool = True
     draft: str | None = None
     drafts_itself: bool = False
     num_stages: int = 1
@@ -101,7 +103,13 @@ def engine_reasons(engine: Engine) -> list[Reason]:
         Reason(
             "--kv-transfer-config, --kv-offloading-size", "KV connectors and offloading move pages without their tails"
         ): engine.moves_pages,
-        Reason("--enable-sleep-mode", "it frees the thresholds together with the KV cache"): engine.sleeps,
+        Reason("--enable-sleep-mode", "vLLM has no sleep mode on CPUs", "Leave it out"): engine.sleeps
+        and engine.device == "cpu",
+        Reason(
+            "--enable-sleep-mode",
+            "this vLLM throws the thresholds away together with the KV cache, and does not get them back",
+            "Leave it out, or install vLLM 0.32 or 0.33, which keep them",
+        ): engine.sleeps and engine.device == "gpu" and not engine.wakes_up_whole,
         Reason(
             f"--speculative-config {engine.draft}",
             f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "
@@ -128,6 +136,8 @@ def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
         Reason("lossless", "on GPUs, models that take images or sounds do not draft for themselves", "Leave it out"): (
             on_gpu and engine.sees
         ),
+        Reason("--enable-sleep-mode", "lossless drafts were never tried in an engine that slept"): drafts
+        and engine.sleeps,
         Reason("--data-parallel-size", "lossless drafts were never tried on ranks that wait for each other"): on_gpu
         and engine.num_replicas > 1,
         Reason("lossless", f"the served model drafts, and so does --speculative-config {engine.draft}"): drafts
@@ -144,7 +154,6 @@ def kernel_reasons(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
-    mode: str,
     is_sparse: bool,
     has_copies: bool,
 ) -> list[Reason]:
@@ -155,7 +164,6 @@ def kernel_reasons(
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer, over all ranks.
         num_kv_heads: Key and value heads of a layer, over all ranks.
-        mode: `values` or `shadow`.
         is_sparse: Whether there are thresholds; without, every layer runs dense.
         has_copies: Whether there are copies of keys and values.
     """
@@ -165,12 +173,6 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
-    if mode == "shadow" and engine.cache_dtype in FLOAT8_CACHE_DTYPES:
-        remedy = "Give --kv-cache-dtype bfloat16, or serve in mode values"
-        text = (
-            f"mode shadow is not supported with --kv-cache-dtype {engine.cache_dtype}, only with 16-bit keys and values"
-        )
-        reasons.append(Reason("mode", text, remedy))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))

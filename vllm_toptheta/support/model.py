@@ -11,7 +11,7 @@ from vllm_toptheta.support.refusal import Reason
 MLA = "multi-head latent attention (MLA) has no per-head values to skip"
 NO_GENERATION = "only generation is supported, not pooling"
 _PER_LAYER = "layers whose heads differ in number or size are not supported"
-_CHUNKED = "layers that attend within chunks are not supported, because chunks are no sequences of their own"
+CHUNKED = "layers that attend within chunks are not supported, because chunks are no sequences of their own"
 _HYBRID = "layers with a state of their own, which is no keys and values, are not supported"
 _KV_SHARING = "KV sharing between layers is not supported"
 _OTHER_SCORES = "positions that change scores after q . k are not supported"
@@ -28,7 +28,7 @@ _REFUSED_FIELDS = {
     "swa_num_key_value_heads": _PER_LAYER,
     "swa_head_dim": _PER_LAYER,
     "use_bidirectional_attention": "decoded tokens see what comes before them only",
-    "attention_chunk_size": _CHUNKED,
+    "attention_chunk_size": CHUNKED,
     "dual_chunk_attention_config": "dual chunk attention scores a key by how far away it is",
     "index_topk": "an indexer of the model chooses the keys, so there is nothing to skip",
     "num_kv_shared_layers": _KV_SHARING,
@@ -107,7 +107,7 @@ def _layer_type_reasons(text: Mapping[str, Any]) -> list[Reason]:
         return []
     others = sorted({str(kind) for kind in layer_types} - _LAYER_TYPES)
     if others:
-        return [Reason(f"layer_types {others[0]}", _CHUNKED if "chunked" in others[0] else _HYBRID)]
+        return [Reason(f"layer_types {others[0]}", CHUNKED if "chunked" in others[0] else _HYBRID)]
     if isinstance(num_layers, int) and len(layer_types) < num_layers:
         counted = f"it names {len(layer_types)} layers, and num_hidden_layers is {num_layers}"
         return [Reason("layer_types", counted, "Make both the same")]

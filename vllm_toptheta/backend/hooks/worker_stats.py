@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_toptheta.backend.hooks import sleep
 from vllm_toptheta.backend.rank_report import rank_report
 from vllm_toptheta.telemetry.reader import STATS_RPC
 
@@ -20,4 +21,4 @@ def install() -> None:
 
 
 def _stats(worker: Any) -> dict[str, Any] | None:
-    return rank_report(worker.vllm_config)
+    return sleep.last_report(worker) or rank_report(worker.vllm_config)

@@ -1,8 +1,8 @@
 """Copies of keys and values in the page tails, and the kernel that writes them (`reference.tiers` has the formulas).
 
 A page's copies are written when the page is full, by whichever step fills it, from the keys and values in the page and
-the first keys of the sequence: a step repeated writes the same bytes. `write_copies` does so for steps that fill any
-number of pages, `tiers.decode` for the page that a decoded token fills.
+the first keys of the sequence, all as they are stored, scales left out: a step repeated writes the same bytes.
+`write_copies` does so for steps that fill any number of pages, `tiers.decode` for the page that a decoded token fills.
 
 vLLM shares the pages of a prefix as soon as they are scheduled, so a sequence may stand on pages that another one fills
 in the same step. All copies of a step are written before any of them is scanned.

@@ -3,6 +3,8 @@
     s = max |R q| / 127,  c = round(R q / s)
     score of a copy = softmax_scale * (q . mu + s * step * (c . code - 7.5 sum c))
 
+Copies are of what is stored, whatever its scale: that of keys is a factor on q, that of values one on the output.
+
 A step of few tokens, or of short sequences, takes longer to scan and walk than all of its keys take to read: this
 kernel does the whole work of mode `values` then, as `shadow_query.query_kernel` does, and the second one nothing.
 
@@ -43,6 +45,8 @@ def _turn_queries(tokens, queries, copies, block_row, seq, kv_head, shape):
         ).to(tl.float32)
         if queries.q_scale is not None:
             query *= tl.load(queries.q_scale)
+        if queries.k_scale is not None:
+            query *= tl.load(queries.k_scale)
         offset += tl.sum(query * load_centre(tokens, block_row, kv_head, offs_d)[None, :], axis=1)
         part = copies.rotation + offs_c[None, :] * HEAD_SIZE + offs_d[:, None]
         lower += tl.dot(query, tl.load(part), input_precision="tf32x3")

@@ -56,8 +56,10 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         raise ValueError("tiers: None, expected a layer with copies")
     if lacking := gpus_lack(head_size, call.query.shape[1], num_kv_heads, has_copies=True):
         raise ValueError(f"query: {lacking}")
-    if call.cache.kv_cache.dtype != call.output.dtype:
-        raise ValueError(f"kv_cache: dtype is {call.cache.kv_cache.dtype}, expected {call.output.dtype} with copies")
+    if scratch.loader is not None and call.cache.kv_cache.dtype != call.output.dtype:
+        raise ValueError(
+            f"kv_cache: dtype is {call.cache.kv_cache.dtype}, expected {call.output.dtype} for kernels in CUDA C++"
+        )
     if codes.stride(0) % 16 or codes.stride(1) % 16 or codes.data_ptr() % 16:
         raise ValueError(f"codes: strides {codes.stride()}, expected blocks and heads at multiples of 16 bytes")
     if num_seqs == 0:

@@ -184,11 +184,20 @@ def loader_for(device: torch.device, head_size: int, group: int) -> Loader:
 
 
 @functools.cache
-def find_loader(device: torch.device, head_size: int, group: int) -> Loader | None:
-    """`loader_for`, if kernels can be compiled and loaded here; None, and a warning, if not.
+def find_loader(device: torch.device, head_size: int, group: int, element_bytes: int = 2) -> Loader | None:
+    """`loader_for`, if kernels can be compiled and loaded here; None, and a warning, if not, or if keys are float8.
 
     One kernel is compiled to see, for pages of 16 tokens of bfloat16; it is kept on disk.
+
+    Args:
+        device: What reads the pages.
+        head_size: Numbers of a key or a value.
+        group: Query heads on a kv head.
+        element_bytes: Of a cached number.
     """
+    if element_bytes != 2:
+        logger.warning("toptheta: float8 keys and values with copies are read by the slower kernels in Triton")
+        return None
     if device.type != "cuda":  # where Triton interprets
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
