@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, Engine, asking, make_plan
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
@@ -123,6 +124,41 @@ def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None
     assert engine.dense_rows == [5]
     for length in range(46, 60):  # 48 is filled once more, with another token
         assert engine.step([0], [length], [1]).max() < 2e-3
+
+
+def test_what_verifies_is_dense_and_what_drafts_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [90, 60])
+    totals = engine.impl.layer_plan.counters.buffers.totals
+    engine.builder.is_verifying = True
+    engine.step([0, 1], [44, 30], [44, 30])
+    assert engine.step([0, 1], [45, 31], [1, 1]).max() < 2e-3
+    assert engine.dense_rows == [2]
+    for confirmed in (
+        46,
+        49,
+        52,
+    ):  # over the end of the page at 48, which is closed by drafts, rejected, and written again
+        engine.builder.is_verifying = False
+        for step in range(4):
+            assert engine.step([0, 1], [confirmed + step, confirmed - 14 + step], [1, 1]).max() < 2e-3
+            assert engine.dense_rows == []
+        engine.builder.is_verifying = True
+        assert engine.step([0, 1], [confirmed + 4, confirmed - 10], [5, 5]).max() < 2e-3
+        assert engine.dense_rows == [10]
+    # what is counted are drafts
+    assert totals[0] == 3 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "support"),
+    [
+        ({}, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+        ({"lossless": True}, AttentionCGSupport.UNIFORM_BATCH),
+    ],
+)
+def test_steps_that_graphs_may_capture(options: dict[str, Any], support: AttentionCGSupport) -> None:
+    config = SimpleNamespace(additional_config={"toptheta": options})
+    assert gpu.GpuMetadataBuilder.get_cudagraph_support(config, None) == support
 
 
 def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from vllm.config import SpeculativeConfig
 
 from vllm_toptheta import store
 from vllm_toptheta.backend.counters import LayerCounters
-from vllm_toptheta.benchmarks.dummy import SAMPLED_PAGES, keep, write_model
+from vllm_toptheta.benchmarks.dummy import SAMPLED_PAGES, accept, keep, write_model
 from vllm_toptheta.kernels.codec import ShadowCodec
 from vllm_toptheta.kernels.contract import NUM_COEFFICIENTS, LayerThresholds
 
@@ -121,3 +124,14 @@ def test_the_written_store_has_shadow_keys_alone(tmp_path: Path) -> None:
     written = store.load(store.resolve(str(model), thresholds=thresholds))
     assert written.manifest.thresholds is None
     assert written.shadow.section.num_channels == 64
+
+
+def test_drafts_are_accepted_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [SimpleNamespace(num_speculative_tokens=3), None]
+    monkeypatch.setattr(vllm.EngineArgs, "create_speculative_config", lambda args, **named: made.pop(0))
+    accept(0.5)
+    config = vllm.EngineArgs.create_speculative_config(None, target_model_config=None)
+    assert (config.rejection_sample_method, config.synthetic_acceptance_rates) == ("synthetic", [0.5, 0.25, 0.125])
+    assert vllm.EngineArgs.create_speculative_config(None) is None
+    fields = inspect.signature(SpeculativeConfig).parameters
+    assert {"rejection_sample_method", "synthetic_acceptance_rates"} <= set(fields)

@@ -21,3 +21,9 @@ def test_random_weights_need_more_keys_than_value_rows(random_keys: int | None) 
     )
     with pytest.raises(BenchmarkError, match=r"--random-keys: .*\n?.*Choose a number above 512"):
         compare(workload, ["FLASH_ATTN", "TOPTHETA:shadow"], rounds=1)
+
+
+def test_a_models_drafts_are_not_accepted_by_chance() -> None:
+    workload = ServingWorkload(model="any", context=4096, output_tokens=2, batch_size=1, repeats=1, acceptance=0.98)
+    with pytest.raises(BenchmarkError, match=r"--acceptance: .*Leave it out, or give --random-rows"):
+        compare(workload, ["FLASH_ATTN", "TOPTHETA:lossless-tiers"], rounds=1)

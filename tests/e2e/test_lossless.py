@@ -166,7 +166,7 @@ def test_refusals(drafting: Subject, prompts: list[list[int]]) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
     for engine, words in (
         ({"speculative_config": ngram}, "lossless: drafts come from the served model itself"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: lossless drafts need all layers on each rank"),
+        ({"enable_lora": True}, "--enable-lora: lossless drafts do not know which adapter a request has"),
     ):
         with pytest.raises(RuntimeError, match=words):
             lossless(drafting, [Call(prompts[:1], 4)], **engine)
