@@ -212,9 +212,8 @@ def test_graphs_are_planned_by_numbers_of_sequences(
         lambda config, device, mode, *, decode_query_len: made.append((config, mode, decode_query_len)),
     )
     subject.max_num_reqs = max_num_seqs
-    subject.vllm_config.compilation_config = SimpleNamespace(
-        cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=1
-    )
+    compilation = SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=1)
+    subject.vllm_config.compilation_config = compilation
     subject.init_cudagraph_manager(mode)
     ((config, own_mode, tokens),) = made
     assert tokens == 1

@@ -64,7 +64,7 @@ class SelfSpeculator(DraftModelSpeculator):
         is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         config = copy(self.vllm_config)
         config.compilation_config = compilation = copy(config.compilation_config)
-        # the engine's own are multiples of the tokens that a sequence verifies
+        # the engine's own sizes are of tokens, and may leave out the largest number of sequences
         largest = min(self.max_num_reqs, max(compilation.cudagraph_capture_sizes or [0]))
         compilation.cudagraph_capture_sizes = sorted(
             size for size in {1, 2, 4, *range(8, largest, 8), largest} if 0 < size <= largest
