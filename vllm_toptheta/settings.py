@@ -22,6 +22,8 @@ from vllm_toptheta.limits import (
     NUM_ANCHORS,
 )
 
+MOST_DRAFT_TOKENS = 32
+AUTO_DRAFT_TOKENS = 8  # at most, where their number is chosen
 OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
 # what Kubernetes tells every container about a service that is called toptheta
@@ -129,8 +131,10 @@ class Settings(BaseSettings):
         description="Draft tokens with thresholds, and verify them densely, several in one step: answers are those of "
         "dense attention, and a floor decides how many drafts are accepted, not what is answered.",
     )
-    draft_tokens: int = Field(
-        6, ge=1, le=32, description="With lossless, tokens that are drafted before they are verified."
+    draft_tokens: int | Literal["auto"] = Field(
+        6,
+        description="With lossless, tokens that are drafted before they are verified; auto tries 8, 4 and none, and "
+        "keeps what is fastest.",
     )
     per_request: bool = Field(
         True,
@@ -143,6 +147,13 @@ class Settings(BaseSettings):
         "measured: other weights, dtype or quantization, longer sequences. Off, warn.",
     )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
+
+    @field_validator("draft_tokens", mode="before")
+    @classmethod
+    def _check_draft_tokens(cls, value: Any) -> Any:
+        if value == "auto" or (not isinstance(value, bool) and str(value) in map(str, range(1, MOST_DRAFT_TOKENS + 1))):
+            return value
+        raise ValueError(f"expected a number from 1 to {MOST_DRAFT_TOKENS}, or auto")
 
     @field_validator("dense_layers", mode="before")
     @classmethod
@@ -210,6 +221,11 @@ class Settings(BaseSettings):
         """
         options = config.additional_config
         return cls.load(options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {})
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """Tokens that are drafted at most before they are verified, where anything is drafted."""
+        return AUTO_DRAFT_TOKENS if self.draft_tokens == "auto" else self.draft_tokens
 
     @property
     def has_copies(self) -> bool | None:

@@ -357,6 +357,52 @@ def test_the_v2_runner_drafts_with_the_model_that_it_serves(release: Release) ->
     assert release.run(code) == "('config', 'device')"
 
 
+def test_the_scheduler_drafts_as_many_as_were_fastest(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.v1.core.sched.scheduler import Scheduler\n"
+        "from vllm_toptheta.backend.drafts.length import DraftLength\n"
+        "from vllm.config import SpeculativeConfig\n"
+        "from vllm_toptheta.backend.hooks import draft_length\n"
+        "for name, first in (('__init__', ['vllm_config']),\n"
+        "                    ('update_from_output', ['scheduler_output', 'model_runner_output'])):\n"
+        "    assert list(inspect.signature(getattr(Scheduler, name)).parameters)[1:len(first) + 1] == first\n"
+        "(table,) = draft_length.numbers(8)\n"
+        "assert table in inspect.signature(SpeculativeConfig).parameters\n"
+        "from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup as build\n"
+        "for most_seqs, tried in ((1, {8}), (2, {8, 0}), (256, {8, 4, 0})):\n"
+        "    assert set(build(*draft_length.numbers(8).values(), most_seqs, 8)[1:]) == tried\n"
+        "assert 'self.dynamic_sd_lookup[' in inspect.getsource(Scheduler.schedule)\n"
+        "def init(scheduler, vllm_config): scheduler.dynamic_sd_lookup = [0, 8, 0, 4, 8]\n"
+        "Scheduler.__init__ = init\n"
+        "Scheduler.update_from_output = lambda *args: scheduler.requests.clear()\n"
+        "draft_length.install(); draft_length.install()\n"
+        "def start(options, name='TOPTHETA'):\n"
+        "    return Scheduler(S(attention_config=S(backend=S(name=name)), model_config='m',\n"
+        "                       additional_config={'toptheta': options}))\n"
+        "auto = {'lossless': True, 'draft_tokens': 'auto'}\n"
+        "for scheduler in (start(auto, 'FLASH_ATTN'), start({}), start({'lossless': True})):\n"
+        "    assert scheduler.dynamic_sd_lookup == [0, 8, 0, 4, 8]\n"
+        "scheduler = start(auto)\n"
+        "assert isinstance(scheduler.dynamic_sd_lookup, DraftLength) and scheduler.dynamic_sd_lookup[3] == 8\n"
+        "scheduler.num_spec_tokens, seen = 8, []\n"
+        "DraftLength.step = lambda length, *args, is_plain: seen.append((*args, is_plain))\n"
+        "def step(scheduled, sampled, new=()):\n"
+        "    scheduler.requests = {name: S(num_computed_tokens=100) for name in 'ab'}\n"
+        "    Scheduler.update_from_output(scheduler, S(num_scheduled_tokens=scheduled, scheduled_new_reqs=new),\n"
+        "                                 S(sampled_token_ids=sampled))\n"
+        "step({'a': 9, 'b': 1}, [[1, 2, 3], [4]])\n"
+        "step({'a': 9, 'gone': 9}, [[1], []])\n"
+        "step({'a': 10}, None)\n"
+        "step({'a': 9}, [[1]], new=['request'])\n"
+        "step({}, [])\n"
+        "print(seen)\n"
+    )
+    told = [(2, 200, 4, True), (2, 100, 1, True), (1, 100, 0, False), (1, 100, 1, False), (0, 0, 0, True)]
+    assert release.run(code) == str(told)
+
+
 def test_drafts_are_verified_by_the_options_of_their_requests(release: Release) -> None:
     code = (
         "import inspect, torch\n"

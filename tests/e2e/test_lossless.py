@@ -53,13 +53,14 @@ def lossless(
     subject: Subject,
     calls: list[Call],
     *,
-    draft_tokens: int = 4,
+    draft_tokens: int | str = 4,
     environment: dict[str, str] | None = None,
     options: dict[str, Any] | None = None,
     **engine: Any,
 ) -> list[dict[str, Any]]:
     if ON_GPU:
-        sizes = [num_seqs * (draft_tokens + 1) for num_seqs in (1, 2, 4, 8)]
+        numbers = (8, 4, 0) if draft_tokens == "auto" else (int(draft_tokens),)
+        sizes = sorted({num_seqs * (number + 1) for num_seqs in (1, 2, 4, 8) for number in numbers})
         graphs = GPU_ENGINE["compilation_config"] | {"cudagraph_capture_sizes": sizes}
         engine = {"compilation_config": graphs, **engine}
     return generate(
@@ -86,6 +87,18 @@ def test_texts_are_those_of_dense_attention(
     # some are accepted, and some are not: the model draws from its own thresholds
     for one in (first, again):
         assert 0 < one["accepted"] < 0.98 * one["drafted"]
+
+
+def test_as_many_drafts_as_are_fastest(
+    drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
+) -> None:
+    long = 3 * MAX_TOKENS
+    (answer,) = lossless(drafting, [Call(prompts[:3], long)], draft_tokens="auto")
+    expected = [{name: part[:MAX_TOKENS] for name, part in output.items()} for output in answer["outputs"]]
+    assert_same_text(expected, dense[:3])
+    # on CPUs a sparse step takes as long as a dense one; none at all is tried at least
+    assert 0 < answer["drafted"] < 8 * 3 * long
+    assert answer["accepted"] > 0
 
 
 @pytest.mark.parametrize(

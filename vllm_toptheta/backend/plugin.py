@@ -10,7 +10,14 @@ from __future__ import annotations
 
 def register() -> None:
     """Make `--attention-backend toptheta` known to this process."""
-    from vllm_toptheta.backend.hooks import backend_name, config_check, cpu_selection, self_drafts, worker_stats
+    from vllm_toptheta.backend.hooks import (
+        backend_name,
+        config_check,
+        cpu_selection,
+        draft_length,
+        self_drafts,
+        worker_stats,
+    )
 
-    for hook in (backend_name, config_check, cpu_selection, self_drafts, worker_stats):
+    for hook in (backend_name, config_check, cpu_selection, draft_length, self_drafts, worker_stats):
         hook.install()

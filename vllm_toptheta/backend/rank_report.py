@@ -37,7 +37,7 @@ def rank_report(vllm_config: Any) -> dict[str, Any] | None:
         "min_step_tokens": plan.dense_rule.min_step_tokens,
         "choices": plan.choices.labels,
         "promised": promised_of(plan),
-        "draft_tokens": plan.settings.draft_tokens if plan.settings.lossless else None,
+        "draft_tokens": plan.settings.most_draft_tokens if plan.settings.lossless else None,
         "max_lost_mass": plan.settings.max_lost_mass,
         "thresholds": plan.model_id,
         "calibrated_lengths": _calibrated_lengths(plan),

@@ -54,7 +54,9 @@ def serve(
             "--lossless/--no-lossless", help="Draft with thresholds, verify densely: dense attention's answers."
         ),
     ] = None,
-    draft_tokens: Annotated[int | None, typer.Option(help="With --lossless: tokens drafted at a time.")] = None,
+    draft_tokens: Annotated[
+        str | None, typer.Option(metavar="INTEGER|auto", help="With --lossless: tokens drafted at a time.")
+    ] = None,
     per_request: Annotated[
         bool | None,
         typer.Option("--per-request/--no-per-request", help="Let requests ask for dense decoding or other floors."),

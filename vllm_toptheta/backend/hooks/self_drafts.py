@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_toptheta.backend import support_checks
 from vllm_toptheta.backend.capabilities import NAME
-from vllm_toptheta.backend.hooks import expanded_options
+from vllm_toptheta.backend.hooks import draft_length, expanded_options
 from vllm_toptheta.backend.hooks.patch import replace
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.settings import Settings
@@ -50,10 +50,12 @@ def _speculating(create: Callable[..., Any]) -> Callable[..., Any]:
             "model": args.model,
             "revision": args.revision,
             "code_revision": args.code_revision,
-            "num_speculative_tokens": settings.draft_tokens,
+            "num_speculative_tokens": settings.most_draft_tokens,
             # or a draft is compared with one token only, and most are rejected where tokens are sampled
             "draft_sample_method": "probabilistic",
         }
+        if settings.draft_tokens == "auto":
+            args.speculative_config |= draft_length.numbers(settings.most_draft_tokens)
         made = create(args, *arguments, **named)
         # what vLLM has read of the model again lacks what flags change of it, such as how long sequences may be
         made.draft_model_config = made.target_model_config

@@ -1,0 +1,149 @@
+"""How many tokens are drafted, by a clock that goes as engines would take."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from vllm_toptheta.backend.drafts.length import SETTLING, WINDOW, DraftLength, Load
+
+CHOICES = [8, 0, 4, 8, 8]
+Cost = Callable[[int], tuple[float, float]]  # by drafts: seconds of a step, and tokens that it gives a sequence
+
+
+def engine(sparse: float, acceptance: float, verification: float = 1.4) -> Cost:
+    """Of a dense step that takes a second."""
+
+    def step(drafts: int) -> tuple[float, float]:
+        tokens = sum(acceptance**index for index in range(drafts + 1))
+        return (drafts * sparse + verification if drafts else 1.0), tokens
+
+    return step
+
+
+def best(cost: Cost) -> float:
+    """Tokens a second, with the number of drafts that is fastest."""
+    return max(tokens / seconds for seconds, tokens in map(cost, set(CHOICES)))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Server:
+    """Steps of an engine, two of which are always on their way, as with asynchronous scheduling."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.length = DraftLength(CHOICES, self.clock)
+        self.scheduled = [self.length[1]] * 3
+        self.chance = random.Random(0)  # noqa: S311 - nothing is secret
+
+    def run(self, cost: Cost, steps: int, *, num_seqs: int = 12, context: int = 32_000, prompts: float = 0.0) -> float:
+        """Tokens that a sequence gets in a second; a step holds a prompt, left out, with a chance of `prompts`."""
+        begin, waited, given = self.clock.now, 0.0, 0.0
+        for _ in range(steps):
+            drafts = self.scheduled.pop(0)
+            self.scheduled.append(self.length[num_seqs])
+            seconds, tokens = cost(drafts)
+            noise = self.chance.uniform(0.97, 1.03)
+            is_plain = self.chance.random() >= prompts
+            self.clock.now += seconds * noise + (0 if is_plain else 20)
+            waited += 0 if is_plain else 20
+            whole = int(tokens * num_seqs + self.chance.random())
+            given += whole / num_seqs
+            self.length.step(num_seqs, num_seqs * context, whole, is_plain=is_plain)
+        return given / (self.clock.now - begin - waited)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "acceptance"),
+    [(0.45, 0.98), (0.45, 0.9), (0.45, 0.6), (0.7, 0.98), (0.7, 0.9), (1.0, 1.0), (1.0, 0.5), (0.3, 0.995), (0.9, 0.0)],
+)
+@pytest.mark.parametrize("prompts", [0.0, 0.2])
+def test_it_is_nearly_as_fast_as_the_best_number(sparse: float, acceptance: float, prompts: float) -> None:
+    server, cost = Server(), engine(sparse, acceptance)
+    server.run(cost, 200, prompts=prompts)
+    # trials included
+    assert server.run(cost, 4000, prompts=prompts) > 0.97 * best(cost)
+
+
+@pytest.mark.parametrize(("sparse", "acceptance"), [(0.45, 0.95), (0.45, 0.7), (1.0, 0.98), (0.7, 0.98)])
+def test_single_sequences_whose_drafts_are_accepted_by_chance(sparse: float, acceptance: float) -> None:
+    chance = random.Random(1)  # noqa: S311 - nothing is secret
+    expected = engine(sparse, acceptance)
+
+    def cost(drafts: int) -> tuple[float, float]:
+        accepted = next((index for index in range(drafts) if chance.random() > acceptance), drafts)
+        return expected(drafts)[0], accepted + 1
+
+    server = Server()
+    server.run(cost, 200, num_seqs=1)
+    assert server.run(cost, 6000, num_seqs=1) > 0.95 * best(expected)
+
+
+def test_the_most_is_tried_first_and_all_are_within_a_hundred_steps() -> None:
+    server = Server()
+    tried = [server.length.current]
+    for _ in range(100):
+        server.run(engine(1.0, 0.5), 1)
+        if server.length.current != tried[-1]:
+            tried.append(server.length.current)
+    assert tried[:3] == [8, 4, 0]
+    assert tried[3:] == []
+
+
+def test_texts_that_change_are_noticed() -> None:
+    server, wrong, right = Server(), engine(0.45, 0.3), engine(0.45, 0.98)
+    server.run(wrong, 400)
+    assert server.length.current == 0
+    # what took long is tried again after long
+    server.run(engine(0.45, 0.3), 3000)
+    assert server.length.current == 0
+    server.run(right, 6000)
+    assert server.length.current == 8
+    server.run(wrong, 60)
+    assert server.run(wrong, 4000) > 0.97 * best(wrong)
+
+
+def test_loads_are_known_apart() -> None:
+    server, short, long = Server(), engine(1.0, 0.98), engine(0.45, 0.98)
+    for _ in range(6):  # less than a window of each at a time
+        for _ in range(10):
+            server.run(short, WINDOW // 2 + SETTLING, context=500)
+            server.run(long, WINDOW // 2 + SETTLING)
+    found = {}
+    for name, cost, context in (("short", short, 500), ("long", long, 32_000)):
+        server.run(cost, SETTLING + 1, context=context)
+        found[name] = server.length.current
+    assert found == {"short": 0, "long": 8}
+
+
+def test_loads() -> None:
+    assert Load.of(12, 12 * 32_000) == Load.of(15, 15 * 20_000)
+    edges = [Load.of(count, count * 1000) for count in (1, 2, 4, 8, 16)]
+    assert all(one != other for one, other in pairwise(edges))
+    assert Load.of(0, 0) == (0, 0)
+
+
+def test_one_number_is_kept() -> None:
+    length = DraftLength([6], Clock())
+    for _ in range(100):
+        length.step(1, 100, 1, is_plain=True)
+    assert length[1] == 6
+
+
+def test_steps_that_give_nothing_are_no_error() -> None:
+    server = Server()
+    for _ in range(200):
+        server.clock.now += 1
+        server.length.step(2, 100, 0, is_plain=True)
+        server.length.step(0, 0, 0, is_plain=True)
+    assert server.length.current in CHOICES
