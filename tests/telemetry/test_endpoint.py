@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
+from vllm.v1.metrics import prometheus
 
+from tests.telemetry.drafted import counting
 from tests.telemetry.ranks import Engine, counted, rank
 from vllm_toptheta.telemetry.endpoint import StatsEndpoint
 
@@ -32,6 +35,22 @@ def client(engine: Engine | None, **args: Any) -> TestClient:
     endpoint.attach_router(app)
     asyncio.run(endpoint.init_state(engine, app.state, Namespace(**args)))
     return TestClient(app)
+
+
+def test_stats_of_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(prometheus, "get_prometheus_registry", lambda: registry)
+    counting(registry, positions=2)("0", [2, 1])
+    drafting = client(Engine([rank(counted(2, [0], [[5]], 0.125), draft_tokens=2)]))
+    assert drafting.get("/toptheta/stats").json()["drafts"] == {
+        "verifications": 2,
+        "drafted": 4,
+        "accepted": 3,
+        "accepted_by_position": [2, 1],
+        "tokens_per_verification": 2.5,
+    }
+    # n-grams are not ours
+    assert client(Engine(ANSWERS)).get("/toptheta/stats").json()["drafts"] is None
 
 
 def test_stats() -> None:

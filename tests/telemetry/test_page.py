@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from vllm.v1.metrics import prometheus
 
 from tests.browser import CHROMIUM, WHY_NOT, Page, new_page
+from tests.telemetry.drafted import counting
 from tests.telemetry.ranks import BEYOND, PROMISED, Engine, counted, rank
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.telemetry import reader
@@ -141,11 +144,18 @@ def test_a_promise_is_shown_with_where_the_server_differs(page: Page) -> None:
     assert page.complaints == []
 
 
-def test_that_tokens_are_drafts_is_shown(page: Page) -> None:
+def test_that_tokens_are_drafts_is_shown(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(prometheus, "get_prometheus_registry", lambda: registry)
+    count = counting(registry, positions=6)
     with serving(Engine([rank(counted(1, [0, 1], [[30, 10]], 0.25), draft_tokens=6)])) as port:
         page.open(f"http://127.0.0.1:{port}/toptheta")
         page.wait_for(IDLE)
         assert "drafts6 tokens at a time, verified by dense attentioncompensation" in page.text("#in-force")
+        count("0", [6, 6, 3])
+        page.evaluate(ASK)
+        page.wait_for("document.querySelector('#in-force').textContent.includes('attention: ')")
+        assert "attention: 83.3 % accepted, 6.0 tokens a verificationcompensation" in page.text("#in-force")
     assert page.complaints == []
 
 

@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from vllm_toptheta.settings import OPTIONS_KEY, Settings
+from vllm_toptheta.telemetry.drafts import drafts
 from vllm_toptheta.telemetry.exit_code import fail_when_engine_died
 from vllm_toptheta.telemetry.metrics import exposition
 from vllm_toptheta.telemetry.page import PAGE, PAGE_HEADERS
@@ -85,11 +86,15 @@ class StatsEndpoint:
         if self._reader is None:
             raise HTTPException(503, "this server has no engine, hence no statistics")
         try:
-            return await self._reader.read()
+            stats = await self._reader.read()
         except NotServing as error:
             raise HTTPException(409, str(error)) from None
         except StatsUnavailable as error:
             raise HTTPException(503, str(error)) from None
+        if stats.draft_tokens is None:
+            return stats
+        # files are read where there are several API servers
+        return stats.model_copy(update={"drafts": await run_in_threadpool(drafts)})
 
     async def page(self) -> HTMLResponse:
         """The page; it holds no figures and asks `/toptheta/stats` for them."""

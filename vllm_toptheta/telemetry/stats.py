@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from vllm_toptheta.limits import LOST_MASS_EDGES
+from vllm_toptheta.telemetry.drafts import Drafts
 
 
 class HeadStats(BaseModel):
@@ -162,6 +163,7 @@ class Stats(InForce):
     beyond_evidence: BeyondEvidence | None = Field(
         description="What is lost beyond what was measured for the promise; null where that is not known."
     )
+    drafts: Drafts | None = Field(None, description="What became of drafts; null where none are made, or not counted.")
 
 
 def merge(replicas: Iterable[Iterable[dict[str, Any]]]) -> Stats:

@@ -137,13 +137,20 @@ function describeBeyond({ layers, is_alarming, max_share }) {
   return is_alarming ? `alarm, above ${percent(max_share)}: ${text}` : text;
 }
 
+function describeDrafts({ draft_tokens, drafts }) {
+  const text = `${draft_tokens} tokens at a time, verified by dense attention`;
+  if (!drafts?.drafted) return text;
+  const tokens = drafts.tokens_per_verification.toFixed(1);
+  return `${text}: ${percent(drafts.accepted / drafts.drafted)} accepted, ${tokens} tokens a verification`;
+}
+
 function drawInForce(stats) {
   const rows = {
     "thresholds of": stats.thresholds ?? "none: every layer is dense",
     "target": stats.target ?? "–",
     "promised": describePromise(stats.promised),
     ...(stats.beyond_evidence && { "beyond the evidence": describeBeyond(stats.beyond_evidence) }),
-    ...(stats.draft_tokens && { "drafts": `${stats.draft_tokens} tokens at a time, verified by dense attention` }),
+    ...(stats.draft_tokens && { "drafts": describeDrafts(stats) }),
     "compensation": stats.compensation,
     "calibrated": stats.calibrated_lengths ? stats.calibrated_lengths.map((n) => grouped.format(n)).join(" to ") + " tokens" : "–",
     "dense up to": describeDense(stats),
