@@ -37,6 +37,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"drafts_itself": True, "draft": "ngram"}, []),
         ({"drafts_itself": True, "num_stages": 2}, []),
         ({"drafts_itself": True, "adapts": True}, []),
+        ({"drafts_itself": True, "sleeps": True}, []),
         ({"num_stages": 2, "adapts": True}, ["cpu", "gpu"]),
         ({"moves_pages": True}, []),
         ({"sleeps": True}, ["gpu"]),
