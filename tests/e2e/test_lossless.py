@@ -73,7 +73,12 @@ def lossless(
     )
 
 
-@pytest.mark.parametrize("draft_tokens", [pytest.param(1, marks=pytest.mark.nightly), 4, 20], ids="{} drafts".format)
+# more than a page holds; four are drafted in most tests below
+@pytest.mark.parametrize(
+    "draft_tokens",
+    [pytest.param(1, marks=pytest.mark.nightly), pytest.param(4, marks=pytest.mark.nightly), 20],
+    ids="{} drafts".format,
+)
 def test_texts_are_those_of_dense_attention(
     drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]], draft_tokens: int
 ) -> None:
@@ -140,6 +145,7 @@ def test_up_to_the_longest_sequence(drafting: Subject, prompts: list[list[int]],
     assert_same_text(answer["outputs"], dense[:2])
 
 
+@pytest.mark.nightly
 def test_drafts_of_dense_requests_are_all_accepted(
     drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
 ) -> None:
