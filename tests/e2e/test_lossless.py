@@ -73,7 +73,7 @@ def lossless(
     )
 
 
-# more than a page holds; four are drafted in most tests below
+# four are drafted in most tests below
 @pytest.mark.parametrize(
     "draft_tokens",
     [pytest.param(1, marks=pytest.mark.nightly), pytest.param(4, marks=pytest.mark.nightly), 20],

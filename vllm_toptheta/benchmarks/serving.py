@@ -53,7 +53,7 @@ class ServingWorkload(BaseModel):
     random_keys: int | None = Field(
         default=None, description="With random weights, keys that a kv head reads in mode shadow."
     )
-    draft_tokens: int | None = Field(default=None, description="In lossless modes; the backend's if not given.")
+    draft_tokens: str | None = Field(default=None, description="In lossless modes; the backend's if not given.")
     acceptance: float | None = Field(
         default=None, description="With random weights, the probability by which each draft is accepted."
     )

@@ -199,7 +199,9 @@ def bench_serving(
         int | None,
         typer.Option(help="Random weights of Llama-3.1-8B's shape instead of MODEL; value rows that a kv head reads."),
     ] = None,
-    draft_tokens: Annotated[int | None, typer.Option(help="As for serve, in lossless modes.")] = None,
+    draft_tokens: Annotated[
+        str | None, typer.Option(metavar="INTEGER|auto", help="As for serve, in lossless modes.")
+    ] = None,
     acceptance: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="With random weights, the probability by which each draft is accepted."),
