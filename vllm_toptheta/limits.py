@@ -75,3 +75,7 @@ def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int, *, has_copies: 
     if num_heads // num_kv_heads > most:
         reasons.append(f"{num_heads // num_kv_heads} query heads per kv head, only for up to {most}")
     return f"there are no GPU kernels for {' and '.join(reasons)}" if reasons else ""
+
+
+# a variable of the environment that allows what nobody has run (`support.untested`)
+ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.limits import (
+    ALLOW_UNTESTED,
     DEFAULT_HEAVY,
     DEFAULT_MAX_LOST_MASS,
     DEFAULT_TIER_WEIGHT_FLOOR,
@@ -28,7 +29,6 @@ OPTIONS_KEY = "toptheta"  # in --additional-config
 ENV_PREFIX = "TOPTHETA_"
 # what Kubernetes tells every container about a service that is called toptheta
 _SERVICE_LINK = re.compile(ENV_PREFIX + r"(SERVICE_(HOST|PORT)|PORT)(_|$)")
-ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"  # not an option: `backend.versions` reads it
 
 
 @dataclass(frozen=True)

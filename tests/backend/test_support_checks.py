@@ -14,6 +14,7 @@ from vllm_toptheta import errors
 from vllm_toptheta.backend import plugin, support_checks
 from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
@@ -78,6 +79,9 @@ def test_float8_pages_with_copies_are_for_gpus(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
     support_checks.check_engine(config)
     heads = Architecture(num_layers=1, num_heads=4, num_kv_heads=2, head_size=128, rope={})
+    with pytest.raises(errors.UnsupportedError, match="fp8_e4m3: no GPU has run mode shadow with a float8 cache yet"):
+        check_plan(config, heads)
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     check_plan(config, heads)
     with pytest.raises(errors.UnsupportedError, match="no GPU kernels for copies of heads of 80"):
         check_plan(config, heads.model_copy(update={"head_size": 80}))
@@ -89,6 +93,9 @@ def test_sleep_is_for_gpus_that_wake_up_whole(monkeypatch: pytest.MonkeyPatch, m
     with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: vLLM has no sleep mode on CPUs"):
         support_checks.check_engine(config)
     monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(errors.UnsupportedError, match="no engine of this backend has slept yet.*_UNTESTED_VLLM=1"):
+        support_checks.check_engine(config)
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     support_checks.check_engine(config)
     monkeypatch.setattr(support_checks, "wakes_up_whole", lambda: False)
     with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: this vLLM throws the thresholds away"):

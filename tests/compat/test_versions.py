@@ -10,7 +10,7 @@ import vllm
 from tests.compat.release import Release
 from vllm_toptheta.backend import versions
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.settings import ALLOW_UNTESTED
+from vllm_toptheta.limits import ALLOW_UNTESTED
 
 pytestmark = pytest.mark.compat
 

@@ -12,6 +12,7 @@ from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 from tests.shadow_store import make_shadow_store
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
@@ -157,6 +158,7 @@ def test_copies_of_float8_pages_are_near_dense_attention(model: Path, text_ids: 
         engine={"dtype": "bfloat16", "kv_cache_dtype": "fp8", "enforce_eager": False, **FULL_AND_PIECEWISE},
         backend="toptheta",
         options={"mode": "shadow", "always_shadow": True},
+        environment={ALLOW_UNTESTED: "1"},
     )
     heads = ours["stats"][0]["layers"]
     assert sum(head["copies_read"] for head in heads) > 0
@@ -172,7 +174,7 @@ def test_an_engine_that_slept_decodes_as_before(
 ) -> None:
     awake, *slept = demo.sparse(
         [Call(prompts, MAX_TOKENS), Call(prompts, MAX_TOKENS, slept=1), Call(prompts, MAX_TOKENS, slept=2)],
-        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner, ALLOW_UNTESTED: "1"},
         mode="shadow" if copies else "values",
         copies=copies,
         enable_sleep_mode=True,

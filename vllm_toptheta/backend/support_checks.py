@@ -83,6 +83,7 @@ def check_plan(plan: Plan, vllm_config: Any) -> None:
             head_size=heads.head_size,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
+            mode=plan.settings.mode,
             is_sparse=plan.thresholds is not None,
             has_copies=plan.heavy is not None,
         )

@@ -80,7 +80,7 @@ not fit. Positions are changed by `rope_parameters`, whole, because vLLM goes by
 
 | variable | meaning |
 | --- | --- |
-| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | start on a vLLM version that this release was not compared with |
+| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | try what nobody has run: other versions of vLLM, sleep mode, fp8 in mode `shadow` |
 | `VLLM_API_KEY` | as `--api-key`: a key that `/v1` and `/toptheta/stats` ask for |
 """
 

@@ -5,6 +5,7 @@ model      a model, as its config.json says
 images     models whose images are attended to in another way
 engine     an engine and its device, as flags or vLLM's configuration say
 installed  what the installed vLLM can do
+untested   what nobody has run
 refusal    the reasons, as one error
 """
 
@@ -21,6 +22,7 @@ from vllm_toptheta.support.model import (
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
+from vllm_toptheta.support.untested import allows_untested
 
 __all__ = [
     "CHUNKED",
@@ -29,6 +31,7 @@ __all__ = [
     "Device",
     "Engine",
     "Reason",
+    "allows_untested",
     "checkpoint_cache_dtype",
     "drafts_on_v2",
     "engine_reasons",

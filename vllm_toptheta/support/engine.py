@@ -16,9 +16,11 @@ from vllm_toptheta.limits import (
 )
 from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype
 from vllm_toptheta.support.refusal import Reason
+from vllm_toptheta.support.untested import TRY, allows_untested
 
 Device = Literal["cpu", "gpu"]
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
+_UNTESTED = f"Leave it out, or {TRY}"
 MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 
 
@@ -110,6 +112,10 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "this vLLM throws the thresholds away together with the KV cache, and does not get them back",
             "Leave it out, or install vLLM 0.32 or 0.33, which keep them",
         ): engine.sleeps and engine.device == "gpu" and not engine.wakes_up_whole,
+        Reason("--enable-sleep-mode", "no engine of this backend has slept yet", _UNTESTED): engine.sleeps
+        and engine.device == "gpu"
+        and engine.wakes_up_whole
+        and not allows_untested(),
         Reason(
             f"--speculative-config {engine.draft}",
             f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "
@@ -154,6 +160,7 @@ def kernel_reasons(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
+    mode: str,
     is_sparse: bool,
     has_copies: bool,
 ) -> list[Reason]:
@@ -164,6 +171,7 @@ def kernel_reasons(
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer, over all ranks.
         num_kv_heads: Key and value heads of a layer, over all ranks.
+        mode: `values` or `shadow`.
         is_sparse: Whether there are thresholds; without, every layer runs dense.
         has_copies: Whether there are copies of keys and values.
     """
@@ -173,6 +181,10 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
+    is_float8 = engine.device == "gpu" and engine.cache_dtype in FLOAT8_CACHE_DTYPES
+    if mode == "shadow" and is_float8 and not allows_untested():
+        text = "no GPU has run mode shadow with a float8 cache yet"
+        reasons.append(Reason(f"{engine.cache_dtype_of} {engine.cache_dtype}", text, _UNTESTED))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))
