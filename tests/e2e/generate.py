@@ -81,7 +81,7 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
         `stats`: what the workers counted during the call, None on another backend; the first call's include whatever
         the engine counted before it; `asleep`: what they answered while they slept, None if they did not;
         `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
-        `accepted`, `drafted`: speculated tokens;
+        `accepted`, `drafted`: speculated tokens; `verifications`: how often those of a sequence were verified;
         `python_decodes`: calls of the GPU backend's decode step from Python instead of a graph, and `graph_mode`:
         vLLM's CUDA graph mode as the engine resolved it. Both are known only with `IN_THIS_PROCESS`.
     """
@@ -139,6 +139,7 @@ def main() -> None:
             "prefix_hits": metrics["vllm:prefix_cache_hits"],
             "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
             "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
+            "verifications": metrics.get("vllm:spec_decode_num_drafts", 0),
             "python_decodes": len(python_decodes),
         }
         earlier, stats = stats, llm.collective_rpc(STATS_RPC)

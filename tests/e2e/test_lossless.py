@@ -101,8 +101,8 @@ def test_as_many_drafts_as_are_fastest(
     (answer,) = lossless(drafting, [Call(prompts[:3], long)], draft_tokens="auto")
     expected = [{name: part[:MAX_TOKENS] for name, part in output.items()} for output in answer["outputs"]]
     assert_same_text(expected, dense[:3])
-    # on CPUs a sparse step takes as long as a dense one; none at all is tried at least
-    assert 0 < answer["drafted"] < 8 * 3 * long
+    # eight first, and then others
+    assert 0 < answer["drafted"] < 7 * answer["verifications"]
     assert answer["accepted"] > 0
 
 

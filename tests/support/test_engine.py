@@ -31,7 +31,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"drafts_itself": True}, ["cpu", "gpu"]),
         *(
             ({"drafts_itself": True, **asked}, ["cpu"])
-            for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2})
+            for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2}, {"chooses_drafts": True})
         ),
         ({"runs_on_v2": False, "sees": True, "num_replicas": 2}, ["cpu", "gpu"]),
         ({"drafts_itself": True, "draft": "ngram"}, []),

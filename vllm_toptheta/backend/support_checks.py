@@ -126,7 +126,8 @@ def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> N
 def _engine(vllm_config: Any) -> Engine:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    drafts_itself = Settings.of_engine(vllm_config).lossless
+    settings = Settings.of_engine(vllm_config)
+    drafts_itself = settings.lossless
     # as `hooks.self_drafts` has made it
     is_own = drafts_itself and speculative is not None and speculative.model == model.model
     return Engine(
@@ -144,6 +145,7 @@ def _engine(vllm_config: Any) -> Engine:
         wakes_up_whole=wakes_up_whole(),
         draft=None if speculative is None or is_own else str(speculative.method),
         drafts_itself=drafts_itself,
+        chooses_drafts=settings.draft_tokens == "auto",
         num_stages=parallel.pipeline_parallel_size,
         adapts=vllm_config.lora_config is not None,
         num_replicas=parallel.data_parallel_size,

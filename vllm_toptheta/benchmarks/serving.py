@@ -94,7 +94,7 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
 
     Raises:
         BenchmarkError: Random weights lack a number of keys for mode `shadow`, weights that are not random have an
-            acceptance, or an engine failed; shows the end of its log.
+            acceptance, nothing drafts that could be accepted, or an engine failed; shows the end of its log.
     """
     from importlib.metadata import version
 
@@ -112,6 +112,12 @@ def compare(workload: ServingWorkload, backends: Sequence[str], rounds: int) -> 
             field="--random-keys",
             remedy=f"Choose a number above {rows}, the value rows that a kv head reads",
         )
+    drafts = any(_MODES[backend.partition(":")[2]].get("lossless") for backend in backends)
+    for option, value in (("--draft-tokens", workload.draft_tokens), ("--acceptance", workload.acceptance)):
+        if value is not None and not drafts:
+            raise BenchmarkError(
+                "none of the backends drafts", field=option, remedy="Add TOPTHETA:lossless to --backends"
+            )
     if workload.acceptance is not None and rows is None:
         raise BenchmarkError(
             "a model's drafts are accepted or not",

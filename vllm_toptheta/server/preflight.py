@@ -123,7 +123,7 @@ def _check_engine(
     """
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
-        engine = flags.on(one, drafts_itself=settings.lossless)
+        engine = flags.on(one, drafts_itself=settings.lossless, chooses_drafts=settings.draft_tokens == "auto")
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)

@@ -22,7 +22,7 @@ from vllm_toptheta.support.model import (
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
-from vllm_toptheta.support.untested import allows_untested
+from vllm_toptheta.support.untested import TRY, allows_untested
 
 __all__ = [
     "CHUNKED",
@@ -30,6 +30,7 @@ __all__ = [
     "NO_GENERATION",
     "Device",
     "Engine",
+    "TRY",
     "Reason",
     "allows_untested",
     "checkpoint_cache_dtype",

@@ -42,6 +42,7 @@ class Engine:
         wakes_up_whole: Whether it then gets back what an attention backend keeps there (`installed.wakes_up_whole`).
         draft: How tokens are guessed; None where they are not, or by the served model itself.
         drafts_itself: Whether the served model drafts.
+        chooses_drafts: Whether it then finds out how many drafts are fastest.
         num_stages: Ranks that share the layers.
         adapts: Whether it loads adapters.
         num_replicas: Ranks that share the requests.
@@ -62,6 +63,7 @@ class Engine:
     wakes_up_whole: bool = True
     draft: str | None = None
     drafts_itself: bool = False
+    chooses_drafts: bool = False
     num_stages: int = 1
     adapts: bool = False
     num_replicas: int = 1
@@ -139,6 +141,9 @@ def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
             "on GPUs the served model drafts in vLLM's V2 model runner, which can since 0.32",
             "Leave it out, or install vLLM 0.32 or later and unset VLLM_USE_V2_MODEL_RUNNER",
         ): on_gpu and not engine.runs_on_v2,
+        Reason("draft_tokens", "no GPU has drafted by auto yet", f"Give a number, or {TRY}"): on_gpu
+        and engine.chooses_drafts
+        and not allows_untested(),
         Reason("lossless", "on GPUs, models that take images or sounds do not draft for themselves", "Leave it out"): (
             on_gpu and engine.sees
         ),

@@ -56,10 +56,12 @@ def _speculating(create: Callable[..., Any]) -> Callable[..., Any]:
         }
         if settings.draft_tokens == "auto":
             args.speculative_config |= draft_length.numbers(settings.most_draft_tokens)
-        made = create(args, *arguments, **named)
+        try:
+            made = create(args, *arguments, **named)
+        finally:
+            args.speculative_config = None  # nobody gave it
         # what vLLM has read of the model again lacks what flags change of it, such as how long sequences may be
         made.draft_model_config = made.target_model_config
-        args.speculative_config = None
         return made
 
     return create_ours
