@@ -856,6 +856,7 @@ __device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, con
 #pragma unroll
             for (int i = 0; i < LANE_CHANNELS; ++i) {
                 if (a.q_scale) x[i] *= *a.q_scale;
+                if (a.k_scale) x[i] *= *a.k_scale;  // copies are of what is stored
                 offset += x[i] * centre[i];
             }
             rotate(a.rotation, x, w.lane);
