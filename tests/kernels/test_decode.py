@@ -29,8 +29,7 @@ from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, num_multiprocessors
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.reference import relative_threshold
-from vllm_toptheta.reference.scores import row_lse
+from vllm_toptheta.reference import relative_threshold, row_lse
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
