@@ -109,7 +109,8 @@ class TierLayer(NamedTuple):
 
     Attributes:
         codec: What copies are written with.
-        log_heavy: ln of what a key weighs at least that is read exactly, over what the anchors of its row weigh.
+        log_heavy: ln of what a key weighs at least that is read exactly, over what the anchors of its row, and its
+            sink, weigh.
     """
 
     codec: TierCodec
