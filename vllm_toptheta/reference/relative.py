@@ -19,8 +19,9 @@ In floating point, both sides of the comparison are rounded: a key can be droppe
 relative error of exp(s_j) and of the sum, a few units in 10^-6 for scores of the size of 10 in float32.
 
 A soft cap and the softmax scale are part of the scores. A row that sees a window of the keys has the anchors among
-them only: a smaller sum, so the bound still holds. An attention sink, a
-logit of a head that takes a share of the softmax without having a key or a value (gpt-oss,
+them only: a smaller sum, so the bound still holds.
+
+An attention sink, a logit of a head that takes a share of the softmax without having a key or a value (gpt-oss,
 https://arxiv.org/abs/2508.10925; vLLM's `Attention(sinks=)`), is one more term of both sums:
 
     lse         = ln (exp(sink) + sum over all keys of exp(s_j))
