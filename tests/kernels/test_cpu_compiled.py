@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,7 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pyte
     assert numba_decode._compiled(len) == f"compiled with {{'parallel': True, 'fastmath': {numba_decode._FAST}}}"
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_size", "block_size"),
@@ -107,6 +109,7 @@ def test_shapes_equal_torch_operations(
     num_kv_heads: int,
     head_size: int,
     block_size: int,
+    has_sinks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lens = [1_100, 3, 200, 512, 513]
@@ -116,7 +119,8 @@ def test_shapes_equal_torch_operations(
     )
     paged.append(lens, generator)
     query = 3 * torch.randn(len(lens), num_heads, head_size, generator=generator).to(dtype)
-    options = {"slope": 1.0, "log_slope": -1.0, "max_dense_len": 144, "logits_soft_cap": 20.0}
+    options: dict[str, Any] = {"slope": 1.0, "log_slope": -1.0, "max_dense_len": 144, "logits_soft_cap": 20.0}
+    options["sinks"] = torch.linspace(-2.0, 8.0, num_heads, dtype=dtype) if has_sinks else None
     ours = decode(query, paged, torch.zeros(num_heads), **options)
     monkeypatch.setattr(values, "compiled_for", lambda *cache: None)
     theirs = decode(query, paged, torch.zeros(num_heads), **options)

@@ -106,7 +106,7 @@ class NativeStep:
             block_table=self._block_table,
             softcap=layer.logits_soft_cap or 0.0,
             scheduler_metadata=self._plans[window],
-            s_aux=None,
+            s_aux=_sinks_of(layer),
         )
         if not isinstance(self.tokens, slice):
             output[self.tokens] = target
@@ -147,3 +147,9 @@ class NativeAttention:
             isa=self._isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
+
+
+def _sinks_of(layer: Layer) -> torch.Tensor | None:
+    """Sinks in a dtype that vLLM's code knows."""
+    sinks = layer.sinks
+    return sinks if sinks is None or sinks.dtype in (torch.bfloat16, torch.float32) else sinks.float()

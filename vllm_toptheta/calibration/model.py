@@ -37,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "routed",
     "served_dtype",
+    "sinks_of",
     "usable_device",
 ]
 
@@ -331,6 +332,28 @@ def check_call(module: Any, query: Tensor, key: Tensor, sliding_window: int | No
         )
 
 
+def sinks_of(module: Any, num_heads: int, options: Mapping[str, Any]) -> Tensor | None:
+    """Returns the attention sinks that a layer passes on to its attention function, `[num_heads]` float32; or None.
+
+    Args:
+        module: the layer's attention.
+        num_heads: its query heads.
+        options: what it passes on besides.
+
+    Raises:
+        CalibrationError: they are not one logit per head.
+    """
+    sinks = options.get("s_aux")
+    if sinks is None:
+        return None
+    if tuple(sinks.shape) != (num_heads,):
+        raise CalibrationError(
+            f"attention sinks of layer {module.layer_idx} have the shape {list(sinks.shape)}, and kernels add one to "
+            f"each of {num_heads} heads"
+        )
+    return sinks.detach().float()
+
+
 def _attend(
     module: Any,
     query: Tensor,
@@ -343,14 +366,13 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function as transformers calls it: tensors are `[1, num_heads, seq_len, head_size]`."""
-    if options.get("s_aux") is not None:
-        raise CalibrationError("attention sinks (s_aux) are not supported")
     if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
     check_call(module, query, key, sliding_window)
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
+    sinks = sinks_of(module, query.shape[1], options)
+    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap, sinks)
     output = _active_route.get().attend(call) if sliding_window is None else windowed_attention(call, sliding_window)
     return output[None].to(query.dtype), None
 

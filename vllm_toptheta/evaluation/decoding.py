@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from vllm_toptheta.calibration.model import attending, routed
+from vllm_toptheta.calibration.model import attending, routed, sinks_of
 from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
@@ -144,8 +144,9 @@ def _attend_step(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function as transformers calls it: query is `[num_lanes, num_heads, 1, head_size]`."""
-    if options.get("s_aux") is not None or attention_mask is not None or query.shape[2] != 1:
-        raise EvaluationError("decoding takes one token at a time, without mask or attention sinks")
+    if attention_mask is not None or query.shape[2] != 1:
+        raise EvaluationError("decoding takes one token at a time, without mask")
+    sinks = sinks_of(module, query.shape[1], options)
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = slice(None) if sliding_window is None else slice(-sliding_window, None)
     layer_idx = int(module.layer_idx)
@@ -154,10 +155,10 @@ def _attend_step(
         step_query, step_key, step_value = (tensor.transpose(0, 1) for tensor in tensors)
         if sliding_window is not None or lane.attention is None or layer_idx in lane.attention.dense_layers:
             result = dense_attention(
-                step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap
+                step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap, sinks=sinks
             )
         else:
-            call = AttentionCall(layer_idx, step_query, step_key, step_value, softmax_scale, softcap)
+            call = AttentionCall(layer_idx, step_query, step_key, step_value, softmax_scale, softcap, sinks)
             result = lane.attention.attend(call, num_prompt_tokens=lane.prompt.num_tokens)
         outputs.append(result.output)
     return torch.stack(outputs).to(query.dtype), None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 
-from vllm_toptheta.calibration.model import attending, check_call
+from vllm_toptheta.calibration.model import attending, check_call, sinks_of
 from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -121,13 +121,14 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function as transformers calls it: tensors are `[1, num_heads, num_tokens, head_size]`."""
-    if options.get("s_aux") is not None or attention_mask is not None or query.shape[0] != 1:
-        raise EvaluationError("a window is of one sequence, without padding, mask or attention sinks")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise EvaluationError("a window is of one sequence, without padding or mask")
     check_call(module, query, key, sliding_window)
     this = _active.get()
     rows, keys, values = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
+    sinks = sinks_of(module, query.shape[1], options)
+    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap, sinks)
     output = attend_rows(call, this.attention, sliding_window=sliding_window, observe=this.observe)
     return output[None].to(query.dtype), None
 
@@ -164,8 +165,8 @@ def attend_rows(
 
 
 def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
-    """As `windowed_attention`, by torch's own attention where that can be: it knows no cap, and is faster."""
-    if call.soft_cap is not None:
+    """As `windowed_attention`, by torch's own attention where that can be: it knows no cap or sink, and is faster."""
+    if call.soft_cap is not None or call.sinks is not None:
         return windowed_attention(call, sliding_window)
     positions = torch.arange(len(call.key), device=call.key.device)
     behind = positions[-len(call.query) :, None] - positions

@@ -67,6 +67,7 @@ class BoundLayer:
             self._sums = Sums(_memory(value_sum).numpy(), value_sum.stride(0), value_sum.stride(1))
         self._scale = np.float32(layer.softmax_scale)
         self._soft_cap = np.float32(layer.logits_soft_cap or 0.0)
+        self._no_sinks = np.full(num_heads, -np.inf, np.float32)
         # the same memory: the guard moves thresholds
         coefficients = torch.zeros(num_heads, 4) if thresholds is None else thresholds.coefficients
         self._coefficients = coefficients.numpy()
@@ -89,6 +90,7 @@ class BoundLayer:
                 offsets=step.offsets,
                 is_dense=step.is_all_dense if layer.thresholds is None else step.is_dense,
                 keeps_denominator=layer.denominator_compensation,
+                sinks=self._no_sinks if layer.sinks is None else layer.sinks.float().numpy(),
             ),
             self._pages._replace(blocks=step.blocks, seq_lens=step.seq_lens),
             self._sums,

@@ -344,6 +344,7 @@ class Queries(NamedTuple):
         log_lengths, offsets: [num_seqs] float32.
         is_dense: [num_seqs] bool.
         keeps_denominator: Whether it is that of all keys.
+        sinks: [num_heads] float32, terms of anchor_lse and of the denominator; -inf for none.
     """
 
     query: Any
@@ -354,6 +355,7 @@ class Queries(NamedTuple):
     offsets: Any
     is_dense: Any
     keeps_denominator: Any
+    sinks: Any
 
 
 class _Chunks(NamedTuple):
@@ -491,7 +493,10 @@ def _find_thresholds(queries, query, pages, seq, kv_head, theta):
         first, last = earliest[index, :NUM_FIRST_ANCHORS], latest[index, begin - origin : seq_len - origin]
         best = max(_highest(first), _highest(last))
         total = _exponentiate(first, first, best) + _exponentiate(last, last, best)
-        theta[index] += queries.coefficients[kv_head * group + index, 3] * (best + math.log(total))
+        head = kv_head * group + index
+        lse, sink = best + math.log(total), queries.sinks[head]
+        lse = max(lse, sink) + math.log1p(math.exp(-abs(lse - sink)))
+        theta[index] += queries.coefficients[head, 3] * lse
 
 
 @njit(fastmath=_FAST)
@@ -550,21 +555,23 @@ def _find_mean(pages, value_sums, seq, kv_head, mean):
 
 
 @njit(fastmath=_FAST)
-def _join(queries, seq, index, first, end, chunks, mean, output):
+def _join(queries, seq, head, index, first, end, chunks, mean, output):
     """A head's chunks, from `first` to `end`, to `output`, [head_size] float32; the lost mass."""
-    best, total, kept = chunks.best[first:end, index].max(), np.float32(0.0), np.float32(0.0)
+    sink, of_keys, kept = queries.sinks[head], np.float32(0.0), np.float32(0.0)
+    best = max(chunks.best[first:end, index].max(), sink)
     output[:] = np.float32(0.0)
     for task in range(first, end):
         factor = _exp(chunks.best[task, index] - best)
-        total += factor * chunks.sums[task, index, 0]
+        of_keys += factor * chunks.sums[task, index, 0]
         kept += factor * chunks.sums[task, index, 1]
         values = chunks.values[task, index]
         for channel in range(len(output)):
             output[channel] += factor * values[channel]
-    lost = np.float32(0.0) if queries.is_dense[seq] else max((total - kept) / total, np.float32(0.0))
-    divisor = total if queries.keeps_denominator else max(kept, _LEAST)
+    of_sink = _exp(sink - best)
+    lost = np.float32(0.0) if queries.is_dense[seq] else max((of_keys - kept) / (of_keys + of_sink), np.float32(0.0))
+    divisor = of_sink + (of_keys if queries.keeps_denominator else max(kept, _LEAST))
     # without a denominator of all keys nothing is known to be lost, unless no key survived at all
-    known = lost if queries.keeps_denominator else np.float32(kept == 0)
+    known = lost if queries.keeps_denominator else np.float32(kept + of_sink == 0)
     for channel in range(len(output)):
         output[channel] = output[channel] / divisor + known * mean[channel]
     return lost
@@ -612,4 +619,4 @@ def decode(queries, pages, value_sums, output, rows_read, lost_mass):
             _find_mean(pages, value_sums, seq, kv_head, mean)
         for index in range(group):
             head = kv_head * group + index
-            lost_mass[seq, head] = _join(queries, seq, index, first, end, chunks, mean, output[seq, head])
+            lost_mass[seq, head] = _join(queries, seq, head, index, first, end, chunks, mean, output[seq, head])
