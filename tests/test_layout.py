@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import vllm_toptheta
+from tools.picture import files_imported, imports, is_within, part
 
 PACKAGE = Path(vllm_toptheta.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -69,39 +69,6 @@ PEERS = {
     "vllm.v1.attention.ops.triton_unified_attention",
     "vllm.v1.attention.ops.triton_unified_attention.unified_attention",
 }
-
-
-def part(module: Path) -> str:
-    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(tree: ast.AST, *, top_level: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; `from a import b` counts as a and as a.b."""
-    for node in tree.body if top_level and isinstance(tree, ast.Module) else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def is_within(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
-def name_of(module: Path) -> str:
-    return ".".join((PACKAGE.name, *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-
-
-def files_imported() -> dict[str, set[str]]:
-    """The modules of the package, and which others each imports, also inside functions and for types only."""
-    names = {name_of(module) for module in MODULES}
-    graph = {}
-    for module in MODULES:
-        found = set(imports(ast.parse(module.read_text()))) & names
-        # `from a import b` is an import of a only where b is no module
-        graph[name_of(module)] = {name for name in found if not any(is_within(other, name) for other in found - {name})}
-    return graph
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
