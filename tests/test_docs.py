@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import vllm_toptheta
+from vllm_toptheta.cli.main import app
 
 ROOT = Path(vllm_toptheta.__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -101,3 +105,39 @@ def test_the_readme_begins_with_make_serve_and_make_test() -> None:
     """Tools that look for a command take the first ones."""
     lines = re.findall(r"^ +(make [a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert lines[:2] == ["make serve", "make test"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of the commands `toptheta ...` that a page shows, as a shell would read them."""
+    code, fenced = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            code.append(line.strip())
+    lines = "\n".join(code).replace("\\\n", " ").splitlines()
+    # what stands in brackets may be left out; a variable, or another program before, says nothing of our flags
+    found = [re.sub(r"[\[\]|]", " ", line.partition(" # ")[0]) for line in lines]
+    found = [line[line.index("toptheta ") :] for line in found if re.match(r"([A-Z_0-9]+=\S+ )*toptheta ", line)]
+    return [shlex.split(line.partition(" -- ")[0]) for line in found if line.count("'") % 2 == 0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "lab.md"], ids=lambda page: page.name)
+def test_commands_and_their_flags_exist(page: Path) -> None:
+    """The lab's log keeps commands as they were."""
+    for words in commands(page):
+        command: Any = typer.main.get_command(app)
+        rest = words[1:]
+        while hasattr(command, "commands"):
+            assert rest[0] in command.commands, words
+            command = command.commands[rest.pop(0)]
+        if command.name == "serve":  # flags of vLLM are passed on
+            continue
+        known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in rest if re.fullmatch("--[a-z-]+", word)} <= known, words
+
+
+def test_commands_are_found() -> None:
+    found = [" ".join(words[:3]) for page in PAGES for words in commands(page)]
+    assert {"toptheta eval decode", "toptheta bench serving", "toptheta serve MODEL"} <= set(found)
+    assert len(found) > 40
