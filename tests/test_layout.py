@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_each_part_imports_what_it_is_allowed_and_the_law_allows_no_more() -> No
         needed.setdefault(part(module), set()).update(ours & ALLOWED.keys() - {part(module)})
     assert needed.pop("__init__") == set()
     assert needed == ALLOWED
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_every_part_says_what_it_is_for_and_what_it_may_import(name: str) -> None:
+    home = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+    purpose, _, law = (ast.get_docstring(ast.parse(home.read_text())) or "").rpartition("\n\n")
+    assert len(purpose.split()) > 3
+    assert re.match(r"May import (nothing of the package|`[a-z_]+`(,\s`[a-z_]+`)*)\.$", law)
+    assert set(re.findall(r"`(\w+)`", law)) == ALLOWED[name]
+
+
+@pytest.mark.parametrize("room", sorted(PACKAGE.rglob("__init__.py")), ids=lambda room: room.parent.name)
+def test_every_room_says_what_it_is_for(room: Path) -> None:
+    assert len((ast.get_docstring(ast.parse(room.read_text())) or "").split()) > 3
 
 
 def test_triton_stays_with_the_kernels_for_gpus() -> None:

@@ -1,4 +1,7 @@
-"""Calibration: runs a model over texts and writes thresholds for its heads as a store."""
+"""Calibration: runs a model over texts and writes thresholds for its heads as a store.
+
+May import `errors`, `limits`, `whole_file`, `reference`, `store`.
+"""
 
 from vllm_toptheta.calibration.options import CalibrationOptions, ShadowOptions
 from vllm_toptheta.calibration.run import calibrate

@@ -1,4 +1,7 @@
-"""Evaluation: what Top-Theta attention changes in a model's predictions and answers, paired against dense attention."""
+"""Evaluation: what Top-Theta attention changes in a model's predictions and answers, paired against dense attention.
+
+May import `errors`, `limits`, `whole_file`, `reference`, `store`, `calibration`.
+"""
 
 from vllm_toptheta.evaluation.decode import DecodeOptions, evaluate_decode
 from vllm_toptheta.evaluation.decode_report import DecodeReport, decode_table

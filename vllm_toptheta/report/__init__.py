@@ -1,4 +1,7 @@
-"""The report: what a user of some thresholds may expect, as a page, figures and numbers."""
+"""The report: what a user of some thresholds may expect, as a page, figures and numbers.
+
+May import `errors`, `limits`, `reference`, `store`, `calibration`, `evaluation`.
+"""
 
 from vllm_toptheta.report.quality import find_quality
 from vllm_toptheta.report.record import Report
