@@ -22,9 +22,7 @@ def report(folder: Path, store: ThresholdStore) -> PerplexityReport:
         num_prompt_tokens=0,
         seed=0,
     )
-    variants = expand_variants(
-        subject.stores, targets=["8", "32"], num_layers=4, compensations=["none", "sdc+vmc"], top_k=[8, 32]
-    )
+    variants = expand_variants(subject.stores, targets=["8", "32"], compensations=["none", "sdc+vmc"], top_k=[8, 32])
     return evaluate_perplexity(subject, [domain], variants, progress=False)
 
 

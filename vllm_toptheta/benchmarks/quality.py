@@ -164,7 +164,7 @@ def measure(
     if thresholds is not None:
         thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
     default = floor_label(DEFAULT_WEIGHT_FLOOR, field="targets")
-    variants = expand_variants(stores, targets=targets or [default], num_layers=architecture.num_layers)
+    variants = expand_variants(stores, targets=targets or [default])
     read = different_texts([read_text(file) for file in texts])
     sequences = load_sequences(
         read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed

@@ -3,7 +3,7 @@
 May import `errors`, `limits`, `whole_file`, `reference`, `store`.
 """
 
-from vllm_toptheta.calibration.options import CalibrationOptions, ShadowOptions
+from vllm_toptheta.calibration.options import CalibrationOptions, Place, ShadowOptions
 from vllm_toptheta.calibration.run import calibrate
 
-__all__ = ["CalibrationOptions", "ShadowOptions", "calibrate"]
+__all__ = ["CalibrationOptions", "Place", "ShadowOptions", "calibrate"]

@@ -90,7 +90,7 @@ def report_command(
     import torch
 
     from vllm_toptheta import store
-    from vllm_toptheta.report import Report, find_quality, measure_survivors
+    from vllm_toptheta.report import Report, SurvivorOptions, find_quality, measure_survivors
     from vllm_toptheta.report.quality_verdict import quality_verdict
     from vllm_toptheta.report.verdict import verdict
 
@@ -131,14 +131,16 @@ def report_command(
             model_dir,
             _files([*text, *context.args]),
             found,
+            options=SurvivorOptions(
+                targets=targets or promised[:1],
+                length=length,
+                num_sequences=sequences,
+                seed=seed,
+                attention_share=attention_share,
+                dtype=getattr(torch, dtype),
+                device=device,
+            ),
             calibration_texts=_files(calibration_text or []),
-            targets=targets or promised[:1],
-            length=length,
-            num_sequences=sequences,
-            seed=seed,
-            attention_share=attention_share,
-            dtype=getattr(torch, dtype),
-            device=device,
         )
         for target in survivors.targets:
             typer.echo(verdict(survivors, target)[1])
