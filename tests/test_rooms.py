@@ -28,7 +28,7 @@ LONG = {
 LONG_ROOMS = ("reference/",)
 # files of the same name in several rooms -> what tells them apart, beside the room
 SAME_NAME: dict[str, str] = {
-    "endpoint.py": "telemetry has ours, evaluation asks those of two servers",
+    "candidates.py": "keys that shadow keys ask for: where they are calibrated, evaluated, and on GPUs",
     "model.py": "calibration loads and runs a model, support says which are served",
     "model_config.py": "store reads the fingerprint off config.json, server all that vLLM will read of it",
     "pages.py": "kernels say what lies in a page, backend asks vLLM for pages with room for it",
@@ -36,12 +36,11 @@ SAME_NAME: dict[str, str] = {
     "record.py": "benchmarks record where survivors are, report keeps the record of a page",
     "relative.py": "reference has the threshold, calibration the attention by it",
     "report.py": "results of that room, and in cli the command",
-    "route.py": "calibration: what a model's attention is put on; evaluation: by thresholds",
     "run.py": "the order of things in that room",
     "scores.py": "of the reference, and of the kernels for CPUs",
     "scratch.py": "of the kernels of each device",
-    "screening.py": "by the shadow keys that are calibrated, and by those that are evaluated",
     "shadow.py": "shadow keys in that room",
+    "survivors.py": "kernels attend to them, the report measures them",
     "subject.py": "evaluation: a model in transformers; engine: the same in vLLM",
     "tails.py": "of the kernels of each device",
     "thresholds.py": "thresholds in that room, and in cli the command",

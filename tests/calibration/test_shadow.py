@@ -12,10 +12,10 @@ from tests.calibration.test_capture import random_attention
 from tests.calibration.test_run import run
 from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
 from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
+from vllm_toptheta.calibration.candidates import MARGIN_EDGES
 from vllm_toptheta.calibration.fit import fit_scale
 from vllm_toptheta.calibration.relative import RelativeRoute
 from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.screening import MARGIN_EDGES
 from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import causal_scores, relative_threshold, top_theta_attention

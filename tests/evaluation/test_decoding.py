@@ -14,8 +14,8 @@ from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant, decoding
 from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.losses import next_token_logits
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
 from vllm_toptheta.reference import Phase
 from vllm_toptheta.store import ThresholdStore
 

@@ -22,8 +22,8 @@ from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.losses import compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.variants import Variant, expand_variants, floor_label, store_of
 from vllm_toptheta.kernels.contract import (
     Counters,

@@ -14,13 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.options import CalibrationOptions
-from vllm_toptheta.calibration.relative import RelativeRoute
-from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.sampling import measured_lengths
-from vllm_toptheta.calibration.screening import (
+from vllm_toptheta.calibration.candidates import (
     MARGIN_EDGES,
     AlwaysRead,
     KeyMoments,
@@ -29,6 +23,12 @@ from vllm_toptheta.calibration.screening import (
     measure_candidates,
     shortfall_histogram,
 )
+from vllm_toptheta.calibration.fit import fit_scale
+from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.relative import RelativeRoute
+from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.sampling import measured_lengths
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import KeyProjection, fit_projection

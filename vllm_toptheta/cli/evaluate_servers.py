@@ -13,7 +13,7 @@ from vllm_toptheta.cli.terminal import print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from vllm_toptheta.evaluation.endpoint import Endpoint
+    from vllm_toptheta.evaluation.servers import Endpoint
 
 __all__ = ["evaluate_endpoints", "evaluate_harness"]
 
@@ -39,7 +39,7 @@ def evaluate_endpoints(
     plots: options.PlotsOption = None,
 ) -> None:
     """The same tasks, asked of two running OpenAI servers side by side."""
-    from vllm_toptheta.evaluation.endpoint import EndpointPair
+    from vllm_toptheta.evaluation.servers import EndpointPair
     from vllm_toptheta.evaluation.tasks import TasksReport, compare_answers, make_tasks, task_tables
 
     draw = drawing("draw_recall", plots)
@@ -96,6 +96,6 @@ def evaluate_harness(
 def _endpoint(url: str, model: str | None, api_key_env: str) -> Endpoint:
     import os
 
-    from vllm_toptheta.evaluation.endpoint import Endpoint
+    from vllm_toptheta.evaluation.servers import Endpoint
 
     return Endpoint(url, model=model, api_key=os.environ.get(api_key_env))

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, DynamicCache
 from vllm_toptheta.calibration.model import attending, routed
 from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.window import fork_cache
 from vllm_toptheta.reference import dense_attention
 

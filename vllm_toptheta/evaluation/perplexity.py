@@ -17,9 +17,9 @@ from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.domains import Domain, Sample
 from vllm_toptheta.evaluation.losses import Losses, compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities, mean_and_error
-from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.perplexity_report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.subject import Subject
 from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.reference import Phase

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.screening import ShadowScreen
+from vllm_toptheta.evaluation.candidates import ShadowScreen
 from vllm_toptheta.evaluation.tiering import Copies, Tiers
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tests.calibration.test_capture import random_attention
 from tests.calibration.test_measure import LargestTensor, median_thresholds
-from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.screening import (
+from vllm_toptheta.calibration.candidates import (
     MARGIN_EDGES,
     AlwaysRead,
     ScreenedRows,
@@ -18,6 +17,7 @@ from vllm_toptheta.calibration.screening import (
     measure_candidates,
     shortfall_histogram,
 )
+from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,
