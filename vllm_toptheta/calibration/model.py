@@ -11,13 +11,13 @@ Thresholds of such a model, and figures, would be those of nobody's model: it is
 import logging
 import re
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, Dense
 from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
 __all__ = [
+    "LayerAttention",
     "attending",
     "check_call",
     "hidden_states",
     "load_model",
     "load_tokenizer",
+    "register_attention",
     "routed",
     "served_dtype",
     "usable_device",
@@ -300,59 +302,91 @@ def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def check_call(module: Any, query: Tensor, key: Tensor, sliding_window: int | None) -> None:
-    """Refuses a layer that a server would compute otherwise, and one whose numbers are none.
+class LayerAttention(NamedTuple):
+    """What transformers asks of an attention function."""
 
-    Args:
-        module: the layer's attention, with its config.
-        query: of any shape.
-        key: of any shape.
-        sliding_window: what the layer asks for; None for full attention.
+    layer: Any  # the module, which knows its number and its config
+    query: Tensor  # [num_sequences, num_heads, num_queries, head_size]
+    key: Tensor  # [num_sequences, num_kv_heads, seq_len, head_size], likewise the value
+    value: Tensor
+    mask: Tensor | None
+    softmax_scale: float
+    soft_cap: float | None
+    sliding_window: int | None
+    sinks: Tensor | None
+
+    @property
+    def layer_idx(self) -> int:
+        return int(self.layer.layer_idx)
+
+    def of_one_sequence(self) -> AttentionCall:
+        """The same for our own functions, of the only sequence."""
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (self.query, self.key, self.value))
+        return AttentionCall(self.layer_idx, query, key, value, self.softmax_scale, self.soft_cap)
+
+
+def check_call(asked: LayerAttention) -> None:
+    """Refuses a layer that a server would compute otherwise, and one whose numbers are none.
 
     Raises:
         CalibrationError: vLLM gives the layer a window, or a number is NaN or infinite.
     """
+    module = asked.layer
     config = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[module.layer_idx] if kinds else "sliding_attention"
     # some models of transformers pass over these fields, and vLLM reads them of every model
-    if sliding_window is None and window and kind == "sliding_attention":
+    if asked.sliding_window is None and window and kind == "sliding_attention":
         raise CalibrationError(
             f"layer {module.layer_idx} of {type(module).__name__} is computed without the window of {window} tokens "
             "that config.json gives it, and vLLM serves it with one",
             field="layer_types" if kinds else "sliding_window",
             remedy="Correct config.json if the model was trained with full attention",
         )
-    if not (query.isfinite().all() and key.isfinite().all()):
+    if not (asked.query.isfinite().all() and asked.key.isfinite().all()):
         raise CalibrationError(
             f"queries or keys of layer {module.layer_idx} are NaN or infinite",
             remedy="Check the weights and config.json, and try --dtype float32",
         )
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it: tensors are `[1, num_heads, seq_len, head_size]`."""
-    if options.get("s_aux") is not None:
+def register_attention(name: str, attend: Callable[[LayerAttention], Tensor]) -> None:
+    """Makes an attention function known to transformers.
+
+    Args:
+        name: by which `attending` asks for it.
+        attend: returns `[num_sequences, num_queries, num_heads, head_size]` of any dtype.
+    """
+
+    def as_transformers_calls_it(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = options.get("s_aux")
+        asked = LayerAttention(module, query, key, value, attention_mask, scale, softcap, sliding_window, sinks)
+        return attend(asked).to(query.dtype), None
+
+    AttentionInterface.register(name, as_transformers_calls_it)
+
+
+def _attend(asked: LayerAttention) -> Tensor:
+    if asked.sinks is not None:
         raise CalibrationError("attention sinks (s_aux) are not supported")
-    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if asked.mask is not None or asked.query.shape[0] != 1 or asked.query.shape[2] != asked.key.shape[2]:
         raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
-    check_call(module, query, key, sliding_window)
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap)
-    output = _active_route.get().attend(call) if sliding_window is None else windowed_attention(call, sliding_window)
-    return output[None].to(query.dtype), None
+    check_call(asked)
+    call, window = asked.of_one_sequence(), asked.sliding_window
+    output = _active_route.get().attend(call) if window is None else windowed_attention(call, window)
+    return output[None]
 
 
-AttentionInterface.register(_ATTENTION_NAME, _attend)
+register_attention(_ATTENTION_NAME, _attend)

@@ -23,6 +23,17 @@ _RENAME = "Name another page"
 _PATTERN = "FILE may be a quoted pattern: 'src/**/*.py'."
 
 
+TargetsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--k",
+        "--targets",
+        help="By commas: floor:2, which needs no store, or keys per query head and other targets of a store. "
+        "Default: the promised floor, else that which is served if nothing is said.",
+    ),
+]
+
+
 def report_command(
     context: typer.Context,
     *,
@@ -57,15 +68,7 @@ def report_command(
     png: Annotated[
         Path | None, typer.Option(callback=check_folder, metavar="DIR", help="Also write the figures into this folder.")
     ] = None,
-    k: Annotated[
-        str | None,
-        typer.Option(
-            "--k",
-            "--targets",
-            help="By commas: floor:2, which needs no store, or keys per query head and other targets of a store. "
-            "Default: the promised floor, else that which is served if nothing is said.",
-        ),
-    ] = None,
+    k: TargetsOption = None,
     sequences: Annotated[int, typer.Option(help="Sequences of each kind of text.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     attention_share: Annotated[

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import attending, routed
+from vllm_toptheta.calibration.model import LayerAttention, attending, register_attention, routed
 from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
@@ -132,35 +132,23 @@ def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def _attend_step(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it: query is `[num_lanes, num_heads, 1, head_size]`."""
-    if options.get("s_aux") is not None or attention_mask is not None or query.shape[2] != 1:
+def _attend_step(asked: LayerAttention) -> Tensor:
+    if asked.sinks is not None or asked.mask is not None or asked.query.shape[2] != 1:
         raise EvaluationError("decoding takes one token at a time, without mask or attention sinks")
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = slice(None) if sliding_window is None else slice(-sliding_window, None)
-    layer_idx = int(module.layer_idx)
+    window = slice(None) if asked.sliding_window is None else slice(-asked.sliding_window, None)
+    key, value = asked.key[:, :, window], asked.value[:, :, window]
     outputs = []
-    for lane, *tensors in zip(_active_lanes.get(), query, key[:, :, window], value[:, :, window], strict=True):
+    for lane, *tensors in zip(_active_lanes.get(), asked.query, key, value, strict=True):
         step_query, step_key, step_value = (tensor.transpose(0, 1) for tensor in tensors)
-        if sliding_window is not None or lane.attention is None or layer_idx in lane.attention.dense_layers:
-            result = dense_attention(
-                step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap
-            )
+        step = AttentionCall(asked.layer_idx, step_query, step_key, step_value, asked.softmax_scale, asked.soft_cap)
+        attention = None if asked.sliding_window is not None else lane.attention
+        if attention is None or step.layer_idx in attention.dense_layers:
+            scale, cap = asked.softmax_scale, asked.soft_cap
+            result = dense_attention(step_query, step_key, step_value, softmax_scale=scale, logits_soft_cap=cap)
         else:
-            call = AttentionCall(layer_idx, step_query, step_key, step_value, softmax_scale, softcap)
-            result = lane.attention.attend(call, num_prompt_tokens=lane.prompt.num_tokens)
+            result = attention.attend(step, num_prompt_tokens=lane.prompt.num_tokens)
         outputs.append(result.output)
-    return torch.stack(outputs).to(query.dtype), None
+    return torch.stack(outputs)
 
 
-AttentionInterface.register(_ATTENTION_NAME, _attend_step)
+register_attention(_ATTENTION_NAME, _attend_step)
