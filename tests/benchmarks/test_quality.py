@@ -9,10 +9,10 @@ import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.store_factory import make_store
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.limits import NUM_ANCHORS
 

@@ -17,7 +17,7 @@ from vllm_toptheta.calibration.candidates import (
     measure_candidates,
     shortfall_histogram,
 )
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,

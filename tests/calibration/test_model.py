@@ -10,7 +10,7 @@ from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration.capture import TopKRoute
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.override import DenseRoute
 from vllm_toptheta.errors import CalibrationError, ModelConfigError
 from vllm_toptheta.reference import causal_scores, kth_largest_score
 

@@ -17,8 +17,8 @@ from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_con
 from vllm_toptheta.calibration import plausible
 from vllm_toptheta.calibration.model import hidden_states, load_model, routed
 from vllm_toptheta.calibration.model_input import check_input, max_positions
+from vllm_toptheta.calibration.override import DenseRoute
 from vllm_toptheta.calibration.plausible import check_understanding, is_new
-from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError
 
 FOLDER = Path("tiny")

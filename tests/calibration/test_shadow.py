@@ -14,8 +14,8 @@ from tests.calibration.tiny_model import architecture, random_tokens, save_model
 from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
 from vllm_toptheta.calibration.candidates import MARGIN_EDGES
 from vllm_toptheta.calibration.fit import fit_scale
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.calibration.relative import RelativeRoute
-from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import causal_scores, relative_threshold, top_theta_attention

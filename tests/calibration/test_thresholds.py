@@ -12,7 +12,7 @@ from tests.calibration.families import FAMILIES, WINDOWED, family_config
 from tests.calibration.tiny_model import architecture, random_tokens, tiny_model
 from vllm_toptheta.calibration import CalibrationOptions
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
 from vllm_toptheta.calibration.thresholds import ThresholdCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import top_theta_attention

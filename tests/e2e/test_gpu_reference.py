@@ -15,7 +15,7 @@ import torch
 from tests.e2e.generate import Call, generate
 from tests.e2e.texts import ON_GPU, cut
 from vllm_toptheta.calibration.model import hidden_states, load_model, routed
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionRoute
 from vllm_toptheta.evaluation.losses import next_token_logits
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import FULL_COMPENSATION, causal_scores, relative_threshold, top_theta_attention

@@ -9,13 +9,13 @@ from transformers import Gemma2Config
 from tests.calibration.tiny_model import random_tokens, tiny_model
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.override import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant, decoding
 from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.losses import next_token_logits
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
 from vllm_toptheta.reference import Phase
 from vllm_toptheta.store import ThresholdStore
 

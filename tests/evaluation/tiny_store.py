@@ -12,7 +12,7 @@ from tests.calibration.tiny_model import architecture, random_tokens
 from tests.store_factory import make_draft, make_tensors
 from vllm_toptheta.calibration.candidates import key_moments
 from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
 from vllm_toptheta.reference import KeyProjection, causal_scores, fit_projection, kth_largest_scores
 from vllm_toptheta.store import ThresholdStore, save
 

@@ -17,13 +17,13 @@ from pydantic import BaseModel, Field
 
 from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
 from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
+from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
 from vllm_toptheta.calibration.plausible import check_understanding
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.losses import compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.variants import Variant, expand_variants, floor_label, store_of
 from vllm_toptheta.kernels.contract import (
     Counters,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import sampled_blocks
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import (
     KeyProjection,
     ShadowQuery,

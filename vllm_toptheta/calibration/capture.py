@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionRoute
 from vllm_toptheta.reference import Placement
 
 __all__ = ["TopKRoute", "largest_with_kth", "observe_top_k"]

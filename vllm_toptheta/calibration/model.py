@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from vllm_toptheta import store
 from vllm_toptheta.calibration.model_files import check_model_files, check_size
 from vllm_toptheta.calibration.model_input import check_input
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
+from vllm_toptheta.calibration.override import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
 __all__ = [

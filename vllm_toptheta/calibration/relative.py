@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionRoute
 from vllm_toptheta.reference import relative_threshold
 
 __all__ = ["RelativeRoute"]

@@ -26,8 +26,8 @@ from vllm_toptheta.calibration.candidates import (
 from vllm_toptheta.calibration.fit import fit_scale
 from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.calibration.relative import RelativeRoute
-from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.calibration.sampling import measured_lengths
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS

@@ -21,7 +21,7 @@ from vllm_toptheta.calibration.fit import fit_curves
 from vllm_toptheta.calibration.measure import ROW_MEASURES, ServedRoute
 from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.options import CalibrationOptions
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.override import AttentionRoute
 from vllm_toptheta.calibration.samples import expectations
 from vllm_toptheta.calibration.sampling import measured_lengths, sample_lengths
 from vllm_toptheta.errors import CalibrationError

@@ -1,7 +1,7 @@
 """Greedy decoding as a server does it: the prompt in one pass into a KV cache, then one token at a time.
 
 Prompt rows follow the phase of the sparse attention (dense where it is `decode`); every step after them is one row,
-thresholded by its own length. What a step computes is what `route.SparseRoute` computes for that row.
+thresholded by its own length. What a step computes is what `sparse_override.SparseRoute` computes for that row.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vllm_toptheta.calibration.model import LayerAttention, attending, register_attention, routed
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.window import fork_cache
 from vllm_toptheta.reference import dense_attention
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.override import DenseRoute
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
-from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.domains import Domain, Sample
 from vllm_toptheta.evaluation.losses import Losses, compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities, mean_and_error
 from vllm_toptheta.evaluation.perplexity_report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.subject import Subject
 from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.reference import Phase

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.candidates import ShadowCandidates
 from vllm_toptheta.evaluation.tiering import Copies, Tiers

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from vllm_toptheta.calibration.model import LayerAttention, attending, check_call, register_attention
-from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, windowed_attention
+from vllm_toptheta.calibration.override import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_toptheta.calibration.model import hidden_states, routed
 from vllm_toptheta.calibration.sampling import length_buckets
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_route import SparseRoute
+from vllm_toptheta.evaluation.sparse_override import SparseRoute
 from vllm_toptheta.reference import AttentionResult
 from vllm_toptheta.store import Architecture
 

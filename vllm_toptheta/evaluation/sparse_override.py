@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
