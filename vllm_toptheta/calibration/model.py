@@ -1,8 +1,8 @@
-"""The seam to transformers: loads a model directory, and puts a model's attention on a route.
+"""The seam to transformers: loads a model directory, and has a model take its attention from us.
 
-The route is registered with transformers' `AttentionInterface`, its public way to replace attention
+It is registered with transformers' `AttentionInterface`, its public way to replace attention
 (https://huggingface.co/docs/transformers/attention_interface); nothing is patched. No mask function is registered for
-it, so transformers builds no mask: the routes are causal by themselves, over one unpadded sequence at a time.
+it, so transformers builds no mask: the overrides are causal by themselves, over one unpadded sequence at a time.
 
 Where a checkpoint and its config.json disagree, transformers makes up what is missing at random and says so in a log.
 Thresholds of such a model, and figures, would be those of nobody's model: it is refused.
@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from vllm_toptheta import store
 from vllm_toptheta.calibration.model_files import check_model_files, check_size
 from vllm_toptheta.calibration.model_input import check_input
-from vllm_toptheta.calibration.override import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
+from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride, DenseOverride, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
 __all__ = [
@@ -36,17 +36,17 @@ __all__ = [
     "hidden_states",
     "load_model",
     "load_tokenizer",
+    "overriding_attention",
     "register_attention",
-    "routed",
     "served_dtype",
     "usable_device",
 ]
 
-_ATTENTION_NAME = "toptheta_route"
+_ATTENTION_NAME = "toptheta_override"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _NUM_NAMES = 3  # tensors that a message names
 _MAX_REASON = 300  # characters of a message of transformers
-_active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
+_active_override: ContextVar[AttentionOverride] = ContextVar("active_override")
 
 
 def load_model(
@@ -69,7 +69,7 @@ def load_model(
 
     Raises:
         CalibrationError: there is no model there that transformers can load and run, or no such device; or it attends
-            as no route or no server does.
+            as no override and no server does.
         CheckpointError: the weights are damaged, or a tensor is missing, of another shape than config.json says, or
             nowhere in the model. Tied tensors may be missing, and what transformers knows as harmless may be there.
     """
@@ -179,7 +179,7 @@ def _try_out(model: Any, model_dir: Path) -> None:
     with _one_error(model_dir, "run"), torch.inference_mode():
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
         model(input_ids=tokens, use_cache=False)
-        with routed(model, DenseRoute()):
+        with overriding_attention(model, DenseOverride()):
             model(input_ids=tokens, use_cache=False)
 
 
@@ -238,17 +238,17 @@ def _field_of(reason: str, config: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def routed(model: Any, route: AttentionRoute) -> Iterator[None]:
-    """Puts a model's attention on a route, and back to what it was.
+def overriding_attention(model: Any, override: AttentionOverride) -> Iterator[None]:
+    """Overrides a model's attention, and puts back what was there.
 
     Args:
         model: a transformers model that follows `AttentionInterface`.
-        route: computes the attention of every layer that has no sliding window; those stay dense and are not routed.
+        override: computes the attention of every layer that has no sliding window; those stay dense.
 
     Raises:
         CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
     """
-    with attending(model, _ATTENTION_NAME, _active_route, route):
+    with attending(model, _ATTENTION_NAME, _active_override, override):
         yield
 
 
@@ -382,10 +382,10 @@ def _attend(asked: LayerAttention) -> Tensor:
     if asked.sinks is not None:
         raise CalibrationError("attention sinks (s_aux) are not supported")
     if asked.mask is not None or asked.query.shape[0] != 1 or asked.query.shape[2] != asked.key.shape[2]:
-        raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
+        raise CalibrationError("an override takes one whole sequence at a time, without padding, mask or cache")
     check_call(asked)
     call, window = asked.of_one_sequence(), asked.sliding_window
-    output = _active_route.get().attend(call) if window is None else windowed_attention(call, window)
+    output = _active_override.get().attend(call) if window is None else windowed_attention(call, window)
     return output[None]
 
 

@@ -24,10 +24,10 @@ from vllm_toptheta.calibration.candidates import (
     shortfall_histogram,
 )
 from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
 from vllm_toptheta.calibration.options import CalibrationOptions
 from vllm_toptheta.calibration.override import AttentionCall
-from vllm_toptheta.calibration.relative import RelativeRoute
+from vllm_toptheta.calibration.relative import RelativeOverride
 from vllm_toptheta.calibration.sampling import measured_lengths
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
@@ -101,7 +101,7 @@ class ShadowCalibration:
         ]
 
     def _run(self, index: int, observe: Callable[[AttentionCall, Tensor], None]) -> None:
-        with routed(self.model, RelativeRoute(self.options.weight_floor, observe)):
+        with overriding_attention(self.model, RelativeOverride(self.options.weight_floor, observe)):
             hidden_states(self.model, self.sequences[index])
 
     def _observe(self, index: int) -> None:

@@ -1,7 +1,7 @@
 """Greedy decoding as a server does it: the prompt in one pass into a KV cache, then one token at a time.
 
 Prompt rows follow the phase of the sparse attention (dense where it is `decode`); every step after them is one row,
-thresholded by its own length. What a step computes is what `sparse_override.SparseRoute` computes for that row.
+thresholded by its own length. What a step computes is what `sparse_override.SparseOverride` computes for that row.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import LayerAttention, attending, register_attention, routed
-from vllm_toptheta.calibration.override import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.model import LayerAttention, attending, overriding_attention, register_attention
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
-from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.evaluation.window import fork_cache
 from vllm_toptheta.reference import dense_attention
 
@@ -68,12 +68,12 @@ def read_prompt(model: Any, token_ids: Tensor, attention: SparseAttention | None
     Raises:
         CalibrationError: the model is not supported.
     """
-    route = DenseRoute()
+    override = DenseOverride()
     if attention is not None and attention.phase != "decode":
         counts = ReadCounts(len(token_ids), device=model.device)
-        route = SparseRoute(attention, num_prompt_tokens=len(token_ids), counts=counts)
+        override = SparseOverride(attention, num_prompt_tokens=len(token_ids), counts=counts)
     cache = DynamicCache(config=model.config)
-    with routed(model, route):
+    with overriding_attention(model, override):
         logits = _next_logits(model, token_ids[None], cache)
     return Prompt(len(token_ids), cache, logits[0])
 
