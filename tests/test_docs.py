@@ -19,6 +19,7 @@ ROOT = Path(vllm_toptheta.__file__).parents[1]
 TRACKED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 FILES = [ROOT / name for name in TRACKED.split("\0") if name]
 PAGES = [file for file in FILES if file.suffix == ".md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"#{1,6} (.+)")
 
@@ -101,9 +102,17 @@ def test_what_the_sources_say_of_a_page_names_one() -> None:
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
+def test_figures_of_the_first_screen_are_in_the_pages() -> None:
+    first_screen = README.partition("## ")[0].partition("<details>")[0]
+    figures = set(re.findall(r"\d+\.\d+", first_screen.partition("**What it gives.**")[2]))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "docs")
+    assert len(figures) > 15
+    assert {figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", pages)} == set()
+
+
 def test_the_readme_begins_with_make_serve_and_make_test() -> None:
     """Tools that look for a command take the first ones."""
-    lines = re.findall(r"^ +(make [a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    lines = re.findall(r"^ +(make [a-z-]+)", README, re.M)
     assert lines[:2] == ["make serve", "make test"]
 
 
