@@ -102,6 +102,21 @@ def test_what_the_sources_say_of_a_page_names_one() -> None:
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
+def test_the_files_that_contributors_are_sent_to_are_there() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = contributing.partition("## Where do I change")[2].partition("\n## ")[0]
+    names = {name for name in re.findall(r"`([\w./]+)`", table) if "/" in name or name.endswith((".py", ".toml"))}
+    assert len(names) > 20
+    # a name without a folder is beside the one before it
+    known = {file.name for file in FILES}
+    places = (ROOT, ROOT / "vllm_toptheta")
+    assert {
+        name
+        for name in names
+        if not any((place / name).exists() for place in places) and not ("/" not in name and name in known)
+    } == set()
+
+
 def test_figures_of_the_first_screen_are_in_the_pages() -> None:
     first_screen = README.partition("## ")[0].partition("<details>")[0]
     figures = set(re.findall(r"\d+\.\d+", first_screen.partition("**What it gives.**")[2]))
