@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import LayerAttention, attending, overriding_attention, register_attention
+from vllm_toptheta.calibration.layer_attention import LayerAttention, register_attention
+from vllm_toptheta.calibration.model import attending, overriding_attention
 from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import LayerAttention, attending, check_call, register_attention
+from vllm_toptheta.calibration.layer_attention import LayerAttention, check_call, register_attention
+from vllm_toptheta.calibration.model import attending
 from vllm_toptheta.calibration.override import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
