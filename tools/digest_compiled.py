@@ -49,6 +49,10 @@ SHAPES = {
         (40,), num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn,
         query_dtype=torch.float8_e4m3fn, num_channels=64,
     ),
+    "sinks": Shape(
+        (40,), num_heads=8, num_kv_heads=1, dtype=torch.bfloat16, num_channels=32, slope=1.0, max_dense_len=NUM_ANCHORS,
+        has_sinks=True,
+    ),
     "no compensation": Shape(
         (40,), num_heads=4, num_kv_heads=1, head_size=128, exact=False, value_mean=False, num_channels=64
     ),

@@ -37,10 +37,20 @@ class Step(NamedTuple):
 class Harness:
     """Three layers of a model on pages in random order, with NaN wherever nothing has been written."""
 
-    def __init__(self, config: VllmConfig, block_size: int, max_lens: list[int], seed: int = 42) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        block_size: int,
+        max_lens: list[int],
+        seed: int = 42,
+        *,
+        sinks: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.block_size = block_size
         self.dtype = config.model_config.dtype
+        self.sinks, self.sliding_window = sinks, sliding_window
         with set_current_vllm_config(config):
             self.layers = [
                 Attention(
@@ -49,6 +59,8 @@ class Harness:
                     SCALE,
                     NUM_KV_HEADS,
                     cache_config=config.cache_config,
+                    per_layer_sliding_window=sliding_window if index == 3 else None,
+                    sinks=sinks,
                     prefix=f"model.layers.{index}.self_attn.attn",
                 )
                 for index in (0, 1, 3)
@@ -119,6 +131,7 @@ class Harness:
             threshold=threshold,
             target_k=self.builder.plan.dense_rule.max_len,
             softmax_scale=SCALE,
+            sinks=self.sinks,
         ).output
 
     def threshold(self, step: Step, query: torch.Tensor, layer: int, row: int) -> torch.Tensor:
@@ -130,7 +143,7 @@ class Harness:
         key, _ = gather_sequence(cache, self.block_table[row], length)
         token = query[sum(step.query_lens[:row])][None]
         scores = causal_scores(token.float(), key.float(), softmax_scale=SCALE)
-        return relative_threshold(scores, torch.tensor([length]), floor)[0]
+        return relative_threshold(scores, torch.tensor([length]), floor, sinks=self.sinks)[0]
 
 
 def asking(harness: Harness, wishes: list[Any]) -> None:

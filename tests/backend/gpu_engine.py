@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.workspace import WorkspaceManager
@@ -79,8 +80,9 @@ class Engine:
         float8: bool = False,
         refusal: str | None = None,
         plan: Plan | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        self.float8 = float8
+        self.float8, self.sinks = float8, sinks
         ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
         scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
         self.layer = SimpleNamespace(**scales) if float8 else ones
@@ -104,7 +106,9 @@ class Engine:
         # vLLM looks for layers of this class; its own constructor would choose the platform's backend
         attention = Attention.__new__(Attention)
         torch.nn.Module.__init__(attention)
-        attention.impl = GpuTopThetaImpl(NUM_HEADS, HEAD_SIZE, SCALE, NUM_KV_HEADS, None, None, "auto")
+        monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+        sizes = NUM_HEADS, HEAD_SIZE, SCALE, NUM_KV_HEADS
+        attention.impl = GpuTopThetaImpl(*sizes, None, None, "auto", sinks=sinks)
         self.impl = attention.impl
         self.impl.kv_cache_dtype = "fp8" if float8 else "auto"  # whether a card has it is not what is tested
         name = "model.layers.1.self_attn.attn"
@@ -176,7 +180,8 @@ class Engine:
             return torch.full((NUM_HEADS,), -torch.inf)
         key, _ = gather_sequence(self.scaled_cache(), block_row, length)
         scores = causal_scores(self.scaled(query[None]).float(), key.float(), softmax_scale=SCALE)
-        return relative_threshold(scores, torch.tensor([length], device=DEVICE), weight_floor)[0].cpu()
+        lengths = torch.tensor([length], device=DEVICE)
+        return relative_threshold(scores, lengths, weight_floor, sinks=self.sinks)[0].cpu()
 
     def random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         values = torch.randn(num_tokens, num_heads, HEAD_SIZE, generator=self.generator)
@@ -192,6 +197,7 @@ class Engine:
             threshold=threshold.to(query.device),
             target_k=0,
             softmax_scale=SCALE,
+            sinks=self.sinks,
         ).output
 
     def scaled(self, query: torch.Tensor) -> torch.Tensor:

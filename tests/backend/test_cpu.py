@@ -19,7 +19,7 @@ from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE,
 from vllm_toptheta.backend import cpu, plugin
 from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.reference import paged_top_theta_attention
+from vllm_toptheta.reference import dense_attention, gather_sequence, paged_top_theta_attention
 
 # (sequence lengths after the step, new tokens of each)
 BATCHES = {
@@ -85,6 +85,40 @@ def test_layers_equal_the_paged_reference(
     if len(decodes) > num_short:
         assert counters.value_rows_read.max() < sum(decodes)
         assert counters.lost_mass.min() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "shadow", "shadow_values": True, "heavy": 0, "weight_floor": 2}])
+def test_layers_with_sinks(make_config: Callable[..., VllmConfig], options: dict[str, Any]) -> None:
+    # as gpt-oss has them: one parameter, in layers with a window too
+    sinks = torch.nn.Parameter(torch.linspace(-4.0, 6.0, NUM_HEADS), requires_grad=False)
+    seq_lens, query_lens = [300, 700, 129, 900], [7, 1, 129, 1]
+    config = make_config({"dense_layers": [0]} | options, dtype="float32", block_size=16)
+    harness = Harness(config, 16, seq_lens, sinks=sinks)
+    harness.run(Step([293, 699, 0, 899], [293, 699, 0, 899], [True] * 4))
+    step = Step(seq_lens, query_lens, [new > 1 for new in query_lens])
+    query, outputs = harness.run(step)
+    for layer, output in enumerate(outputs):
+        torch.testing.assert_close(output, harness.expected(step, query, layer), rtol=1e-4, atol=1e-5)
+    counters = harness.layers[1].impl.layer_plan.counters.settled()
+    assert counters.value_rows_read.max() < 700 + 900
+    # weights that are loaded anew count at once
+    with torch.no_grad():
+        sinks.fill_(100.0)
+    _, outputs = harness.run(step)
+    assert max(float(output.abs().max()) for output in outputs) < 1e-30
+
+
+def test_windows_with_sinks_are_dense(make_config: Callable[..., VllmConfig]) -> None:
+    sinks, window = torch.linspace(-4.0, 6.0, NUM_HEADS), 48
+    harness = Harness(make_config(block_size=16), 16, [200, 90], sinks=sinks, sliding_window=window)
+    harness.run(Step([199, 80], [199, 80], [True, True]))
+    query, outputs = harness.run(Step([200, 90], [1, 10], [False, True]))
+    assert harness.layers[2].impl.layer_plan is None
+    cache = torch.cat(split_cache(harness.caches[2]), dim=-1)
+    for row, tokens, length in ((0, slice(0, 1), 200), (1, slice(10, 11), 90)):
+        key, value = gather_sequence(cache, harness.block_table[row], length)
+        expected = dense_attention(query[tokens], key[-window:], value[-window:], softmax_scale=SCALE, sinks=sinks)
+        torch.testing.assert_close(outputs[2][tokens], expected.output, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_token_of_a_prompt_is_dense(make_config: Callable[..., VllmConfig]) -> None:

@@ -93,6 +93,17 @@ def test_relative_thresholds_from_the_anchors_on(monkeypatch: pytest.MonkeyPatch
     assert counters.totals.tolist() == [24, 4, sum(range(141, 165)), 24, 0]
 
 
+def test_attention_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sinks = torch.nn.Parameter(torch.linspace(-3.0, 5.0, NUM_HEADS, device=DEVICE).half(), requires_grad=False)
+    engine = Engine(monkeypatch, [180, 190], plan=make_plan(3.0), sinks=sinks)
+    assert engine.impl.layer.sinks is engine.impl.sinks is sinks
+    engine.step([0, 1], [140, 170], [140, 170])
+    for step in range(1, 7):  # from the anchors on, and across the end of a page
+        assert engine.step([0, 1], [140 + step, 170 + step], [1, 1]).max() < 2e-3
+        assert engine.dense_rows == []
+    assert float(engine.impl.layer_plan.counters.buffers.lost_mass.min()) > 0
+
+
 def test_where_requests_cannot_choose_no_offset_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch, [60], refusal="switched off")
     engine.impl.requests.offsets.fill_(torch.nan)

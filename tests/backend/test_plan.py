@@ -77,7 +77,7 @@ def test_theta_is_evaluated_within_the_calibrated_lengths(
     layer_plan = plan.for_layer(2, num_heads=9, num_kv_heads=3, rank=0)
     assert layer_plan is not None
     step = DecodeStep(torch.zeros(5, 500, dtype=torch.int32), lengths.int(), length_range=plan.length_range)
-    thetas = thresholds_at(layer_plan.thresholds, prepare_decode(step, 16).prepared, lambda positions: positions)
+    thetas = thresholds_at(layer_plan.thresholds, prepare_decode(step, 16).prepared, lambda positions: positions, None)
     expected = 0.4 + 0.1 * lengths.clamp(129, 4096).float().log()
     torch.testing.assert_close(thetas, expected[:, None].expand(-1, 9))
     curve = store.load(thresholds_folder).curve_of("k:128")

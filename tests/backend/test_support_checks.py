@@ -102,6 +102,31 @@ def test_sleep_is_for_gpus_that_wake_up_whole(monkeypatch: pytest.MonkeyPatch, m
         support_checks.check_engine(config)
 
 
+def test_sinks_are_for_cpus_until_a_card_has_run_them(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    config = make_config(dtype="bfloat16")
+    config.model_config.hf_config.attention_sinks = True
+    support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    words = "attention_sinks: no GPU has run attention sinks yet.*without --attention-backend .*_UNTESTED_VLLM=1"
+    with pytest.raises(errors.UnsupportedError, match=words):
+        support_checks.check_engine(config)
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    support_checks.check_engine(config)
+
+
+def test_a_gpu_layer_with_sinks_needs_a_flash_attention_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    from vllm_toptheta.backend.gpu import GpuTopThetaBackend
+
+    for has_them in (True, False):
+        monkeypatch.setattr(FlashAttentionBackend, "supports_sink", classmethod(lambda cls, found=has_them: found))
+        monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+        assert not GpuTopThetaBackend.supports_sink()
+        monkeypatch.setenv(ALLOW_UNTESTED, "1")
+        assert GpuTopThetaBackend.supports_sink() == has_them
+
+
 def test_heads_without_gpu_kernels_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
     config = make_config(dtype="bfloat16")
     wide = Architecture(num_layers=1, num_heads=34, num_kv_heads=2, head_size=72, rope={})
@@ -136,7 +161,6 @@ def test_what_a_class_is_counts_beside_what_its_fields_say(
     ("field", "value", "reason"),
     [
         ("use_mla", True, "MLA"),
-        ("has_sink", True, "sinks"),
         ("attn_type", "encoder_only", "attention type"),
         ("use_non_causal", True, "non-causal"),
         ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype"),
@@ -159,7 +183,7 @@ def test_layer_features(field: str, value: Any, reason: str) -> None:
     [
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
         ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "KV sharing"),
-        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"k_bias": torch.zeros(2)}, "layer option k_bias"),
     ],
 )
 def test_layer_options(option: dict[str, Any], reason: str) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -50,8 +52,13 @@ def family_config(name: str) -> Any:
             return Phi3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
         case "olmo2":
             return Olmo2Config(**SHAPE)
+        case "granite_swa":
+            return GraniteSWAConfig(**SHAPE, sliding_window=20, attention_multiplier=0.25, layer_types=SLIDING)
+        case "gpt_oss":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            return GptOssConfig(**SHAPE, **experts, sliding_window=20, layer_types=SLIDING)
     raise ValueError(name)
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2")
-WINDOWED = {"gemma2", "gemma3"}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite_swa", "gpt_oss")
+WINDOWED = {"gemma2", "gemma3", "granite_swa", "gpt_oss"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.calibration.test_capture import random_attention
+from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from tests.calibration.test_measure import LargestTensor, median_thresholds
 from vllm_toptheta.calibration.candidates import (
     MARGIN_EDGES,
@@ -26,6 +26,7 @@ from vllm_toptheta.reference import (
     encode_keys,
     fit_projection,
     quantize_query,
+    row_lse,
     shadow_scores,
     top_theta_attention,
 )
@@ -41,12 +42,14 @@ def fitted(query: Tensor, key: Tensor, num_channels: int = 4) -> KeyProjection:
     )
 
 
-def candidate_rows(soft_cap: float | None = None, **options: Any) -> tuple[CandidateRows, Tensor]:
+def candidate_rows(
+    soft_cap: float | None = None, sinks: Tensor | None = None, **options: Any
+) -> tuple[CandidateRows, Tensor]:
     """Sampled rows of random attention, and the thresholds of all rows."""
     query, key, value = random_attention()
     thresholds = median_thresholds(query, key, "pre_softmax", soft_cap)
     rows = CandidateRows(
-        AttentionCall(0, query, key, value, 0.25, soft_cap),
+        AttentionCall(0, query, key, value, 0.25, soft_cap, sinks),
         LENGTHS,
         thresholds[LENGTHS - 1],
         projection=fitted(query, key),
@@ -69,10 +72,13 @@ def test_moments_are_those_of_the_group() -> None:
     assert moments.num_keys == 28
 
 
+@with_and_without_sinks
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("block_bytes", [1, 1 << 14, None])
-def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None, block_bytes: int | None) -> None:
-    rows, thresholds = candidate_rows(soft_cap, block_bytes=block_bytes)
+def test_candidates_leave_unread_what_the_reference_says(
+    soft_cap: float | None, block_bytes: int | None, sinks: Tensor | None
+) -> None:
+    rows, thresholds = candidate_rows(soft_cap, sinks, block_bytes=block_bytes)
     query, key, num_heads = rows.call.query, rows.call.key, rows.call.query.shape[1]
     margin = torch.linspace(0.0, 0.3, num_heads)
     found = measure_candidates(rows, margin)
@@ -83,27 +89,29 @@ def test_candidates_leave_unread_what_the_reference_says(soft_cap: float | None,
     )
     candidates = candidate_keys(shadows, thresholds - margin, num_kv_heads=key.shape[1], **vars(ENDS))
     of_heads = candidates.repeat_interleave(num_heads // key.shape[1], dim=1)
-    options: dict[str, Any] = {"target_k": 0, "softmax_scale": 0.25, "logits_soft_cap": soft_cap}
+    options: dict[str, Any] = {"target_k": 0, "softmax_scale": 0.25, "logits_soft_cap": soft_cap, "sinks": sinks}
     sampled = LENGTHS - 1
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
-    unread_mass = scores.softmax(-1).masked_fill(of_heads, 0.0).sum(-1)[sampled]
+    weights = (scores - row_lse(scores, sinks).unsqueeze(-1)).exp()
+    unread_mass = weights.masked_fill(of_heads, 0.0).sum(-1)[sampled]
     torch.testing.assert_close(found.unread_mass.T, unread_mass)
     num_unread = sampled[:, None] + 1 - of_heads[sampled].sum(-1)
-    level = (thresholds - scores.logsumexp(-1))[sampled].exp()
+    level = (thresholds - row_lse(scores, sinks))[sampled].exp()
     torch.testing.assert_close(found.estimate.T, num_unread * level)
     # with r = 1, the reference loses what is made of these
     expected = top_theta_attention(
         query, key, key, threshold=thresholds, candidates=of_heads, compensation=Compensation("candidates"), **options
     )
     assert torch.equal(found.candidates.T, expected.keys_read[sampled])
-    survivors = (scores.softmax(-1) * expected.survivors).sum(-1)[sampled]
-    with_estimate = 1 - survivors / (1 - unread_mass + num_unread * level)
+    not_lost = (weights * expected.survivors).sum(-1)[sampled] + (1 - weights.sum(-1)[sampled])
+    with_estimate = 1 - not_lost / (1 - unread_mass + num_unread * level)
     torch.testing.assert_close(expected.lost_mass[sampled], with_estimate)
 
 
+@with_and_without_sinks
 @pytest.mark.parametrize("block_bytes", [1, None])
-def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None) -> None:
-    rows, thresholds = candidate_rows(block_bytes=block_bytes)
+def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None, sinks: Tensor | None) -> None:
+    rows, thresholds = candidate_rows(None, sinks, block_bytes=block_bytes)
     histogram = shortfall_histogram(rows)
     query, key = rows.call.query, rows.call.key
     scores = causal_scores(query, key, softmax_scale=0.25)
@@ -113,7 +121,8 @@ def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None) -> None
     sampled = LENGTHS - 1
     always = ENDS.mask(sampled + 1, len(key))[:, None]
     theta = thresholds[sampled][..., None]
-    mass = scores.softmax(-1)[sampled] * (scores[sampled] >= theta)
+    weights = (scores - row_lse(scores, sinks).unsqueeze(-1)).exp()
+    mass = weights[sampled] * (scores[sampled] >= theta)
     for index in (0, 1, 100, 200, 300, len(MARGIN_EDGES) - 1):
         held = mass * (always | (shadows[sampled] >= theta - MARGIN_EDGES[index]))
         total = histogram[:, : index + 1].sum(-1) / 2**40

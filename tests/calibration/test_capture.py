@@ -12,6 +12,7 @@ from vllm_toptheta.reference import (
     causal_scores,
     dense_attention,
     kth_largest_scores,
+    row_lse,
     top_k_attention,
 )
 
@@ -25,27 +26,33 @@ def random_attention(seq_len: int = 150, num_heads: int = 6, num_kv_heads: int =
     )
 
 
+SINKS = torch.linspace(-3.0, 6.0, 6)
+with_and_without_sinks = pytest.mark.parametrize("sinks", [None, SINKS], ids=["without sinks", "with sinks"])
+
+
+@with_and_without_sinks
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
-def test_observation_agrees_with_the_reference(num_kv_heads: int, soft_cap: float | None) -> None:
+def test_observation_agrees_with_the_reference(num_kv_heads: int, soft_cap: float | None, sinks: Tensor | None) -> None:
     query, key, value = random_attention(num_kv_heads=num_kv_heads)
-    call = AttentionCall(0, query, key, value, 0.25, soft_cap)
+    call = AttentionCall(0, query, key, value, 0.25, soft_cap, sinks)
+    options: dict[str, Any] = {"softmax_scale": 0.25, "logits_soft_cap": soft_cap, "sinks": sinks}
     expected_scores = kth_largest_scores(
         causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap), [8, 32]
     ).permute(2, 1, 0)
 
     output, kth_scores = observe_top_k(call, target_ks=(8, 32), sparse_k=8, block_bytes=1 << 14)
-    expected = top_k_attention(query, key, value, target_k=8, softmax_scale=0.25, logits_soft_cap=soft_cap).output
+    expected = top_k_attention(query, key, value, target_k=8, **options).output
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kth_scores, expected_scores)
 
     # after the softmax, and with ks in no order
     _, log_probabilities = observe_top_k(call, target_ks=(8, 32, 8), sparse_k=32, placement="post_softmax")
-    log_denominator = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap).logsumexp(dim=-1).T
+    log_denominator = row_lse(causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap), sinks).T
     torch.testing.assert_close(log_probabilities, expected_scores[[0, 1, 0]] - log_denominator)
 
     output, kth_scores = observe_top_k(call, target_ks=(8, 32), sparse_k=None)
-    expected = dense_attention(query, key, value, softmax_scale=0.25, logits_soft_cap=soft_cap).output
+    expected = dense_attention(query, key, value, **options).output
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kth_scores, expected_scores)
 
@@ -121,6 +128,11 @@ def test_windowed_attention_sees_the_last_keys_only(sliding_window: int) -> None
     )
     actual = windowed_attention(AttentionCall(0, query, key, value, softmax_scale=0.25), sliding_window)
     torch.testing.assert_close(actual, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
+    sinking = windowed_attention(AttentionCall(0, query, key, value, 0.25, sinks=SINKS), sliding_window)
+    for row in (0, 6, 100):
+        seen = slice(max(0, row + 1 - sliding_window), row + 1)
+        alone = dense_attention(query[row : row + 1], key[seen], value[seen], softmax_scale=0.25, sinks=SINKS)
+        torch.testing.assert_close(sinking[row : row + 1], alone.output, rtol=1e-4, atol=1e-5)
     # of the last rows alone, behind keys that came before them
     last = windowed_attention(AttentionCall(0, query[-9:], key, value, softmax_scale=0.25), sliding_window)
     torch.testing.assert_close(last, actual[-9:], rtol=1e-4, atol=1e-5)

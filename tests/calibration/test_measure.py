@@ -8,34 +8,37 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.calibration.test_capture import random_attention
+from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from vllm_toptheta.calibration.capture import observe_top_k
 from vllm_toptheta.calibration.measure import ROW_MEASURES, measure_rows
 from vllm_toptheta.calibration.override import AttentionCall
-from vllm_toptheta.reference import causal_scores, top_theta_attention
+from vllm_toptheta.reference import causal_scores, row_lse, top_theta_attention
 
 PlacementName = Literal["pre_softmax", "post_softmax"]
 
 
-def median_thresholds(query: Tensor, key: Tensor, placement: PlacementName, soft_cap: float | None) -> Tensor:
+def median_thresholds(
+    query: Tensor, key: Tensor, placement: PlacementName, soft_cap: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """Between scores, `[seq_len, num_heads]`, in the unit of the placement, so that rounding decides nothing."""
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
     if placement == "post_softmax":
-        scores = scores.log_softmax(dim=-1)
+        scores = scores - row_lse(scores, sinks).unsqueeze(-1)
     ordered = scores.sort(dim=-1, descending=True).values
     return torch.where(ordered[..., 9].isinf(), ordered[..., 0] - 1, (ordered[..., 8] + ordered[..., 9]) / 2)
 
 
+@with_and_without_sinks
 @pytest.mark.parametrize("placement", ["pre_softmax", "post_softmax"])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("block_bytes", [1, 1 << 14, None])
 def test_rows_are_measured_as_the_reference_does(
-    placement: PlacementName, soft_cap: float | None, block_bytes: int | None
+    placement: PlacementName, soft_cap: float | None, block_bytes: int | None, sinks: Tensor | None
 ) -> None:
     query, key, value = random_attention()
-    thresholds = median_thresholds(query, key, placement, soft_cap)
+    thresholds = median_thresholds(query, key, placement, soft_cap, sinks)
     output, measures = measure_rows(
-        AttentionCall(0, query, key, value, 0.25, soft_cap),
+        AttentionCall(0, query, key, value, 0.25, soft_cap, sinks),
         thresholds=thresholds,
         dense_length=16,
         placement=placement,
@@ -50,6 +53,7 @@ def test_rows_are_measured_as_the_reference_does(
         softmax_scale=0.25,
         placement=placement,
         logits_soft_cap=soft_cap,
+        sinks=sinks,
     )
     torch.testing.assert_close(output, expected.output, rtol=1e-4, atol=1e-5)
     assert ROW_MEASURES == ("offline_sum", "exp_threshold_scale")
@@ -58,9 +62,10 @@ def test_rows_are_measured_as_the_reference_does(
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=soft_cap)
     assert expected.survivors is not None
     discarded = ~expected.survivors & (scores > -torch.inf)
-    relative = (scores - scores.amax(dim=-1, keepdim=True)).exp() * discarded
+    largest = scores.amax(dim=-1) if sinks is None else torch.maximum(scores.amax(dim=-1), sinks)
+    relative = (scores - largest.unsqueeze(-1)).exp() * discarded
     torch.testing.assert_close(offline_sum.T, relative.sum(dim=-1), rtol=1e-4, atol=1e-6)
-    theta = thresholds + scores.logsumexp(dim=-1) if placement == "post_softmax" else thresholds
+    theta = thresholds + row_lse(scores, sinks) if placement == "post_softmax" else thresholds
     mean = ((scores - theta[..., None]).exp() * discarded).sum(dim=-1) / discarded.sum(dim=-1)
     torch.testing.assert_close(scale.T, mean, rtol=1e-3, atol=1e-6, equal_nan=True)
     assert scale[:, :16].isnan().all()

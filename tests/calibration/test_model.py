@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,11 +96,11 @@ def test_dense_layers_are_reported_and_stay_dense(sparse_k: int | None) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_attention_sinks_are_refused() -> None:
+def test_sinks_that_are_not_one_for_each_head_are_refused() -> None:
     function = AttentionInterface()["toptheta_override"]
-    tensor = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(CalibrationError, match="sinks"):
-        function(None, tensor, tensor, tensor, None, s_aux=torch.zeros(2))
+    module, tensor = SimpleNamespace(layer_idx=3), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(CalibrationError, match=r"sinks of layer 3 have the shape \[3\], .* one to each of 2 heads"):
+        function(module, tensor, tensor, tensor, None, s_aux=torch.zeros(3))
     with pytest.raises(CalibrationError, match="without padding"):
         function(None, tensor.expand(2, -1, -1, -1), tensor, tensor, None)
 

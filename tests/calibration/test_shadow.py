@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.calibration.families import FAMILIES, WINDOWED, family_config
-from tests.calibration.test_capture import random_attention
+from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from tests.calibration.test_run import run
 from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
 from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
@@ -87,18 +87,19 @@ def test_a_lower_floor_needs_more_candidates(job: ShadowCalibration) -> None:
     assert finished(weight_floor=0.1).section().candidate_share > job.section().candidate_share
 
 
-def test_every_layer_attends_by_relative_thresholds() -> None:
+@with_and_without_sinks
+def test_every_layer_attends_by_relative_thresholds(sinks: torch.Tensor | None) -> None:
     query, key, value = random_attention(200)
-    call = AttentionCall(3, query, key, value, softmax_scale=0.25, soft_cap=5.0)
+    call = AttentionCall(3, query, key, value, softmax_scale=0.25, soft_cap=5.0, sinks=sinks)
     seen: list[tuple[AttentionCall, torch.Tensor]] = []
     output = RelativeOverride(2.0, lambda *attended: seen.append(attended)).attend(call)
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=5.0)
-    thresholds = relative_threshold(scores, torch.arange(1, 201), 2.0)
+    thresholds = relative_threshold(scores, torch.arange(1, 201), 2.0, sinks=sinks)
     ((observed, used),) = seen
     assert observed is call
     torch.testing.assert_close(used, thresholds)
     expected = top_theta_attention(
-        query, key, value, threshold=thresholds, target_k=0, softmax_scale=0.25, logits_soft_cap=5.0
+        query, key, value, threshold=thresholds, target_k=0, softmax_scale=0.25, logits_soft_cap=5.0, sinks=sinks
     )
     torch.testing.assert_close(output, expected.output, rtol=1e-4, atol=1e-5)
 

@@ -36,7 +36,16 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
 
 def tiny_model(config: Any = None, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32).eval()
+    set_sinks(model)
+    return model
+
+
+def set_sinks(model: Any) -> None:
+    """Have attention sinks differ by head, where a model has any: some outweigh most keys together."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):
+            parameter.data = torch.linspace(-2.0, 5.0, len(parameter), dtype=parameter.dtype)
 
 
 def architecture(model: Any) -> Architecture:

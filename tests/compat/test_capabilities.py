@@ -28,12 +28,13 @@ BACKEND_ACCEPTED = {
     "supports_dtype": "by `supported_dtypes`",
     "supports_head_size": "those of `limits.HEAD_SIZES` that FlashAttention takes",
     "supports_kv_cache_dtype": "16 bits, and on GPUs float8 e4m3 with one scale",
+    "supports_sink": "kernels of decoding add them, and FlashAttention for prompts; on GPUs once a card has run it",
     "supports_sliding_window": "layers with a window are dense",
 }
 BACKEND_REFUSED = {
     *("is_mla", "is_sparse", "is_ssm", "supports_alibi_sqrt", "supports_batch_invariance", "supports_dcp"),
     *("supports_device_cpu_query_lens_mismatch", "supports_kv_connector", "supports_mm_prefix", "supports_non_causal"),
-    *("supports_non_causal_dcp", "supports_pcp", "supports_per_head_quant_scales", "supports_rswa", "supports_sink"),
+    *("supports_non_causal_dcp", "supports_pcp", "supports_per_head_quant_scales", "supports_rswa"),
     # attributes: keys and values are in the cache when a layer attends, and vLLM's own operation wrote them
     *("forward_includes_kv_cache_update", "supports_kv_cache_update_bypass"),
 }
@@ -106,6 +107,7 @@ def test_what_is_accepted_is_bounded(release: Release) -> None:
         "assert Cpu.supports_head_size(72) and not Gpu.supports_head_size(72)\n"
         "assert Cpu.supports_dtype(torch.float32) and not Gpu.supports_dtype(torch.float32)\n"
         "assert not Cpu.supports_kv_cache_dtype('fp8')\n"
+        "assert Cpu.supports_sink() and not Gpu.supports_sink()\n"
         "assert Gpu.supports_compute_capability(DeviceCapability(8, 0))\n"
         "assert not Gpu.supports_compute_capability(DeviceCapability(7, 5))\n"
         "assert not Cpu.get_impl_cls().supports_quant_query_input\n"

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from tests import store_factory
+from tests.calibration.tiny_model import set_sinks
 from tests.e2e.generate import Call, generate
 from tests.e2e.server import Server, serving
 from tests.e2e.texts import ON_GPU, cut
@@ -75,7 +76,9 @@ def write_model(config: PreTrainedConfig, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "tiny")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    set_sinks(model)
+    model.save_pretrained(folder / "tiny")
     return folder / "tiny"
 
 

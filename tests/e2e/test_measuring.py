@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, PreTrainedConfig, Qwen3Config
+from transformers import Gemma2Config, GraniteSWAConfig, PreTrainedConfig, Qwen3Config
 
 from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model, write_text
@@ -38,6 +38,12 @@ SHAPE = {
 CONFIGS = {
     "llama": tiny_config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE),
+    "granite_swa": GraniteSWAConfig(
+        **SHAPE | {"hidden_size": 256},
+        sliding_window=100,
+        attention_multiplier=0.05,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
     "gemma2": Gemma2Config(
         **SHAPE | {"initializer_range": 0.1}, sliding_window=100, attn_logit_softcapping=20.0, query_pre_attn_scalar=4
     ),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.calibration.families import family_config
 from tests.calibration.tiny_model import random_tokens, tiny_config, tiny_model
 from tests.evaluation.test_decoding import sliding_model
 from vllm_toptheta.calibration.model import attending, hidden_states
@@ -72,6 +73,30 @@ def test_windows_know_sliding_windows_and_soft_caps(variant: Variant | None) -> 
     expected = step_by_step(model, token_ids, attention)
     torch.testing.assert_close(at_once(model, token_ids, attention), expected, rtol=1e-3, atol=1e-3)
     assert float((expected - step_by_step(model, token_ids, None)).abs().max()) > (0.01 if variant else -1)
+
+
+@pytest.mark.parametrize("family", ["granite_swa", "gpt_oss"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        None,
+        Variant(target="floor:3"),
+        Variant(method="top_k", target="k:8"),
+        Variant(method="tiers", target="floor:2", heavy=0.02),
+    ],
+    ids=lambda variant: "dense" if variant is None else variant.name,
+)
+def test_windows_know_attention_sinks(family: str, variant: Variant | None) -> None:
+    model, token_ids = tiny_model(family_config(family)), random_tokens(LENGTH)
+    attention = variant and SparseAttention(variant, max_length=LENGTH)
+    expected = step_by_step(model, token_ids, attention)
+    torch.testing.assert_close(at_once(model, token_ids, attention), expected, rtol=1e-3, atol=1e-3)
+    if variant is None:
+        model.set_attn_implementation("eager")
+        own = next_token_logits(model, hidden_states(model, token_ids)[PREFIX:])
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+    else:
+        assert float((expected - step_by_step(model, token_ids, None)).abs().max()) > 0.01
 
 
 def test_a_prefix_can_be_continued_any_number_of_times(model: Any) -> None:
@@ -142,7 +167,7 @@ def test_equal_rows_are_the_least_k_that_reads_as_many() -> None:
     assert finder.target_k > 8
 
 
-def test_rows_that_are_too_long_and_models_with_sinks_are_refused(model: Any) -> None:
+def test_rows_that_are_too_long_are_refused(model: Any) -> None:
     token_ids = random_tokens(LENGTH)
     cache = read_prefix(model, token_ids[:PREFIX])
     with pytest.raises(EvaluationError, match=rf"a row of \d+ keys, made for {PREFIX}"):

@@ -70,6 +70,7 @@ class Shape:
     target_k: int = 20
     num_channels: int = 0  # of shadow keys
     has_copies: bool = False
+    has_sinks: bool = False
     seed: int = 0
 
     @property
@@ -99,6 +100,12 @@ class Case:
         """The same for every head and length."""
         self.coefficients.zero_()
         self.coefficients[:, 0] = threshold
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """[num_heads], some next to nothing and some more than most keys together, as a model's parameter."""
+        shape = self.shape
+        return torch.linspace(-3.0, 5.0, shape.num_heads, device=DEVICE).to(shape.dtype) if shape.has_sinks else None
 
     @property
     def length_range(self) -> tuple[int, int]:
@@ -156,6 +163,7 @@ class Case:
             shadow=shadow,
             tiers=tiers,
             counters=counters,
+            sinks=self.sinks,
         )
         return step, LayerCall(self.query, output, self.cache(codes), layer, self.q_scale)
 
@@ -260,7 +268,7 @@ def reference(case: Case, row: int, **changes: Any) -> Any:
     shape = replace(case.shape, **changes)
     key, value = case.sequence(row)
     query = case.new_query(row)
-    options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
+    options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap, "sinks": case.sinks}
     if shape.lens[row] <= shape.max_dense_len:
         return dense_attention(query, key, value, **options)
     return top_theta_attention(
@@ -344,7 +352,8 @@ def thresholds(case: Case) -> torch.Tensor:
     theta = log_lengths[:, None] ** torch.arange(len(terms), device=DEVICE) @ torch.stack(terms)
     for row, length in enumerate(case.shape.lens if case.shape.slope else ()):
         if length > case.shape.max_dense_len:
-            theta[row] += slope * anchor_lse(scores_of(case, row)[None].double(), case.seq_lens[row : row + 1])[0]
+            scores = scores_of(case, row)[None].double()
+            theta[row] += slope * anchor_lse(scores, case.seq_lens[row : row + 1], sinks=case.sinks)[0]
     return theta.float()
 
 

@@ -114,7 +114,7 @@ class ShadowCase:
         """The reference's result for a sequence, float32."""
         case, shape = self.case, self.case.shape
         key, value = case.sequence(row)
-        options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap}
+        options = {"softmax_scale": case.softmax_scale, "logits_soft_cap": shape.soft_cap, "sinks": case.sinks}
         if shape.lens[row] <= shape.max_dense_len:
             return dense_attention(case.new_query(row), key, value, **options)
         exact = shape.exact if exact is None else exact

@@ -103,14 +103,53 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
             torch.testing.assert_close(result.lost_mass[row : row + 1], expected.lost_mass, **TOLERANCE)
 
 
+def sinks_of(query: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[num_heads], from one that is nothing beside the keys to one that they are nothing beside."""
+    return torch.linspace(-6.0, 9.0, query.shape[1]).to(dtype)
+
+
+@pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none", "vmc"])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_with_sinks(shape: str, dtype: torch.dtype, soft_cap: float | None, compensation: str) -> None:
+    paged, query = sequences([1, 16, 63, 200, 129], shape, 16, dtype)
+    threshold = threshold_between_scores(paged, query, 20, soft_cap)
+    exact, value_mean = "sdc" in compensation, "vmc" in compensation
+    sinks = sinks_of(query, dtype)
+    options = {"logits_soft_cap": soft_cap, "sinks": sinks}
+    result = decode(
+        query, paged, threshold, denominator_compensation=exact, value_mean=value_mean, max_dense_len=16, **options
+    )
+    dense = decode(query, paged, None, **options)
+    windowed = decode(query, paged, None, sliding_window=20, **options)
+    for row, length in enumerate(paged.seq_lens.tolist()):
+        key, value = gather_sequence(paged.interleaved, paged.block_table[row], length)
+        options["softmax_scale"] = query.shape[-1] ** -0.5
+        all_keys = dense_attention(query[row : row + 1], key, value, **options)
+        torch.testing.assert_close(dense.output[row : row + 1], all_keys.output, **TOLERANCE)
+        last = dense_attention(query[row : row + 1], key[-20:], value[-20:], **options)
+        torch.testing.assert_close(windowed.output[row : row + 1], last.output, **TOLERANCE)
+        compensated = Compensation("exact" if exact else "none", value_mean)
+        expected = top_theta_attention(
+            query[row : row + 1], key, value, threshold=threshold, target_k=16, compensation=compensated, **options
+        )
+        torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
+        if exact:
+            torch.testing.assert_close(result.lost_mass[row : row + 1], expected.lost_mass, **TOLERANCE)
+    assert 0 < float(result.lost_mass[3].max()) < 0.9
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize(("shape", "weight_floor"), [("mha", 0.5), ("gqa 3", 3.0), ("gqa 8", 20.0)])
 def test_relative_thresholds_keep_every_key_of_the_floor_s_weight(
-    shape: str, weight_floor: float, soft_cap: float | None
+    shape: str, weight_floor: float, soft_cap: float | None, has_sinks: bool
 ) -> None:
     paged, query = sequences([144, 145, 200, 700], shape, 16, torch.float32)
     query *= 4.0  # scores of the size of a real model's
     num_keys = paged.seq_lens
+    sinks = sinks_of(query) if has_sinks else None
     # ln n as the sequence's offset, since the step has one coefficient for all lengths
     offset = -num_keys.float().log()
     result = decode(
@@ -122,13 +161,17 @@ def test_relative_thresholds_keep_every_key_of_the_floor_s_weight(
         threshold_offset=offset,
         logits_soft_cap=soft_cap,
         value_mean=False,
+        sinks=sinks,
     )
     for row, length in enumerate(num_keys.tolist()):
         scores = scores_of(paged, query, row, soft_cap)
-        theta = relative_threshold(scores[None], num_keys[row : row + 1], weight_floor)[0]
+        theta = relative_threshold(scores[None], num_keys[row : row + 1], weight_floor, sinks=sinks)[0]
         kept = scores >= theta[:, None] if length > NUM_ANCHORS else torch.ones_like(scores, dtype=torch.bool)
-        assert bool(kept[scores.softmax(dim=1) >= weight_floor / length * (1 + 1e-5)].all())
-        lost = scores.softmax(dim=1).where(~kept, 0.0).sum(dim=1)
+        weights = scores.softmax(dim=1)
+        if sinks is not None:
+            weights = torch.cat([scores, sinks[:, None]], dim=1).softmax(dim=1)[:, :-1]
+        assert bool(kept[weights >= weight_floor / length * (1 + 1e-5)].all())
+        lost = weights.where(~kept, 0.0).sum(dim=1)
         torch.testing.assert_close(result.lost_mass[row], lost, rtol=1e-3, atol=1e-5)
         read = kept.unflatten(0, (paged.kv_cache.shape[1], -1)).any(dim=1).sum(dim=1)
         assert int((result.value_rows_read[row] - read).abs().max()) <= 1  # a score at the threshold itself

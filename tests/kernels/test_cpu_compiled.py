@@ -67,6 +67,20 @@ def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypa
     assert ours.keys_read.tolist() == theirs.keys_read.tolist() == [[90] * 3, [1] * 3, [90] * 3, [90] * 3]
 
 
+def test_layers_with_sinks_are_decoded_by_torch_operations(
+    paged: PagedSequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("what Numba compiles knows no sinks")
+
+    monkeypatch.setattr(compiled, "decode", refuse)
+    query = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for threshold in (None, torch.zeros(9)):
+        assert bool(decode(query, paged, threshold, sinks=torch.zeros(9)).output.isfinite().all())
+        with pytest.raises(AssertionError, match="Numba"):
+            decode(query, paged, threshold)
+
+
 def test_exponentials() -> None:
     for x in (0.0, -1e-7, -0.1, -0.34657, -0.34658, -1.0, -10.3, -50.0, -86.0):
         assert compiled._exp(np.float32(x)) == pytest.approx(math.exp(np.float32(x)), rel=5e-7)

@@ -129,14 +129,18 @@ def make_case(
     return Case(paged, query, projection, codes, in_a_gap(rows, 20), margin, 0.05 + scale, soft_cap)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("compensation", ["sdc+vmc", "sdc", "none"])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "block_size"), [("mha", 16), ("gqa 3", 32), ("gqa 3", 16), ("gqa 8", 128)])
-def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None, compensation: str) -> None:
+def test_decode(
+    shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None, compensation: str, has_sinks: bool
+) -> None:
     case = make_case(shape, block_size, dtype, soft_cap)
+    sinks = torch.linspace(-4.0, 8.0, case.query.shape[1]) if has_sinks else None
     estimated, value_mean = "sdc" in compensation, "vmc" in compensation
-    result = case.run(denominator_compensation=estimated, value_mean=value_mean)
+    result = case.run(denominator_compensation=estimated, value_mean=value_mean, sinks=sinks)
     group = case.query.shape[1] // case.paged.kv_cache.shape[1]
     for row, length in enumerate(LENS):
         candidates = case.candidates(row)
@@ -150,6 +154,7 @@ def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float
                 logits_soft_cap=soft_cap,
                 candidates=candidates.repeat_interleave(group, dim=0)[None],
                 compensation=Compensation(denominator, value_mean, exp_threshold_scale=case.scale),
+                sinks=sinks,
             )
             for denominator in ("candidates" if estimated else "none", "candidates")
         )

@@ -40,6 +40,7 @@ class Case:
     query: torch.Tensor
     codes: torch.Tensor
     soft_cap: float | None
+    sinks: torch.Tensor | None = None
 
     @property
     def head_size(self) -> int:
@@ -55,6 +56,7 @@ class Case:
             codes=self.codes,
             tier_layer=tiers(self.head_size, heavy),
             logits_soft_cap=self.soft_cap,
+            sinks=self.sinks,
             **{"max_dense_len": NUM_ANCHORS, **options},
         )
 
@@ -71,6 +73,7 @@ class Case:
             block_size=self.paged.kv_cache.shape[2],
             softmax_scale=self.head_size**-0.5,
             logits_soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )
 
 
@@ -79,7 +82,12 @@ def tiers(head_size: int, heavy: float = HEAVY) -> TierLayer:
 
 
 def make_case(
-    shape: str, block_size: int = 16, dtype: torch.dtype = torch.float32, soft_cap: float | None = None
+    shape: str,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    soft_cap: float | None = None,
+    *,
+    has_sinks: bool = False,
 ) -> Case:
     generator = torch.Generator().manual_seed(5)
     num_heads, num_kv_heads, head_size = SHAPES[shape]
@@ -99,21 +107,23 @@ def make_case(
         paged.append(lens, generator)
         paged.write_tails(before, codes=codes, tiers=tiers(head_size))
     query = (2 * torch.randn(len(LENS), num_heads, head_size, generator=generator)).to(dtype)
-    return Case(paged, query, codes, soft_cap)
+    sinks = torch.linspace(-2.0, 6.0, num_heads) if has_sinks else None
+    return Case(paged, query, codes, soft_cap, sinks)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "block_size"), [("mha", 16), ("gqa 3", 32), ("gqa 3", 16), ("gqa 8", 128)])
-def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None) -> None:
-    case = make_case(shape, block_size, dtype, soft_cap)
+def test_decode(shape: str, block_size: int, dtype: torch.dtype, soft_cap: float | None, has_sinks: bool) -> None:
+    case = make_case(shape, block_size, dtype, soft_cap, has_sinks=has_sinks)
     result = case.run()
     num_kv_heads = case.paged.kv_cache.shape[1]
     for row, length in enumerate(LENS):
         if length <= NUM_ANCHORS:
             expected = dense_attention(
                 case.query[row : row + 1], *case.sequence(row), softmax_scale=case.head_size**-0.5,
-                logits_soft_cap=soft_cap,
+                logits_soft_cap=soft_cap, sinks=case.sinks,
             )  # fmt: skip
             torch.testing.assert_close(result.output[row : row + 1], expected.output, **TOLERANCE)
             assert result.keys_read[row].tolist() == [length] * num_kv_heads

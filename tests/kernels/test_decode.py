@@ -27,8 +27,9 @@ from vllm_toptheta.kernels.contract import Counters
 from vllm_toptheta.kernels.gpu.merge import _bucket
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, num_multiprocessors
+from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.reference import relative_threshold
+from vllm_toptheta.reference import relative_threshold, row_lse
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
@@ -64,6 +65,16 @@ SHAPES = {
     "survivors only in Z": Shape(LENS, exact=False),
     "no value mean": Shape(LENS, value_mean=False),
     "neither": Shape(LENS, exact=False, value_mean=False),
+    "sinks": Shape(LENS, has_sinks=True),
+    "sinks, relative, soft cap": Shape(
+        (*LENS, 400), max_dense_len=NUM_ANCHORS, degree=1, slope=1.0, soft_cap=5.0, has_sinks=True
+    ),
+    "sinks, relative, gqa 8": Shape(
+        (333, 145, 60), num_heads=8, num_kv_heads=1, max_dense_len=NUM_ANCHORS, slope=1.0, has_sinks=True
+    ),
+    "sinks, survivors only in Z": Shape(LENS, exact=False, has_sinks=True),
+    "sinks, short sequences kept": Shape(LENS, max_dense_len=130, has_sinks=True),
+    "sinks, float8": Shape(LENS, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn, has_sinks=True),
     "float8_e4m3fn": Shape(LENS, kv_dtype=torch.float8_e4m3fn),
     "float8_e4m3fn queries too": Shape(LENS, kv_dtype=torch.float8_e4m3fn, query_dtype=torch.float8_e4m3fn),
     "float8_e5m2": Shape(LENS, kv_dtype=torch.float8_e5m2, max_dense_len=100),
@@ -124,10 +135,12 @@ def test_every_sequence_adds_its_own_offset(config: LaunchConfig | None, slope: 
     assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True) if left is not None)
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("weight_floor", [0.5, 3.0, 20.0])
-def test_no_key_of_the_floor_s_weight_is_skipped(weight_floor: float) -> None:
+def test_no_key_of_the_floor_s_weight_is_skipped(weight_floor: float, has_sinks: bool) -> None:
     # scores of the size of a real model's, whose weight lies anywhere, far from the anchors too
-    case = make_case(Shape((150, 333, 700), max_dense_len=NUM_ANCHORS, slope=1.0, value_mean=False))
+    lens = (150, 333, 700)
+    case = make_case(Shape(lens, max_dense_len=NUM_ANCHORS, slope=1.0, value_mean=False, has_sinks=has_sinks))
     case.query *= 4.0
     case.coefficients.zero_()
     case.coefficients[:, 0], case.coefficients[:, 1], case.coefficients[:, 3] = math.log(weight_floor), -1.0, 1.0
@@ -137,8 +150,9 @@ def test_no_key_of_the_floor_s_weight_is_skipped(weight_floor: float) -> None:
     lost = torch.zeros_like(near)
     for row, length in enumerate(case.shape.lens):
         scores = scores_of(case, row)
-        weights = scores.softmax(dim=-1)
-        theta = relative_threshold(scores[None], case.seq_lens[row : row + 1], weight_floor)[0][:, None]
+        weights = (scores - row_lse(scores, case.sinks)[:, None]).exp()
+        lengths = case.seq_lens[row : row + 1]
+        theta = relative_threshold(scores[None], lengths, weight_floor, sinks=case.sinks)[0][:, None]
         heavy = weights >= weight_floor / length
         least += (heavy | (scores >= theta + nearly)).view(2, 2, length).any(1).sum(1)
         most += (scores >= theta - nearly).view(2, 2, length).any(1).sum(1)
@@ -239,6 +253,31 @@ def test_a_page_that_another_sequence_fills_in_the_same_step(lens: tuple[int, ..
         mean = value.mean(dim=0).repeat_interleave(case.shape.num_heads // case.shape.num_kv_heads, dim=0)
         torch.testing.assert_close(output[row].float(), mean, rtol=0, atol=2e-3)
     check_closed_pages(case)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("value_mean", [True, False])
+def test_a_sink_that_outweighs_every_key_leaves_nothing(value_mean: bool, exact: bool) -> None:
+    shape = Shape((5, 48, 400), exact=exact, value_mean=value_mean, slope=1.0, max_dense_len=NUM_ANCHORS)
+    case = make_case(shape)
+    step, call = case.records(torch.full_like(case.query, torch.nan), counters=Counters.allocate(4, 2, DEVICE))
+    call = call._replace(layer=call.layer._replace(sinks=torch.full((4,), 200.0, device=DEVICE)))
+    decode(step, call, case.scratch(FEW))
+    assert not call.output.any()
+    # what the sink has is not lost
+    assert call.layer.counters.lost_mass.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "sinks",
+    [torch.zeros(3), torch.zeros(4, 1), torch.zeros(4, dtype=torch.int32), torch.zeros(8)[::2]],
+    ids=["too few", "too many axes", "another dtype", "not contiguous"],
+)
+def test_wrong_sinks_are_named(sinks: torch.Tensor) -> None:
+    case = make_case(Shape((16, 16)))
+    step, call = case.records(torch.empty_like(case.query))
+    with pytest.raises(ValueError, match="^sinks: "):
+        decode(step, call._replace(layer=call.layer._replace(sinks=sinks.to(DEVICE))), case.scratch())
 
 
 def test_without_survivors_and_value_mean_the_output_is_zero() -> None:

@@ -51,6 +51,11 @@ SHAPES = {
     "relative, gqa 16, soft cap": Shape(
         (333,), num_heads=16, num_kv_heads=1, max_dense_len=NUM_ANCHORS, slope=1.0, soft_cap=5.0, num_channels=32
     ),
+    "sinks": Shape(LENS, num_channels=32, has_sinks=True),
+    "sinks, relative": Shape(
+        (145, 333, 0, 420), max_dense_len=NUM_ANCHORS, degree=1, slope=1.0, num_channels=32, has_sinks=True
+    ),
+    "sinks, survivors only in Z": Shape(LENS, exact=False, num_channels=32, has_sinks=True),
     "short sequences kept": Shape(LENS, max_dense_len=160, num_channels=32),
     "everything kept": Shape(LENS, max_dense_len=1000, num_channels=32),
     "survivors only in Z": Shape(LENS, exact=False, num_channels=32),

@@ -13,8 +13,9 @@ import torch
 
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
 from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, make_tier_case
-from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, TailStep
 from vllm_toptheta.kernels.gpu.tails import write_tails
+from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.reference import dense_attention
 
@@ -45,6 +46,8 @@ SHAPES = {
     "soft cap": Shape(LENS, soft_cap=5.0),
     "short sequences kept": Shape(LENS, max_dense_len=160),
     "everything kept": Shape(LENS, max_dense_len=1000),
+    "sinks": Shape(LENS, has_sinks=True),
+    "sinks, group of 8, soft cap": Shape(LENS, num_heads=8, num_kv_heads=1, soft_cap=5.0, has_sinks=True),
     "no value mean": Shape(LENS, value_mean=False),
 }
 FLOAT8 = torch.float8_e4m3fn
@@ -84,6 +87,18 @@ def test_decode(make: Make, name: str) -> None:
 def test_decode_bfloat16(make: Make, name: str) -> None:
     tiers = make(replace(SHAPES[name], dtype=torch.bfloat16))
     check(tiers, *tiers.run())
+
+
+def test_a_sink_that_outweighs_every_key_leaves_nothing(make: Make) -> None:
+    tiers = make(SHAPES["plain"])
+    output = torch.full_like(tiers.case.query, torch.nan)
+    counters = Counters.allocate(4, 2, DEVICE, counts_keys=True, counts_copies=True)
+    step, call = tiers.records(output, counters=counters)
+    layer = call.layer._replace(sinks=torch.full((4,), 200.0, device=DEVICE))
+    decode(step, call._replace(layer=layer), tiers.scratch(FEW))
+    assert not output.any()
+    # what the sink has is not lost
+    assert float(counters.lost_mass.max()) < 1e-6
 
 
 @pytest.mark.parametrize("name", FLOAT8_SHAPES)

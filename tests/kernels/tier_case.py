@@ -100,6 +100,7 @@ class TierCase:
             block_size=shape.block_size,
             softmax_scale=case.softmax_scale,
             logits_soft_cap=shape.soft_cap,
+            sinks=case.sinks,
             keys=keys,
             values=values,
         )
@@ -175,7 +176,7 @@ def check(tiers: TierCase, output: torch.Tensor, counters: Counters) -> None:
         if length <= shape.max_dense_len:
             dense = dense_attention(
                 case.new_query(row), *case.sequence(row), softmax_scale=case.softmax_scale,
-                logits_soft_cap=shape.soft_cap,
+                logits_soft_cap=shape.soft_cap, sinks=case.sinks,
             )  # fmt: skip
             rows += length
             allowed = 2 * error_of_dtype(case, row, dense) + 1e-3

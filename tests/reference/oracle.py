@@ -36,10 +36,12 @@ def attend_row(
     offline_sum: float,
     exp_threshold_scale: float,
     cap_k: int | None,
+    sink: float | None = None,
 ) -> Row:
     n = len(scores)
-    largest = max(scores)
-    exact = sum(math.exp(score - largest) for score in scores)
+    largest = max(scores) if sink is None else max(*scores, sink)
+    of_sink = 0.0 if sink is None else math.exp(sink - largest)
+    exact = sum(math.exp(score - largest) for score in scores) + of_sink
     theta = threshold
     if placement == "post_softmax":
         theta = largest + math.log(exact) + math.log(threshold)
@@ -54,16 +56,16 @@ def attend_row(
     kept = sum(math.exp(scores[j] - largest) for j in survivors)
     num_discarded = n - len(survivors)
     if denominator == "none":
-        total = kept
+        total = kept + of_sink
     elif denominator == "exact":
         total = exact
     elif denominator == "offline":
-        total = kept + (offline_sum if num_discarded else 0.0)
+        total = kept + of_sink + (offline_sum if num_discarded else 0.0)
     else:
-        total = kept + exp_threshold_scale * num_discarded * math.exp(theta - largest)
+        total = kept + of_sink + exp_threshold_scale * num_discarded * math.exp(theta - largest)
 
     weights = {j: math.exp(scores[j] - largest) / total for j in survivors}
-    lost_mass = 1.0 - sum(weights.values())
+    lost_mass = 1.0 - sum(weights.values()) - (of_sink / total if total else 0.0)
     output = [0.0] * len(values[0])
     for d in range(len(output)):
         output[d] = sum(weight * values[j][d] for j, weight in weights.items())

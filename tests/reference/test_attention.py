@@ -77,6 +77,9 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
         threshold = threshold.round()
     offline_sum = torch.rand(num_heads, generator=generator, dtype=torch.float64) + 0.1
     scale = torch.rand(num_queries, num_heads, generator=generator, dtype=torch.float64) + 0.05
+    sinks = None
+    if draw(st.booleans()):  # some outweigh every key
+        sinks = 6 * torch.rand(num_heads, generator=generator, dtype=torch.float64) - 3
 
     result = top_theta_attention(
         query,
@@ -91,6 +94,7 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
         logits_soft_cap=soft_cap,
         phase=phase,
         num_prompt_tokens=num_prompt_tokens,
+        sinks=sinks,
     )
 
     for i in range(num_queries):
@@ -111,6 +115,7 @@ def test_every_mode_equals_loops_over_python_floats(data: st.DataObject) -> None
                 offline_sum=offline_sum[head].item(),
                 exp_threshold_scale=scale[i, head].item(),
                 cap_k=cap_k,
+                sink=None if sinks is None else sinks[head].item(),
             )
             rows_read[kv_head] |= row.survivors
             assert set(result.survivors[i, head].nonzero().flatten().tolist()) == row.survivors
@@ -132,6 +137,38 @@ def test_dense_equals_torch(num_queries_per_kv: int) -> None:
         scale=0.3,
     ).transpose(0, 1)
     torch.testing.assert_close(dense_attention(query, key, value, softmax_scale=0.3).output, expected, **FLOAT32)
+
+
+@SOFT_CAPS
+def test_a_sink_is_a_key_without_a_value(soft_cap: float | None) -> None:
+    # as gpt-oss computes it: one more column of scores, dropped again after the softmax
+    query, key, value = inputs()
+    sinks = torch.tensor([-torch.inf, -2.0, 0.0, 1.0, 3.0, 100.0])
+    scores = causal_scores(query, key, softmax_scale=0.3, logits_soft_cap=soft_cap)
+    columns = torch.cat([scores, sinks[None, :, None].expand(len(query), -1, 1)], dim=-1)
+    weights = columns.softmax(dim=-1)[..., :-1]
+    expected = torch.einsum("qhn,nhd->qhd", weights, value.repeat_interleave(3, dim=1))
+    dense = dense_attention(query, key, value, softmax_scale=0.3, logits_soft_cap=soft_cap, sinks=sinks)
+    torch.testing.assert_close(dense.output, expected, **FLOAT32)
+    assert torch.equal(dense.lost_mass, torch.zeros_like(dense.lost_mass))
+    without = dense_attention(query, key, value, softmax_scale=0.3, logits_soft_cap=soft_cap)
+    assert torch.equal(dense.output[:, 0], without.output[:, 0])
+
+
+def test_lost_mass_is_that_of_keys_alone() -> None:
+    query, key, value = inputs()
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 2.0, 3.0, 200.0])
+    options = {"threshold": 0.4, "target_k": 0, "softmax_scale": 0.3}
+    result = top_theta_attention(query, key, value, sinks=sinks, **options)
+    scores = causal_scores(query, key, softmax_scale=0.3)
+    weights = torch.cat([scores, sinks[None, :, None].expand(len(query), -1, 1)], dim=-1).softmax(dim=-1)
+    lost = weights[..., :-1].where(~result.survivors, 0.0).sum(dim=-1)
+    torch.testing.assert_close(result.lost_mass, lost, **FLOAT32)
+    kept = weights[..., :-1].where(result.survivors, 0.0).sum(dim=-1)
+    torch.testing.assert_close(kept + lost + weights[..., -1], torch.ones_like(lost), **FLOAT32)
+    # the same keys survive: a sink changes what they weigh, not how they score
+    assert torch.equal(result.survivors, top_theta_attention(query, key, value, **options).survivors)
+    assert not bool(result.output[:, 5].any() or result.lost_mass[:, 5].any())
 
 
 @GROUPS
@@ -342,6 +379,13 @@ def test_keys_of_the_future_do_not_count_even_as_nan() -> None:
             "placement",
             lambda q, k, v: top_theta_attention(
                 q, k, v, threshold=0.1, target_k=1, softmax_scale=1.0, placement="softmax"
+            ),
+        ),
+        ("sinks", lambda q, k, v: dense_attention(q, k, v, softmax_scale=1.0, sinks=torch.zeros(5))),
+        (
+            "sinks",
+            lambda q, k, v: top_theta_attention(
+                q, k, v, threshold=0.1, target_k=1, softmax_scale=1.0, placement="post_softmax", sinks=torch.zeros(5)
             ),
         ),
         ("cap_k", lambda q, k, v: top_theta_attention(q, k, v, threshold=0.1, target_k=1, softmax_scale=1.0, cap_k=0)),

@@ -63,6 +63,7 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
     threshold = torch.linspace(0.01, 0.1, num_tokens * num_heads).view(num_tokens, num_heads)
     compensation = Compensation("offline", offline_sum=threshold * 10)
     prompts = [30, 10, 46, 0, 0, 0, 3, 48]
+    sinks = torch.linspace(-1.0, 1.0, num_heads)
     paged = paged_top_theta_attention(
         query,
         kv_cache,
@@ -78,6 +79,7 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
         logits_soft_cap=3.0,
         phase="decode",
         num_prompt_tokens=torch.tensor(prompts),
+        sinks=sinks,
     )
     assert paged.survivors is None
     written = torch.zeros(num_tokens, dtype=torch.bool)
@@ -99,6 +101,7 @@ def test_paged_equals_contiguous(block_size: int, layout: str, num_queries_per_k
             logits_soft_cap=3.0,
             phase="decode",
             num_prompt_tokens=prompt,
+            sinks=sinks,
         )
         assert torch.equal(paged.thresholded[tokens], contiguous.thresholded)
         assert torch.equal(paged.num_survivors[tokens], contiguous.num_survivors)

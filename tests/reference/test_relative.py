@@ -25,12 +25,18 @@ def rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.tensor([seq_len - 1, seq_len])
 
 
-@given(rows=rows(), weight_floor=st.floats(0.01, 100.0))
+@given(rows=rows(), weight_floor=st.floats(0.01, 100.0), sink=st.none() | st.floats(-250.0, 250.0))
 @settings(deadline=None, max_examples=200)
-def test_a_key_of_the_floor_s_weight_survives(rows: tuple[torch.Tensor, torch.Tensor], weight_floor: float) -> None:
+def test_a_key_of_the_floor_s_weight_survives(
+    rows: tuple[torch.Tensor, torch.Tensor], weight_floor: float, sink: float | None
+) -> None:
     scores, num_keys = rows
-    survivors = select_survivors(scores, relative_threshold(scores, num_keys, weight_floor))
-    weights = scores.softmax(dim=-1)
+    sinks = None if sink is None else sink + torch.tensor([-3.0, 0.0, 3.0])
+    survivors = select_survivors(scores, relative_threshold(scores, num_keys, weight_floor, sinks=sinks))
+    columns = scores
+    if sinks is not None:
+        columns = torch.cat([scores, sinks.double()[None, :, None].expand(2, -1, 1)], dim=-1)
+    weights = columns.softmax(dim=-1)[..., : scores.shape[-1]]
     limit = weight_floor / num_keys[:, None, None]
     assert not bool((~survivors & (weights >= limit * (1 + 1e-9))).any())
     dropped = weights.where(~survivors, 0.0)
@@ -45,7 +51,7 @@ def test_anchors_bound_the_denominator_from_below(rows: tuple[torch.Tensor, torc
     assert bool((anchor_lse(scores, num_keys) <= scores.logsumexp(dim=-1) + 1e-9).all())
     sinks = torch.full((3,), sink, dtype=torch.float64)
     exact = torch.logaddexp(scores.logsumexp(dim=-1), sinks)
-    assert bool((anchor_lse(scores, num_keys, sink=sinks) <= exact + 1e-9).all())
+    assert bool((anchor_lse(scores, num_keys, sinks=sinks) <= exact + 1e-9).all())
     windowed = scores.clone()
     windowed[..., : scores.shape[-1] - 200] = -torch.inf
     assert bool((anchor_lse(windowed, num_keys) <= windowed.logsumexp(dim=-1) + 1e-9).all())

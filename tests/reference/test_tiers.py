@@ -82,16 +82,22 @@ def test_everything_heavy_is_dense_attention() -> None:
     assert result.exact[-1].all()
 
 
+SINKS = torch.tensor([-3.0, 0.0, 2.0, 4.0, 6.0, 8.0])
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["without sinks", "with sinks"])
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("weight_floor", [0.5, 2.0, 8.0])
-def test_with_exact_scores_it_reads_what_thresholds_read(weight_floor: float, block_size: int) -> None:
+def test_with_exact_scores_it_reads_what_thresholds_read(
+    weight_floor: float, block_size: int, sinks: torch.Tensor | None
+) -> None:
     query, key, value = tensors()
     scores = causal_scores(query, key, softmax_scale=SCALE)
-    theta = relative_threshold(scores, torch.arange(698, 701), weight_floor)
-    alone = top_theta_attention(query, key, value, threshold=theta, target_k=0, softmax_scale=SCALE)
+    theta = relative_threshold(scores, torch.arange(698, 701), weight_floor, sinks=sinks)
+    alone = top_theta_attention(query, key, value, threshold=theta, target_k=0, softmax_scale=SCALE, sinks=sinks)
     tiers = tiered_attention(
         query, key, value, weight_floor=weight_floor, heavy=0.007, block_size=block_size, softmax_scale=SCALE,
-        score_copies=scores,
+        score_copies=scores, sinks=sinks,
     )  # fmt: skip
     assert torch.equal(tiers.survivors, alone.survivors)
     torch.testing.assert_close(tiers.lost_mass, alone.lost_mass, rtol=1e-4, atol=1e-6)

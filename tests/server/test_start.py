@@ -255,6 +255,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "float8 of another kind": ({}, ["--kv-cache-dtype", "fp8_e5m2"], {}, "only auto, float16, bfloat16, fp8, fp8_e4m3"),
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
     "sleep": ({}, ["--enable-sleep-mode"], {}, "no engine of this backend has slept yet"),
+    "sinks": ({"attention_sinks": True}, [], {}, "attention_sinks: no GPU has run attention sinks yet"),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -306,7 +307,7 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
     assert caught.value.remedy == f"{remedy} to serve its text alone"
 
 
-@pytest.mark.parametrize("name", ["float8 of copies", "sleep"])
+@pytest.mark.parametrize("name", ["float8 of copies", "sleep", "sinks"])
 def test_what_no_gpu_has_run_may_be_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     change, flags, options, _ = GPU[name]
@@ -328,6 +329,7 @@ def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monke
         ({"head_dim": 72}, [], None, "; on CPUs only, because there are no GPU kernels for heads of 72, only of 64"),
         ({"head_dim": 72}, [], "cpu", ""),
         ({}, ["--kv-cache-dtype", "fp8"], None, "; on GPUs only, because not supported, only auto, float16, bfloat16"),
+        ({"attention_sinks": True}, [], None, "; on CPUs only, because no GPU has run attention sinks yet"),
         ({}, [], None, ""),
     ],
 )

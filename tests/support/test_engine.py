@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import Device, Engine, engine_reasons, kernel_reasons
 
 CPU, GPU = Engine("cpu"), Engine("gpu")
@@ -45,10 +46,25 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"wakes_up_whole": False}, ["cpu", "gpu"]),
         ({"generates": False}, []),
         ({"num_context_ranks": 2}, []),
+        ({"sinks": "model_type gpt_oss"}, ["cpu"]),
     ],
 )
 def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> None:
     assert [engine.device for engine in (CPU, GPU) if not engine_reasons(replace(engine, **asked))] == devices
+
+
+def test_sinks_are_tried_on_gpus_where_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "gpt_oss"}
+    for engine in (CPU, GPU):
+        assert engine.of_checkpoint(config).sinks == "model_type gpt_oss"
+        assert engine.of_checkpoint({"model_type": "llama"}).sinks is None
+    (reason,) = engine_reasons(GPU.of_checkpoint(config))
+    assert str(reason) == "model_type gpt_oss: no GPU has run attention sinks yet"
+    assert reason.remedy == (
+        f"Start `vllm serve` without --attention-backend toptheta, or try it with {ALLOW_UNTESTED}=1"
+    )
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    assert engine_reasons(GPU.of_checkpoint(config)) == []
 
 
 def test_a_checkpoint_says_what_the_model_takes() -> None:

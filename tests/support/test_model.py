@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse
+from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse, sinks_field
 from vllm_toptheta.support.model import _REFUSED_FIELDS
 
 OTHERS = [
@@ -39,7 +39,8 @@ def test_fields_that_change_attention_are_refused_where_they_are_set(field: str)
     [
         ({"head_dim": 64, "global_head_dim": 64}, ""),
         ({"head_dim": 64, "v_head_dim": 128}, "v_head_dim 128"),
-        ({"model_type": "gpt_oss"}, "model_type gpt_oss"),
+        ({"model_type": "gpt_oss"}, ""),
+        ({"model_type": "granite_swa"}, ""),
         ({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text"}}, "num_kv_shared_layers"),
         ({"is_encoder_decoder": True, "text_config": {"head_dim": 64}}, "is_encoder_decoder"),
         ({"architectures": ["LlamaModel"]}, "architectures LlamaModel"),
@@ -76,6 +77,21 @@ def test_overrides_must_not_depend_on_the_class(overrides: dict[str, Any], field
     found = override_reasons(overrides)
     assert [reason.field for reason in found] == [f"--hf-overrides {field}" for field in fields]
     assert all(reason.remedy for reason in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"model_type": "llama"}, None),
+        ({"model_type": ["gpt_oss"], "attention_sinks": False}, None),
+        ({"model_type": "gpt_oss"}, "model_type gpt_oss"),
+        ({"text_config": {"model_type": "granitemoe_swa"}}, "model_type granitemoe_swa"),
+        ({"model_type": "granite", "attention_sinks": True}, "attention_sinks"),
+        ({"swa_attention_sink_enabled": True}, "swa_attention_sink_enabled"),
+    ],
+)
+def test_what_says_that_layers_have_sinks(config: dict[str, Any], field: str | None) -> None:
+    assert sinks_field(config) == field
 
 
 def test_every_reason_is_named_at_once_with_a_remedy() -> None:

@@ -19,7 +19,6 @@ REFUSED = {
     "is_sparse": "vLLM means layers that choose keys by an indexer of the model",
     "is_ssm": "states are no keys and values",
     "supports_alibi_sqrt": "kernels add no slopes to scores",
-    "supports_sink": "kernels add no sinks to the denominator",
     "supports_mm_prefix": "decoded tokens see what comes before them only",
     "supports_non_causal": "likewise",
     "supports_non_causal_dcp": "likewise, and a sequence's scores would lie on several ranks",

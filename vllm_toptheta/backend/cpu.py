@@ -191,6 +191,10 @@ class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
     def get_builder_cls() -> type[CpuMetadataBuilder]:
         return CpuMetadataBuilder
 
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
         return [MultipleOf(BLOCK_MULTIPLE)]
@@ -219,6 +223,7 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> None:
         self.num_heads = num_heads
@@ -227,6 +232,7 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         self.scale = float(scale)
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap
+        self.sinks = sinks
         self._uncounted = CpuScratch()  # of a dense layer
         self.prepare(
             {
@@ -293,5 +299,6 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
                 softmax_scale=self.layer.softmax_scale,
                 logits_soft_cap=self.layer.logits_soft_cap,
                 sliding_window=self.layer.sliding_window,
+                sinks=self.layer.sinks,
             )
         return output

@@ -20,6 +20,7 @@ class SparseLayer:
         num_heads, num_kv_heads: Of the layer on this rank.
         scale: Factor on q . k.
         logits_soft_cap: Cap of the scores; 0 or None without.
+        sinks: [num_heads] float, the model's parameter; None without.
         plan: The model's; None before `bind`.
         layer_plan: This layer's share of it; None in a dense layer.
         layer: What kernels are told of the layer; None before `bind`.
@@ -30,6 +31,7 @@ class SparseLayer:
     num_kv_heads: int
     scale: float
     logits_soft_cap: float | None
+    sinks: torch.Tensor | None = None
     plan: Plan | None = None
     layer_plan: LayerPlan | None = None
     layer: Layer | None = None
@@ -84,6 +86,7 @@ class SparseLayer:
                 device=device,
             )
         if self.layer_plan is None:
-            self.layer = Layer(softmax_scale, soft_cap, sliding_window)
+            self.layer = Layer(softmax_scale, soft_cap, sliding_window, sinks=self.sinks)
         else:
-            self.layer = self.layer_plan.layer(softmax_scale=softmax_scale, logits_soft_cap=soft_cap)
+            layer = self.layer_plan.layer(softmax_scale=softmax_scale, logits_soft_cap=soft_cap)
+            self.layer = layer._replace(sinks=self.sinks)

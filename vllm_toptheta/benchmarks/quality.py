@@ -102,7 +102,7 @@ class KernelOverride(DenseOverride):
         counters = Counters.allocate(num_heads, num_kv_heads, query.device)
         coefficients = torch.from_numpy(self.thresholds.of_heads(call.layer_idx, slice(0, num_heads))).to(query.device)
         thresholds = LayerThresholds(coefficients, self.thresholds.is_relative)
-        layer = Layer(call.softmax_scale, call.soft_cap, thresholds=thresholds, counters=counters)
+        layer = Layer(call.softmax_scale, call.soft_cap, thresholds=thresholds, counters=counters, sinks=call.sinks)
         cache = LayerCache.of(kv_cache, layer)
         whole = torch.tensor([0, seq_len], dtype=torch.int32, device=query.device)
         write_tails(TailStep(pages, whole[1:], whole, seq_len), cache, layer)

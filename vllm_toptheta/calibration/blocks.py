@@ -43,7 +43,7 @@ class BlockSums:
     Attributes:
         start: first row of the block; row i sees i + 1 keys.
         stop: one past the last row.
-        largest: m, the largest score of a row, scaled logits.
+        largest: m, the largest score of a row, or its sink, scaled logits.
         lost: the sum of exp(s - m) over the keys not kept.
         num_discarded: keys not kept, of the first `stop`: those after the row count as not kept.
     """
@@ -64,7 +64,7 @@ def attend_blocks(
 ) -> Tensor:
     """Causal attention over a whole sequence over the keys that `select` chooses, with full compensation.
 
-    The denominator is that of all keys, and what is lost is given to the mean of the values, as in
+    The denominator is that of all keys, and of the sink, and what is lost is given to the mean of the values, as in
     `reference.FULL_COMPENSATION`.
 
     Args:
@@ -85,6 +85,7 @@ def attend_blocks(
     keys = key.float().permute(1, 2, 0)
     values = value.float().transpose(0, 1).contiguous()
     value_mean = causal_value_mean(value.float(), seq_len).transpose(0, 1).unsqueeze(1)
+    sinks = None if call.grouped_sinks is None else call.grouped_sinks.unsqueeze(-1)
     output = torch.empty_like(queries)
     for start, stop in row_blocks(num_heads, seq_len, block_bytes or block_bytes_on(query.device)):
         rows = queries[:, :, start:stop]
@@ -103,8 +104,12 @@ def attend_blocks(
             if report is not None:
                 num_discarded = discarded.sum(dim=-1, keepdim=True)
         largest = scores.amax(dim=-1, keepdim=True)
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
         weights = scores.sub_(largest).exp_()
         denominator = weights.sum(dim=-1, keepdim=True)
+        if sinks is not None:
+            denominator += torch.exp(sinks - largest)
         if discarded is not None:
             # summed by itself: as a difference of two sums near 1 it would be rounding where little is lost
             lost = discarded.mul_(weights).sum(dim=-1, keepdim=True)

@@ -18,6 +18,7 @@ from vllm_toptheta.reference import (
     always_candidates,
     encode_keys,
     quantize_query,
+    row_lse,
     shadow_scores,
 )
 
@@ -151,6 +152,11 @@ class CandidateRows:
     always_read: AlwaysRead
     block_bytes: int | None = None
 
+    @property
+    def sinks(self) -> Tensor | None:
+        """Of the layer, `[num_heads, 1]` float32; None without."""
+        return None if self.call.sinks is None else self.call.sinks[:, None]
+
     def blocks(self) -> Iterator[CandidateBlock]:
         """Yields the rows, as many at a time as a block may hold."""
         call = self.call
@@ -185,8 +191,9 @@ def shortfall_histogram(rows: CandidateRows) -> Tensor:
     num_heads, num_margins, device = rows.call.query.shape[1], len(MARGIN_EDGES), rows.call.query.device
     histogram = torch.zeros(num_heads * num_margins, dtype=torch.int64, device=device)
     first_of_head = torch.arange(num_heads, device=device)[:, None, None] * num_margins
+    sinks = rows.sinks
     for block in rows.blocks():
-        mass = (block.scores - block.scores.logsumexp(dim=-1, keepdim=True)).exp_()
+        mass = (block.scores - row_lse(block.scores, sinks).unsqueeze(-1)).exp_()
         mass.masked_fill_(block.scores < block.thresholds, 0.0)
         shortfall = (block.thresholds - block.shadow_scores).masked_fill_(block.always_read, 0.0)
         # a hair more than the logarithm says, so that rounding never makes a margin too small
@@ -207,15 +214,17 @@ def measure_candidates(rows: CandidateRows, margin: Tensor) -> CandidateMeasures
     query, num_kv_heads = rows.call.query, rows.call.key.shape[1]
     num_heads, device = query.shape[1], query.device
     masses, candidate_counts = [], []
+    sinks = rows.sinks
     for block in rows.blocks():
         scores, thresholds, lengths = block.scores, block.thresholds, block.lengths
         visible = torch.arange(scores.shape[-1], device=device) < lengths[:, None]
         wanted = (block.shadow_scores >= thresholds - margin[:, None, None]) & visible
         candidates = wanted.unflatten(0, (num_kv_heads, -1)).any(dim=1) | block.always_read
         num_candidates = candidates.sum(dim=-1)
-        log_denominator = scores.logsumexp(dim=-1)
-        # a threshold above every score stops there, as in `reference.Compensation`
-        level = torch.minimum(thresholds.squeeze(-1), scores.amax(dim=-1)) - log_denominator
+        log_denominator = row_lse(scores, sinks)
+        # a threshold above all of them stops there: of such a row nothing but the mean or the sink is left
+        largest = scores.amax(dim=-1) if sinks is None else torch.maximum(scores.amax(dim=-1), sinks)
+        level = torch.minimum(thresholds.squeeze(-1), largest) - log_denominator
         mass = (scores - log_denominator.unsqueeze(-1)).exp_()
         group = num_heads // num_kv_heads
         unread_mass = mass.masked_fill_(candidates.repeat_interleave(group, dim=0), 0.0).sum(dim=-1)

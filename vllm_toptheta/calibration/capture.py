@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
 from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
-from vllm_toptheta.reference import Placement
+from vllm_toptheta.reference import Placement, row_lse
 
 __all__ = ["TopKOverride", "largest_with_kth", "observe_top_k"]
 
@@ -118,7 +118,7 @@ def observe_top_k(
                 largest_with_kth(block.scores, sparse_k)[1] if is_sampled else place[target_ks.index(sparse_k)].clone()
             )
         if placement == "post_softmax":
-            place -= scores.logsumexp(dim=-1)
+            place -= row_lse(scores, call.grouped_sinks)
         return threshold
 
     output = attend_blocks(call, select=select, block_bytes=block_bytes)

@@ -4,7 +4,7 @@
 (https://huggingface.co/docs/transformers/attention_interface); nothing is patched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import CalibrationError
 
-__all__ = ["LayerAttention", "check_call", "register_attention"]
+__all__ = ["LayerAttention", "check_call", "register_attention", "sinks_of"]
 
 
 class LayerAttention(NamedTuple):
@@ -27,7 +27,7 @@ class LayerAttention(NamedTuple):
     softmax_scale: float
     soft_cap: float | None
     sliding_window: int | None
-    sinks: Tensor | None
+    sinks: Tensor | None  # [num_heads] float32
 
     @property
     def layer_idx(self) -> int:
@@ -36,7 +36,7 @@ class LayerAttention(NamedTuple):
     def of_one_sequence(self) -> AttentionCall:
         """The same for our own functions, of the only sequence."""
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (self.query, self.key, self.value))
-        return AttentionCall(self.layer_idx, query, key, value, self.softmax_scale, self.soft_cap)
+        return AttentionCall(self.layer_idx, query, key, value, self.softmax_scale, self.soft_cap, self.sinks)
 
 
 def check_call(asked: LayerAttention) -> None:
@@ -65,6 +65,28 @@ def check_call(asked: LayerAttention) -> None:
         )
 
 
+def sinks_of(module: Any, num_heads: int, options: Mapping[str, Any]) -> Tensor | None:
+    """Returns the attention sinks that a layer passes on to its attention function, `[num_heads]` float32; or None.
+
+    Args:
+        module: the layer's attention.
+        num_heads: its query heads.
+        options: what it passes on besides.
+
+    Raises:
+        CalibrationError: they are not one logit per head.
+    """
+    sinks = options.get("s_aux")
+    if sinks is None:
+        return None
+    if tuple(sinks.shape) != (num_heads,):
+        raise CalibrationError(
+            f"attention sinks of layer {module.layer_idx} have the shape {list(sinks.shape)}, and kernels add one to "
+            f"each of {num_heads} heads"
+        )
+    return sinks.detach().float()
+
+
 def register_attention(name: str, attend: Callable[[LayerAttention], Tensor]) -> None:
     """Makes an attention function known to transformers.
 
@@ -85,7 +107,7 @@ def register_attention(name: str, attend: Callable[[LayerAttention], Tensor]) ->
         **options: Any,
     ) -> tuple[Tensor, None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        sinks = options.get("s_aux")
+        sinks = sinks_of(module, query.shape[1], options)
         asked = LayerAttention(module, query, key, value, attention_mask, scale, softcap, sliding_window, sinks)
         return attend(asked).to(query.dtype), None
 

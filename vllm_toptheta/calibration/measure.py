@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
 from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
-from vllm_toptheta.reference import Placement
+from vllm_toptheta.reference import Placement, row_lse
 
 __all__ = ["ROW_MEASURES", "ServedOverride", "measure_rows"]
 
@@ -91,7 +91,7 @@ def measure_rows(
     def select(block: ScoreBlock) -> Tensor | None:
         place = per_row[..., block.rows]
         if placement == "post_softmax":
-            place += block.scores.logsumexp(dim=-1)
+            place += row_lse(block.scores, call.grouped_sinks)
         return place
 
     def report(sums: BlockSums) -> None:

@@ -300,8 +300,6 @@ def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
 
 
 def _attend(asked: LayerAttention) -> Tensor:
-    if asked.sinks is not None:
-        raise CalibrationError("attention sinks (s_aux) are not supported")
     if asked.mask is not None or asked.query.shape[0] != 1 or asked.query.shape[2] != asked.key.shape[2]:
         raise CalibrationError("an override takes one whole sequence at a time, without padding, mask or cache")
     check_call(asked)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_toptheta.reference import causal_scores, dense_attention
+from vllm_toptheta.reference import causal_scores, dense_attention, row_lse
 
 __all__ = ["AttentionCall", "AttentionOverride", "DenseOverride", "block_bytes_on", "row_blocks", "windowed_attention"]
 
@@ -33,6 +33,7 @@ class AttentionCall:
         value: `[seq_len, num_kv_heads, head_size]` float.
         softmax_scale: factor on the products of query and key.
         soft_cap: cap on the scores, scaled logits; None for a model without one.
+        sinks: `[num_heads]` float32, attention sinks, one logit per head; None for a model without.
     """
 
     layer_idx: int
@@ -41,11 +42,17 @@ class AttentionCall:
     value: Tensor
     softmax_scale: float
     soft_cap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def num_before(self) -> int:
         """Keys that come before the first row's own."""
         return len(self.key) - len(self.query)
+
+    @property
+    def grouped_sinks(self) -> Tensor | None:
+        """The sinks as `[num_kv_heads, group, 1]`."""
+        return None if self.sinks is None else self.sinks.view(self.key.shape[1], -1, 1)
 
     def blocks(self, block_bytes: int | None = None) -> Iterator["AttentionCall"]:
         """Yields calls for consecutive rows, whose scores fit a bound.
@@ -89,6 +96,7 @@ class DenseOverride(AttentionOverride):
                     block.value,
                     softmax_scale=block.softmax_scale,
                     logits_soft_cap=block.soft_cap,
+                    sinks=block.sinks,
                 ).output
                 for block in call.blocks()
             ]
@@ -96,7 +104,7 @@ class DenseOverride(AttentionOverride):
 
 
 def windowed_attention(call: AttentionCall, sliding_window: int) -> Tensor:
-    """Dense attention of each row over the last `sliding_window` keys up to and including its own.
+    """Dense attention of each row over the last `sliding_window` keys up to and including its own, and the sink.
 
     Args:
         call: of any rows.
@@ -112,7 +120,11 @@ def windowed_attention(call: AttentionCall, sliding_window: int) -> Tensor:
         scores = causal_scores(block.query, key, softmax_scale=block.softmax_scale, logits_soft_cap=block.soft_cap)
         positions = torch.arange(first, len(block.key), device=key.device)
         is_behind = positions <= positions[block.num_before - first :, None] - sliding_window
-        weights = scores.masked_fill(is_behind[:, None, :], -torch.inf).softmax(dim=-1)
+        scores.masked_fill_(is_behind[:, None, :], -torch.inf)
+        if call.sinks is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            weights = (scores - row_lse(scores, call.sinks).unsqueeze(-1)).exp_()
         grouped = weights.unflatten(1, (key.shape[1], -1))
         blocks.append(torch.einsum("qhgn,nhd->qhgd", grouped, value).flatten(1, 2))
     return torch.cat(blocks)

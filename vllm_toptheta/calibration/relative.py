@@ -31,7 +31,7 @@ class RelativeOverride(AttentionOverride):
         def select(block: ScoreBlock) -> Tensor:
             num_keys = torch.arange(block.start + 1, block.stop + 1, device=call.query.device)
             scores = block.scores.flatten(0, 1).transpose(0, 1)
-            thresholds[block.rows] = relative_threshold(scores, num_keys, self.weight_floor)
+            thresholds[block.rows] = relative_threshold(scores, num_keys, self.weight_floor, sinks=call.sinks)
             return thresholds[block.rows].T.unflatten(0, block.scores.shape[:2])
 
         output = attend_blocks(call, select=select)

@@ -134,18 +134,20 @@ def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
 
 
 def _attend_step(asked: LayerAttention) -> Tensor:
-    if asked.sinks is not None or asked.mask is not None or asked.query.shape[2] != 1:
-        raise EvaluationError("decoding takes one token at a time, without mask or attention sinks")
+    if asked.mask is not None or asked.query.shape[2] != 1:
+        raise EvaluationError("decoding takes one token at a time, without mask")
     window = slice(None) if asked.sliding_window is None else slice(-asked.sliding_window, None)
     key, value = asked.key[:, :, window], asked.value[:, :, window]
     outputs = []
     for lane, *tensors in zip(_active_lanes.get(), asked.query, key, value, strict=True):
         step_query, step_key, step_value = (tensor.transpose(0, 1) for tensor in tensors)
-        step = AttentionCall(asked.layer_idx, step_query, step_key, step_value, asked.softmax_scale, asked.soft_cap)
+        scale, cap, sinks = asked.softmax_scale, asked.soft_cap, asked.sinks
+        step = AttentionCall(asked.layer_idx, step_query, step_key, step_value, scale, cap, sinks)
         attention = None if asked.sliding_window is not None else lane.attention
         if attention is None or step.layer_idx in attention.dense_layers:
-            scale, cap = asked.softmax_scale, asked.soft_cap
-            result = dense_attention(step_query, step_key, step_value, softmax_scale=scale, logits_soft_cap=cap)
+            result = dense_attention(
+                step_query, step_key, step_value, softmax_scale=scale, logits_soft_cap=cap, sinks=sinks
+            )
         else:
             result = attention.attend(step, num_prompt_tokens=lane.prompt.num_tokens)
         outputs.append(result.output)

@@ -174,6 +174,7 @@ class SparseAttention:
                 logits_soft_cap=soft_cap,
                 phase=self.phase,
                 num_prompt_tokens=num_prompt_tokens,
+                sinks=call.sinks,
             )
         found = None
         threshold = of_rows(self._thresholds) if self._thresholds is not None else self._relative_threshold(call)
@@ -201,6 +202,7 @@ class SparseAttention:
             num_prompt_tokens=num_prompt_tokens,
             candidates=None if found is None else found.candidates,
             shadow_scores=None if found is None else found.shadow_scores,
+            sinks=call.sinks,
         )
 
     def _relative_threshold(self, call: AttentionCall) -> Tensor:
@@ -210,7 +212,8 @@ class SparseAttention:
         num_keys = torch.arange(num_before + 1, seq_len + 1, device=key.device)
         scores = causal_scores(call.query, anchors, softmax_scale=call.softmax_scale, logits_soft_cap=call.soft_cap)
         floor = torch.tensor(self.variant.weight_floor, dtype=scores.dtype, device=scores.device)
-        return anchor_lse(scores, num_keys - (seq_len - len(anchors))) + (floor / num_keys).log()[:, None]
+        lse = anchor_lse(scores, num_keys - (seq_len - len(anchors)), sinks=call.sinks)
+        return lse + (floor / num_keys).log()[:, None]
 
 
 def _keys(variant: Variant) -> int:

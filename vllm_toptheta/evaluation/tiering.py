@@ -83,6 +83,7 @@ class Tiers:
             logits_soft_cap=call.soft_cap,
             keys=copies.keys,
             values=copies.values,
+            sinks=call.sinks,
         )
         return _counted(tiered)
 

@@ -111,8 +111,8 @@ def _states(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
 
 
 def _attend(asked: LayerAttention) -> Tensor:
-    if asked.sinks is not None or asked.mask is not None or asked.query.shape[0] != 1:
-        raise EvaluationError("a window is of one sequence, without padding, mask or attention sinks")
+    if asked.mask is not None or asked.query.shape[0] != 1:
+        raise EvaluationError("a window is of one sequence, without padding or mask")
     check_call(asked)
     this = _active.get()
     call = asked.of_one_sequence()
@@ -152,8 +152,8 @@ def attend_rows(
 
 
 def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
-    """As `windowed_attention`, by torch's own attention where that can be: it knows no cap, and is faster."""
-    if call.soft_cap is not None:
+    """As `windowed_attention`, by torch's own attention where that can be: it knows no cap or sink, and is faster."""
+    if call.soft_cap is not None or call.sinks is not None:
         return windowed_attention(call, sliding_window)
     positions = torch.arange(len(call.key), device=call.key.device)
     behind = positions[-len(call.query) :, None] - positions

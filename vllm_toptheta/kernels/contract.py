@@ -15,6 +15,8 @@ with four coefficients a head. Calibrated thresholds have slope 0; relative ones
 a = ln weight_floor (`reference.relative`). The offset is the sequence's own: 0 is the server's setting, and only such
 sequences enter the statistics of what was lost; minus infinity keeps every key; with relative thresholds, it is ln of
 how many times the server's weight floor was asked for.
+
+Attention sinks, a logit for each head, are terms of anchor_lse and of the softmax denominator, and no lost mass.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ class TierLayer(NamedTuple):
 
     Attributes:
         codec: What copies are written with.
-        log_heavy: ln of what a key weighs at least that is read exactly, over what the anchors of its row weigh.
+        log_heavy: ln of what a key weighs at least that is read exactly, over what the anchors of its row, and its
+            sink, weigh.
     """
 
     codec: TierCodec
@@ -180,6 +183,8 @@ class Layer(NamedTuple):
         tiers: None where there are no copies of keys and values. A layer has one of the two, or, in mode `values`,
             neither.
         counters: None counts nothing.
+        sinks: [num_heads] float of any size, contiguous: logits that softmax_scale and the soft cap do not apply to;
+            None in a model without. The model's own parameter, so that weights loaded anew count.
     """
 
     softmax_scale: float
@@ -191,6 +196,7 @@ class Layer(NamedTuple):
     shadow: ShadowLayer | None = None
     tiers: TierLayer | None = None
     counters: Counters | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def code_bytes(self) -> int:
@@ -292,6 +298,10 @@ def check(step: DecodeStep, call: LayerCall) -> None:
         rows = max(num_seqs, len(step.threshold_offset))
         expect("threshold_offset", step.threshold_offset, (rows,), torch.float32)
         _expect_contiguous("threshold_offset", step.threshold_offset)
+    if layer.sinks is not None:
+        if tuple(layer.sinks.shape) != (num_heads,) or not layer.sinks.is_floating_point():
+            raise ValueError(f"sinks: {list(layer.sinks.shape)} {layer.sinks.dtype}, expected [{num_heads}] of floats")
+        _expect_contiguous("sinks", layer.sinks)
     if layer.thresholds is not None:
         expect("coefficients", layer.thresholds.coefficients, (num_heads, NUM_COEFFICIENTS), torch.float32)
         _expect_contiguous("coefficients", layer.thresholds.coefficients)

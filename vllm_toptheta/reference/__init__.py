@@ -13,7 +13,7 @@ from vllm_toptheta.reference.attention import (
 from vllm_toptheta.reference.compensation import FULL_COMPENSATION, Compensation, Denominator, causal_value_mean
 from vllm_toptheta.reference.paged import gather_sequence, paged_top_theta_attention
 from vllm_toptheta.reference.relative import anchor_lse, is_anchor, relative_threshold
-from vllm_toptheta.reference.scores import causal_scores, group_counts
+from vllm_toptheta.reference.scores import causal_scores, group_counts, row_lse
 from vllm_toptheta.reference.shadow import (
     KeyProjection,
     ShadowQuery,
@@ -80,6 +80,7 @@ __all__ = [
     "paged_top_theta_attention",
     "quantize_query",
     "relative_threshold",
+    "row_lse",
     "score_threshold",
     "select_survivors",
     "shadow_scores",

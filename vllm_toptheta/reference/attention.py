@@ -89,6 +89,7 @@ def dense_attention(
     *,
     softmax_scale: float,
     logits_soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> AttentionResult:
     """Causal softmax attention over all keys: Top-Theta attention with a threshold of minus infinity.
 
@@ -98,6 +99,7 @@ def dense_attention(
         value: `[seq_len, num_kv_heads, head_size]` float.
         softmax_scale: factor on the products of query and key.
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
+        sinks: as for `top_theta_attention`.
 
     Returns:
         The result, with every key a survivor and a lost mass of exactly 0.
@@ -113,6 +115,7 @@ def dense_attention(
         target_k=0,
         softmax_scale=softmax_scale,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
     )
 
 
@@ -127,6 +130,7 @@ def top_k_attention(
     logits_soft_cap: float | None = None,
     phase: Phase = "both",
     num_prompt_tokens: int = 0,
+    sinks: Tensor | None = None,
 ) -> AttentionResult:
     """Causal attention over the keys with the k largest scores of each row.
 
@@ -143,6 +147,7 @@ def top_k_attention(
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
         phase: which rows are sparse, see `thresholds.thresholded_rows`; the others are dense.
         num_prompt_tokens: tokens of the sequence that are its prompt.
+        sinks: as for `top_theta_attention`.
 
     Returns:
         The result.
@@ -151,11 +156,13 @@ def top_k_attention(
         ValueError: the arguments do not fit each other; the message starts with the name of one.
     """
     scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
+    _check_sinks(sinks, scores)
     threshold = kth_largest_score(scores, target_k)
     thresholded = thresholded_rows(
         row_lengths(scores), target_k=target_k, phase=phase, num_prompt_tokens=num_prompt_tokens
     )
-    return _attend(scores, value, select_survivors(scores, threshold), threshold, thresholded, compensation)
+    survivors = select_survivors(scores, threshold)
+    return _attend(scores, value, survivors, threshold, thresholded, compensation, sinks)
 
 
 def top_theta_attention(
@@ -174,6 +181,7 @@ def top_theta_attention(
     num_prompt_tokens: int = 0,
     candidates: Tensor | None = None,
     shadow_scores: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> AttentionResult:
     """Causal attention over the keys whose score reaches a threshold.
 
@@ -184,6 +192,10 @@ def top_theta_attention(
 
     the last term with value mean compensation only. A row whose Z is 0 (no survivors, nothing known to be missing)
     has no weights and a lost mass of 1. The threshold of minus infinity is dense attention, to the bit.
+
+    An attention sink of a head is a logit without a key and a value (gpt-oss, https://arxiv.org/abs/2508.10925). It
+    takes part in m, and Z = exp(sink - m) + sum_{j in S} exp(s_j - m) + missing: what it weighs is no lost mass,
+    because dense attention has no value for it either. Weights and lost mass add up to 1 - exp(sink - m) / Z.
 
     Args:
         query: `[num_queries, num_heads, head_size]` float, the last `num_queries` positions.
@@ -205,6 +217,8 @@ def top_theta_attention(
             `shadow.candidate_keys` finds them; None for all.
         shadow_scores: `[num_queries, num_heads, seq_len]` float, from `shadow.shadow_scores`, what the denominator
             `shadow` takes for the scores of keys that are no candidates; None for other denominators.
+        sinks: `[num_heads]` float, one logit per head, which neither `softmax_scale` nor the soft cap applies to; None
+            for a model without.
 
     Returns:
         The result.
@@ -215,9 +229,10 @@ def top_theta_attention(
     if placement not in get_args(Placement):
         raise ValueError(f"placement: {placement!r} is none of {', '.join(get_args(Placement))}")
     scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap)
+    _check_sinks(sinks, scores)
     theta = per_row("threshold", threshold, scores[..., 0])
     if placement == "post_softmax":
-        theta = score_threshold(scores, theta)
+        theta = score_threshold(scores, theta, sinks=sinks)
     survivors = select_survivors(scores, theta)
     if candidates is not None:
         survivors = survivors & candidates
@@ -229,7 +244,13 @@ def top_theta_attention(
     estimates = None
     if candidates is not None and shadow_scores is not None:
         estimates = torch.where(candidates, scores, shadow_scores).masked_fill(scores == -torch.inf, -torch.inf)
-    return _attend(scores, value, survivors, theta, thresholded, compensation, candidates, estimates)
+    return _attend(scores, value, survivors, theta, thresholded, compensation, sinks, candidates, estimates)
+
+
+def _check_sinks(sinks: Tensor | None, scores: Tensor) -> None:
+    num_heads = scores.shape[1]
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks: shape {list(sinks.shape)} is not one logit for each of {num_heads} query heads")
 
 
 def _attend(
@@ -239,13 +260,14 @@ def _attend(
     threshold: Tensor,
     thresholded: Tensor,
     compensation: Compensation,
+    sinks: Tensor | None = None,
     candidates: Tensor | None = None,
     estimates: Tensor | None = None,
 ) -> AttentionResult:
     """Weighs the values of the survivors, and in rows that are not thresholded of all keys.
 
     Scores, survivors, candidates and estimates of scores are `[num_queries, num_heads, seq_len]`, threshold
-    `[num_queries, num_heads]` in scaled logits, thresholded `[num_queries]`.
+    `[num_queries, num_heads]` in scaled logits, thresholded `[num_queries]`, sinks `[num_heads]` or None.
     """
     num_queries, num_heads, seq_len = scores.shape
     num_kv_heads = value.shape[1]
@@ -262,6 +284,11 @@ def _attend(
         keys_read = group_counts(read, num_kv_heads)
 
     largest = scores.amax(dim=-1)
+    of_sink: Tensor | float = 0.0
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)
+        largest = torch.maximum(largest, sinks)
+        of_sink = torch.exp(sinks - largest)
     exponentials = torch.exp(scores - largest.unsqueeze(-1))
     of_survivors = kept(exponentials, survivors)
     num_survivors = count(survivors)
@@ -274,13 +301,13 @@ def _attend(
         # an estimate above the largest score is an error of the estimate, and must not overflow
         estimates=None if estimates is None else torch.exp((estimates - largest.unsqueeze(-1)).clamp(max=0.0)),
     )
-    denominator = of_survivors.sum(dim=-1) + missing
+    denominator = of_survivors.sum(dim=-1) + missing + of_sink
     has_mass = denominator > 0
     denominator = torch.where(has_mass, denominator, 1.0)
     lost_mass = torch.where(has_mass, missing / denominator, 1.0)
     true_lost_mass = lost_mass
     if compensation.denominator != "exact":
-        true_lost_mass = kept(exponentials, ~survivors).sum(dim=-1) / exponentials.sum(dim=-1)
+        true_lost_mass = kept(exponentials, ~survivors).sum(dim=-1) / (exponentials.sum(dim=-1) + of_sink)
 
     sums = group_rows(of_survivors, num_kv_heads) @ value.transpose(0, 1)
     output = ungroup_rows(sums, num_heads) / denominator.unsqueeze(-1)

@@ -16,6 +16,8 @@ from vllm_toptheta.reference.thresholds import per_row
 
 __all__ = ["FULL_COMPENSATION", "Compensation", "Denominator", "causal_value_mean"]
 
+_MAX_RELATIVE_THRESHOLD = 60.0  # scaled logits
+
 Denominator = Literal["none", "exact", "offline", "exp_threshold", "candidates", "shadow"]
 
 
@@ -23,11 +25,11 @@ Denominator = Literal["none", "exact", "offline", "exp_threshold", "candidates",
 class Compensation:
     """How a row accounts for its discarded keys.
 
-    With m the row's largest score and kept = sum over the survivors of exp(s_j - m), the denominator is
-    Z = kept + missing, the weights are exp(s_j - m) / Z and the lost mass is missing / Z. `denominator` says what
-    is known of missing:
+    With m the largest of the row's scores and its sink, if it has one, and kept = sum over the survivors of
+    exp(s_j - m), the denominator is Z = kept + missing + exp(sink - m), the weights are exp(s_j - m) / Z and the lost
+    mass is missing / Z. `denominator` says what is known of missing:
 
-    * `none`: 0, so the survivors' weights add up to 1;
+    * `none`: 0, so the weights of the survivors, and of a sink, add up to 1;
     * `exact`: the sum of exp(s_j - m) over the discarded keys, so Z is the dense denominator;
     * `offline`: `offline_sum`, the mean of that sum measured at calibration (0 where nothing is discarded);
     * `exp_threshold`: r * num_discarded * exp(theta - m). The paper has r = 1, which overestimates the missing mass
@@ -132,9 +134,9 @@ class Compensation:
     def _estimated_mass(self, num_keys: Tensor, relative_threshold: Tensor) -> Tensor:
         """What r makes of keys whose scores are unknown."""
         scale = per_row("exp_threshold_scale", self.exp_threshold_scale, relative_threshold)
-        # a threshold above every score leaves no survivor, and then any finite mass loses everything: stopping at
-        # exp(0) changes no result and keeps the sum from overflowing
-        return scale * num_keys * relative_threshold.clamp(max=0.0).exp()
+        # a threshold above every score leaves no survivor, and then any finite mass loses everything, or what a sink
+        # leaves: stopping far above changes no result and keeps the sum from overflowing
+        return scale * num_keys * relative_threshold.clamp(max=_MAX_RELATIVE_THRESHOLD).exp()
 
 
 # the paper's method where every key is scored: exact denominator and value mean

@@ -54,6 +54,7 @@ def paged_top_theta_attention(
     logits_soft_cap: float | None = None,
     phase: Phase = "both",
     num_prompt_tokens: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> AttentionResult:
     """`attention.top_theta_attention` for a batch of sequences in a paged cache.
 
@@ -75,6 +76,7 @@ def paged_top_theta_attention(
         logits_soft_cap: cap on the scores, scaled logits.
         phase: which rows are thresholded.
         num_prompt_tokens: `[num_seqs]` int, tokens of each sequence that are its prompt; None for no prompts.
+        sinks: `[num_heads]` float, one logit per head; None for a model without.
 
     Returns:
         The result over all tokens, without the survivor mask. Tokens of a sequence of length 0, and tokens that
@@ -119,6 +121,7 @@ def paged_top_theta_attention(
             logits_soft_cap=logits_soft_cap,
             phase=phase,
             num_prompt_tokens=prompt,
+            sinks=sinks,
         )
         output[tokens] = result.output
         num_survivors[tokens] = result.num_survivors

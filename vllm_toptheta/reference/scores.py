@@ -12,6 +12,7 @@ __all__ = [
     "kept",
     "mask_future",
     "row_lengths",
+    "row_lse",
     "ungroup_rows",
 ]
 
@@ -67,6 +68,15 @@ def row_lengths(scores: Tensor) -> Tensor:
     """Keys seen by each query, `[num_queries]` int64, from scores `[num_queries, num_heads, seq_len]`."""
     num_queries, _, seq_len = scores.shape
     return torch.arange(seq_len - num_queries + 1, seq_len + 1, device=scores.device)
+
+
+def row_lse(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """ln of the softmax denominator of every row, `[...]`, from scores `[..., seq_len]`.
+
+    Attention sinks, float logits that broadcast to `[...]`, are one more term each; None for a model without.
+    """
+    lse = scores.logsumexp(dim=-1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))
 
 
 def group_rows(rows: Tensor, num_kv_heads: int) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vllm_toptheta.reference.scores import row_lse
+
 __all__ = [
     "Phase",
     "keep_last",
@@ -113,7 +115,7 @@ def select_survivors(scores: Tensor, threshold: Tensor) -> Tensor:
     return scores >= threshold.clamp(min=torch.finfo(scores.dtype).min).unsqueeze(-1)
 
 
-def score_threshold(scores: Tensor, probability: Tensor) -> Tensor:
+def score_threshold(scores: Tensor, probability: Tensor, *, sinks: Tensor | None = None) -> Tensor:
     """Turns a threshold on probabilities (post-softmax placement) into the threshold on scores that selects alike.
 
     p_j >= theta is s_j >= m + log(Z) + log(theta), where m is the row's largest score and Z the exact denominator.
@@ -121,6 +123,7 @@ def score_threshold(scores: Tensor, probability: Tensor) -> Tensor:
     Args:
         scores: `[..., seq_len]` float, scaled logits, minus infinity at the keys that a row does not see.
         probability: `[...]` of the same dtype, the threshold after softmax, not negative.
+        sinks: as for `scores.row_lse`.
 
     Returns:
         `[...]` of the same dtype, scaled logits; minus infinity for a probability of 0.
@@ -130,7 +133,7 @@ def score_threshold(scores: Tensor, probability: Tensor) -> Tensor:
     """
     if bool((probability < 0).any()):
         raise ValueError("threshold: a post-softmax threshold is a probability and cannot be negative")
-    return scores.logsumexp(dim=-1) + probability.log()
+    return row_lse(scores, sinks) + probability.log()
 
 
 def keep_last(survivors: Tensor, cap_k: int) -> Tensor:

@@ -37,6 +37,7 @@ from vllm_toptheta.reference.scores import (
     kept,
     mask_future,
     row_lengths,
+    row_lse,
     ungroup_rows,
 )
 from vllm_toptheta.reference.thresholds import select_survivors
@@ -193,6 +194,7 @@ def tiered_attention(
     keys: KeyCopies | None = None,
     values: ValueCopies | None = None,
     score_copies: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> TieredResult:
     """Causal attention of the last queries of a sequence by tiers; each row as a decode step of its length.
 
@@ -201,14 +203,16 @@ def tiered_attention(
         key: `[seq_len, num_kv_heads, head_size]` float.
         value: `[seq_len, num_kv_heads, head_size]` float.
         weight_floor: as for `relative.relative_threshold`, above 0.
-        heavy: what a key must weigh at least to be read exactly, in multiples of what all anchors of the row weigh;
-            at least 0.
+        heavy: what a key must weigh at least to be read exactly, in multiples of what all anchors of the row, and its
+            sink, weigh; at least 0.
         block_size: tokens of a page; those in the page of the newest token have no copies yet.
         softmax_scale: factor on the products of query and key.
         logits_soft_cap: cap on the scores, scaled logits, positive; None for a model without one.
         keys: copies of the keys, for repeated calls; None makes them.
         values: likewise of the values.
         score_copies: `[num_queries, num_heads, seq_len]` float32, taken instead of the scores of copies.
+        sinks: `[num_heads]` float, one logit per head, a term of anchor_lse and of the denominator, and no lost mass;
+            None for a model without.
 
     Returns:
         The result; rows that see no key but anchors are dense.
@@ -217,7 +221,7 @@ def tiered_attention(
     group = query.shape[1] // num_kv_heads
     scores = causal_scores(query, key, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap).float()
     num_seen = row_lengths(scores)
-    lse = anchor_lse(scores, num_seen)
+    lse = anchor_lse(scores, num_seen, sinks=sinks)
     theta = lse + (math.log(weight_floor) - num_seen.float().log())[:, None]
     # of anchors alone nothing is dropped
     theta = theta.masked_fill((num_seen <= NUM_ANCHORS)[:, None], -torch.inf)
@@ -238,20 +242,25 @@ def tiered_attention(
     known = mask_future(torch.where(is_exact, scores, score_copies))
     survivors = select_survivors(known, theta)
 
-    exponentials = torch.exp(known - known.amax(dim=-1, keepdim=True))
+    largest = known.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks.float()[:, None])
+    exponentials = torch.exp(known - largest)
     total = exponentials.sum(dim=-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float() - largest[..., 0])
     of_survivors = kept(exponentials, survivors)
     of_exact = kept(of_survivors, is_exact)
     values = copy_values(value) if values is None else values
     sums = torch.zeros_like(query, dtype=torch.float32)
     for rows, of_tier in ((value.float(), of_exact), (values.decoded(), of_survivors - of_exact)):
         sums = sums + ungroup_rows(group_rows(of_tier, num_kv_heads) @ rows.transpose(0, 1), query.shape[1])
-    lost_mass = (1 - of_survivors.sum(dim=-1) / total).clamp(min=0.0)
+    lost_mass = ((exponentials.sum(dim=-1) - of_survivors.sum(dim=-1)) / total).clamp(min=0.0)
     mean = causal_value_mean(value.float(), len(query)).repeat_interleave(group, dim=1)
     return TieredResult(
         output=sums / total.unsqueeze(-1) + lost_mass.unsqueeze(-1) * mean,
         exact=exact,
         survivors=survivors,
         lost_mass=lost_mass,
-        true_lost_mass=kept(scores.softmax(dim=-1), ~survivors).sum(dim=-1),
+        true_lost_mass=kept((scores - row_lse(scores, sinks).unsqueeze(-1)).exp(), ~survivors).sum(dim=-1),
     )

@@ -21,6 +21,7 @@ from vllm_toptheta.support.model import (
     checkpoint_cache_dtype,
     model_reasons,
     override_reasons,
+    sinks_field,
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
@@ -45,6 +46,7 @@ __all__ = [
     "override_reasons",
     "refuse",
     "serves_text_alone",
+    "sinks_field",
     "text_config",
     "wakes_up_whole",
 ]

@@ -14,8 +14,8 @@ from vllm_toptheta.limits import (
     HEAD_SIZES,
     gpus_lack,
 )
-from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype
-from vllm_toptheta.support.refusal import Reason
+from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sinks_field
+from vllm_toptheta.support.refusal import WITHOUT_US, Reason
 from vllm_toptheta.support.untested import TRY, allows_untested
 
 Device = Literal["cpu", "gpu"]
@@ -48,6 +48,7 @@ class Engine:
         num_replicas: Ranks that share the requests.
         runs_on_v2: Whether its model runner is vLLM's V2, and that drafts by models (`installed.drafts_on_v2`).
         sees: Whether the model takes images or sounds.
+        sinks: What of config.json says that its layers have attention sinks; None where nothing does.
     """
 
     device: Device
@@ -69,6 +70,7 @@ class Engine:
     num_replicas: int = 1
     runs_on_v2: bool = True
     sees: bool = False
+    sinks: str | None = None
 
     def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
         """The same, with what a checkpoint says: what it takes, and the KV cache's dtype where no flag names one.
@@ -77,10 +79,11 @@ class Engine:
             config: The model's config.json as a dict. Of any content.
         """
         sees = self.sees or any(config.get(name) for name in ("vision_config", "audio_config"))
+        engine = replace(self, sees=sees, sinks=sinks_field(config))
         found = checkpoint_cache_dtype(config)
         if found is None or self.cache_dtype != "auto":
-            return replace(self, sees=sees)
-        return replace(self, sees=sees, cache_dtype=found, cache_dtype_of="quantization_config")
+            return engine
+        return replace(engine, cache_dtype=found, cache_dtype_of="quantization_config")
 
     @property
     def cache_dtypes(self) -> tuple[str, ...]:
@@ -118,6 +121,9 @@ def engine_reasons(engine: Engine) -> list[Reason]:
         and engine.device == "gpu"
         and engine.wakes_up_whole
         and not allows_untested(),
+        Reason(str(engine.sinks), "no GPU has run attention sinks yet", f"{WITHOUT_US}, or {TRY}"): (
+            engine.sinks is not None and engine.device == "gpu" and not allows_untested()
+        ),
         Reason(
             f"--speculative-config {engine.draft}",
             f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "

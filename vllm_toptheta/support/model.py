@@ -46,7 +46,9 @@ _HEAD_SIZES = {
     "global_head_dim": _PER_LAYER,
     "v_head_dim": "values of another size than keys are not supported",
 }
-_REFUSED_TYPES = {"gpt_oss": "attention sinks are no keys, and kernels do not add them to the denominator"}
+# whose layers have attention sinks, and fields by which others say so
+_SINK_TYPES = {"gpt_oss", "granite_swa", "granitemoe_swa"}
+_SINK_FIELDS = ("attention_sinks", "swa_attention_sink_enabled", "add_swa_attention_sink_bias")
 # what a class of transformers takes for a field that config.json leaves out
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 8192},
@@ -80,8 +82,6 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     defaults = _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
     text = {**defaults, **text}
     reasons = []
-    if isinstance(model_type, str) and model_type in _REFUSED_TYPES:
-        reasons.append(Reason(f"model_type {model_type}", _REFUSED_TYPES[model_type]))
     if config.get("is_encoder_decoder"):
         text["is_encoder_decoder"] = True
     reasons += [Reason(field, why) for field, why in _REFUSED_FIELDS.items() if text.get(field)]
@@ -95,6 +95,19 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     if isinstance(architectures, list) and architectures and all(_pools(name) for name in architectures):
         reasons.append(Reason(f"architectures {architectures[0]}", NO_GENERATION))
     return reasons + _layer_type_reasons(text)
+
+
+def sinks_field(config: Mapping[str, Any]) -> str | None:
+    """What says that layers have attention sinks: the field, with its value if that says more; None of most models.
+
+    Args:
+        config: As for `model_reasons`.
+    """
+    text = text_config(config)
+    model_type = text.get("model_type")
+    if isinstance(model_type, str) and model_type in _SINK_TYPES:
+        return f"model_type {model_type}"
+    return next((field for field in _SINK_FIELDS if text.get(field)), None)
 
 
 def _pools(architecture: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from vllm_toptheta.errors import UnsupportedError
 
-_REMEDY = "Change that, or start `vllm serve` without --attention-backend toptheta"
+WITHOUT_US = "Start `vllm serve` without --attention-backend toptheta"
+_REMEDY = f"Change that, or s{WITHOUT_US[1:]}"
 
 
 class Reason(NamedTuple):

@@ -22,6 +22,7 @@ def prefill(
     softmax_scale: float,
     logits_soft_cap: float | None = None,
     sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dense causal attention of a chunk of one sequence's tokens, the last ones cached.
 
@@ -33,6 +34,7 @@ def prefill(
         softmax_scale: Factor on q . k.
         logits_soft_cap: Cap c of c * tanh(s / c), or None.
         sliding_window: Number of most recent keys that are seen, or None for all.
+        sinks: As of `Layer`.
 
     Returns:
         [num_tokens, num_heads, head_size] in the query's dtype.
@@ -41,19 +43,26 @@ def prefill(
     num_kv_heads = kv_cache.shape[1]
     key, value = (cached.to(query.dtype) for cached in _cached(kv_cache, block_table, seq_len))
     queries = query.transpose(0, 1)
-    if num_tokens == seq_len and sliding_window is None and logits_soft_cap is None:
+    is_plain = logits_soft_cap is None and sinks is None
+    if num_tokens == seq_len and sliding_window is None and is_plain:
         return _scaled_dot_product(queries, key, value, softmax_scale, is_causal=True)
     row = torch.arange(seq_len - num_tokens, seq_len)[:, None]
     column = torch.arange(seq_len)
     visible = column <= row
     if sliding_window is not None:
         visible &= column > row - sliding_window
-    if logits_soft_cap is None:
+    if is_plain:
         return _scaled_dot_product(queries, key, value, softmax_scale, attn_mask=visible)
     grouped = queries.reshape(num_kv_heads, -1, head_size)
     scores = torch.matmul(grouped.float(), key.float().transpose(1, 2)).view(num_heads, num_tokens, seq_len)
-    scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
+    if logits_soft_cap is None:
+        scores *= softmax_scale
+    else:
+        scores = logits_soft_cap * torch.tanh(scores * (softmax_scale / logits_soft_cap))
     weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=2)
+    if sinks is not None:
+        # the share of the softmax that the sink leaves to the keys
+        weights *= torch.sigmoid(scores.logsumexp(dim=2) - sinks.float()[:, None])[..., None]
     output = torch.matmul(weights.view(num_kv_heads, -1, seq_len), value.float()).view(queries.shape)
     return output.transpose(0, 1).to(query.dtype)
 

@@ -14,7 +14,7 @@ from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token
 from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
-from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values
+from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values, with_sinks
 
 MIDDLE = (NUM_LEVELS - 1) / 2
 QUERY_LEVELS = 127
@@ -64,6 +64,7 @@ def _keep_survivors(
         thresholds,
         batch,
         lambda positions: exact_scores(call, batch, positions[:, None].expand(-1, num_kv_heads, -1)).flatten(1, 2),
+        layer.sinks,
     )
     floor = (threshold - shadow.margin).view(num_seqs, num_kv_heads, -1, 1)
     candidates = ((shadows >= floor).any(dim=2) | at_an_end(batch, block_size)[:, None]) & batch.visible[:, None]
@@ -72,7 +73,7 @@ def _keep_survivors(
     scores = exact_scores(call, batch, positions)
     theta = threshold.clamp(-_HIGHEST, _HIGHEST).view(num_seqs, num_kv_heads, -1)
     survivors = (scores >= theta[..., None]) & valid[:, :, None]
-    maximum = torch.maximum(scores.where(survivors, -torch.inf).amax(dim=3), theta)
+    maximum, of_sink = with_sinks(torch.maximum(scores.where(survivors, -torch.inf).amax(dim=3), theta), layer.sinks)
     weights = torch.exp(scores - maximum[..., None]).where(valid[:, :, None], 0.0)
     kept = weights.where(survivors, 0.0)
     kept_sum = kept.sum(dim=3)
@@ -81,7 +82,7 @@ def _keep_survivors(
     ratio = unread_ratios_at(shadow, batch.log_lengths)
     unread_sum = ratio.view_as(theta) * num_unread * torch.exp(theta - maximum)
     lost_sum = weights.where(~survivors, 0.0).sum(dim=3) + unread_sum
-    total = kept_sum + lost_sum
+    total = kept_sum + lost_sum + of_sink
     # scores far below the threshold leave no trace in either sum
     lost_mass = torch.where(total > 0, lost_sum / total, 1.0)
     total = total.clamp(min=torch.finfo(torch.float32).tiny)
@@ -93,7 +94,7 @@ def _keep_survivors(
     positions = positions.gather(2, index)
     output = weigh_values(
         kept.gather(3, index[:, :, None].expand(-1, -1, kept.shape[2], -1)).where(valid[:, :, None], 0.0),
-        kept_sum,
+        kept_sum + of_sink,
         lost_mass,
         token_rows(value_cache, batch.blocks, positions),
         positions,

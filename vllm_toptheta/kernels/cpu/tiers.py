@@ -14,8 +14,8 @@ from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token_rows
 from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
-from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
-from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values
+from vllm_toptheta.kernels.cpu.thresholds import anchor_lse, thresholds_at
+from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values, with_sinks
 from vllm_toptheta.kernels.pages import CopyViews
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
@@ -62,10 +62,10 @@ def _by_tiers(
     # what memory without copies holds may be anything, NaN included
     scores = capped(scores, layer.logits_soft_cap).where(~always[:, None, None], -torch.inf)
 
-    anchor_scores = exact_scores(call, batch, batch.anchors[:, None].expand(-1, num_kv_heads, -1))
-    theta = thresholds_at(thresholds, batch, lambda positions: anchor_scores.flatten(1, 2))
+    anchor_scores = exact_scores(call, batch, batch.anchors[:, None].expand(-1, num_kv_heads, -1)).flatten(1, 2)
+    theta = thresholds_at(thresholds, batch, lambda positions: anchor_scores, layer.sinks)
     theta = theta.view(num_seqs, num_kv_heads, -1, 1)
-    heavy = anchor_scores.logsumexp(dim=3, keepdim=True) + tiers.log_heavy
+    heavy = anchor_lse(anchor_scores, layer.sinks).view_as(theta) + tiers.log_heavy
     is_exact = ((scores >= heavy).any(dim=2) | always[:, None]) & batch.visible[:, None]
     scores = scores.where(~is_exact[:, :, None], -torch.inf)
     is_light = (scores >= theta).any(dim=2) & batch.visible[:, None] & ~is_exact
@@ -73,14 +73,17 @@ def _by_tiers(
     exact_positions, exact_valid = packed_positions(is_exact)
     exact = exact_scores(call, batch, exact_positions).where(exact_valid[:, :, None], -torch.inf)
     scores = scores.where(batch.visible[:, None, None], -torch.inf)
-    maximum = torch.maximum(exact.amax(dim=3), scores.amax(dim=3))[..., None]
+    maximum, of_sink = with_sinks(torch.maximum(exact.amax(dim=3), scores.amax(dim=3)), layer.sinks)
+    maximum = maximum[..., None]
     survives = (exact >= theta) & exact_valid[:, :, None]
     kept = torch.exp(exact - maximum).where(survives, 0.0)
     weights = torch.exp(scores - maximum)
     light = weights.where(scores >= theta, 0.0)
-    total = torch.exp(exact - maximum).sum(dim=3) + weights.sum(dim=3)
+    of_keys = torch.exp(exact - maximum).sum(dim=3) + weights.sum(dim=3)
+    total = of_keys + of_sink
     kept_sum = kept.sum(dim=3) + light.sum(dim=3)
-    lost_mass = ((total - kept_sum) / total).clamp(min=0.0)
+    lost_mass = ((of_keys - kept_sum) / total).clamp(min=0.0)
+    kept_sum = kept_sum + of_sink
 
     read = survives.any(dim=2)
     if call.cache.value_sum is not None:

@@ -1,7 +1,7 @@
 """Top-Theta attention of one new token per sequence over the paged KV cache, on CPUs: mode `values`, and dense layers.
 
 scores s_j = softmax_scale * q . k_j; survivors s_j >= threshold; weights p_j = exp(s_j - m) / Z with Z over all keys
-(denominator compensation) or over the survivors; output sum p_j v_j + lost_mass * mean(v).
+(denominator compensation) or over the survivors; output sum p_j v_j + lost_mass * mean(v). A sink is a term of m and Z.
 Source: arXiv 2502.08363, sections on softmax denominator and value-mean compensation.
 """
 
@@ -37,7 +37,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
     thresholds = call.layer.thresholds
     if thresholds is None or step.prepared.keeps_everything:
         keep_everything(step.prepared, call, scratch)
-    elif (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
+    elif (compiled := _compiled_of(call)) is not None:
         _count(step.prepared, call, scratch, *compiled.decode(step.prepared, call))
     else:
         _keep_survivors(step.prepared, call, thresholds, scratch)
@@ -53,6 +53,11 @@ def compiled_for(dtype: torch.dtype) -> ModuleType | None:
     return compiled if dtype in compiled.READ_AS else None
 
 
+def _compiled_of(call: LayerCall) -> ModuleType | None:
+    """What decodes a layer faster than torch operations do, if anything: it knows no sinks."""
+    return compiled_for(call.cache.kv_cache.dtype) if call.layer.sinks is None else None
+
+
 def _count(
     batch: Batch, call: LayerCall, scratch: CpuScratch, rows_read: torch.Tensor, lost_mass: torch.Tensor
 ) -> None:
@@ -64,7 +69,7 @@ def _count(
 
 def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     """Dense attention of the new tokens, in all modes."""
-    if (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
+    if (compiled := _compiled_of(call)) is not None:
         _count(batch, call, scratch, *compiled.decode(batch, call))
         return
     num_seqs, num_heads, head_size = call.query.shape
@@ -72,8 +77,8 @@ def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     num_kv_heads = key_cache.shape[1]
     window = call.layer.sliding_window
     visible = batch.visible if window is None else batch.visible & batch.within(window)
-    _, numerators = _scores(batch, call, key_cache, visible)
-    total = numerators.sum(dim=3)
+    _, numerators, of_sink = _scores(batch, call, key_cache, visible)
+    total = numerators.sum(dim=3) + of_sink
     values = pages_of(value_cache, batch.blocks)
     num_blocks, block_size = values.shape[1], values.shape[3]
     # unwritten memory under weight 0 would still make NaN
@@ -92,14 +97,15 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
     key_cache, value_cache = split_cache(call.cache.kv_cache)
     num_kv_heads = key_cache.shape[1]
     group = num_heads // num_kv_heads
-    scores, numerators = _scores(batch, call, key_cache, batch.visible)
-    total = numerators.sum(dim=3)
+    scores, numerators, of_sink = _scores(batch, call, key_cache, batch.visible)
+    of_keys = numerators.sum(dim=3)
+    total = of_keys + of_sink
 
     def anchor_scores(positions: torch.Tensor) -> torch.Tensor:
         flat = scores.flatten(1, 2)
         return flat.gather(2, positions[:, None].expand(-1, num_heads, -1))
 
-    theta = thresholds_at(thresholds, batch, anchor_scores)
+    theta = thresholds_at(thresholds, batch, anchor_scores, call.layer.sinks)
     limit = theta.view(num_seqs, num_kv_heads, group, 1)
     # some head of the group keeps the key: score minus threshold is not negative (-inf minus -inf, NaN, compares false)
     read = (scores - limit).amax(dim=2) >= 0
@@ -110,10 +116,10 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
     survivors = (scores.gather(3, at_positions) >= limit) & valid[:, :, None]
     kept = numerators.gather(3, at_positions).where(survivors, 0.0)
     kept_sum = kept.sum(dim=3)
-    lost_mass = ((total - kept_sum) / total).clamp_(min=0.0)
+    lost_mass = ((of_keys - kept_sum) / total).clamp_(min=0.0)
     output = weigh_values(
         kept,
-        kept_sum,
+        kept_sum + of_sink,
         lost_mass,
         token_rows(value_cache, batch.blocks, positions),
         positions,
@@ -128,8 +134,11 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
 
 def _scores(
     batch: Batch, call: LayerCall, key_cache: torch.Tensor, visible: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and exp(s - m) of all keys, [num_seqs, num_kv_heads, group, max_len] float32; -inf and 0 if not seen."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """Scores and exp(s - m) of all keys, [num_seqs, num_kv_heads, group, max_len] float32; -inf and 0 if not seen.
+
+    And exp(sink - m), [num_seqs, num_kv_heads, group] float32, or 0 without sinks.
+    """
     layer = call.layer
     num_seqs, num_heads, head_size = call.query.shape
     num_kv_heads = key_cache.shape[1]
@@ -141,7 +150,22 @@ def _scores(
     # this also replaces what unwritten memory holds, NaN included; in front, every sequence has a token
     masked = slice(0 if layer.sliding_window is not None else batch.min_len, None)
     scores[..., masked] = scores[..., masked].where(visible[:, None, None, masked], -torch.inf)
-    return scores, torch.exp(scores - scores.amax(dim=3, keepdim=True))
+    maximum, of_sink = with_sinks(scores.amax(dim=3), layer.sinks)
+    return scores, torch.exp(scores - maximum[..., None]), of_sink
+
+
+def with_sinks(maximum: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """m, the largest of scores and sinks, and exp(sink - m), a term of the denominator; 0 without sinks.
+
+    Args:
+        maximum: [num_seqs, num_kv_heads, group] float32, the largest scores.
+        sinks: As of `Layer`.
+    """
+    if sinks is None:
+        return maximum, 0.0
+    of_heads = sinks.float().view(maximum.shape[1:])
+    maximum = torch.maximum(maximum, of_heads)
+    return maximum, torch.exp(of_heads - maximum)
 
 
 def weigh_values(
@@ -160,7 +184,7 @@ def weigh_values(
 
     Args:
         kept: [num_seqs, num_kv_heads, group, width] float32, exp(s - m) of survivors, 0 elsewhere.
-        kept_sum: [num_seqs, num_kv_heads, group] float32, its sums.
+        kept_sum: [num_seqs, num_kv_heads, group] float32, its sums, with what a sink adds to them.
         lost_mass: The same shape.
         values: [num_seqs, num_kv_heads, width, head_size] float32, rows that some head of the group keeps, and those of
             pages that are not full if there is `value_sum`.

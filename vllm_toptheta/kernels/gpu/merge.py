@@ -1,7 +1,7 @@
 """The last of the Triton kernels of both modes: it joins what was left in pieces.
 
-It adds the value mean from the page tails, and in passing it writes the tail of a page that has just become full
-(`value_sums.py` says what that is), so that decoding needs no launch for it.
+It adds sinks to denominators and the value mean from the page tails, and in passing it writes the tail of a page that
+has just become full (`value_sums.py` says what that is), so that decoding needs no launch for it.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def merge_kernel(
     output_ptr,  # [num_seqs, num_heads, head_size]
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
     v_scale_ptr,  # [1] float32, or None
+    sinks_ptr,  # [num_heads] float, or None
     stride_output_seq,
     stride_output_head,
     stride_sum_block,
@@ -220,6 +221,14 @@ def merge_kernel(
         weighted = weighted * rescale + tl.sum(weights[:, None] * partial, axis=0)
         maximum = new_maximum
 
+    if sinks_ptr is not None:
+        # of no key, so neither lost nor with a value: it only takes a share
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        new_maximum = tl.maximum(maximum, sink)
+        rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+        lost_sum *= rescale
+        weighted *= rescale
+        kept_sum = kept_sum * rescale + tl.exp2((sink - new_maximum) * LOG2_E)
     total = kept_sum + lost_sum
     # scores far below the threshold leave no trace in either sum
     lost_mass = tl.where(total > 0.0, lost_sum / tl.where(total > 0.0, total, 1.0), 1.0)
@@ -282,6 +291,7 @@ def launch_merge(
         output,
         cache.value_sum,
         cache.v_scale,
+        call.layer.sinks,
         output.stride(0),
         output.stride(1),
         0 if cache.value_sum is None else cache.value_sum.stride(0),

@@ -51,6 +51,7 @@ class Queries(NamedTuple):
         coefficients: [num_heads, NUM_COEFFICIENTS] float32.
         thresholds: [num_seqs, num_heads] float32, to be written before they are read.
         anchor_lse: The same, of the anchors' scores; None where nobody asks.
+        sinks: [num_heads] float of any size, or None.
         q_scale, k_scale: [1] float32, or None.
         stride_seq, stride_head: Of the queries, elements.
         num_heads: Query heads.
@@ -62,6 +63,7 @@ class Queries(NamedTuple):
     coefficients: torch.Tensor
     thresholds: torch.Tensor
     anchor_lse: torch.Tensor | None
+    sinks: torch.Tensor | None
     q_scale: torch.Tensor | None
     k_scale: torch.Tensor | None
     stride_seq: int
@@ -81,6 +83,7 @@ class Queries(NamedTuple):
             layer.thresholds.coefficients,
             thresholds,
             anchor_lse,
+            layer.sinks,
             call.q_scale,
             call.cache.k_scale,
             query.stride(0),

@@ -5,6 +5,7 @@ For a query head with scores s_j = softmax_scale * q . k_j over the n cached key
     m = max_j s_j,  Z = sum_j exp(s_j - m),  lost = sum_{j not in S} exp(s_j - m) / Z
     output = sum_{j in S} exp(s_j - m) / Z * v_j + lost * mean_j(v_j)
 
+A sink of the head is one more term of Z, and of the anchors' sum in theta.
 `split_kernel` computes pieces of sequences, for one kv head each, by a scan and a gather, or by an ordinary dense loop
 where a sequence is too short for thresholds or its request says so (`survivors.py`). `merge_kernel` joins the pieces.
 Source: arXiv 2502.08363.

@@ -27,7 +27,7 @@ _TILE = tl.constexpr(next_power_of_2(NUM_ANCHORS))
 
 @triton.jit
 def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_table_seq, shape):
-    """ln of the sum of exp(score) over a sequence's anchors, [G_PAD] float32."""
+    """ln of the sum of exp(score) over a sequence's anchors, and of the heads' sinks, [G_PAD] float32."""
     anchor = tl.arange(0, _TILE)
     is_anchor = anchor < _NUM_ANCHORS
     position = tl.where(anchor < _FIRST_ANCHORS, anchor, seq_len - _NUM_ANCHORS + anchor)
@@ -39,7 +39,13 @@ def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_tab
     scores = tile_scores(query, key_base, row, is_anchor, score_scale(queries), queries.logits_soft_cap, shape)
     scores = tl.where(is_anchor[:, None], scores, DISCARDED)
     maximum = tl.max(scores, axis=0)
-    return maximum + tl.log(tl.sum(tl.exp2((scores - maximum[None, :]) * LOG2_E), axis=0))
+    if queries.sinks is not None:
+        sink = tl.load(queries.sinks + head, mask=mask_g, other=0.0).to(tl.float32)
+        maximum = tl.maximum(maximum, sink)
+    total = tl.sum(tl.exp2((scores - maximum[None, :]) * LOG2_E), axis=0)
+    if queries.sinks is not None:
+        total += tl.exp2((sink - maximum) * LOG2_E)
+    return maximum + tl.log(total)
 
 
 # lengths and counts change from batch to batch: one compilation serves them all
