@@ -7,7 +7,8 @@ ARGS ?=
 export PYTHON
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install serve test test-nightly test-image test-soak test-gpu test-gpu-engine lint lint-deploy audit format clean
+.PHONY: help install serve test test-nightly test-image test-soak test-gpu test-gpu-engine lint lint-deploy audit package
+.PHONY: format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +69,9 @@ lint-deploy: install ## Check deploy/: shell, Dockerfiles, YAML, the schemas of 
 
 audit: install ## Look for known vulnerabilities; AUDIT=--allow-offline where the database is out of reach
 	python .ci/audit.py $(AUDIT)
+
+package: install ## Build the sdist and the wheel into dist/
+	python -m hatchling build -d dist
 
 format: install ## Rewrite the sources in the project's format
 	ruff format .

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import vllm_toptheta
+from tools.picture import files_imported, imports, is_within, part
 
 PACKAGE = Path(vllm_toptheta.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -73,39 +74,6 @@ PEERS = {
 }
 
 
-def part(module: Path) -> str:
-    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(tree: ast.AST, *, top_level: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; `from a import b` counts as a and as a.b."""
-    for node in tree.body if top_level and isinstance(tree, ast.Module) else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def is_within(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
-def name_of(module: Path) -> str:
-    return ".".join((PACKAGE.name, *module.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-
-
-def files_imported() -> dict[str, set[str]]:
-    """The modules of the package, and which others each imports, also inside functions and for types only."""
-    names = {name_of(module) for module in MODULES}
-    graph = {}
-    for module in MODULES:
-        found = set(imports(ast.parse(module.read_text()))) & names
-        # `from a import b` is an import of a only where b is no module
-        graph[name_of(module)] = {name for name in found if not any(is_within(other, name) for other in found - {name})}
-    return graph
-
-
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     """Sets of more than one module that all import each other, directly or through others."""
     reached = {}
@@ -138,6 +106,20 @@ def test_each_part_imports_what_it_is_allowed_and_the_law_allows_no_more() -> No
         needed.setdefault(part(module), set()).update(ours & ALLOWED.keys() - {part(module)})
     assert needed.pop("__init__") == set()
     assert needed == ALLOWED
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_every_part_says_what_it_is_for_and_what_it_may_import(name: str) -> None:
+    home = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+    purpose, _, law = (ast.get_docstring(ast.parse(home.read_text())) or "").rpartition("\n\n")
+    assert len(purpose.split()) > 3
+    assert re.match(r"May import (nothing of the package|`[a-z_]+`(,\s`[a-z_]+`)*)\.$", law)
+    assert set(re.findall(r"`(\w+)`", law)) == ALLOWED[name]
+
+
+@pytest.mark.parametrize("room", sorted(PACKAGE.rglob("__init__.py")), ids=lambda room: room.parent.name)
+def test_every_room_says_what_it_is_for(room: Path) -> None:
+    assert len((ast.get_docstring(ast.parse(room.read_text())) or "").split()) > 3
 
 
 def test_triton_stays_with_the_kernels_for_gpus() -> None:

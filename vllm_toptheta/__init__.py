@@ -1,3 +1,3 @@
-"""Top-Theta attention for vLLM: a calibrated threshold per head decides which cached values a decode step reads."""
+"""Top-Theta attention for vLLM: a threshold relative to each row decides which cached values a decode step reads."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

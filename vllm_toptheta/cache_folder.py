@@ -1,4 +1,7 @@
-"""Where this package keeps what it can make again."""
+"""Where this package keeps what it can make again.
+
+May import nothing of the package.
+"""
 
 from __future__ import annotations
 

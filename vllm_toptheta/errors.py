@@ -31,6 +31,8 @@ TopThetaError
   BenchmarkError              a benchmark could not run
   SoakError                   a server under test does not start, or cannot be asked what is needed
   UnsupportedError            the backend does not support a feature of the model or the engine
+
+May import nothing of the package.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ that transformers builds, so that a file which lacks a tensor, or has one too ma
     blk.N.attn_q, blk.N.attn_k  model.layers.N.self_attn.{q,k}_proj    llama: llama.cpp's order of rotary rows is undone
     output.weight               lm_head.weight                         absent where tied with the embeddings
     everything else             likewise                               renamed only
+
+May import `errors`.
 """
 
 from __future__ import annotations

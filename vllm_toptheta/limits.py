@@ -1,4 +1,7 @@
-"""What kernels exist for, and facts that they share with those who count, store and calibrate."""
+"""What kernels exist for, and facts that they share with those who count, store and calibrate.
+
+May import nothing of the package.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Model directories that are made here: once, whole or not at all, and made again if damaged."""
+"""Model directories that are made here: once, whole or not at all, and made again if damaged.
+
+May import `errors`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A row with a few large channels becomes one whose channels are of one size, whatever the row: then one step for all of
 them is enough, and nothing has to be calibrated. Source: QuIP#, arXiv 2402.04396.
+
+May import nothing of the package.
 """
 
 from __future__ import annotations

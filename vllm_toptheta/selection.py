@@ -1,4 +1,7 @@
-"""Which thresholds a served model gets, and which layers use them; asked before vLLM starts, and in its workers."""
+"""Which thresholds a served model gets, and which layers use them; asked before vLLM starts, and in its workers.
+
+May import `errors`, `limits`, `settings`, `store`.
+"""
 
 from __future__ import annotations
 

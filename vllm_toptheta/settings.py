@@ -1,4 +1,7 @@
-"""The options of the backend, from vLLM's `--additional-config` and from the environment."""
+"""The options of the backend, from vLLM's `--additional-config` and from the environment.
+
+May import `errors`, `limits`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written.
+
+May import nothing of the package.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 # Set up a virtual environment that serves on a CPU: deploy/cpu/install.sh VENV [EXTRAS [editable|copied]]
 set -eu
 cd "$(dirname "$0")/../.."
-venv=$1 extras=${2:-cpu,dev}
+venv=$1 extras=${2:-cpu-dev}
 case ${3:-editable} in
 editable) set -- --editable ".[$extras]" ;;
 copied) set -- ".[$extras]" ;;

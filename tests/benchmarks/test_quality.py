@@ -9,10 +9,10 @@ import torch
 
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.store_factory import make_store
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import BenchmarkError
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.limits import NUM_ANCHORS
 
@@ -30,7 +30,7 @@ TARGET_K = 8
 )
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_whole_text_on_the_kernel(target: str, seq_len: int, longest_dense: int, layer: int, tmp_path: Path) -> None:
-    from vllm_toptheta.benchmarks.quality import KernelRoute, served_thresholds
+    from vllm_toptheta.benchmarks.quality import KernelOverride, served_thresholds
 
     torch.manual_seed(0)
     query, key, value = (
@@ -51,8 +51,8 @@ def test_a_whole_text_on_the_kernel(target: str, seq_len: int, longest_dense: in
     store = store_of(variant, {"": stored})
     attention = SparseAttention(variant, store, max_length=seq_len, device=DEVICE)
     counts = ReadCounts(seq_len, device=DEVICE)
-    reference = SparseRoute(attention, counts=counts)
-    kernel = KernelRoute(served_thresholds(variant, store), dense_layers=[0])
+    reference = SparseOverride(attention, counts=counts)
+    kernel = KernelOverride(served_thresholds(variant, store), dense_layers=[0])
     call = AttentionCall(layer, query, key, value, softmax_scale=HEAD_SIZE**-0.5)
     expected, actual = reference.attend(call), kernel.attend(call)
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=3e-3)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.capture import largest_with_kth, observe_top_k
-from vllm_toptheta.calibration.route import AttentionCall, row_blocks, windowed_attention
+from vllm_toptheta.calibration.override import AttentionCall, row_blocks, windowed_attention
 from vllm_toptheta.reference import (
     Placement,
     causal_scores,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from vllm_toptheta.calibration.capture import observe_top_k
 from vllm_toptheta.calibration.measure import ROW_MEASURES, measure_rows
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import causal_scores, row_lse, top_theta_attention
 
 PlacementName = Literal["pre_softmax", "post_softmax"]

@@ -9,20 +9,20 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
-from vllm_toptheta.calibration.capture import TopKRoute
-from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.capture import TopKOverride
+from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, overriding_attention
+from vllm_toptheta.calibration.override import DenseOverride
 from vllm_toptheta.errors import CalibrationError, ModelConfigError
 from vllm_toptheta.reference import causal_scores, kth_largest_score
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral with a window"])
-def test_the_dense_route_is_the_models_own_attention(family: str) -> None:
+def test_the_dense_override_is_the_models_own_attention(family: str) -> None:
     config = family_config(family) if family in FAMILIES else MistralConfig(**SHAPE, sliding_window=20)
     config._attn_implementation = "eager"
     model, tokens = tiny_model(config), random_tokens(100)
     expected = hidden_states(model, tokens)
-    with routed(model, DenseRoute()):
+    with overriding_attention(model, DenseOverride()):
         actual = hidden_states(model, tokens)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
@@ -30,21 +30,21 @@ def test_the_dense_route_is_the_models_own_attention(family: str) -> None:
 def test_the_models_attention_comes_back() -> None:
     model, tokens = tiny_model(), random_tokens(50)
     before = hidden_states(model, tokens)
-    with pytest.raises(ZeroDivisionError), routed(model, DenseRoute()):
+    with pytest.raises(ZeroDivisionError), overriding_attention(model, DenseOverride()):
         raise ZeroDivisionError
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(hidden_states(model, tokens), before)
 
 
-def test_layers_with_a_sliding_window_are_not_routed() -> None:
+def test_layers_with_a_sliding_window_are_not_overridden() -> None:
     config = family_config("gemma2")
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
     seen: list[int] = []
-    route = TopKRoute(
+    override = TopKOverride(
         target_ks=(8,), sparse_k=8, dense_layers=(), report=lambda layer_idx, kth_scores: seen.append(layer_idx)
     )
     model = tiny_model(config)
-    with routed(model, route):
+    with overriding_attention(model, override):
         hidden_states(model, random_tokens(50))
     assert seen == [1, 3]
 
@@ -67,7 +67,9 @@ def test_reported_scores_are_those_of_the_models_queries_and_keys() -> None:
         handle.remove()
 
     reported: dict[int, Tensor] = {}
-    with routed(model, TopKRoute(target_ks=(10,), sparse_k=None, dense_layers=(), report=reported.__setitem__)):
+    with overriding_attention(
+        model, TopKOverride(target_ks=(10,), sparse_k=None, dense_layers=(), report=reported.__setitem__)
+    ):
         hidden_states(model, tokens)
 
     cos, sin = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(90)[None])
@@ -86,16 +88,16 @@ def test_reported_scores_are_those_of_the_models_queries_and_keys() -> None:
 def test_dense_layers_are_reported_and_stay_dense(sparse_k: int | None) -> None:
     model, tokens = tiny_model(), random_tokens(60)
     reported: dict[int, Tensor] = {}
-    route = TopKRoute(target_ks=(10,), sparse_k=sparse_k, dense_layers=range(4), report=reported.__setitem__)
+    override = TopKOverride(target_ks=(10,), sparse_k=sparse_k, dense_layers=range(4), report=reported.__setitem__)
     expected = hidden_states(model, tokens)
-    with routed(model, route):
+    with overriding_attention(model, override):
         actual = hidden_states(model, tokens)
     assert sorted(reported) == [0, 1, 2, 3]
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sinks_that_are_not_one_for_each_head_are_refused() -> None:
-    function = AttentionInterface()["toptheta_route"]
+    function = AttentionInterface()["toptheta_override"]
     module, tensor = SimpleNamespace(layer_idx=3), torch.zeros(1, 2, 3, 4)
     with pytest.raises(CalibrationError, match=r"sinks of layer 3 have the shape \[3\], .* one to each of 2 heads"):
         function(module, tensor, tensor, tensor, None, s_aux=torch.zeros(3))
@@ -106,7 +108,10 @@ def test_sinks_that_are_not_one_for_each_head_are_refused() -> None:
 def test_chunked_attention_is_refused() -> None:
     config = tiny_config()
     config.layer_types = ["chunked_attention"] * 4
-    with pytest.raises(CalibrationError, match="chunked attention"), routed(tiny_model(config), DenseRoute()):
+    with (
+        pytest.raises(CalibrationError, match="chunked attention"),
+        overriding_attention(tiny_model(config), DenseOverride()),
+    ):
         pass
 
 

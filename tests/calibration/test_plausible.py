@@ -15,10 +15,10 @@ from transformers import MistralConfig
 from tests.calibration.families import FAMILIES, SHAPE, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from vllm_toptheta.calibration import plausible
-from vllm_toptheta.calibration.model import hidden_states, load_model, routed
+from vllm_toptheta.calibration.model import hidden_states, load_model, overriding_attention
 from vllm_toptheta.calibration.model_input import check_input, max_positions
+from vllm_toptheta.calibration.override import DenseOverride
 from vllm_toptheta.calibration.plausible import check_understanding, is_new
-from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import CalibrationError
 
 FOLDER = Path("tiny")
@@ -87,7 +87,10 @@ def test_a_tokenizer_without_the_first_token_is_refused() -> None:
 def test_numbers_that_are_none_are_refused(value: float) -> None:
     model = tiny_model()
     model.model.layers[1].self_attn.k_proj.weight.data.fill_(value)
-    with pytest.raises(CalibrationError, match="layer 1 are NaN or infinite"), routed(model, DenseRoute()):
+    with (
+        pytest.raises(CalibrationError, match="layer 1 are NaN or infinite"),
+        overriding_attention(model, DenseOverride()),
+    ):
         hidden_states(model, random_tokens(20))
     with pytest.raises(CalibrationError, match="predictions are NaN or infinite"):
         check_understanding(model, [random_tokens(20)], model_dir=FOLDER)
@@ -166,5 +169,5 @@ def test_a_window_that_transformers_passes_over_is_refused(fields: dict[str, Any
 )
 def test_other_windows_are_served_as_they_are_computed(config: Any) -> None:
     model = tiny_model(config)
-    with routed(model, DenseRoute()):
+    with overriding_attention(model, DenseOverride()):
         hidden_states(model, random_tokens(30))

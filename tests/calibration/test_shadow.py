@@ -12,10 +12,10 @@ from tests.calibration.test_capture import random_attention, with_and_without_si
 from tests.calibration.test_run import run
 from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
 from vllm_toptheta.calibration import CalibrationOptions, ShadowOptions
+from vllm_toptheta.calibration.candidates import MARGIN_EDGES
 from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.relative import RelativeRoute
-from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.screening import MARGIN_EDGES
+from vllm_toptheta.calibration.override import AttentionCall
+from vllm_toptheta.calibration.relative import RelativeOverride
 from vllm_toptheta.calibration.shadow import ShadowCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import causal_scores, relative_threshold, top_theta_attention
@@ -92,7 +92,7 @@ def test_every_layer_attends_by_relative_thresholds(sinks: torch.Tensor | None) 
     query, key, value = random_attention(200)
     call = AttentionCall(3, query, key, value, softmax_scale=0.25, soft_cap=5.0, sinks=sinks)
     seen: list[tuple[AttentionCall, torch.Tensor]] = []
-    output = RelativeRoute(2.0, lambda *attended: seen.append(attended)).attend(call)
+    output = RelativeOverride(2.0, lambda *attended: seen.append(attended)).attend(call)
     scores = causal_scores(query, key, softmax_scale=0.25, logits_soft_cap=5.0)
     thresholds = relative_threshold(scores, torch.arange(1, 201), 2.0, sinks=sinks)
     ((observed, used),) = seen

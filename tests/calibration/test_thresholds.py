@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.calibration.families import FAMILIES, WINDOWED, family_config
 from tests.calibration.tiny_model import architecture, random_tokens, tiny_model
 from vllm_toptheta.calibration import CalibrationOptions
-from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.calibration.thresholds import ThresholdCalibration
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.reference import top_theta_attention
@@ -88,7 +88,7 @@ def test_going_on_after_any_pass_gives_the_same_to_the_bit(stop: int) -> None:
         np.testing.assert_array_equal(second.tensors()[name], tensor)
 
 
-class Served(DenseRoute):
+class Served(DenseOverride):
     """The thresholds that were calibrated for a target, and how many keys each thresholded row keeps."""
 
     def __init__(self, job: ThresholdCalibration, target: int) -> None:
@@ -114,11 +114,11 @@ class Served(DenseRoute):
 
 def mean_survivors(job: ThresholdCalibration, target: int) -> dict[int, float]:
     """Of the rows and heads of a sparse layer that calibration read."""
-    route = Served(job, target)
-    with routed(job.model, route):
+    override = Served(job, target)
+    with overriding_attention(job.model, override):
         for sequence in job.sequences:
             hidden_states(job.model, sequence)
-    return {layer: float(torch.cat(kept).double().mean()) for layer, kept in route.kept.items()}
+    return {layer: float(torch.cat(kept).double().mean()) for layer, kept in override.kept.items()}
 
 
 def test_about_k_keys_are_kept() -> None:

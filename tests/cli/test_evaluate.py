@@ -68,6 +68,9 @@ def test_perplexity_by_mode_and_dense_layers(run: Run, folder: Path, tmp_path: P
     code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options, "--dense-layers", "first"))
     assert code == 2
     assert "--dense-layers: not whole numbers: 'first'" in err
+    code, _, err = run(*on(folder, "perplexity", "--text", folder / "prose.txt", *options, "--dense-layers", "0,4"))
+    assert code == 2
+    assert "--dense-layers: no layer 4 in a model of 4" in err
 
 
 @pytest.mark.parametrize(("phase", "predicted"), [("both", 79), ("decode", 40), ("prefill", 40)])

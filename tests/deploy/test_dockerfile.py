@@ -53,6 +53,17 @@ class TestImage:
         assert f'org.opencontainers.image.licenses="{PROJECT["license"]}"' in label
 
 
+def test_every_tag_of_ours_is_the_version() -> None:
+    files = [*(ROOT / "deploy").rglob("*.yaml"), ROOT / "docs/deployment.md"]
+    tags = [
+        tag
+        for file in files
+        for tag in re.findall(r"vllm-toptheta:([\w.]+)-[cg]pu|\btag: ([\w.]+)-[cg]pu", file.read_text())
+    ]
+    assert len(tags) > 5
+    assert {one or other for one, other in tags} == {PROJECT["version"]}
+
+
 def test_the_gpu_image_has_a_supported_vllm() -> None:
     (argument,) = [step for step in instructions(DOCKERFILES[1]) if step.name == "ARG"]
     version = argument.text.rpartition(":v")[2]

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.deploy.image import ROOT
-from tests.telemetry.ranks import counted, rank
+from tests.telemetry.ranks import BEYOND, PROMISED, counted, rank
 from vllm_toptheta.telemetry.metrics import StatsCollector
-from vllm_toptheta.telemetry.stats import merge
+from vllm_toptheta.telemetry.stats import Promised, merge
 
 GRAFANA = ROOT / "deploy/grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards/toptheta.json").read_text())
@@ -47,7 +47,11 @@ def selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:
 def exposed_by_us() -> dict[str, set[str]]:
     """The names of our samples and their labels, as /metrics spells them."""
     names: dict[str, set[str]] = {}
-    for family in StatsCollector(merge([[rank(counted(1, [0], [[30]], 0.1))]])).collect():
+    guarded = [{"layer": 1, "max_lost_mass": 0.5, "share_above": 0.2, "alarms": 1, "lowered_by": 0.5}]
+    report = rank(counted(1, [0], [[30]], 0.1), promised=PROMISED, beyond_evidence=BEYOND, guarded=guarded)
+    stats = merge([[report]])
+    promised = Promised(**{**PROMISED, "max_kl": 0.001})
+    for family in StatsCollector(stats.model_copy(update={"promised": promised})).collect():
         for sample in family.samples:
             names.setdefault(sample.name, set()).update(sample.labels)
     return names
@@ -75,9 +79,17 @@ def test_every_expression_reads_existing_metrics_by_existing_labels() -> None:
                 grouped = re.findall(r"by \((\w+)\)", expression)
                 assert set(grouped) <= labels, expression
     assert {name for name in read if not name.startswith("vllm:")} >= {
+        "toptheta_beyond_evidence_alarm",
+        "toptheta_beyond_evidence_share",
         "toptheta_decode_tokens_total",
         "toptheta_dense_tokens_total",
+        "toptheta_guard_lowered_by",
         "toptheta_lost_mass_bucket",
+        "toptheta_promised_differences",
+        "toptheta_promised_loss_percent",
+        "toptheta_promised_max_tokens",
+        "toptheta_promised_measured_kl",
+        "toptheta_promised_measured_loss_percent",
         "toptheta_thresholds_info",
         "toptheta_value_bytes_not_read_total",
         "toptheta_value_rows_cached_total",

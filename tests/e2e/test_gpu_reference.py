@@ -14,8 +14,8 @@ import torch
 
 from tests.e2e.generate import Call, generate
 from tests.e2e.texts import ON_GPU, cut
-from vllm_toptheta.calibration.model import hidden_states, load_model, routed
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.model import hidden_states, load_model, overriding_attention
+from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
 from vllm_toptheta.evaluation.losses import next_token_logits
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import FULL_COMPENSATION, causal_scores, relative_threshold, top_theta_attention
@@ -31,7 +31,7 @@ NUM_PROMPTS, LONGEST, MAX_TOKENS = 20, 7000, 48
 WEIGHT_FLOOR = 3.0
 
 
-class PromptRoute(AttentionRoute):
+class PromptOverride(AttentionOverride):
     """Dense rows up to the prompt's end, thresholded rows behind it."""
 
     def __init__(self, prompt_tokens: int) -> None:
@@ -58,12 +58,12 @@ class PromptRoute(AttentionRoute):
         return output
 
 
-def reference_log_probabilities(model: Any, route: PromptRoute, token_ids: torch.Tensor) -> torch.Tensor:
+def reference_log_probabilities(model: Any, override: PromptOverride, token_ids: torch.Tensor) -> torch.Tensor:
     """[generated tokens, vocabulary] float32."""
-    with routed(model, route):
+    with overriding_attention(model, override):
         states = hidden_states(model, token_ids)
     with torch.inference_mode():
-        return next_token_logits(model, states[route.prompt_tokens - 1 : -1]).float().log_softmax(-1)
+        return next_token_logits(model, states[override.prompt_tokens - 1 : -1]).float().log_softmax(-1)
 
 
 @pytest.mark.parametrize(("dtype", "least_equal"), [("float16", 15), ("bfloat16", 5)])
@@ -85,7 +85,9 @@ def test_same_text_as_the_reference(model: Path, text_ids: list[int], dtype: str
     for prompt, output in zip(prompts, outputs, strict=True):
         generated = torch.tensor(output["token_ids"])
         token_ids = torch.cat([torch.tensor(prompt), generated])
-        rough, exact = (reference_log_probabilities(each, PromptRoute(len(prompt)), token_ids).cpu() for each in models)
+        rough, exact = (
+            reference_log_probabilities(each, PromptOverride(len(prompt)), token_ids).cpu() for each in models
+        )
         # how far rounding to the dtype moves what decides between the two best tokens
         best = exact.topk(2).indices
         deviations.append((rough - exact).gather(1, best).diff(dim=1).abs().flatten())

@@ -24,7 +24,7 @@ from vllm_toptheta.store import ThresholdStore
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 OPTIONS = DecodeOptions(lengths=(200, 260), num_sequences=2, window=32, equal_rows=(3.0,))
-VARIANTS = expand_variants({}, targets=["floor:0", "floor:1", "floor:3"], num_layers=NUM_LAYERS)
+VARIANTS = expand_variants({}, targets=["floor:0", "floor:1", "floor:3"])
 
 
 @pytest.fixture(scope="module")

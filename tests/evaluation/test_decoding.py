@@ -8,14 +8,14 @@ from transformers import Gemma2Config
 
 from tests.calibration.tiny_model import random_tokens, tiny_model
 from tests.evaluation.tiny_store import tiny_store
-from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import DenseRoute
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
+from vllm_toptheta.calibration.override import DenseOverride
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant, decoding
 from vllm_toptheta.evaluation.decoding import Lane, decode_greedily, read_prompt
 from vllm_toptheta.evaluation.losses import next_token_logits
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.reference import Phase
 from vllm_toptheta.store import ThresholdStore
 
@@ -72,10 +72,10 @@ def check(
     assert again == [tokens], "a prompt is used up by decoding"
 
     whole = torch.cat([prompt_ids, torch.tensor(tokens)])
-    route = SparseRoute(attention, num_prompt_tokens=prompt, counts=ReadCounts(len(whole)))
+    override = SparseOverride(attention, num_prompt_tokens=prompt, counts=ReadCounts(len(whole)))
     logits = {}
-    for name, whole_route in (("sparse", route), ("dense", DenseRoute())):
-        with routed(model, whole_route):
+    for name, chosen in (("sparse", override), ("dense", DenseOverride())):
+        with overriding_attention(model, chosen):
             logits[name] = next_token_logits(model, hidden_states(model, whole)[prompt - 1 : -1])
     torch.testing.assert_close(decoded, logits["sparse"], rtol=1e-3, atol=1e-3)
     change = float((logits["sparse"] - logits["dense"]).abs().max())

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from tests.evaluation.fake_server import FakeServer
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.endpoint import Endpoint
 from vllm_toptheta.evaluation.harness import HarnessReport, compare_harness_task, harness_table
+from vllm_toptheta.evaluation.servers import Endpoint
 
 NUM_QUESTIONS = 6
 

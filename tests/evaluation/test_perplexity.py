@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.calibration.tiny_model import NUM_LAYERS, random_tokens, save_model_dir, tiny_config, tiny_model
+from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.errors import (
     CalibrationError,
@@ -110,7 +110,7 @@ def test_top_k_keeps_k_keys_and_thresholds_about_k(model: Any, store: ThresholdS
 
 
 def test_every_compensation_makes_a_difference_of_its_own(model: Any, store: ThresholdStore) -> None:
-    variants = expand_variants({"": store}, targets=["8"], num_layers=NUM_LAYERS, compensations=["all"])
+    variants = expand_variants({"": store}, targets=["8"], compensations=["all"])
     found = {
         comparison.variant.compensation: comparison.kl_divergence for comparison in compare(model, store, *variants)
     }
@@ -124,7 +124,6 @@ def test_shadow_keys_read_fewer_keys_and_know_less(model: Any, store: ThresholdS
     variants = expand_variants(
         {"": store},
         targets=["floor:3"],
-        num_layers=NUM_LAYERS,
         modes=["values", "shadow"],
         compensations=["none", "sdc", "sdc+vmc", "candidates", "candidates+vmc", "shadow", "shadow+vmc"],
     )
@@ -206,7 +205,6 @@ def test_a_report_is_complete_and_starts_with_the_worst(folder: Path, store: Thr
     variants = expand_variants(
         {"": store},
         targets=["32", "k:8", "16"],
-        num_layers=NUM_LAYERS,
         compensations=["none", "sdc+vmc"],
         top_k=[8, 16, 32],
     )
@@ -249,7 +247,7 @@ def test_a_report_is_complete_and_starts_with_the_worst(folder: Path, store: Thr
 def test_several_stores_are_compared_in_one_run(folder: Path, store: ThresholdStore) -> None:
     stores = {"calibrated": store, "everything": keep_everything(store)}
     subject = Subject(folder / "tiny", stores, device="cpu")
-    variants = expand_variants(stores, targets=["8"], num_layers=NUM_LAYERS)
+    variants = expand_variants(stores, targets=["8"])
     report = evaluate_perplexity(subject, text_domains(folder, subject)[:1], variants, progress=False)
     changes = {comparison.variant.thresholds: comparison.kl_divergence for comparison in report.domains[0].comparisons}
     assert changes["everything"] == 0 < changes["calibrated"]

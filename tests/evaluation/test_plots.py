@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from vllm_toptheta.evaluation import Subject, evaluate_perplexity, expand_variants, text_domain
+from vllm_toptheta.evaluation.perplexity_report import PerplexityReport
 from vllm_toptheta.evaluation.plots import draw_recall, draw_trade_offs, recall_figure, trade_off_figure
-from vllm_toptheta.evaluation.report import PerplexityReport
 from vllm_toptheta.evaluation.tasks import Answers, Question, Task, TasksReport, compare_answers
 from vllm_toptheta.evaluation.tasks.report import Endpoints
 from vllm_toptheta.store import ThresholdStore
@@ -22,9 +22,7 @@ def report(folder: Path, store: ThresholdStore) -> PerplexityReport:
         num_prompt_tokens=0,
         seed=0,
     )
-    variants = expand_variants(
-        subject.stores, targets=["8", "32"], num_layers=4, compensations=["none", "sdc+vmc"], top_k=[8, 32]
-    )
+    variants = expand_variants(subject.stores, targets=["8", "32"], compensations=["none", "sdc+vmc"], top_k=[8, 32])
     return evaluate_perplexity(subject, [domain], variants, progress=False)
 
 

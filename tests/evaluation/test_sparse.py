@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant
 from vllm_toptheta.evaluation.sparse import SparseAttention

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.calibration.tiny_model import NUM_LAYERS, random_tokens
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation import Variant, tiering, window
 from vllm_toptheta.evaluation.sparse import SparseAttention

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.calibration.tiny_model import architecture, random_tokens
 from tests.store_factory import make_draft, make_tensors
-from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
-from vllm_toptheta.calibration.screening import key_moments
+from vllm_toptheta.calibration.candidates import key_moments
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.reference import KeyProjection, causal_scores, fit_projection, kth_largest_scores
 from vllm_toptheta.store import ThresholdStore, save
 
@@ -20,7 +20,7 @@ TARGET_KS = (8, 32)
 NUM_CHANNELS = 8
 
 
-class Observe(DenseRoute):
+class Observe(DenseOverride):
     """Mean over rows and, for every k, of theta, of the discarded sum and of exp(s - theta), by layer and head."""
 
     def __init__(self, *, after_softmax: bool) -> None:
@@ -64,8 +64,8 @@ def tiny_store(
 
     Shadow keys have half the channels and a small margin, so that they miss some keys.
     """
-    route = Observe(after_softmax=placement == "post_softmax")
-    with routed(model, route):
+    override = Observe(after_softmax=placement == "post_softmax")
+    with overriding_attention(model, override):
         hidden_states(model, random_tokens(200, seed=99))
     shape = architecture(model)
     layers = range(shape.num_layers)
@@ -90,16 +90,16 @@ def tiny_store(
         # layers with a sliding window are not observed
         return torch.stack([found.get(layer, found[sparse_layers[-1]]) for layer in layers]).numpy()
 
-    thetas = stack(route.thetas)
+    thetas = stack(override.thetas)
     tensors["coefficients"] = (np.full_like(thetas, -1e6) if keep_everything else thetas)[..., None]
     if measured:
-        for name, values in (("offline_sum", route.offline_sums), ("exp_threshold_scale", route.scales)):
+        for name, values in (("offline_sum", override.offline_sums), ("exp_threshold_scale", override.scales)):
             tensors[name] = np.where(tensors["measured_rows"] > 0, stack(values)[..., None], 0).astype(np.float32)
     if draft.shadow:
-        found = [route.projections.get(layer, route.projections[sparse_layers[-1]]) for layer in layers]
+        found = [override.projections.get(layer, override.projections[sparse_layers[-1]]) for layer in layers]
         for name in ("encoder", "decoder", "key_mean"):
             tensors[f"shadow_{name}"] = np.stack([getattr(projection, name).numpy() for projection in found])
         tensors["shadow_margin"][...] = 0.5
         tensors["shadow_scale_coefficients"][...] = 0.0
-        tensors["shadow_scale_coefficients"][..., 0] = np.log(stack(route.scales).mean(axis=-1))
+        tensors["shadow_scale_coefficients"][..., 0] = np.log(stack(override.scales).mean(axis=-1))
     return save(folder, draft, tensors)

@@ -25,7 +25,7 @@ from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.kernels.pages import codes_view, padded_page_bytes, value_sum_view
-from vllm_toptheta.limits import NUM_ANCHORS, TIER_HEAD_SIZES, gpus_lack
+from vllm_toptheta.limits import HEAD_SIZES, NUM_ANCHORS, TIER_HEAD_SIZES, gpus_lack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ pytestmark = [
 
 # what a kernel is compiled for; every value of every column occurs with most of the others
 COLUMNS: dict[str, list[Any]] = {
-    "head_size": [64, 80, 96, 128, 256],
+    "head_size": list(HEAD_SIZES),
     "group": [1, 4, 8, 16, 2, 7],
     "block_size": [16, 32, 64, 128],
     "dtypes": [

@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.kernels.pages import PAGE_ALIGNMENT, codes_view, padded_page_bytes, value_sum_view
+from vllm_toptheta.limits import HEAD_SIZES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -36,7 +37,7 @@ def test_inner_axes_may_lie_token_first() -> None:
 
 def test_pages_are_aligned() -> None:
     assert padded_page_bytes(32768, 3, 64) == 33536
-    for head_size in (64, 80, 96, 128, 256):
+    for head_size in HEAD_SIZES:
         page_bytes = padded_page_bytes(2 * head_size * 16 * 2, 1, head_size)
         assert page_bytes % PAGE_ALIGNMENT == page_bytes % (4 * head_size) == 0
 

@@ -11,7 +11,7 @@ from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta import store
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.calibration.model import load_model
-from vllm_toptheta.report import Report, measure_survivors
+from vllm_toptheta.report import Report, SurvivorOptions, measure_survivors
 from vllm_toptheta.report.findings import SurvivorReport
 
 __all__ = ["random_models_are_accepted"]
@@ -52,11 +52,8 @@ def survivors(folder: Path, thresholds: store.ThresholdStore) -> SurvivorReport:
         folder / "tiny",
         [folder / "held-out.txt"],
         thresholds,
+        options=SurvivorOptions(targets=["8", "k:16", "floor:2"], length=160, num_sequences=2, device="cpu"),
         calibration_texts=[folder / "calibration.txt"],
-        targets=["8", "k:16", "floor:2"],
-        length=160,
-        num_sequences=2,
-        device="cpu",
         progress=False,
     )
 

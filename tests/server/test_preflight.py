@@ -21,6 +21,7 @@ from vllm_toptheta.errors import (
     TargetOutOfRange,
     UnsupportedError,
 )
+from vllm_toptheta.limits import HEAD_SIZES
 from vllm_toptheta.server.engine_flags import EngineFlags
 from vllm_toptheta.server.preflight import preflight
 from vllm_toptheta.settings import Settings
@@ -188,7 +189,7 @@ def test_shadow_keys(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "there are no GPU kernels for heads of 16, only of 64, 80, 96, 128, 256"),
+        ({}, f"there are no GPU kernels for heads of 16, only of {', '.join(map(str, HEAD_SIZES))}"),
         ({"head_dim": 64}, ""),
         (
             {"head_dim": 64, "num_attention_heads": 34},

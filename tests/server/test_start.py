@@ -19,7 +19,7 @@ from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
-from vllm_toptheta.limits import ALLOW_UNTESTED
+from vllm_toptheta.limits import ALLOW_UNTESTED, HEAD_SIZES
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 from vllm_toptheta.support import Device
@@ -233,7 +233,7 @@ def test_what_the_check_refuses_is_not(name: str, tmp_path: Path) -> None:
 
 
 GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
-    **{f"heads of {size}": ({"head_dim": size}, [], {}, "") for size in (64, 80, 96, 128, 256)},
+    **{f"heads of {size}": ({"head_dim": size}, [], {}, "") for size in HEAD_SIZES},
     **{f"heads of {size}": ({"head_dim": size}, [], {}, f"no GPU kernels for heads of {size}") for size in (72, 112)},
     **{f"heads of {size}": ({"head_dim": size}, [], {}, f"no GPU kernels for heads of {size}") for size in (192, 512)},
     "dense heads of 72": ({"head_dim": 72}, [], {"weight_floor": 0}, "no GPU kernels for heads of 72"),

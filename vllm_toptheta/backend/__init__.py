@@ -1,1 +1,4 @@
-"""The vLLM attention backend `toptheta`: the only place that knows vLLM's internals."""
+"""The vLLM attention backend `toptheta`: the only place that knows vLLM's internals.
+
+May import `errors`, `limits`, `settings`, `store`, `support`, `selection`, `kernels`, `telemetry`.
+"""

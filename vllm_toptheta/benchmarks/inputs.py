@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -30,6 +30,18 @@ BELOW = -30.0  # the score of keys that a pattern does not keep; bfloat16 and fl
 LIGHT = -8.0  # of those that it keeps, and that are light where there are copies
 LOG_HEAVY = -5.0  # between that and 0, whatever the anchors are
 FILL_BLOCKS = 4096  # pages filled with random numbers at a time
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step but for its lengths, and how many keys survive in it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    target_k: int
 
 
 @dataclass(frozen=True)
@@ -58,14 +70,8 @@ class Inputs:
     def random(
         cls,
         lens: list[int],
+        shape: StepShape,
         *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        block_size: int,
-        dtype: torch.dtype,
-        kv_dtype: torch.dtype,
-        target_k: int,
         code_bytes: int = 0,
         key_scales: torch.Tensor | None = None,
     ) -> Inputs:
@@ -74,6 +80,7 @@ class Inputs:
         `code_bytes` of shadow keys or copies fit into the tails for every token and kv head; `key_scales` [head_size]
         are factors on the channels of the keys.
         """
+        num_heads, num_kv_heads, head_size, block_size, dtype, kv_dtype, target_k = shape
         torch.manual_seed(0)
         pages = [-(-length // block_size) for length in lens]
         num_blocks = 1 + sum(pages)

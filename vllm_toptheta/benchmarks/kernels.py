@@ -23,7 +23,7 @@ from vllm_toptheta.limits import gpus_lack
 if TYPE_CHECKING:
     import torch
 
-    from vllm_toptheta.benchmarks.inputs import Inputs
+    from vllm_toptheta.benchmarks.inputs import Inputs, StepShape
     from vllm_toptheta.benchmarks.patterns import Batch, Pattern
     from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
@@ -349,20 +349,31 @@ def time_layer(
     return time_in_graph([call for call, _ in built]), share
 
 
+def step_shape(workload: KernelWorkload) -> StepShape:
+    """The sizes of a workload's steps."""
+    import torch
+
+    from vllm_toptheta.benchmarks.inputs import StepShape
+
+    return StepShape(
+        workload.num_heads,
+        workload.num_kv_heads,
+        workload.head_size,
+        workload.block_size,
+        getattr(torch, workload.dtype),
+        getattr(torch, workload.kv_dtype),
+        workload.target_k,
+    )
+
+
 def inputs_of(workload: KernelWorkload, lens: list[int]) -> list[Any]:
     """Random steps, as many as it takes to outgrow the L2 cache."""
-    import torch
 
     from vllm_toptheta.benchmarks.inputs import Inputs
     from vllm_toptheta.kernels.codec import tier_bytes
 
-    first = Inputs.random(
-        lens,
-        **workload.model_dump(include={"num_heads", "num_kv_heads", "head_size", "block_size", "target_k"}),
-        dtype=getattr(torch, workload.dtype),
-        kv_dtype=getattr(torch, workload.kv_dtype),
-        code_bytes=0 if workload.heavy_share is None else tier_bytes(workload.head_size),
-    )
+    code_bytes = 0 if workload.heavy_share is None else tier_bytes(workload.head_size)
+    first = Inputs.random(lens, step_shape(workload), code_bytes=code_bytes)
     # by tiers, an eighth or so of the bytes is read
     count = max(1, -(-CACHE_BYTES * (1 if workload.heavy_share is None else 6) // first.kv_bytes))
     return [first, *(_copy(first) for _ in range(count - 1))]

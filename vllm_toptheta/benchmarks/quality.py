@@ -16,14 +16,14 @@ import torch
 from pydantic import BaseModel, Field
 
 from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
-from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, routed
+from vllm_toptheta.calibration.model import hidden_states, load_model, load_tokenizer, overriding_attention
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.calibration.plausible import check_understanding
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation.losses import compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.evaluation.variants import Variant, expand_variants, floor_label, store_of
 from vllm_toptheta.kernels.contract import (
     Counters,
@@ -76,7 +76,7 @@ class KernelQualityReport(BaseModel):
     qualities: list[KernelQuality]
 
 
-class KernelRoute(DenseRoute):
+class KernelOverride(DenseOverride):
     """The decode kernel in the sparse layers, dense attention in the others.
 
     Args:
@@ -91,7 +91,7 @@ class KernelRoute(DenseRoute):
         self.rows_cached = 0
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         if call.layer_idx in self.dense_layers:
             return super().attend(call)
         query, key, value = call.query, call.key, call.value
@@ -164,7 +164,7 @@ def measure(
     if thresholds is not None:
         thresholds.manifest.architecture.check(architecture, file=thresholds.folder)
     default = floor_label(DEFAULT_WEIGHT_FLOOR, field="targets")
-    variants = expand_variants(stores, targets=targets or [default], num_layers=architecture.num_layers)
+    variants = expand_variants(stores, targets=targets or [default])
     read = different_texts([read_text(file) for file in texts])
     sequences = load_sequences(
         read, load_tokenizer(model_dir), num_sequences=num_sequences, max_length=length, seed=seed
@@ -173,9 +173,11 @@ def measure(
         SparseAttention(variant, store_of(variant, stores), max_length=length, device="cuda") for variant in variants
     ]
     counts = [ReadCounts(length, device="cuda") for _ in attentions]
-    references = [SparseRoute(attention, counts=count) for attention, count in zip(attentions, counts, strict=True)]
+    references = [SparseOverride(attention, counts=count) for attention, count in zip(attentions, counts, strict=True)]
     kernels = [
-        KernelRoute(served_thresholds(attention.variant, store_of(attention.variant, stores)), attention.dense_layers)
+        KernelOverride(
+            served_thresholds(attention.variant, store_of(attention.variant, stores)), attention.dense_layers
+        )
         for attention in attentions
     ]
     model = load_model(model_dir, dtype=dtype, device="cuda")
@@ -184,8 +186,8 @@ def measure(
     against_dense, against_reference = [], []
     for sequence in sequences:
         states = []
-        for route in (DenseRoute(), *references, *kernels):
-            with routed(model, route):
+        for override in (DenseOverride(), *references, *kernels):
+            with overriding_attention(model, override):
                 states.append(hidden_states(model, sequence))
         against_dense.append(compare_predictions(head, sequence, states[0], states[1:]))
         against_reference.append(

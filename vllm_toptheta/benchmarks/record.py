@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from vllm_toptheta.benchmarks.patterns import CLUSTER_TOKENS, PatternInfo, Recorded
 from vllm_toptheta.calibration.data import different_texts, load_sequences, read_text
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
-from vllm_toptheta.calibration.route import AttentionCall
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.evaluation import DecodeOptions, Subject, Variant, floor_label
 from vllm_toptheta.evaluation.decode import check_options

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec
+from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec, step_shape
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
@@ -198,23 +198,12 @@ def _candidates(inputs: Inputs, row: int, projection: KeyProjection, margin: tor
 
 def random_inputs(lens: list[int], block_size: int, num_channels: int) -> Inputs:
     """A random step whose pages have room for shadow keys."""
-    import torch
 
     from vllm_toptheta.benchmarks.inputs import Inputs
 
-    workload = KernelWorkload(specs=[])
-    return Inputs.random(
-        lens,
-        num_heads=workload.num_heads,
-        num_kv_heads=workload.num_kv_heads,
-        head_size=workload.head_size,
-        block_size=block_size,
-        dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16,
-        target_k=workload.target_k,
-        code_bytes=num_channels // 2,
-        key_scales=_key_scales(workload.head_size),
-    )
+    workload = KernelWorkload(specs=[], block_size=block_size)
+    scales = _key_scales(workload.head_size)
+    return Inputs.random(lens, step_shape(workload), code_bytes=num_channels // 2, key_scales=scales)
 
 
 def _key_scales(head_size: int) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""Calibration: runs a model over texts and writes thresholds for its heads as a store."""
+"""Calibration: runs a model over texts and writes thresholds for its heads as a store.
 
-from vllm_toptheta.calibration.options import CalibrationOptions, ShadowOptions
+May import `errors`, `limits`, `whole_file`, `reference`, `store`.
+"""
+
+from vllm_toptheta.calibration.options import CalibrationOptions, Place, ShadowOptions
 from vllm_toptheta.calibration.run import calibrate
 
-__all__ = ["CalibrationOptions", "ShadowOptions", "calibrate"]
+__all__ = ["CalibrationOptions", "Place", "ShadowOptions", "calibrate"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, row_blocks
+from vllm_toptheta.calibration.override import AttentionCall, block_bytes_on, row_blocks
 from vllm_toptheta.reference import causal_value_mean
 
 __all__ = ["BlockSums", "SampledBlock", "ScoreBlock", "attend_blocks", "sampled_blocks"]

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
 from vllm_toptheta.reference import Placement, row_lse
 
-__all__ = ["TopKRoute", "largest_with_kth", "observe_top_k"]
+__all__ = ["TopKOverride", "largest_with_kth", "observe_top_k"]
 
 
-class TopKRoute(AttentionRoute):
+class TopKOverride(AttentionOverride):
     """Reports the k-th largest scores of some rows, for every layer it is asked for.
 
     Args:
@@ -51,7 +51,7 @@ class TopKRoute(AttentionRoute):
         self.placement = placement
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         output, kth_scores = observe_top_k(
             call,
             target_ks=self.target_ks,

@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import BlockSums, ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
 from vllm_toptheta.reference import Placement, row_lse
 
-__all__ = ["ROW_MEASURES", "ServedRoute", "measure_rows"]
+__all__ = ["ROW_MEASURES", "ServedOverride", "measure_rows"]
 
 # the order of what `measure_rows` returns
 ROW_MEASURES = ("offline_sum", "exp_threshold_scale")
 
 
-class ServedRoute(AttentionRoute):
+class ServedOverride(AttentionOverride):
     """Applies thresholds as a server does, and reports what every row discards.
 
     Args:
@@ -46,7 +46,7 @@ class ServedRoute(AttentionRoute):
         self.report = report
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         output, measures = measure_rows(
             call,
             thresholds=self.thresholds[1 : len(call.key) + 1, call.layer_idx].to(call.query.device),

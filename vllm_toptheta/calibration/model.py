@@ -1,8 +1,7 @@
-"""The seam to transformers: loads a model directory, and puts a model's attention on a route.
+"""The seam to transformers: loads a model directory, and has a model take its attention from us.
 
-The route is registered with transformers' `AttentionInterface`, its public way to replace attention
-(https://huggingface.co/docs/transformers/attention_interface); nothing is patched. No mask function is registered for
-it, so transformers builds no mask: the routes are causal by themselves, over one unpadded sequence at a time.
+No mask function is registered for our attention (`layer_attention`), so transformers builds no mask: overrides are
+causal by themselves, over one unpadded sequence at a time.
 
 Where a checkpoint and its config.json disagree, transformers makes up what is missing at random and says so in a log.
 Thresholds of such a model, and figures, would be those of nobody's model: it is refused.
@@ -21,31 +20,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_toptheta import store
+from vllm_toptheta.calibration.layer_attention import LayerAttention, check_call, register_attention
 from vllm_toptheta.calibration.model_files import check_model_files, check_size
 from vllm_toptheta.calibration.model_input import check_input
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute, DenseRoute, windowed_attention
+from vllm_toptheta.calibration.override import AttentionOverride, DenseOverride, windowed_attention
 from vllm_toptheta.errors import CalibrationError, CheckpointError, TopThetaError
 
 __all__ = [
     "attending",
-    "check_call",
     "hidden_states",
     "load_model",
     "load_tokenizer",
-    "routed",
+    "overriding_attention",
     "served_dtype",
-    "sinks_of",
     "usable_device",
 ]
 
-_ATTENTION_NAME = "toptheta_route"
+_ATTENTION_NAME = "toptheta_override"
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _NUM_NAMES = 3  # tensors that a message names
 _MAX_REASON = 300  # characters of a message of transformers
-_active_route: ContextVar[AttentionRoute] = ContextVar("active_route")
+_active_override: ContextVar[AttentionOverride] = ContextVar("active_override")
 
 
 def load_model(
@@ -68,7 +66,7 @@ def load_model(
 
     Raises:
         CalibrationError: there is no model there that transformers can load and run, or no such device; or it attends
-            as no route or no server does.
+            as no override and no server does.
         CheckpointError: the weights are damaged, or a tensor is missing, of another shape than config.json says, or
             nowhere in the model. Tied tensors may be missing, and what transformers knows as harmless may be there.
     """
@@ -178,7 +176,7 @@ def _try_out(model: Any, model_dir: Path) -> None:
     with _one_error(model_dir, "run"), torch.inference_mode():
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
         model(input_ids=tokens, use_cache=False)
-        with routed(model, DenseRoute()):
+        with overriding_attention(model, DenseOverride()):
             model(input_ids=tokens, use_cache=False)
 
 
@@ -237,17 +235,17 @@ def _field_of(reason: str, config: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def routed(model: Any, route: AttentionRoute) -> Iterator[None]:
-    """Puts a model's attention on a route, and back to what it was.
+def overriding_attention(model: Any, override: AttentionOverride) -> Iterator[None]:
+    """Overrides a model's attention, and puts back what was there.
 
     Args:
         model: a transformers model that follows `AttentionInterface`.
-        route: computes the attention of every layer that has no sliding window; those stay dense and are not routed.
+        override: computes the attention of every layer that has no sliding window; those stay dense.
 
     Raises:
         CalibrationError: the model does not take its attention from `AttentionInterface`, or attends in chunks.
     """
-    with attending(model, _ATTENTION_NAME, _active_route, route):
+    with attending(model, _ATTENTION_NAME, _active_override, override):
         yield
 
 
@@ -301,80 +299,13 @@ def hidden_states(model: Any, token_ids: Tensor) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def check_call(module: Any, query: Tensor, key: Tensor, sliding_window: int | None) -> None:
-    """Refuses a layer that a server would compute otherwise, and one whose numbers are none.
-
-    Args:
-        module: the layer's attention, with its config.
-        query: of any shape.
-        key: of any shape.
-        sliding_window: what the layer asks for; None for full attention.
-
-    Raises:
-        CalibrationError: vLLM gives the layer a window, or a number is NaN or infinite.
-    """
-    config = getattr(module, "config", None)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[module.layer_idx] if kinds else "sliding_attention"
-    # some models of transformers pass over these fields, and vLLM reads them of every model
-    if sliding_window is None and window and kind == "sliding_attention":
-        raise CalibrationError(
-            f"layer {module.layer_idx} of {type(module).__name__} is computed without the window of {window} tokens "
-            "that config.json gives it, and vLLM serves it with one",
-            field="layer_types" if kinds else "sliding_window",
-            remedy="Correct config.json if the model was trained with full attention",
-        )
-    if not (query.isfinite().all() and key.isfinite().all()):
-        raise CalibrationError(
-            f"queries or keys of layer {module.layer_idx} are NaN or infinite",
-            remedy="Check the weights and config.json, and try --dtype float32",
-        )
+def _attend(asked: LayerAttention) -> Tensor:
+    if asked.mask is not None or asked.query.shape[0] != 1 or asked.query.shape[2] != asked.key.shape[2]:
+        raise CalibrationError("an override takes one whole sequence at a time, without padding, mask or cache")
+    check_call(asked)
+    call, window = asked.of_one_sequence(), asked.sliding_window
+    output = _active_override.get().attend(call) if window is None else windowed_attention(call, window)
+    return output[None]
 
 
-def sinks_of(module: Any, num_heads: int, options: Mapping[str, Any]) -> Tensor | None:
-    """Returns the attention sinks that a layer passes on to its attention function, `[num_heads]` float32; or None.
-
-    Args:
-        module: the layer's attention.
-        num_heads: its query heads.
-        options: what it passes on besides.
-
-    Raises:
-        CalibrationError: they are not one logit per head.
-    """
-    sinks = options.get("s_aux")
-    if sinks is None:
-        return None
-    if tuple(sinks.shape) != (num_heads,):
-        raise CalibrationError(
-            f"attention sinks of layer {module.layer_idx} have the shape {list(sinks.shape)}, and kernels add one to "
-            f"each of {num_heads} heads"
-        )
-    return sinks.detach().float()
-
-
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it: tensors are `[1, num_heads, seq_len, head_size]`."""
-    if attention_mask is not None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise CalibrationError("a route takes one whole sequence at a time, without padding, mask or cache")
-    check_call(module, query, key, sliding_window)
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    sinks = sinks_of(module, query.shape[1], options)
-    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap, sinks)
-    output = _active_route.get().attend(call) if sliding_window is None else windowed_attention(call, sliding_window)
-    return output[None].to(query.dtype), None
-
-
-AttentionInterface.register(_ATTENTION_NAME, _attend)
+register_attention(_ATTENTION_NAME, _attend)

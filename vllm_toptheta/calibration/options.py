@@ -1,8 +1,9 @@
 """What can be chosen about a calibration."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_toptheta.errors import CalibrationError
@@ -10,9 +11,17 @@ from vllm_toptheta.limits import DEFAULT_WEIGHT_FLOOR, MAX_WEIGHT_FLOOR, NUM_ANC
 from vllm_toptheta.reference import Placement
 from vllm_toptheta.store import Target, TargetSpec
 
-__all__ = ["CalibrationOptions", "ShadowOptions", "TopKMode"]
+__all__ = ["CalibrationOptions", "Place", "ShadowOptions", "TopKMode"]
 
 TopKMode = Literal["each", "shared", "off"]
+
+
+class Place(NamedTuple):
+    """Where a model runs, and as what."""
+
+    dtype: torch.dtype = torch.float32  # of weights and activations; scores are float32 whatever it is
+    device: str = "cpu"
+    device_map: str | None = None  # how transformers spreads the model over devices, such as auto, instead of `device`
 
 
 class ShadowOptions(BaseModel):

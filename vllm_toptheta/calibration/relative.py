@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import ScoreBlock, attend_blocks
-from vllm_toptheta.calibration.route import AttentionCall, AttentionRoute
+from vllm_toptheta.calibration.override import AttentionCall, AttentionOverride
 from vllm_toptheta.reference import relative_threshold
 
-__all__ = ["RelativeRoute"]
+__all__ = ["RelativeOverride"]
 
 
-class RelativeRoute(AttentionRoute):
+class RelativeOverride(AttentionOverride):
     """Applies thresholds relative to the row in every layer, with full compensation.
 
     Args:
@@ -25,7 +25,7 @@ class RelativeRoute(AttentionRoute):
         self.observe = observe
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         thresholds = torch.empty_like(call.query[..., 0], dtype=torch.float32)
 
         def select(block: ScoreBlock) -> Tensor:

@@ -16,7 +16,7 @@ import vllm_toptheta
 from vllm_toptheta import store
 from vllm_toptheta.calibration.data import Text, different_texts, load_sequences
 from vllm_toptheta.calibration.model import load_model, load_tokenizer
-from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.options import CalibrationOptions, Place
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
 from vllm_toptheta.calibration.shadow import ShadowCalibration
@@ -33,9 +33,7 @@ def calibrate(
     *,
     out: Path,
     options: CalibrationOptions,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    device_map: str | None = None,
+    place: Place | None = None,
     model_id: str | None = None,
     command: str | None = None,
     resume: bool = True,
@@ -56,9 +54,7 @@ def calibrate(
         out: folder in which the store's folder `<org>--<model>` is written. Until it is, the state of the calibration
             lies there in a hidden file.
         options: what to calibrate.
-        dtype: of the weights and activations; scores are float32 whatever it is.
-        device: where the model runs.
-        device_map: how transformers spreads the model over devices, such as `auto`, instead of `device`.
+        place: where the model runs, and as what; None for float32 on the CPU.
         model_id: hub id (org/name) to record; None for `default_model_id`.
         command: command line to record; None for a call from Python.
         resume: go on where an interrupted calibration with the same arguments stopped; False to forget it.
@@ -73,6 +69,7 @@ def calibrate(
         ModelConfigError: there is no such directory, or no usable config.json in it.
         StoreError: the store cannot be written.
     """
+    place = place or Place()
     architecture = store.read_architecture(model_dir)
     outside = [layer for layer in options.dense_layers if layer >= architecture.num_layers]
     if outside:
@@ -90,7 +87,7 @@ def calibrate(
         max_length=options.max_length,
         seed=options.seed,
     )
-    model = load_model(model_dir, dtype=dtype, device=device, device_map=device_map)
+    model = load_model(model_dir, **place._asdict())
     check_understanding(model, sequences, model_dir=model_dir, length_field="max_length")
     thresholds = shadow = None
     if options.targets:
@@ -105,19 +102,15 @@ def calibrate(
         max_length=options.max_length,
         seed=options.seed,
         **(thresholds.provenance if thresholds else {}),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(place.dtype).removeprefix("torch."),
         versions=package_versions(),
         command=command or "vllm_toptheta.calibration.calibrate()",
         date=datetime.datetime.now(datetime.UTC).date(),
     )
     passes = [run_pass for part in parts for run_pass in part.passes]
     arrays = {name: array for part in parts for name, array in part.arrays.items()}
-    checkpoint = Checkpoint(
-        out / f".{folder.name}.calibration",
-        _fingerprint(
-            model_dir, texts, options, f"{dtype} on {device_map or device}, {torch.get_num_threads()} threads"
-        ),
-    )
+    machine = f"{place.dtype} on {place.device_map or place.device}, {torch.get_num_threads()} threads"
+    checkpoint = Checkpoint(out / f".{folder.name}.calibration", _fingerprint(model_dir, texts, options, machine))
     if not resume:
         checkpoint.remove()
     done = checkpoint.restore(arrays)

@@ -2,7 +2,7 @@
 
 observing passes    moments of keys and queries, hence the projection
 measuring passes    how far shadows of survivors fall short of the thresholds, hence the margins
-screening passes    what is read and lost with those margins, hence r and the share of candidates
+candidate passes    what is read and lost with those margins, hence r and the share of candidates
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_toptheta.calibration.fit import fit_scale
-from vllm_toptheta.calibration.model import hidden_states, routed
-from vllm_toptheta.calibration.options import CalibrationOptions
-from vllm_toptheta.calibration.relative import RelativeRoute
-from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.sampling import measured_lengths
-from vllm_toptheta.calibration.screening import (
+from vllm_toptheta.calibration.candidates import (
     MARGIN_EDGES,
     AlwaysRead,
+    CandidateRows,
     KeyMoments,
-    ScreenedRows,
     key_moments,
     measure_candidates,
     shortfall_histogram,
 )
+from vllm_toptheta.calibration.fit import fit_scale
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
+from vllm_toptheta.calibration.options import CalibrationOptions
+from vllm_toptheta.calibration.override import AttentionCall
+from vllm_toptheta.calibration.relative import RelativeOverride
+from vllm_toptheta.calibration.sampling import measured_lengths
 from vllm_toptheta.errors import CalibrationError
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import KeyProjection, fit_projection
@@ -97,11 +97,11 @@ class ShadowCalibration:
         return [
             *(partial(self._observe, index) for index in range(len(self.sequences))),
             *(partial(self._measure, index) for index in measured),
-            *(partial(self._screen, index) for index in measured),
+            *(partial(self._find_candidates, index) for index in measured),
         ]
 
     def _run(self, index: int, observe: Callable[[AttentionCall, Tensor], None]) -> None:
-        with routed(self.model, RelativeRoute(self.options.weight_floor, observe)):
+        with overriding_attention(self.model, RelativeOverride(self.options.weight_floor, observe)):
             hidden_states(self.model, self.sequences[index])
 
     def _observe(self, index: int) -> None:
@@ -119,7 +119,7 @@ class ShadowCalibration:
 
         self._run(index, observe)
 
-    def _screen(self, index: int) -> None:
+    def _find_candidates(self, index: int) -> None:
         start, lengths = sum(map(len, self._lengths[:index])), self._lengths[index]
 
         def observe(call: AttentionCall, thresholds: Tensor) -> None:
@@ -133,12 +133,12 @@ class ShadowCalibration:
 
         self._run(index, observe)
 
-    def _rows(self, index: int, call: AttentionCall, thresholds: Tensor) -> ScreenedRows:
+    def _rows(self, index: int, call: AttentionCall, thresholds: Tensor) -> CandidateRows:
         device = call.query.device
         lengths = torch.from_numpy(self._lengths[index])
         projection = self.projections[call.layer_idx]
         parts = (projection.encoder, projection.decoder, projection.key_mean)
-        return ScreenedRows(
+        return CandidateRows(
             call,
             lengths,
             thresholds[lengths.to(device) - 1],

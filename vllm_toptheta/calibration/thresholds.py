@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.calibration.accumulate import KthScoreStatistics, Moments
-from vllm_toptheta.calibration.capture import TopKRoute
+from vllm_toptheta.calibration.capture import TopKOverride
 from vllm_toptheta.calibration.fit import fit_curves
-from vllm_toptheta.calibration.measure import ROW_MEASURES, ServedRoute
-from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.measure import ROW_MEASURES, ServedOverride
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
 from vllm_toptheta.calibration.options import CalibrationOptions
-from vllm_toptheta.calibration.route import AttentionRoute
+from vllm_toptheta.calibration.override import AttentionOverride
 from vllm_toptheta.calibration.samples import expectations
 from vllm_toptheta.calibration.sampling import measured_lengths, sample_lengths
 from vllm_toptheta.errors import CalibrationError
@@ -153,8 +153,8 @@ class ThresholdCalibration:
             "beta": self.options.beta,
         }
 
-    def _run(self, index: int, route: AttentionRoute) -> None:
-        with routed(self.model, route):
+    def _run(self, index: int, override: AttentionOverride) -> None:
+        with overriding_attention(self.model, override):
             hidden_states(self.model, self.sequences[index])
 
     def _observe(self, index: int, columns: Sequence[int], sparse_k: int | None) -> None:
@@ -164,7 +164,7 @@ class ThresholdCalibration:
             for column, scores in zip(columns, kth_scores.cpu().numpy(), strict=True):
                 self._statistics.add(layer_idx, column, scores, lengths)
 
-        route = TopKRoute(
+        override = TopKOverride(
             target_ks=[self.options.target_ks[column] for column in columns],
             lengths=lengths,
             sparse_k=sparse_k,
@@ -172,7 +172,7 @@ class ThresholdCalibration:
             report=report,
             placement=self.options.placement,
         )
-        self._run(index, route)
+        self._run(index, override)
 
     def _observed_lengths(self, index: int) -> NDArray[np.int64]:
         num_rows = round(self.options.row_fraction * self.options.max_length)
@@ -188,11 +188,11 @@ class ThresholdCalibration:
             self._samples[target, :, layer_idx, :, place] = measures.cpu()[..., rows].numpy()
 
         curve = self.curve(target)
-        route = ServedRoute(
+        override = ServedOverride(
             curve.polynomial(np.arange(self.options.max_length + 1)),
             dense_length=curve.dense_length,
             dense_layers=self.options.dense_layers,
             placement=self.options.placement,
             report=report,
         )
-        self._run(index, route)
+        self._run(index, override)

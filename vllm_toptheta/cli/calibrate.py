@@ -85,7 +85,7 @@ def calibrate_command(
     """Calibrate thresholds or shadow keys for a model on texts and write them as a store."""
     import torch
 
-    from vllm_toptheta.calibration import CalibrationOptions, calibrate
+    from vllm_toptheta.calibration import CalibrationOptions, Place, calibrate
     from vllm_toptheta.calibration.data import read_text
     from vllm_toptheta.calibration.sources import builtin_texts, read_dataset
     from vllm_toptheta.limits import gpus_lack
@@ -124,9 +124,7 @@ def calibrate_command(
         texts,
         out=out,
         options=options,
-        dtype=getattr(torch, dtype),
-        device=device,
-        device_map=device_map,
+        place=Place(getattr(torch, dtype), device, device_map),
         model_id=model_id,
         command=recorded_command(*paths),
         resume=resume,

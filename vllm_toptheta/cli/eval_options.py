@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vllm_toptheta.cli.terminal import check_file, check_folder
+from vllm_toptheta.cli.terminal import check_file, check_folder, integers, words
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vllm_toptheta.evaluation.tasks import TaskOptions
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.")]
 ThresholdsOption = Annotated[
@@ -103,6 +105,14 @@ def drawing(function: Literal["draw_trade_offs", "draw_recall"], folder: Path | 
             typer.echo(f"wrote {file}", err=True)
 
     return draw
+
+
+def task_options(tasks: str, lengths: str, depths: str, **others: Any) -> TaskOptions:
+    """What the flags of tasks mean; `others` are fields that are flags as they are."""
+    from vllm_toptheta.evaluation.tasks import TaskOptions
+
+    places = [depth / 100 for depth in integers("--depths", depths)]
+    return TaskOptions(words(tasks), lengths=integers("--lengths", lengths), depths=places, **others)
 
 
 def text_files(values: list[str]) -> list[Path]:

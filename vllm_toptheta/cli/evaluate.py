@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_toptheta.cli import eval_options as options
-from vllm_toptheta.cli.eval_options import drawing, text_files
+from vllm_toptheta.cli.eval_options import drawing, task_options, text_files
 from vllm_toptheta.cli.stores import needs_store
 from vllm_toptheta.cli.terminal import TEXT_FILES, integers, numbers, print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
@@ -60,12 +60,11 @@ def evaluate_perplexities(
     variants = expand_variants(
         subject.stores,
         targets=targets,
-        num_layers=subject.architecture.num_layers,
         compensations=words(compensations),
         modes=words(mode),
         top_k=integers("--top-k", top_k),
         cap_k=cap_k,
-        dense_layers=[_layers(layers) for layers in dense_layers or ["store"]],
+        dense_layers=[_layers(layers, subject.architecture.num_layers) for layers in dense_layers or ["store"]],
     )
     if prompt_tokens is None:
         prompt_tokens = 0 if phase == "both" else length // 2
@@ -109,7 +108,13 @@ def evaluate_tasks(
 ) -> None:
     """Needle in a haystack, key-value recall and HumanEval, decoded token by token, dense and sparse."""
     from vllm_toptheta.evaluation import expand_variants
-    from vllm_toptheta.evaluation.tasks import LocalAnswers, TasksReport, compare_answers, make_tasks, task_tables
+    from vllm_toptheta.evaluation.tasks import (
+        LocalAnswers,
+        TasksReport,
+        compare_answers,
+        make_tasks,
+        task_tables,
+    )
 
     draw = drawing("draw_recall", plots)
     targets = _targets(k, thresholds)
@@ -117,24 +122,14 @@ def evaluate_tasks(
     variants = expand_variants(
         subject.stores,
         targets=targets,
-        num_layers=subject.architecture.num_layers,
         compensations=words(compensations),
         modes=words(mode),
         top_k=integers("--top-k", top_k),
     )
     answer = LocalAnswers(subject, variants, phase=phase)
-    asked = make_tasks(
-        words(tasks),
-        answer.token_counter,
-        texts=text_files([*(text or []), *context.args]),
-        lengths=integers("--lengths", lengths),
-        depths=[depth / 100 for depth in integers("--depths", depths)],
-        samples=samples,
-        limit=limit,
-        shots=shots,
-        allow_code_execution=allow_code_execution,
-        seed=seed,
-    )
+    allowed = {"limit": limit, "shots": shots, "allow_code_execution": allow_code_execution}
+    chosen = task_options(tasks, lengths, depths, samples=samples, seed=seed, **allowed)
+    asked = make_tasks(chosen, answer.token_counter, text_files([*(text or []), *context.args]))
     report = TasksReport(
         setup=subject.setup(),
         phase=phase,
@@ -197,18 +192,15 @@ def evaluate_decoding(
 
     floors = [DEFAULT_WEIGHT_FLOOR] if weight_floor is None else numbers("--weight-floor", weight_floor)
     subject = _subject(model, thresholds, device, dtype, targets=words(k))
-    num_layers = subject.architecture.num_layers
     variants = expand_variants(
         subject.stores,
         targets=[*(floor_label(floor, field="--weight-floor") for floor in floors), *words(k)],
-        num_layers=num_layers,
         compensations=words(compensations),
         heavy=numbers("--heavy", heavy),
     )
     variants += expand_variants(
         {},
         targets=[],
-        num_layers=num_layers,
         compensations=words(compensations),
         top_k=integers("--top-k", top_k),
         dense_layers=[()],
@@ -229,11 +221,15 @@ def evaluate_decoding(
     print_table(decode_table(report))
 
 
-def _layers(option: str) -> tuple[int, ...] | None:
+def _layers(option: str, num_layers: int) -> tuple[int, ...] | None:
     """The layers of --dense-layers; None for those of the store."""
     if option in ("store", "none"):
         return None if option == "store" else ()
-    return tuple(sorted(set(integers("--dense-layers", option))))
+    layers = tuple(sorted(set(integers("--dense-layers", option))))
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise EvaluationError(f"no layer {layer} in a model of {num_layers}", field="--dense-layers")
+    return layers
 
 
 def _targets(option: str | None, thresholds: list[str] | None) -> list[str]:

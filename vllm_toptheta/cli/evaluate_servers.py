@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_toptheta.cli import eval_options as options
-from vllm_toptheta.cli.eval_options import drawing, text_files
-from vllm_toptheta.cli.terminal import integers, print_table, words, write_json
+from vllm_toptheta.cli.eval_options import drawing, task_options, text_files
+from vllm_toptheta.cli.terminal import print_table, words, write_json
 from vllm_toptheta.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from vllm_toptheta.evaluation.endpoint import Endpoint
+    from vllm_toptheta.evaluation.servers import Endpoint
 
 __all__ = ["evaluate_endpoints", "evaluate_harness"]
 
@@ -39,7 +39,7 @@ def evaluate_endpoints(
     plots: options.PlotsOption = None,
 ) -> None:
     """The same tasks, asked of two running OpenAI servers side by side."""
-    from vllm_toptheta.evaluation.endpoint import EndpointPair
+    from vllm_toptheta.evaluation.servers import EndpointPair
     from vllm_toptheta.evaluation.tasks import TasksReport, compare_answers, make_tasks, task_tables
 
     draw = drawing("draw_recall", plots)
@@ -50,18 +50,9 @@ def evaluate_endpoints(
             remedy="Use toptheta eval perplexity",
         )
     pair = EndpointPair(_endpoint(dense, dense_model, api_key_env), _endpoint(sparse, sparse_model, api_key_env))
-    asked = make_tasks(
-        words(tasks),
-        pair.token_counter,
-        texts=text_files([*(text or []), *context.args]),
-        lengths=integers("--lengths", lengths),
-        depths=[depth / 100 for depth in integers("--depths", depths)],
-        samples=samples,
-        limit=limit,
-        shots=shots,
-        allow_code_execution=allow_code_execution,
-        seed=seed,
-    )
+    allowed = {"limit": limit, "shots": shots, "allow_code_execution": allow_code_execution}
+    chosen = task_options(tasks, lengths, depths, samples=samples, seed=seed, **allowed)
+    asked = make_tasks(chosen, pair.token_counter, text_files([*(text or []), *context.args]))
     found = compare_answers(asked, [sparse], pair, concurrency=concurrency)
     report = TasksReport(setup=pair.endpoints(), phase="decode", seed=seed, tasks=tuple(found))
     for table in task_tables(report):
@@ -105,6 +96,6 @@ def evaluate_harness(
 def _endpoint(url: str, model: str | None, api_key_env: str) -> Endpoint:
     import os
 
-    from vllm_toptheta.evaluation.endpoint import Endpoint
+    from vllm_toptheta.evaluation.servers import Endpoint
 
     return Endpoint(url, model=model, api_key=os.environ.get(api_key_env))

@@ -23,6 +23,17 @@ _RENAME = "Name another page"
 _PATTERN = "FILE may be a quoted pattern: 'src/**/*.py'."
 
 
+TargetsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--k",
+        "--targets",
+        help="By commas: floor:2, which needs no store, or keys per query head and other targets of a store. "
+        "Default: the promised floor, else that which is served if nothing is said.",
+    ),
+]
+
+
 def report_command(
     context: typer.Context,
     *,
@@ -57,15 +68,7 @@ def report_command(
     png: Annotated[
         Path | None, typer.Option(callback=check_folder, metavar="DIR", help="Also write the figures into this folder.")
     ] = None,
-    k: Annotated[
-        str | None,
-        typer.Option(
-            "--k",
-            "--targets",
-            help="By commas: floor:2, which needs no store, or keys per query head and other targets of a store. "
-            "Default: the promised floor, else that which is served if nothing is said.",
-        ),
-    ] = None,
+    k: TargetsOption = None,
     sequences: Annotated[int, typer.Option(help="Sequences of each kind of text.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     attention_share: Annotated[
@@ -90,7 +93,7 @@ def report_command(
     import torch
 
     from vllm_toptheta import store
-    from vllm_toptheta.report import Report, find_quality, measure_survivors
+    from vllm_toptheta.report import Report, SurvivorOptions, find_quality, measure_survivors
     from vllm_toptheta.report.quality_verdict import quality_verdict
     from vllm_toptheta.report.verdict import verdict
 
@@ -131,14 +134,16 @@ def report_command(
             model_dir,
             _files([*text, *context.args]),
             found,
+            options=SurvivorOptions(
+                targets=targets or promised[:1],
+                length=length,
+                num_sequences=sequences,
+                seed=seed,
+                attention_share=attention_share,
+                dtype=getattr(torch, dtype),
+                device=device,
+            ),
             calibration_texts=_files(calibration_text or []),
-            targets=targets or promised[:1],
-            length=length,
-            num_sequences=sequences,
-            seed=seed,
-            attention_share=attention_share,
-            dtype=getattr(torch, dtype),
-            device=device,
         )
         for target in survivors.targets:
             typer.echo(verdict(survivors, target)[1])

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.evaluation.measuring import SequenceJob, WindowResult, measure_sequence
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.window import PREFIX_ROWS, Observer, attend_rows

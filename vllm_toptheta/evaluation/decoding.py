@@ -1,7 +1,7 @@
 """Greedy decoding as a server does it: the prompt in one pass into a KV cache, then one token at a time.
 
 Prompt rows follow the phase of the sparse attention (dense where it is `decode`); every step after them is one row,
-thresholded by its own length. What a step computes is what `route.SparseRoute` computes for that row.
+thresholded by its own length. What a step computes is what `sparse_override.SparseOverride` computes for that row.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import attending, routed, sinks_of
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.layer_attention import LayerAttention, register_attention
+from vllm_toptheta.calibration.model import attending, overriding_attention
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.evaluation.window import fork_cache
 from vllm_toptheta.reference import dense_attention
 
@@ -68,12 +69,12 @@ def read_prompt(model: Any, token_ids: Tensor, attention: SparseAttention | None
     Raises:
         CalibrationError: the model is not supported.
     """
-    route = DenseRoute()
+    override = DenseOverride()
     if attention is not None and attention.phase != "decode":
         counts = ReadCounts(len(token_ids), device=model.device)
-        route = SparseRoute(attention, num_prompt_tokens=len(token_ids), counts=counts)
+        override = SparseOverride(attention, num_prompt_tokens=len(token_ids), counts=counts)
     cache = DynamicCache(config=model.config)
-    with routed(model, route):
+    with overriding_attention(model, override):
         logits = _next_logits(model, token_ids[None], cache)
     return Prompt(len(token_ids), cache, logits[0])
 
@@ -132,36 +133,25 @@ def _next_logits(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def _attend_step(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it: query is `[num_lanes, num_heads, 1, head_size]`."""
-    if attention_mask is not None or query.shape[2] != 1:
+def _attend_step(asked: LayerAttention) -> Tensor:
+    if asked.mask is not None or asked.query.shape[2] != 1:
         raise EvaluationError("decoding takes one token at a time, without mask")
-    sinks = sinks_of(module, query.shape[1], options)
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = slice(None) if sliding_window is None else slice(-sliding_window, None)
-    layer_idx = int(module.layer_idx)
+    window = slice(None) if asked.sliding_window is None else slice(-asked.sliding_window, None)
+    key, value = asked.key[:, :, window], asked.value[:, :, window]
     outputs = []
-    for lane, *tensors in zip(_active_lanes.get(), query, key[:, :, window], value[:, :, window], strict=True):
+    for lane, *tensors in zip(_active_lanes.get(), asked.query, key, value, strict=True):
         step_query, step_key, step_value = (tensor.transpose(0, 1) for tensor in tensors)
-        if sliding_window is not None or lane.attention is None or layer_idx in lane.attention.dense_layers:
+        scale, cap, sinks = asked.softmax_scale, asked.soft_cap, asked.sinks
+        step = AttentionCall(asked.layer_idx, step_query, step_key, step_value, scale, cap, sinks)
+        attention = None if asked.sliding_window is not None else lane.attention
+        if attention is None or step.layer_idx in attention.dense_layers:
             result = dense_attention(
-                step_query, step_key, step_value, softmax_scale=softmax_scale, logits_soft_cap=softcap, sinks=sinks
+                step_query, step_key, step_value, softmax_scale=scale, logits_soft_cap=cap, sinks=sinks
             )
         else:
-            call = AttentionCall(layer_idx, step_query, step_key, step_value, softmax_scale, softcap, sinks)
-            result = lane.attention.attend(call, num_prompt_tokens=lane.prompt.num_tokens)
+            result = attention.attend(step, num_prompt_tokens=lane.prompt.num_tokens)
         outputs.append(result.output)
-    return torch.stack(outputs).to(query.dtype), None
+    return torch.stack(outputs)
 
 
-AttentionInterface.register(_ATTENTION_NAME, _attend_step)
+register_attention(_ATTENTION_NAME, _attend_step)

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.endpoint import Endpoint, EndpointPair
 from vllm_toptheta.evaluation.paired import compare_shares, mean_and_error
+from vllm_toptheta.evaluation.servers import Endpoint, EndpointPair
 from vllm_toptheta.evaluation.tasks.report import Endpoints
 
 __all__ = ["HarnessReport", "HarnessScore", "compare_harness_task", "harness_table"]

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
+from vllm_toptheta.calibration.override import DenseOverride
 from vllm_toptheta.calibration.plausible import check_understanding
 from vllm_toptheta.calibration.progress import progress_bar
-from vllm_toptheta.calibration.route import DenseRoute
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.domains import Domain, Sample
 from vllm_toptheta.evaluation.losses import Losses, compare_predictions, head_of
 from vllm_toptheta.evaluation.paired import compare_perplexities, mean_and_error
-from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport
-from vllm_toptheta.evaluation.route import ReadCounts, SparseRoute
+from vllm_toptheta.evaluation.perplexity_report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
 from vllm_toptheta.evaluation.subject import Subject
 from vllm_toptheta.evaluation.variants import Variant, store_of
 from vllm_toptheta.reference import Phase
@@ -138,13 +138,13 @@ def compare_on_samples(
     head = head_of(model, samples[0].token_ids)
     for sample in samples:
         prompt = sample.num_prompt_tokens
-        routes = [
-            SparseRoute(attention, num_prompt_tokens=prompt, counts=count)
+        overrides = [
+            SparseOverride(attention, num_prompt_tokens=prompt, counts=count)
             for attention, count in zip(attentions, counts, strict=True)
         ]
         states = []
-        for route in (DenseRoute(), *routes):
-            with routed(model, route):
+        for override in (DenseOverride(), *overrides):
+            with overriding_attention(model, override):
                 states.append(hidden_states(model, sample.token_ids))
             on_pass()
         compared = compare_predictions(head, sample.token_ids, states[0], states[1:], num_prompt_tokens=prompt)

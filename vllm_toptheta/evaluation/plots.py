@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.report import Comparison, DomainReport, PerplexityReport
+from vllm_toptheta.evaluation.perplexity_report import Comparison, DomainReport, PerplexityReport
 from vllm_toptheta.evaluation.tasks.report import TaskReport, TasksReport
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.whole_file import write_whole

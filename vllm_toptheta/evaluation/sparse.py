@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation.screening import ShadowScreen
+from vllm_toptheta.evaluation.candidates import ShadowCandidates
 from vllm_toptheta.evaluation.tiering import Copies, Tiers
 from vllm_toptheta.evaluation.variants import Variant
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
@@ -79,7 +79,7 @@ class SparseAttention:
         self._thresholds: Tensor | None = None
         self._offline_sum: Tensor | None = None
         self._exp_threshold_scale: Tensor | None = None
-        self._screen: ShadowScreen | None = None
+        self._candidates: ShadowCandidates | None = None
         self._tiers: Tiers | None = None
         if variant.weight_floor is not None and variant.heavy is not None:
             if phase != "both":
@@ -106,7 +106,7 @@ class SparseAttention:
         if variant.method == "shadow":
             self.dense_layers = frozenset(variant.dense_layers or ())
             self.dense_length = NUM_ANCHORS
-            self._screen = ShadowScreen(store.shadow, device=device)
+            self._candidates = ShadowCandidates(store.shadow, device=device)
             if variant.calibrated_term is not None:
                 scale = store.shadow.exp_threshold_scale(lengths)
                 self._exp_threshold_scale = torch.from_numpy(scale).to(device)
@@ -129,7 +129,7 @@ class SparseAttention:
             call: of all blocks.
         """
         return Encoded(
-            codes=None if self._screen is None else self._screen.encode(call.layer_idx, call.key),
+            codes=None if self._candidates is None else self._candidates.encode(call.layer_idx, call.key),
             copies=None if self._tiers is None else self._tiers.copy(call),
         )
 
@@ -176,13 +176,13 @@ class SparseAttention:
                 num_prompt_tokens=num_prompt_tokens,
                 sinks=call.sinks,
             )
-        screened = None
+        found = None
         threshold = of_rows(self._thresholds) if self._thresholds is not None else self._relative_threshold(call)
-        if self._screen is not None:
-            screened = self._screen.screen(
+        if self._candidates is not None:
+            found = self._candidates.find(
                 layer_idx,
                 query,
-                self._screen.encode(layer_idx, key) if encoded.codes is None else encoded.codes[: len(key)],
+                self._candidates.encode(layer_idx, key) if encoded.codes is None else encoded.codes[: len(key)],
                 threshold,
                 softmax_scale=softmax_scale,
                 soft_cap=soft_cap,
@@ -200,8 +200,8 @@ class SparseAttention:
             logits_soft_cap=soft_cap,
             phase=self.phase,
             num_prompt_tokens=num_prompt_tokens,
-            candidates=None if screened is None else screened.candidates,
-            shadow_scores=None if screened is None else screened.shadow_scores,
+            candidates=None if found is None else found.candidates,
+            shadow_scores=None if found is None else found.shadow_scores,
             sinks=call.sinks,
         )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import (
     AttentionResult,
     KeyCopies,

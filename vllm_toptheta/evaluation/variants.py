@@ -232,7 +232,6 @@ def expand_variants(
     stores: Mapping[str, ThresholdStore],
     *,
     targets: Sequence[str],
-    num_layers: int,
     compensations: Sequence[str] = (),
     modes: Sequence[str] = ("values",),
     heavy: Sequence[float] = (),
@@ -246,7 +245,6 @@ def expand_variants(
         stores: threshold stores by their labels; none are needed for thresholds relative to the row and exact top-k.
         targets: what the thresholds aim at in mode values; a bare number is a k. In mode shadow, they are those that
             the store's shadow keys were calibrated for.
-        num_layers: of the model.
         compensations: names out of `COMPENSATIONS`, each for the modes that have it, or `all`, which leaves out those
             that a store has no terms for; what a server of the mode has if none is named.
         modes: names out of `MODES`.
@@ -257,12 +255,11 @@ def expand_variants(
             there is no store.
 
     Raises:
-        EvaluationError: a compensation, a mode, a layer or a k is unknown, no mode has the compensation, a target has
+        EvaluationError: a compensation, a mode or a k is unknown, no mode has the compensation, a target has
             no such mode, or needs a store, and there is none; or tiers cannot be.
         SettingsError: a target is not one.
     """
     _check_names(compensations, modes)
-    _check_layers(num_layers, dense_layers)
     labels = [_target_label(target) for target in targets]
     relative = [label for label in labels if label.startswith(FLOOR_PREFIX)]
     calibrated = [label for label in labels if label not in relative]
@@ -368,12 +365,6 @@ def _check_names(compensations: Sequence[str], modes: Sequence[str]) -> None:
                 field="compensations",
                 remedy=f"Ask for that mode (--mode {having[0]}), or for another compensation",
             )
-
-
-def _check_layers(num_layers: int, dense_layers: Sequence[tuple[int, ...] | None]) -> None:
-    for layer in (layer for layers in dense_layers for layer in layers or ()):
-        if not 0 <= layer < num_layers:
-            raise EvaluationError(f"no layer {layer} in a model of {num_layers}", field="dense_layers")
 
 
 def _compensations(mode: Mode, wanted: Sequence[str], store: ThresholdStore | None) -> list[CompensationName]:

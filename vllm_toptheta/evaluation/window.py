@@ -8,16 +8,17 @@ and each row has the threshold of its own length.
 import copy
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
-from vllm_toptheta.calibration.model import attending, check_call, sinks_of
-from vllm_toptheta.calibration.route import AttentionCall, block_bytes_on, windowed_attention
+from vllm_toptheta.calibration.layer_attention import LayerAttention, check_call, register_attention
+from vllm_toptheta.calibration.model import attending
+from vllm_toptheta.calibration.override import AttentionCall, block_bytes_on, windowed_attention
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
@@ -109,28 +110,14 @@ def _states(model: Any, token_ids: Tensor, cache: Any) -> Tensor:
     return states
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function as transformers calls it: tensors are `[1, num_heads, num_tokens, head_size]`."""
-    if attention_mask is not None or query.shape[0] != 1:
+def _attend(asked: LayerAttention) -> Tensor:
+    if asked.mask is not None or asked.query.shape[0] != 1:
         raise EvaluationError("a window is of one sequence, without padding or mask")
-    check_call(module, query, key, sliding_window)
+    check_call(asked)
     this = _active.get()
-    rows, keys, values = (tensor[0].transpose(0, 1).float() for tensor in (query, key, value))
-    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = sinks_of(module, query.shape[1], options)
-    call = AttentionCall(int(module.layer_idx), rows, keys, values, softmax_scale, softcap, sinks)
-    output = attend_rows(call, this.attention, sliding_window=sliding_window, observe=this.observe)
-    return output[None].to(query.dtype), None
+    call = asked.of_one_sequence()
+    call = replace(call, query=call.query.float(), key=call.key.float(), value=call.value.float())
+    return attend_rows(call, this.attention, sliding_window=asked.sliding_window, observe=this.observe)[None]
 
 
 def attend_rows(
@@ -178,4 +165,4 @@ def _dense(call: AttentionCall, sliding_window: int) -> Tensor:
     return output[0].transpose(0, 1)
 
 
-AttentionInterface.register(_ATTENTION_NAME, _attend)
+register_attention(_ATTENTION_NAME, _attend)

@@ -1,4 +1,7 @@
-"""The truth in plain PyTorch: every mode of Top-Theta attention (arXiv 2502.08363), contiguous and paged."""
+"""The truth in plain PyTorch: every mode of Top-Theta attention (arXiv 2502.08363), contiguous and paged.
+
+May import `limits`, `rotation`.
+"""
 
 from vllm_toptheta.reference.attention import (
     AttentionResult,

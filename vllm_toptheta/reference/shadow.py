@@ -11,7 +11,7 @@ The directions maximise what is kept of the scores: with C the covariance of the
 queries of the group, they are the leading eigenvectors of M^(1/2) C M^(1/2), seen from the keys by M^(1/2), from the
 queries by M^(-1/2). Steps are the best ones for a normal distribution in 16 levels (J. Max, "Quantizing for minimum
 distortion", IRE Trans. Inf. Theory, 1960). Nothing but the codes is stored with a key: no scale is read while
-scanning. docs/shadow.md compares this format with others.
+scanning. docs/lab.md compares this format with others.
 
 Queries take part as integers of 8 bits, one scale per head, so a sum of products of codes is exact.
 """

@@ -18,7 +18,7 @@ R is `rotation.rotation`, steps are float16. With s~_j the score of a copy, n ke
     below    everything else enters the softmax denominator by s~_j, or by the exact score where that was read
 
 A key that is light for one head may weigh nothing in another of its group. With exact rows instead of copies, what is
-read is what thresholds alone read. docs/shadow.md compares this format with others.
+read is what thresholds alone read. docs/lab.md compares this format with others.
 """
 
 import math

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.model import hidden_states, routed
+from vllm_toptheta.calibration.model import hidden_states, overriding_attention
 from vllm_toptheta.calibration.sampling import length_buckets
-from vllm_toptheta.evaluation.route import SparseRoute
 from vllm_toptheta.evaluation.sparse import SparseAttention
+from vllm_toptheta.evaluation.sparse_override import SparseOverride
 from vllm_toptheta.reference import AttentionResult
 from vllm_toptheta.store import Architecture
 
@@ -110,7 +110,7 @@ def collect(
         CalibrationError: the model is not supported.
     """
     counts = SurvivorCounts(architecture, dense_length=attention.dense_length, max_length=len(sequences[0]))
-    with routed(model, SparseRoute(attention, counts=counts)):
+    with overriding_attention(model, SparseOverride(attention, counts=counts)):
         for sequence in sequences:
             hidden_states(model, sequence)
             on_sequence()

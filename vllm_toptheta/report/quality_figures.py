@@ -117,8 +117,8 @@ def _draw_length(axes: Axes, quality: Quality, loss: _Loss, share: str, length: 
     of_length = [rung for rung in quality.rungs if rung.measured.length == length]
     floors = [rung for rung in of_length if rung.equal_rows is None]
     top_k = [rung.measured for rung in of_length if rung.equal_rows is not None]
-    _draw_points(axes, [rung.measured for rung in floors], loss, share, colour=colour, fmt=f"{marker}-", size=5)
-    _draw_points(axes, top_k, loss, share, colour=colour, fmt=f"{marker}:", size=7, is_hollow=True)
+    _draw_points(axes, [rung.measured for rung in floors], loss, share, _Mark(colour, f"{marker}-", 5))
+    _draw_points(axes, top_k, loss, share, _Mark(colour, f"{marker}:", 7, is_hollow=True))
     for rung in floors:
         _name_floor(
             axes, rung.label.removeprefix(FLOOR_PREFIX), rung.measured, loss, share, colour=colour, place=(5, 4)
@@ -126,7 +126,7 @@ def _draw_length(axes: Axes, quality: Quality, loss: _Loss, share: str, length: 
     for promise in quality.evidence.promises:
         size = 13 if promise is quality.evidence.served else 8
         confirmed = [one for one in promise.measured if one.length == length]
-        _draw_points(axes, confirmed, loss, share, colour=colour, fmt="*", size=size, edge=DARK, zorder=4)
+        _draw_points(axes, confirmed, loss, share, _Mark(colour, "*", size, edge=DARK, zorder=4))
         for one in confirmed:
             _name_floor(axes, f"{promise.weight_floor:g}", one, loss, share, colour=DARK, place=(5, -12))
 
@@ -146,37 +146,38 @@ def _name_floor(
     axes.annotate(floor, at, xytext=place, textcoords="offset points", fontsize=8, color=colour)
 
 
-def _draw_points(
-    axes: Axes,
-    measured: Sequence[MeasuredLength],
-    loss: _Loss,
-    share: str,
-    *,
-    colour: Any,
-    fmt: str,
-    size: float,
-    is_hollow: bool = False,
-    edge: str | None = None,
-    zorder: float = 2,
-) -> None:
+class _Mark(NamedTuple):
+    """How points look; `fmt` is matplotlib's."""
+
+    colour: Any
+    fmt: str
+    size: float
+    is_hollow: bool = False
+    edge: str | None = None
+    zorder: float = 2
+
+
+def _draw_points(axes: Axes, measured: Sequence[MeasuredLength], loss: _Loss, share: str, mark: _Mark) -> None:
     """Points with a thick bar of one standard error to both sides, and a thin one up to the bound."""
     if not measured:
         return
     x = [100 * getattr(one, share) for one in measured]
     means, errors, bounds = ([getattr(one, name) for one in measured] for name in (loss.mean, loss.error, loss.bound))
     up = [bound - mean for bound, mean in zip(bounds, means, strict=True)]
-    axes.errorbar(x, means, [[0.0] * len(up), up], fmt="none", ecolor=colour, elinewidth=0.9, capsize=3, zorder=zorder)
+    axes.errorbar(
+        x, means, [[0.0] * len(up), up], fmt="none", ecolor=mark.colour, elinewidth=0.9, capsize=3, zorder=mark.zorder
+    )
     axes.errorbar(
         *(x, means, errors),
-        fmt=fmt,
-        color=colour,
+        fmt=mark.fmt,
+        color=mark.colour,
         elinewidth=2.2,
         linewidth=1.3,
-        markersize=size,
-        markerfacecolor="white" if is_hollow else colour,
-        markeredgecolor=edge or colour,
-        markeredgewidth=0.8 if edge else 1.2,
-        zorder=zorder,
+        markersize=mark.size,
+        markerfacecolor="white" if mark.is_hollow else mark.colour,
+        markeredgecolor=mark.edge or mark.colour,
+        markeredgewidth=0.8 if mark.edge else 1.2,
+        zorder=mark.zorder,
     )
 
 

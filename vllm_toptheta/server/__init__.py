@@ -8,4 +8,6 @@ model_config   the model's config.json as vLLM will read it
 preflight      all of that and the thresholds against each other
 command        the plain command, and how to become it
 reference      docs/configuration.md
+
+May import `errors`, `settings`, `store`, `support`, `selection`.
 """

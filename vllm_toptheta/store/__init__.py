@@ -4,6 +4,8 @@ folder = resolve("org/model")
 store = load(folder)
 store.manifest.architecture.check(Architecture.from_hf_config(config), file=folder)
 theta = store.curve(128).threshold(seq_len)    # [num_layers, num_heads]
+
+May import `errors`, `limits`.
 """
 
 from vllm_toptheta.store.curve import ThresholdCurve

@@ -7,6 +7,8 @@ engine     an engine and its device, as flags or vLLM's configuration say
 installed  what the installed vLLM can do
 untested   what nobody has run
 refusal    the reasons, as one error
+
+May import `errors`, `limits`.
 """
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons

@@ -1,1 +1,1 @@
-"""Vectorised torch operations for CPUs."""
+"""Kernels for CPUs: compiled by Numba where that is worth it, vectorised torch operations elsewhere."""

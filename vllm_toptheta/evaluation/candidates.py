@@ -10,11 +10,11 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 from vllm_toptheta.reference import KeyProjection, candidate_keys, encode_keys, quantize_query, shadow_scores
 from vllm_toptheta.store import ShadowKeys
 
-__all__ = ["Screened", "ShadowScreen"]
+__all__ = ["Candidates", "ShadowCandidates"]
 
 
 @dataclass(frozen=True)
-class Screened:
+class Candidates:
     """What shadow keys say of some rows, as `reference.top_theta_attention` takes it.
 
     Attributes:
@@ -26,7 +26,7 @@ class Screened:
     shadow_scores: Tensor
 
 
-class ShadowScreen:
+class ShadowCandidates:
     """The shadow keys of a store.
 
     Args:
@@ -49,7 +49,7 @@ class ShadowScreen:
         """
         return encode_keys(key, self._projection(layer_idx))
 
-    def screen(
+    def find(
         self,
         layer_idx: int,
         query: Tensor,
@@ -58,7 +58,7 @@ class ShadowScreen:
         *,
         softmax_scale: float,
         soft_cap: float | None,
-    ) -> Screened:
+    ) -> Candidates:
         """Returns the candidates of some rows, each as a decode step of its length would find them.
 
         Args:
@@ -82,7 +82,7 @@ class ShadowScreen:
             num_recent=NUM_LAST_ANCHORS,
             block_size=self._shadow.section.block_size,
         )
-        return Screened(candidates.repeat_interleave(query.shape[1] // num_kv_heads, dim=1), scores)
+        return Candidates(candidates.repeat_interleave(query.shape[1] // num_kv_heads, dim=1), scores)
 
     def _load_projection(self, layer_idx: int) -> KeyProjection:
         arrays = vars(self._shadow.projection(layer_idx)).values()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.calibration.blocks import sampled_blocks
-from vllm_toptheta.calibration.route import AttentionCall
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import (
     KeyProjection,
     ShadowQuery,
@@ -27,7 +27,7 @@ __all__ = [
     "AlwaysRead",
     "CandidateMeasures",
     "KeyMoments",
-    "ScreenedRows",
+    "CandidateRows",
     "key_moments",
     "measure_candidates",
     "shortfall_histogram",
@@ -114,7 +114,7 @@ def key_moments(query: Tensor, key: Tensor) -> KeyMoments:
 
 
 @dataclass(frozen=True)
-class ScreenedBlock:
+class CandidateBlock:
     """Some of the rows, for all heads; scores are scaled logits.
 
     Attributes:
@@ -133,8 +133,8 @@ class ScreenedBlock:
 
 
 @dataclass(frozen=True)
-class ScreenedRows:
-    """Sampled rows of a layer, and what screens the keys for them.
+class CandidateRows:
+    """Sampled rows of a layer, and what chooses the keys for them.
 
     Attributes:
         call: of all rows of the sequence.
@@ -157,7 +157,7 @@ class ScreenedRows:
         """Of the layer, `[num_heads, 1]` float32; None without."""
         return None if self.call.sinks is None else self.call.sinks[:, None]
 
-    def blocks(self) -> Iterator[ScreenedBlock]:
+    def blocks(self) -> Iterator[CandidateBlock]:
         """Yields the rows, as many at a time as a block may hold."""
         call = self.call
         lengths = self.lengths.to(call.query.device)
@@ -166,7 +166,7 @@ class ScreenedRows:
         for block in sampled_blocks(call, self.lengths, block_bytes=self.block_bytes):
             longest = block.scores.shape[-1]
             part = ShadowQuery(sampled.codes[block.rows], sampled.step[block.rows], sampled.offset[block.rows])
-            yield ScreenedBlock(
+            yield CandidateBlock(
                 lengths=block.lengths,
                 scores=block.scores.flatten(0, 1),
                 shadow_scores=shadow_scores(part, codes[:longest], logits_soft_cap=call.soft_cap).transpose(0, 1),
@@ -175,7 +175,7 @@ class ScreenedRows:
             )
 
 
-def shortfall_histogram(rows: ScreenedRows) -> Tensor:
+def shortfall_histogram(rows: CandidateRows) -> Tensor:
     """Returns how much of the survivors' softmax mass needs which margin.
 
     The shadow of a survivor falls short of the threshold by some number, which a margin has to cover; keys that are
@@ -204,7 +204,7 @@ def shortfall_histogram(rows: ScreenedRows) -> Tensor:
     return histogram.unflatten(0, (num_heads, num_margins))
 
 
-def measure_candidates(rows: ScreenedRows, margin: Tensor) -> CandidateMeasures:
+def measure_candidates(rows: CandidateRows, margin: Tensor) -> CandidateMeasures:
     """Returns what rows read and leave unread in mode `shadow`.
 
     Args:

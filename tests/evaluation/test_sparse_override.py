@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vllm_toptheta.evaluation.route import ReadCounts
+from vllm_toptheta.evaluation.sparse_override import ReadCounts
 from vllm_toptheta.reference import Compensation, dense_attention, top_k_attention, top_theta_attention
 
 

@@ -5,11 +5,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.route import AttentionCall, DenseRoute
+from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
-__all__ = ["ReadCounts", "RowCounts", "SparseRoute"]
+__all__ = ["ReadCounts", "RowCounts", "SparseOverride"]
 
 
 class RowCounts(Protocol):
@@ -124,7 +124,7 @@ class ReadCounts:
         return max(int(self._thresholded_by_survivors.sum()), 1)
 
 
-class SparseRoute(DenseRoute):
+class SparseOverride(DenseOverride):
     """Sparse attention in the sparse layers, dense attention in the others; every row as a decode step would have it.
 
     Args:
@@ -139,7 +139,7 @@ class SparseRoute(DenseRoute):
         self.counts = counts
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         if call.layer_idx in self.attention.dense_layers:
             return super().attend(call)
         encoded = self.attention.encode(call)

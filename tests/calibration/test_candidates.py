@@ -9,15 +9,15 @@ from torch import Tensor
 
 from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from tests.calibration.test_measure import LargestTensor, median_thresholds
-from vllm_toptheta.calibration.route import AttentionCall
-from vllm_toptheta.calibration.screening import (
+from vllm_toptheta.calibration.candidates import (
     MARGIN_EDGES,
     AlwaysRead,
-    ScreenedRows,
+    CandidateRows,
     key_moments,
     measure_candidates,
     shortfall_histogram,
 )
+from vllm_toptheta.calibration.override import AttentionCall
 from vllm_toptheta.reference import (
     Compensation,
     KeyProjection,
@@ -42,11 +42,13 @@ def fitted(query: Tensor, key: Tensor, num_channels: int = 4) -> KeyProjection:
     )
 
 
-def screened(soft_cap: float | None = None, sinks: Tensor | None = None, **options: Any) -> tuple[ScreenedRows, Tensor]:
+def candidate_rows(
+    soft_cap: float | None = None, sinks: Tensor | None = None, **options: Any
+) -> tuple[CandidateRows, Tensor]:
     """Sampled rows of random attention, and the thresholds of all rows."""
     query, key, value = random_attention()
     thresholds = median_thresholds(query, key, "pre_softmax", soft_cap)
-    rows = ScreenedRows(
+    rows = CandidateRows(
         AttentionCall(0, query, key, value, 0.25, soft_cap, sinks),
         LENGTHS,
         thresholds[LENGTHS - 1],
@@ -76,7 +78,7 @@ def test_moments_are_those_of_the_group() -> None:
 def test_candidates_leave_unread_what_the_reference_says(
     soft_cap: float | None, block_bytes: int | None, sinks: Tensor | None
 ) -> None:
-    rows, thresholds = screened(soft_cap, sinks, block_bytes=block_bytes)
+    rows, thresholds = candidate_rows(soft_cap, sinks, block_bytes=block_bytes)
     query, key, num_heads = rows.call.query, rows.call.key, rows.call.query.shape[1]
     margin = torch.linspace(0.0, 0.3, num_heads)
     found = measure_candidates(rows, margin)
@@ -109,7 +111,7 @@ def test_candidates_leave_unread_what_the_reference_says(
 @with_and_without_sinks
 @pytest.mark.parametrize("block_bytes", [1, None])
 def test_a_margin_holds_what_the_histogram_says(block_bytes: int | None, sinks: Tensor | None) -> None:
-    rows, thresholds = screened(None, sinks, block_bytes=block_bytes)
+    rows, thresholds = candidate_rows(None, sinks, block_bytes=block_bytes)
     histogram = shortfall_histogram(rows)
     query, key = rows.call.query, rows.call.key
     scores = causal_scores(query, key, softmax_scale=0.25)
@@ -135,7 +137,7 @@ def test_edges_ascend_from_no_margin() -> None:
 
 
 def test_shortfalls_beyond_the_largest_margin_are_counted_there() -> None:
-    rows, _ = screened()
+    rows, _ = candidate_rows()
     histogram = shortfall_histogram(replace(rows, thresholds=torch.full_like(rows.thresholds, -1e6)))
     assert not histogram[:, 1:].any()
     worthless = replace(rows.projection, decoder=rows.projection.decoder * 1e6)
@@ -144,7 +146,7 @@ def test_shortfalls_beyond_the_largest_margin_are_counted_there() -> None:
 
 
 def test_the_same_rows_give_the_same_integers() -> None:
-    rows, _ = screened()
+    rows, _ = candidate_rows()
     whole, pieces = shortfall_histogram(rows), shortfall_histogram(replace(rows, block_bytes=1))
     # products of other shapes round otherwise, but what is added up is not rounded again
     assert int((whole.sum(-1) - pieces.sum(-1)).abs().max()) < 2**22
@@ -155,7 +157,7 @@ def test_the_same_rows_give_the_same_integers() -> None:
 def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
     query, key, value = random_attention(seq_len)
     lengths = torch.arange(65, seq_len + 1)
-    rows = ScreenedRows(
+    rows = CandidateRows(
         AttentionCall(0, query, key, value, softmax_scale=0.25),
         lengths,
         torch.zeros(len(lengths), query.shape[1]),
@@ -171,7 +173,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(seq_len: int) -> None:
 
 def test_nothing_waits_for_the_device_or_mixes_devices() -> None:
     """Tensors without data, on a device of their own: a number that the host asks for is an error."""
-    rows, _ = screened(soft_cap=5.0, block_bytes=1 << 14)
+    rows, _ = candidate_rows(soft_cap=5.0, block_bytes=1 << 14)
     projection = KeyProjection(*(tensor.to("meta") for tensor in vars(rows.projection).values()))
     query, key, thresholds = (tensor.to("meta") for tensor in (rows.call.query, rows.call.key, rows.thresholds))
     call = replace(rows.call, query=query, key=key)

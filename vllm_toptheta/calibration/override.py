@@ -1,7 +1,7 @@
-"""What stands in for a model's attention while it runs over a whole text: the routes, and what they share.
+"""What stands in for a model's attention while it runs over a whole text: the overrides, and what they share.
 
-A model put on a route (`model.routed`) asks it for the attention of every layer. Calibration observes scores there,
-evaluation applies thresholds there, and neither knows how a model computes its query, key and value.
+A model under an override (`model.overriding_attention`) asks it for the attention of every layer. Calibration observes
+scores there, evaluation applies thresholds there, and neither knows how a model computes its query, key and value.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_toptheta.reference import causal_scores, dense_attention, row_lse
 
-__all__ = ["AttentionCall", "AttentionRoute", "DenseRoute", "block_bytes_on", "row_blocks", "windowed_attention"]
+__all__ = ["AttentionCall", "AttentionOverride", "DenseOverride", "block_bytes_on", "row_blocks", "windowed_attention"]
 
 # small enough to stay in a CPU's cache between the passes over a block
 _CPU_BLOCK_BYTES = 2 << 20
@@ -68,7 +68,7 @@ class AttentionCall:
             yield replace(self, query=query, key=self.key[:stop], value=self.value[:stop])
 
 
-class AttentionRoute(ABC):
+class AttentionOverride(ABC):
     """Causal self-attention over one whole sequence, layer by layer."""
 
     @abstractmethod
@@ -83,11 +83,11 @@ class AttentionRoute(ABC):
         """
 
 
-class DenseRoute(AttentionRoute):
+class DenseOverride(AttentionOverride):
     """Every key of every row: what sparse attention is compared with."""
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `AttentionRoute.attend`."""
+        """See `AttentionOverride.attend`."""
         return torch.cat(
             [
                 dense_attention(

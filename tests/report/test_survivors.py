@@ -9,7 +9,7 @@ from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model
 from vllm_toptheta import store
 from vllm_toptheta.errors import CalibrationError, EvaluationError, FingerprintMismatch, ReportError, TargetOutOfRange
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.report import Report, measure_survivors
+from vllm_toptheta.report import Report, SurvivorOptions, measure_survivors
 from vllm_toptheta.report.findings import SurvivorReport
 
 
@@ -48,8 +48,8 @@ def test_floors_need_nothing_calibrated(survivors: SurvivorReport, folder: Path)
     assert min(map(min, found.held_out.head_mean_survivors)) > 0
     assert 0 < found.held_out.sparse_value_rows_share < 1
     # alone, and without a store: the default
-    options: dict[str, Any] = {"length": 160, "num_sequences": 2, "device": "cpu", "progress": False}
-    alone = measure_survivors(folder / "tiny", [folder / "held-out.txt"], **options)
+    options = SurvivorOptions(length=160, num_sequences=2, device="cpu")
+    alone = measure_survivors(folder / "tiny", [folder / "held-out.txt"], options=options, progress=False)
     assert (alone.thresholds, alone.targets) == (None, (found,))
 
 
@@ -62,11 +62,8 @@ def test_texts_in_the_wrong_role_are_pointed_out(folder: Path, thresholds: store
         folder / "tiny",
         [folder / "calibration.txt"],
         thresholds,
+        options=SurvivorOptions(targets=["8"], length=50, num_sequences=1, device="cpu"),
         calibration_texts=[folder / "held-out.txt"],
-        targets=["8"],
-        length=50,
-        num_sequences=1,
-        device="cpu",
         progress=False,
     )
     assert swapped.not_held_out == ("calibration.txt",)
@@ -96,7 +93,8 @@ def test_options_that_cannot_work_are_refused(
             folder / "tiny",
             [folder / "held-out.txt"],
             thresholds,
-            **{"targets": ["8"], "length": 50, "device": "cpu", "progress": False, **options},
+            options=SurvivorOptions(**{"targets": ["8"], "length": 50, "device": "cpu", **options}),
+            progress=False,
         )
 
 
@@ -105,17 +103,19 @@ def test_another_model_and_dense_layers_alone_are_refused(
 ) -> None:
     texts = [folder / "held-out.txt"]
     other = save_model_dir(tmp_path / "other", tiny_model(tiny_config(num_hidden_layers=2)))
+    options = SurvivorOptions(targets=["8"], length=50, device="cpu")
     with pytest.raises(FingerprintMismatch):
-        measure_survivors(other, texts, thresholds, targets=["8"], length=50, device="cpu", progress=False)
+        measure_survivors(other, texts, thresholds, options=options, progress=False)
     section = thresholds.manifest.thresholds.model_copy(update={"dense_layers": (0, 1, 2, 3)})
     dense = replace(thresholds, manifest=thresholds.manifest.model_copy(update={"thresholds": section}))
     with pytest.raises(ReportError, match="every layer is dense"):
-        measure_survivors(folder / "tiny", texts, dense, targets=["8"], length=50, device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, dense, options=options, progress=False)
 
 
 def test_what_needs_a_store_is_refused_without_one(folder: Path) -> None:
     texts = [folder / "held-out.txt"]
     with pytest.raises(ReportError, match="calibration_texts: nothing was calibrated for floors"):
-        measure_survivors(folder / "tiny", texts, calibration_texts=texts, device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, calibration_texts=texts, progress=False)
+    options = SurvivorOptions(targets=["floor:2", "8"], device="cpu")
     with pytest.raises(EvaluationError, match="thresholds: top-theta k:8 needs what was calibrated"):
-        measure_survivors(folder / "tiny", texts, targets=["floor:2", "8"], device="cpu", progress=False)
+        measure_survivors(folder / "tiny", texts, options=options, progress=False)

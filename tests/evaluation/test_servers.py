@@ -5,8 +5,8 @@ import pytest
 
 from tests.evaluation.fake_server import FakeServer
 from vllm_toptheta.errors import EvaluationError
-from vllm_toptheta.evaluation import endpoint as endpoint_module
-from vllm_toptheta.evaluation.endpoint import Endpoint, EndpointPair
+from vllm_toptheta.evaluation import servers
+from vllm_toptheta.evaluation.servers import Endpoint, EndpointPair
 from vllm_toptheta.evaluation.tasks import compare_answers, needle_task
 
 TEXT = "\n".join(f"Line {index} says nothing of interest." for index in range(100))
@@ -16,7 +16,7 @@ TEXT = "\n".join(f"Line {index} says nothing of interest." for index in range(10
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that a client would have waited before asking again."""
     waited: list[float] = []
-    monkeypatch.setattr(endpoint_module.time, "sleep", waited.append)
+    monkeypatch.setattr(servers.time, "sleep", waited.append)
     return waited
 
 
