@@ -61,6 +61,8 @@ USERS = {
 # what benchmarks may use of vLLM: its public interface, and the kernels that ours are compared with
 PEERS = {
     "vllm",
+    "vllm._C",
+    "vllm._custom_ops",
     "vllm.EngineArgs",
     "vllm.LLM",
     "vllm.SamplingParams",
@@ -145,7 +147,7 @@ def test_imports(module: Path) -> None:
 @pytest.mark.parametrize("module", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda module: module.name)
 def test_the_command_imports_lazily(module: Path) -> None:
     allowed = {"__future__", "os", "sys", "pathlib", "typing", "typer", "vllm_toptheta.errors", "vllm_toptheta.cli"}
-    allowed |= {"collections", "contextlib", "signal", "types"}
+    allowed |= {"collections", "contextlib", "enum", "signal", "types"}
     names = {name for name in imports(ast.parse(module.read_text()), top_level=True)}
     assert {name for name in names if not any(is_within(name, other) for other in allowed)} == set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import cpu
+from vllm_toptheta.backend.plan import ALWAYS_SPARSE
 from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.reference import (
     causal_scores,
@@ -24,6 +26,7 @@ from vllm_toptheta.reference import (
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 9, 3, 64
 SCALE = HEAD_SIZE**-0.5
 TARGET_K = 128  # of calibrated thresholds
+UNWRITTEN = 1e4
 
 
 class Step(NamedTuple):
@@ -35,7 +38,10 @@ class Step(NamedTuple):
 
 
 class Harness:
-    """Three layers of a model on pages in random order, with NaN wherever nothing has been written."""
+    """Three layers of a model on pages in random order, with NaN in every tail that nobody has written.
+
+    Keys and values that nobody has written are large: vLLM's own attention gives them a weight of 0, but multiplies.
+    """
 
     def __init__(self, config: VllmConfig, block_size: int, max_lens: list[int], seed: int = 42) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -56,12 +62,14 @@ class Harness:
         names = [layer.layer_name for layer in self.layers]
         self.spec = self.layers[0].get_kv_cache_spec(config)
         self.builder = cpu.CpuMetadataBuilder(self.spec, names, config, torch.device("cpu"))
+        self.automatic = self.builder.plan.automatic
+        self.builder.plan = replace(self.builder.plan, automatic=ALWAYS_SPARSE)  # else all steps here would be dense
         width = max(-(-length // block_size) for length in max_lens)
         num_blocks = width * len(max_lens) + 1
         self.block_table = (torch.randperm(num_blocks - 1, generator=self.generator).int() + 1).view(-1, width)
         sizes = num_blocks, NUM_KV_HEADS, block_size, HEAD_SIZE
         code_bytes = self.builder.plan.code_bytes
-        self.caches = [empty_cache(*sizes, self.dtype, code_bytes=code_bytes) for _ in self.layers]
+        self.caches = [empty_cache(*sizes, self.dtype, code_bytes=code_bytes).fill_(UNWRITTEN) for _ in self.layers]
 
     def run(self, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Random tokens through every layer: the query [num_tokens, heads, head_size] and each layer's output."""

@@ -35,7 +35,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """What decodes: Numba's code, or torch operations as where there is none."""
     name: str = request.param
     if name == "torch":
-        monkeypatch.setattr(values, "compiled_for", lambda dtype: None)
+        monkeypatch.setattr(values, "compiled_for", lambda *cache: None)
     return name
 
 

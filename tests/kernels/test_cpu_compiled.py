@@ -13,7 +13,7 @@ import torch
 
 from tests.kernels.cpu_case import decode
 from tests.kernels.paged import PagedSequences
-from vllm_toptheta.kernels.cpu import compiled, values
+from vllm_toptheta.kernels.cpu import compiled, numba_decode, values
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
 def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours = decode(query, paged, None, sliding_window=90)
-    monkeypatch.setattr(values, "compiled_for", lambda dtype: None)
+    monkeypatch.setattr(values, "compiled_for", lambda *cache: None)
     theirs = decode(query, paged, None, sliding_window=90)
     torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=2e-5)
     assert ours.value_rows_read.tolist() == theirs.value_rows_read.tolist()
@@ -69,17 +69,19 @@ def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypa
 
 def test_exponentials() -> None:
     for x in (0.0, -1e-7, -0.1, -0.34657, -0.34658, -1.0, -10.3, -50.0, -86.0):
-        assert compiled._exp(np.float32(x)) == pytest.approx(math.exp(np.float32(x)), rel=5e-7)
-    assert compiled._exp(np.float32(-200.0)) == compiled._exp(np.float32(-np.inf)) == 0
+        assert numba_decode._exp(np.float32(x)) == pytest.approx(math.exp(np.float32(x)), rel=5e-7)
+    assert numba_decode._exp(np.float32(-200.0)) == numba_decode._exp(np.float32(-np.inf)) == 0
 
 
-def test_other_dtypes_and_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_caches_and_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     values.compiled_for.cache_clear()
-    assert values.compiled_for(torch.bfloat16) is values.compiled_for(torch.float32) is compiled
-    assert values.compiled_for(torch.float16) is None
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        assert values.compiled_for(dtype, 64, 16) is compiled
+    assert values.compiled_for(torch.float8_e4m3fn, 64, 16) is None
+    assert values.compiled_for(torch.bfloat16, 40, 16) is values.compiled_for(torch.bfloat16, 64, 24) is None
     values.compiled_for.cache_clear()
     monkeypatch.setitem(sys.modules, "vllm_toptheta.kernels.cpu.compiled", None)
-    assert values.compiled_for(torch.bfloat16) is None
+    assert values.compiled_for(torch.bfloat16, 64, 16) is None
     values.compiled_for.cache_clear()
 
 
@@ -89,5 +91,37 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pyte
             raise RuntimeError("cannot cache function: no locator available")
         return f"compiled with {options}"
 
-    monkeypatch.setattr(compiled, "njit", refuse)
-    assert compiled._compiled(len) == f"compiled with {{'parallel': True, 'fastmath': {compiled._FAST}}}"
+    monkeypatch.setattr(numba_decode, "njit", refuse)
+    assert numba_decode._compiled(len) == f"compiled with {{'parallel': True, 'fastmath': {numba_decode._FAST}}}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size", "block_size"),
+    [(9, 3, 64, 32), (10, 1, 48, 16), (34, 2, 96, 48), (2, 2, 16, 128), (8, 1, 256, 32)],
+    ids=["two vectors", "one more than are summed at once", "three turns", "no group", "wide heads"],
+)
+def test_shapes_equal_torch_operations(
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lens = [1_100, 3, 200, 512, 513]
+    generator = torch.Generator().manual_seed(0)
+    paged = PagedSequences.allocate(
+        lens, num_kv_heads=num_kv_heads, head_size=head_size, block_size=block_size, dtype=dtype, generator=generator
+    )
+    paged.append(lens, generator)
+    query = 3 * torch.randn(len(lens), num_heads, head_size, generator=generator).to(dtype)
+    options = {"slope": 1.0, "log_slope": -1.0, "max_dense_len": 144, "logits_soft_cap": 20.0}
+    ours = decode(query, paged, torch.zeros(num_heads), **options)
+    monkeypatch.setattr(values, "compiled_for", lambda *cache: None)
+    theirs = decode(query, paged, torch.zeros(num_heads), **options)
+    torch.testing.assert_close(ours.output, theirs.output, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.lost_mass, theirs.lost_mass, rtol=1e-3, atol=1e-4)
+    # a score at its threshold may fall on either side
+    assert (ours.value_rows_read - theirs.value_rows_read).abs().max() <= 1
+    assert 0 < int(ours.value_rows_read[0].sum()) < lens[0] * num_kv_heads

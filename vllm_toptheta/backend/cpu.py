@@ -1,13 +1,12 @@
 """The backend on vLLM's CPU platform.
 
-It composes the kernels of `vllm_toptheta.kernels.cpu`: every token of a prompt attends densely, and every generated
-token goes through the thresholds. It owns its cache layout (K and V of a
-token side by side, head by head), so it shares nothing with vLLM's own CPU kernels, which repack their pages.
+Every generated token goes through the thresholds, by the kernels of `vllm_toptheta.kernels.cpu`; prompts, and steps in
+which a layer is dense, are left to vLLM's own attention (`cpu_native`), or to torch where that lacks the heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,9 +28,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
+from vllm_toptheta.backend.cpu_native import NativeAttention, NativeStep
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.pages import more_memory
-from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.plan import ALWAYS_SPARSE, DenseRule, Plan
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.support_checks import check_no_chunks
@@ -73,13 +73,17 @@ class StepMetadata(AttentionMetadata):
     Attributes:
         decode: The sequences that decode, or None.
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
-        prefills: Everything that is not decoding.
+        prefills: Everything that is not decoding, where vLLM's own attention lacks the heads.
+        rest: The same for vLLM's own attention; None if there is nothing.
+        whole: All sequences, for layers that are dense in this step; None as `rest`.
         tails: All sequences.
     """
 
     decode: DecodeStep | None
     decode_tokens: torch.Tensor | slice
     prefills: list[PrefillChunk]
+    rest: NativeStep | None
+    whole: NativeStep | None
     tails: TailStep
 
 
@@ -90,24 +94,34 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.plan = Plan.resolve(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_no_chunks(layers)
+        self.native = NativeAttention.of(kv_cache_spec, layers)
+        plan = Plan.resolve(vllm_config)
+        self.plan = replace(plan, automatic=self._best_dense(plan, kv_cache_spec))
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
         self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        check_no_chunks(layers)
         layer_plans = []
         for name, layer in layers.items():
             impl = layer.impl
             if isinstance(impl, CpuTopThetaImpl):
+                impl.native = self.native
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
-        if (compiled := values.compiled_for(kv_cache_spec.dtype)) is not None:
+        spec = kv_cache_spec
+        if (compiled := values.compiled_for(spec.dtype, spec.head_size, spec.block_size)) is not None:
             logger.info_once("toptheta: compiling for this CPU, which takes some seconds where it was not kept on disk")
             compiled.warm_up(kv_cache_spec.dtype)
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
+
+    def _best_dense(self, plan: Plan, spec: AttentionSpec) -> DenseRule:
+        """Which steps thresholds would make no faster; none in mode `shadow`, which nobody serves on CPUs for speed."""
+        if self.native is None or plan.code_bytes:
+            return ALWAYS_SPARSE
+        return DenseRule(0, values.min_step_tokens(spec.num_kv_heads, spec.head_size))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -127,14 +141,32 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
                 # the last token of a prompt is dense too, also when it is the only one left to compute
                 is_decode &= ~common.is_prefilling[: common.num_reqs]
         rows = torch.nonzero(is_decode).flatten()
-        prefills = [
-            PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
-            for row in torch.nonzero(~is_decode & (query_lens > 0)).flatten().tolist()
-        ]
+        others = torch.nonzero(~is_decode & (query_lens > 0)).flatten()
+        whole = rest = None
+        prefills = []
+        if self.native is None:
+            prefills = [
+                PrefillChunk(slice(int(starts[row]), int(starts[row + 1])), block_table[row], int(seq_lens[row]))
+                for row in others.tolist()
+            ]
+        else:
+            whole = NativeStep(
+                self.native,
+                slice(0, int(starts[-1])),
+                query_start_loc=starts,
+                seq_lens=seq_lens,
+                block_table=block_table,
+            )
+            if len(others) == len(query_lens):
+                rest = whole
+            elif len(others):
+                rest = self._native_step(others, starts, seq_lens, block_table)
         return StepMetadata(
             decode=self._decode_step(block_table[rows], seq_lens[rows], rows),
-            decode_tokens=starts[:-1][rows].long() if prefills else slice(0, len(rows)),
+            decode_tokens=starts[:-1][rows].long() if len(others) else slice(0, len(rows)),
             prefills=prefills,
+            rest=rest,
+            whole=whole,
             tails=prepare_tails(
                 TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len),
                 self.kv_cache_spec.block_size,
@@ -152,9 +184,31 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             decode=self._decode_step(block_table, seq_lens, rows),
             decode_tokens=rows,
             prefills=[],
+            rest=None,
+            whole=None,
             tails=prepare_tails(
                 TailStep(block_table, seq_lens, starts, max_query_len=1), self.kv_cache_spec.block_size
             ),
+        )
+
+    def _native_step(
+        self, rows: torch.Tensor, starts: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor
+    ) -> NativeStep:
+        """Some rows of the step for vLLM's own attention.
+
+        Args:
+            rows: [num_rows] int64.
+            starts, seq_lens, block_table: Of all rows.
+        """
+        query_lens = starts.diff()[rows].long()
+        ends = query_lens.cumsum(0)
+        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts[rows] - (ends - query_lens), query_lens)
+        return NativeStep(
+            self.native,
+            tokens,
+            query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
+            seq_lens=seq_lens[rows],
+            block_table=block_table[rows],
         )
 
     def _decode_step(self, block_table: torch.Tensor, seq_lens: torch.Tensor, rows: torch.Tensor) -> DecodeStep | None:
@@ -203,9 +257,15 @@ class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
 
 
 class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]):
-    """One layer's attention on one rank."""
+    """One layer's attention on one rank.
+
+    Attributes:
+        native: vLLM's own attention for the layer's group; None where it lacks the heads.
+    """
 
     supports_quant_query_input = False
+    native: NativeAttention | None = None
+    _cache: LayerCache | None = None
 
     def __init__(
         self,
@@ -245,7 +305,8 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         slot_mapping: torch.Tensor,
     ) -> None:
         tokens = len(slot_mapping)
-        write_kv(key[:tokens], value[:tokens], kv_cache, slot_mapping)
+        write = write_kv if self.native is None else self.native.write
+        write(key[:tokens], value[:tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -275,15 +336,22 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         if attn_metadata is None or self.layer is None:
             return output.zero_()
         step = attn_metadata
-        cache = LayerCache.of(kv_cache, self.layer)
-        write_tails(step.tails, cache, self.layer)
+        if self._cache is None or self._cache.kv_cache is not kv_cache:
+            self._cache = LayerCache.of(kv_cache, self.layer)
+        write_tails(step.tails, self._cache, self.layer)
+        scratch = self._uncounted if self.layer_plan is None else self.layer_plan.counters.scratch
+        if step.decode is not None and step.whole is not None and values.is_dense(step.decode, self.layer):
+            step.whole.attend(self.layer, query, kv_cache, output)
+            values.count_dense(step.decode, self.layer, self.num_heads, self.num_kv_heads, scratch)
+            return output
         if step.decode is not None:
             decoded = query[step.decode_tokens]
-            call = LayerCall(decoded, torch.empty(decoded.shape, dtype=torch.float32), cache, self.layer)
-            scratch = self._uncounted if self.layer_plan is None else self.layer_plan.counters.scratch
+            call = LayerCall(decoded, torch.empty(decoded.shape, dtype=torch.float32), self._cache, self.layer)
             kernels = shadow if self.layer.shadow else tiers if self.layer.tiers else values
             kernels.decode(step.decode, call, scratch)
             output[step.decode_tokens] = call.output.to(output.dtype)
+        if step.rest is not None:
+            step.rest.attend(self.layer, query, kv_cache, output)
         for chunk in step.prefills:
             output[chunk.tokens] = prefill(
                 query[chunk.tokens],

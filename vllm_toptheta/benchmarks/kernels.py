@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
 
 DEFAULT_SPECS = ("32q1s32k", "8q1s32k", "4q1s128k", "32q1s8k", "1q1s32k", "64q1s1k")
+CPU_SPECS = ("1q1s256", "1q1s1k", "1q1s4k", "1q1s8k", "1q1s16k", "4q1s4k")
 COPY_BYTES = 1 << 30
 CACHE_BYTES = 256 << 20  # a step that reads less is timed on several copies, so that the L2 cache serves none of it
 GRAPH_MICROSECONDS = 3000  # work in a graph, so that its launch does not count
@@ -100,7 +101,7 @@ class KernelReport(BaseModel):
     batches: list[BatchReport]
 
 
-def parse_shape(shape: str) -> tuple[int, int, int]:
+def parse_shape(shape: str, *, on_gpu: bool = True) -> tuple[int, int, int]:
     """Query heads, kv heads and head size of a layer, given as 32,8,128.
 
     Raises:
@@ -114,7 +115,7 @@ def parse_shape(shape: str) -> tuple[int, int, int]:
     num_heads, num_kv_heads, head_size = map(int, match.groups())
     if num_heads % num_kv_heads:
         raise BenchmarkError(f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads", field="--shape")
-    if lacking := gpus_lack(head_size, num_heads, num_kv_heads):
+    if on_gpu and (lacking := gpus_lack(head_size, num_heads, num_kv_heads)):
         raise BenchmarkError(lacking, field="--shape")
     return num_heads, num_kv_heads, head_size
 

@@ -6,7 +6,6 @@ backends, so that a machine that slows down meanwhile slows all of them.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 
 from vllm_toptheta.benchmarks.dummy import accept, keep
+from vllm_toptheta.benchmarks.host import cpu_name
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -280,9 +280,7 @@ def _device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpu_info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+    return cpu_name()
 
 
 if __name__ == "__main__":

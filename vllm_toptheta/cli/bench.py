@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ import typer
 from vllm_toptheta.cli.eval_options import JsonOption
 from vllm_toptheta.cli.stores import ThresholdsOption, load_store
 from vllm_toptheta.cli.terminal import TEXT_FILES, check_file, print_table, words, write_json
+
+
+class KernelDevice(StrEnum):
+    """What kernels are timed on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
 
 bench_app = typer.Typer(help="Measure speed against other backends.", no_args_is_help=True)
 
@@ -40,14 +49,19 @@ def bench_kernels(
     ] = None,
     shape: Annotated[str, typer.Option(help="Query heads, kv heads and head size of a layer.")] = "32,8,128",
     block_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
+    device: Annotated[
+        KernelDevice, typer.Option(help="cuda: on an NVIDIA GPU; cpu: beside vLLM's own attention for CPUs.")
+    ] = KernelDevice.CUDA,
     json: JsonOption = None,
 ) -> None:
-    """Time of the decode kernel beside FlashAttention and others, on random data; needs an NVIDIA GPU."""
-    from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, KernelWorkload, compare, kernel_table, parse_shape
+    """Time of the decode kernel beside FlashAttention and others on a GPU, or beside vLLM's own on a CPU."""
+    from vllm_toptheta.benchmarks import cpu_kernels, kernels
+    from vllm_toptheta.benchmarks.kernels import CPU_SPECS, DEFAULT_SPECS, KernelWorkload, kernel_table, parse_shape
 
-    num_heads, num_kv_heads, head_size = parse_shape(shape)
+    on_gpu = device is KernelDevice.CUDA
+    num_heads, num_kv_heads, head_size = parse_shape(shape, on_gpu=on_gpu)
     workload = KernelWorkload(
-        specs=list(DEFAULT_SPECS) if specs is None else specs.split(","),
+        specs=list(DEFAULT_SPECS if on_gpu else CPU_SPECS) if specs is None else specs.split(","),
         block_size=block_size,
         target_k=k,
         patterns=words(pattern),
@@ -57,6 +71,7 @@ def bench_kernels(
         num_kv_heads=num_kv_heads,
         head_size=head_size,
     )
+    compare = kernels.compare if on_gpu else cpu_kernels.compare
     report = compare(workload, report_progress=lambda line: typer.echo(line, err=True))
     print_table(kernel_table(report))
     write_json(json, report)

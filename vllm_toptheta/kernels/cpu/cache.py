@@ -1,6 +1,7 @@
 """How the CPU kernels fill the pages of a KV cache, and how they read them.
 
-kv_cache    [num_blocks, num_kv_heads, block_size, 2 * head_size] of memory, filled as `split_cache` says
+kv_cache    [num_blocks, num_kv_heads, block_size, 2 * head_size] of memory, filled as `split_cache` says: as vLLM's own
+            CPU attention fills it where it works on vectors, so that prompts and dense layers can be left to that
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ NULL_BLOCK = 0  # block-table entries behind a sequence's end are read as this b
 def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and the values of a cache, each [num_blocks, num_kv_heads, block_size, head_size].
 
-    Within a page and head, all keys stand in front of all values: keys are read whole and in order, values row by row,
-    and side by side each would drag the other through the memory bus.
+    Within a page and head, all keys stand in front of all values. Keys lie channel by channel, the tokens of a page
+    side by side, so that a vector holds one channel of many keys and scores need no sums across it; values lie token by
+    token, because single ones are read.
     """
+    keys, values = halves_of(kv_cache)
+    return keys.flatten(2).unflatten(2, (keys.shape[3], keys.shape[2])).transpose(2, 3), values
+
+
+def halves_of(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same memory as vLLM's own attention takes it: of keys, the last two axes have the sizes of those of values."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
-    halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, content // 2)
-    return halves[:, :, :block_size], halves[:, :, block_size:]
+    first, second = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, content // 2).chunk(2, dim=2)
+    return first, second
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -52,12 +60,25 @@ def pages_of(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return pages.view(*blocks.shape, *pages.shape[1:])
 
 
-def token_rows(cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The rows at `positions`, [num_seqs, num_kv_heads, width, head_size] float32.
+def keys_at(cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The keys at `positions`, [num_seqs, num_kv_heads, width, head_size] float32.
 
     Args:
-        cache, blocks: As for `pages_of`.
+        cache: The keys that `split_cache` returns.
+        blocks: As for `pages_of`.
         positions: [num_seqs, num_kv_heads, width] int64, tokens of each sequence.
+    """
+    num_kv_heads, block_size = cache.shape[1:3]
+    block = blocks[:, None].expand(-1, num_kv_heads, -1).gather(2, positions // block_size)
+    return cache[block, torch.arange(num_kv_heads)[:, None], positions % block_size].float()
+
+
+def values_at(cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The values at `positions`, [num_seqs, num_kv_heads, width, head_size] float32.
+
+    Args:
+        cache: The values that `split_cache` returns.
+        blocks, positions: As for `keys_at`.
     """
     num_blocks, num_kv_heads, block_size, head_size = cache.shape
     # pages are whole numbers of rows (kernels.pages), so all rows stand in one matrix, which index_select copies row by

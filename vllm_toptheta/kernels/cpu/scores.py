@@ -6,7 +6,7 @@ import torch
 
 from vllm_toptheta.kernels.contract import LayerCall
 from vllm_toptheta.kernels.cpu.batch import Batch
-from vllm_toptheta.kernels.cpu.cache import split_cache, token_rows
+from vllm_toptheta.kernels.cpu.cache import keys_at, split_cache
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 
@@ -20,7 +20,7 @@ def exact_scores(call: LayerCall, batch: Batch, positions: torch.Tensor) -> torc
     """
     key_cache, _ = split_cache(call.cache.kv_cache)
     query = call.query.float().unflatten(1, (key_cache.shape[1], -1)) * call.layer.softmax_scale
-    keys = token_rows(key_cache, batch.blocks, positions)
+    keys = keys_at(key_cache, batch.blocks, positions)
     return capped(torch.matmul(query, keys.transpose(2, 3)), call.layer.logits_soft_cap)
 
 

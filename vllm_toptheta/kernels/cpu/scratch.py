@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,10 +35,15 @@ class Counted(NamedTuple):
 
 
 class CpuScratch:
-    """Of one layer."""
+    """Of one layer.
+
+    Attributes:
+        bound: What compiled code needs of the layer in all steps (`compiled.BoundLayer`); None before the first.
+    """
 
     def __init__(self) -> None:
         self._pending: list[Counted] = []
+        self.bound: Any = None
 
     def add(self, counters: Counters | None, counted: Counted) -> None:
         """Remember a step, to be counted by `settle`; without counters, nothing is."""

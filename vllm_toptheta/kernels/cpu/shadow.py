@@ -10,7 +10,7 @@ import torch
 from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowCodec
 from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall, LayerThresholds, ShadowLayer, check
 from vllm_toptheta.kernels.cpu.batch import Batch
-from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, token_rows
+from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, values_at
 from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
@@ -95,7 +95,7 @@ def _keep_survivors(
         kept.gather(3, index[:, :, None].expand(-1, -1, kept.shape[2], -1)).where(valid[:, :, None], 0.0),
         kept_sum,
         lost_mass,
-        token_rows(value_cache, batch.blocks, positions),
+        values_at(value_cache, batch.blocks, positions),
         positions,
         valid,
         batch,

@@ -13,12 +13,24 @@ from types import ModuleType
 
 import torch
 
-from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, LayerThresholds, check
+from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall, LayerThresholds, check
 from vllm_toptheta.kernels.cpu.batch import Batch
-from vllm_toptheta.kernels.cpu.cache import packed_positions, pages_of, split_cache, token_rows
+from vllm_toptheta.kernels.cpu.cache import packed_positions, pages_of, split_cache, values_at
 from vllm_toptheta.kernels.cpu.scores import capped
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
+
+
+# channels of keys a thread, over all kv heads and tokens of a step, below which thresholds make nothing faster
+CHANNELS_PER_THREAD = 300_000
+
+
+def min_step_tokens(num_kv_heads: int, head_size: int) -> int:
+    """Tokens of a step, over its sequences, below which vLLM's own attention takes no longer to read all of them.
+
+    600 with 8 kv heads of 128 on two threads, 3,125 with 3 of 64 (docs/performance.md).
+    """
+    return -(-CHANNELS_PER_THREAD * torch.get_num_threads() // (num_kv_heads * head_size))
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
@@ -35,37 +47,57 @@ def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
     """
     check(step, call)
     thresholds = call.layer.thresholds
-    if thresholds is None or step.prepared.keeps_everything:
+    if thresholds is None or is_dense(step, call.layer):
         keep_everything(step.prepared, call, scratch)
-    elif (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
-        _count(step.prepared, call, scratch, *compiled.decode(step.prepared, call))
+    elif (compiled := _compiled(call)) is not None:
+        _count(step.prepared, call.layer, scratch, *compiled.decode(step.prepared, call, scratch))
     else:
         _keep_survivors(step.prepared, call, thresholds, scratch)
 
 
 @functools.cache
-def compiled_for(dtype: torch.dtype) -> ModuleType | None:
-    """What reads caches of `dtype` faster than torch operations do; None without Numba, or if that does not know it."""
+def compiled_for(dtype: torch.dtype, head_size: int, block_size: int) -> ModuleType | None:
+    """What reads such caches faster than torch operations do; None without Numba, or if that does not know them."""
     try:
         compiled = importlib.import_module("vllm_toptheta.kernels.cpu.compiled")
     except ImportError:
         return None
-    return compiled if dtype in compiled.READ_AS else None
+    return compiled if compiled.reads(dtype, head_size, block_size) else None
 
 
-def _count(
-    batch: Batch, call: LayerCall, scratch: CpuScratch, rows_read: torch.Tensor, lost_mass: torch.Tensor
-) -> None:
-    window = call.layer.sliding_window
-    keys_read = batch.seq_lens if window is None else batch.seq_lens.clamp(max=window)
-    keys_read = keys_read[:, None].expand_as(rows_read)
-    scratch.add(call.layer.counters, Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read))
+def _compiled(call: LayerCall) -> ModuleType | None:
+    cache = call.cache.kv_cache
+    return compiled_for(cache.dtype, call.query.shape[2], cache.shape[2])
+
+
+def is_dense(step: DecodeStep, layer: Layer) -> bool:
+    """Whether a layer keeps every key of a step that is prepared."""
+    return layer.thresholds is None or step.prepared.keeps_everything
+
+
+def count_dense(step: DecodeStep, layer: Layer, num_heads: int, num_kv_heads: int, scratch: CpuScratch) -> None:
+    """Count a step in which a layer keeps every key, whoever decodes it."""
+    if layer.counters is None:
+        return
+    rows_read = _keys_seen(step.prepared, layer)[:, None].expand(-1, num_kv_heads)
+    _count(step.prepared, layer, scratch, rows_read, torch.zeros(len(rows_read), num_heads))
+
+
+def _keys_seen(batch: Batch, layer: Layer) -> torch.Tensor:
+    """[num_seqs] int64."""
+    window = layer.sliding_window
+    return batch.seq_lens if window is None else batch.seq_lens.clamp(max=window)
+
+
+def _count(batch: Batch, layer: Layer, scratch: CpuScratch, rows_read: torch.Tensor, lost_mass: torch.Tensor) -> None:
+    keys_read = _keys_seen(batch, layer)[:, None].expand_as(rows_read)
+    scratch.add(layer.counters, Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read))
 
 
 def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     """Dense attention of the new tokens, in all modes."""
-    if (compiled := compiled_for(call.cache.kv_cache.dtype)) is not None:
-        _count(batch, call, scratch, *compiled.decode(batch, call))
+    if (compiled := _compiled(call)) is not None:
+        _count(batch, call.layer, scratch, *compiled.decode(batch, call, scratch))
         return
     num_seqs, num_heads, head_size = call.query.shape
     key_cache, value_cache = split_cache(call.cache.kv_cache)
@@ -84,7 +116,7 @@ def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     output = torch.matmul(weights, values).sum(dim=1) / total[..., None]
     call.output.copy_(output.view(num_seqs, num_heads, head_size))
     rows_read = visible.sum(dim=1, keepdim=True).expand(-1, num_kv_heads)
-    _count(batch, call, scratch, rows_read, torch.zeros(num_seqs, num_heads))
+    _count(batch, call.layer, scratch, rows_read, torch.zeros(num_seqs, num_heads))
 
 
 def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, scratch: CpuScratch) -> None:
@@ -115,7 +147,7 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
         kept,
         kept_sum,
         lost_mass,
-        token_rows(value_cache, batch.blocks, positions),
+        values_at(value_cache, batch.blocks, positions),
         positions,
         valid,
         batch,
@@ -123,7 +155,7 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
         value_sum=call.cache.value_sum,
     )
     call.output.copy_(output.view(num_seqs, num_heads, head_size))
-    _count(batch, call, scratch, valid.sum(dim=2), lost_mass.view(num_seqs, num_heads))
+    _count(batch, call.layer, scratch, valid.sum(dim=2), lost_mass.view(num_seqs, num_heads))
 
 
 def _scores(
