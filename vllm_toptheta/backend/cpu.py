@@ -160,7 +160,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             if len(others) == len(query_lens):
                 rest = whole
             elif len(others):
-                rest = self._native_step(others, starts, seq_lens, block_table)
+                rest = NativeStep.of_rows(self.native, others, starts, seq_lens, block_table)
         return StepMetadata(
             decode=self._decode_step(block_table[rows], seq_lens[rows], rows),
             decode_tokens=starts[:-1][rows].long() if len(others) else slice(0, len(rows)),
@@ -189,26 +189,6 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             tails=prepare_tails(
                 TailStep(block_table, seq_lens, starts, max_query_len=1), self.kv_cache_spec.block_size
             ),
-        )
-
-    def _native_step(
-        self, rows: torch.Tensor, starts: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor
-    ) -> NativeStep:
-        """Some rows of the step for vLLM's own attention.
-
-        Args:
-            rows: [num_rows] int64.
-            starts, seq_lens, block_table: Of all rows.
-        """
-        query_lens = starts.diff()[rows].long()
-        ends = query_lens.cumsum(0)
-        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts[rows] - (ends - query_lens), query_lens)
-        return NativeStep(
-            self.native,
-            tokens,
-            query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
-            seq_lens=seq_lens[rows],
-            block_table=block_table[rows],
         )
 
     def _decode_step(self, block_table: torch.Tensor, seq_lens: torch.Tensor, rows: torch.Tensor) -> DecodeStep | None:

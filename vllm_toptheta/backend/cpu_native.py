@@ -50,6 +50,33 @@ class NativeStep:
         self._query_start_loc, self._seq_lens, self._block_table = query_start_loc, seq_lens, block_table
         self._plans: dict[int, torch.Tensor] = {}
 
+    @classmethod
+    def of_rows(
+        cls,
+        native: NativeAttention,
+        rows: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> NativeStep:
+        """Those in some rows of a step.
+
+        Args:
+            native: Of the layers.
+            rows: [num_rows] int64.
+            query_start_loc, seq_lens, block_table: Of all rows, as above.
+        """
+        starts, query_lens = query_start_loc[rows], query_start_loc.diff()[rows]
+        ends = query_lens.cumsum(0)
+        tokens = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - (ends - query_lens), query_lens)
+        return cls(
+            native,
+            tokens,
+            query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
+            seq_lens=seq_lens[rows],
+            block_table=block_table[rows],
+        )
+
     def attend(self, layer: Layer, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """Write the output of one layer's new tokens.
 

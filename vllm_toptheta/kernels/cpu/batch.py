@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,11 @@ class Batch:
     Attributes:
         seq_lens: [num_seqs] int64, cached tokens including the new one; at least 1.
         blocks: [num_seqs, max_blocks] int64, physical blocks; `NULL_BLOCK` behind a sequence's end.
-        visible: [num_seqs, max_len] bool, positions that hold a token; max_len = max_blocks * block_size.
+        block_size: Tokens of a page.
         min_len: Length of the shortest sequence.
-        is_open: [num_seqs, max_len] bool, tokens of the last page where that is not full.
         last_full: [num_seqs] int64, physical block of the last full page; meaningless where there is none.
         has_full: [num_seqs] bool, whether there is one.
         offsets: [num_seqs] float32, what is added to thresholds.
-        anchors: [num_seqs, NUM_ANCHORS] int64, positions of the anchors; of shorter sequences any of theirs.
         is_dense: [num_seqs, 1] bool, sequences that keep every key.
         keeps_everything: Whether all of them do.
         log_lengths: [num_seqs] float32, ln n, clamped to the calibrated lengths.
@@ -34,13 +33,11 @@ class Batch:
 
     seq_lens: torch.Tensor
     blocks: torch.Tensor
-    visible: torch.Tensor
+    block_size: int
     min_len: int
-    is_open: torch.Tensor
     last_full: torch.Tensor
     has_full: torch.Tensor
     offsets: torch.Tensor
-    anchors: torch.Tensor
     is_dense: torch.Tensor
     keeps_everything: bool
     log_lengths: torch.Tensor
@@ -54,17 +51,13 @@ class Batch:
         num_blocks = -(-seq_lens // block_size)
         index = torch.arange(int(num_blocks.max()))
         blocks = step.block_table[:, : len(index)].long().where(index < num_blocks[:, None], NULL_BLOCK)
-        position = torch.arange(len(index) * block_size)
         num_full = seq_lens // block_size
-        visible = position < seq_lens[:, None]
         offsets = (
             torch.zeros(len(seq_lens)) if step.threshold_offset is None else step.threshold_offset[: len(seq_lens)]
         )
         is_small = int(seq_lens.sum()) < step.min_step_tokens
         is_dense = (seq_lens <= step.max_dense_len) | (offsets == -torch.inf) | is_small
         is_common = offsets == 0
-        last_anchors = seq_lens[:, None] - NUM_LAST_ANCHORS + torch.arange(NUM_LAST_ANCHORS)
-        first_anchors = torch.arange(NUM_FIRST_ANCHORS).minimum(seq_lens[:, None] - 1)
         totals = (
             len(seq_lens),
             int((is_dense & is_common).sum()),
@@ -75,19 +68,40 @@ class Batch:
         return cls(
             seq_lens=seq_lens,
             blocks=blocks,
-            visible=visible,
+            block_size=block_size,
             min_len=int(seq_lens.min()),
-            is_open=visible & (position >= (num_full * block_size)[:, None]),
             last_full=blocks.gather(1, (num_full - 1).clamp(min=0)[:, None]).flatten(),
             has_full=num_full > 0,
             offsets=offsets,
-            anchors=torch.cat([first_anchors, last_anchors.clamp(min=0)], dim=1),
             is_dense=is_dense[:, None],
             keeps_everything=bool(is_dense.all()),
             log_lengths=seq_lens.clamp(*step.length_range).float().log(),
             is_counted=(~is_dense & is_common).long()[:, None],
             totals=torch.tensor(totals),
         )
+
+    # what torch operations need, and compiled code does not
+
+    @functools.cached_property
+    def visible(self) -> torch.Tensor:
+        """[num_seqs, max_len] bool, positions that hold a token; max_len = max_blocks * block_size."""
+        return self._position < self.seq_lens[:, None]
+
+    @functools.cached_property
+    def is_open(self) -> torch.Tensor:
+        """[num_seqs, max_len] bool, tokens of the last page where that is not full."""
+        return self.visible & (self._position >= (self.seq_lens // self.block_size * self.block_size)[:, None])
+
+    @functools.cached_property
+    def anchors(self) -> torch.Tensor:
+        """[num_seqs, NUM_ANCHORS] int64, positions of the anchors; of shorter sequences any of theirs."""
+        last = self.seq_lens[:, None] - NUM_LAST_ANCHORS + torch.arange(NUM_LAST_ANCHORS)
+        first = torch.arange(NUM_FIRST_ANCHORS).minimum(self.seq_lens[:, None] - 1)
+        return torch.cat([first, last.clamp(min=0)], dim=1)
+
+    @property
+    def _position(self) -> torch.Tensor:
+        return torch.arange(self.blocks.shape[1] * self.block_size)
 
     def within(self, sliding_window: int) -> torch.Tensor:
         """[num_seqs, max_len] bool: positions among a sequence's last `sliding_window` tokens, or behind its end."""

@@ -24,7 +24,7 @@ def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def halves_of(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same memory as vLLM's own attention takes it: of keys, the last two axes have the sizes of those of values."""
+    """The same memory as vLLM's own attention takes it: keys have the shape of values, whatever their axes hold."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     first, second = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, content // 2).chunk(2, dim=2)
     return first, second

@@ -112,7 +112,7 @@ def decode(batch: Batch, call: LayerCall, scratch: CpuScratch) -> tuple[torch.Te
     Returns:
         Value rows read, [num_seqs, num_kv_heads] int64, and lost mass, [num_seqs, num_heads] float32.
     """
-    bound = scratch.bound
+    bound: BoundLayer | None = scratch.bound
     if bound is None or bound.cache is not call.cache or bound.layer is not call.layer:
         bound = scratch.bound = BoundLayer(call.cache, call.layer, call.query.shape[1])
     return bound.decode(batch, call)

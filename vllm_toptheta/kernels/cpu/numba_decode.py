@@ -6,7 +6,7 @@ join     the chunks of a head, in their order, whoever computed them
 
 `score_keys` and `add_rows`, most of the work, are written as LLVM's instructions on vectors of 16 numbers: Numba's own
 loops over arrays would keep their sums in memory. LLVM makes of a vector what the CPU has: one register with AVX-512,
-two with AVX2, four with NEON. All that is compiled stands in this file, because Numba's cache on disk looks at no other.
+two with AVX2, four with NEON. All that is compiled stands in this file: Numba's cache on disk looks at no other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -114,7 +114,7 @@ class _Loop:
         return sums
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _widen_vector(typing_context, elements, start, factor, numbers):
     """LANES elements as float32 times a factor, from one array to the same place in another."""
 
@@ -150,7 +150,7 @@ def _for_sizes(builder: Any, num_heads: Any, num_vectors: Any, emit: Callable[[i
     builder.position_at_end(done)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def score_keys(
     typing_context,
     num_heads,  # of the group, at most MOST_HEADS
@@ -202,7 +202,7 @@ def score_keys(
     return types.void(*arguments), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add_rows(
     typing_context,
     num_heads,  # of the group, at most MOST_HEADS

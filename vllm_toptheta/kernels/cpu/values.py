@@ -20,7 +20,6 @@ from vllm_toptheta.kernels.cpu.scores import capped
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
-
 # channels of keys a thread, over all kv heads and tokens of a step, below which thresholds make nothing faster
 CHANNELS_PER_THREAD = 300_000
 
