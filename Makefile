@@ -23,7 +23,7 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 	@model=$$(toptheta demo-model) && \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
 	    exec toptheta serve "$$model" --served-model-name smollm2-135m-instruct \
-	    --max-num-seqs 8 --enforce-eager --min-context 0 --port $(PORT) $(ARGS)
+	    --max-num-seqs 8 --enforce-eager --port $(PORT) $(ARGS)
 
 # two tests at a time: more threads than cores slow each other down
 two_at_a_time = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest -n 2

@@ -103,8 +103,8 @@ class Settings(BaseSettings):
     min_context: int | None = Field(
         None,
         ge=0,
-        description="A sequence of at most this many tokens stays dense. Without, on GPUs those that are no faster "
-        "otherwise: short ones, and all while few tokens are cached, which depends on other requests; and with a "
+        description="A sequence of at most this many tokens stays dense. Without, those that are no faster "
+        "otherwise: on GPUs short ones, and all while few tokens are cached, which depends on other requests; and with a "
         "promise by toptheta tune those shorter than what was measured. In any case one "
         f"of up to {NUM_ANCHORS} does, or too short for the target.",
     )

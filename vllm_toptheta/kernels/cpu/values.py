@@ -21,13 +21,13 @@ from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at
 
 # channels of keys a thread, over all kv heads and tokens of a step, below which thresholds make nothing faster
-CHANNELS_PER_THREAD = 300_000
+CHANNELS_PER_THREAD = 350_000
 
 
 def min_step_tokens(num_kv_heads: int, head_size: int) -> int:
     """Tokens of a step, over its sequences, below which vLLM's own attention takes no longer to read all of them.
 
-    600 with 8 kv heads of 128 on two threads, 3,125 with 3 of 64 (docs/performance.md).
+    684 with 8 kv heads of 128 on two threads, 3,646 with 3 of 64 (docs/performance.md).
     """
     return -(-CHANNELS_PER_THREAD * torch.get_num_threads() // (num_kv_heads * head_size))
 
