@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,8 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("built")
     subprocess.run([sys.executable, *BUILDS, "-t", "sdist", "-d", folder], cwd=ROOT, check=True, capture_output=True)
     (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked")
     (source,) = (folder / "unpacked").iterdir()
     subprocess.run([sys.executable, *BUILDS, "-t", "wheel", "-d", folder], cwd=source, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")

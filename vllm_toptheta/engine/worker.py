@@ -157,7 +157,7 @@ class WorkerDecoder:
             value.float(),
             layer.impl.scale,
             layer.impl.logits_soft_cap or None,
-            layer.impl.sinks,
+            getattr(layer.impl, "sinks", None),  # not every backend knows them
         )
         found = attend_rows(call, this.attention, sliding_window=layer.sliding_window, observe=this.observe)
         output.copy_(found.view_as(output))
