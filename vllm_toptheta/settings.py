@@ -104,8 +104,8 @@ class Settings(BaseSettings):
         None,
         ge=0,
         description="A sequence of at most this many tokens stays dense. Without, those that are no faster "
-        "otherwise: on GPUs short ones, and all while few tokens are cached, which depends on other requests; and with a "
-        "promise by toptheta tune those shorter than what was measured. In any case one "
+        "otherwise: on GPUs short ones, and all while few tokens are cached, which depends on other requests; and with "
+        "a promise by toptheta tune those shorter than what was measured. In any case one "
         f"of up to {NUM_ANCHORS} does, or too short for the target.",
     )
     guard: Literal["off", "warn", "relax"] = Field(
