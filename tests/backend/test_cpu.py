@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from vllm.config import VllmConfig
 
 from tests.backend.cpu_harness import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, TARGET_K, Harness, Step, asking
 from vllm_toptheta.backend import cpu, plugin
+from vllm_toptheta.backend.plan import DenseRule
+from vllm_toptheta.kernels.cpu import values
 from vllm_toptheta.kernels.cpu.cache import split_cache
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import dense_attention, gather_sequence, paged_top_theta_attention
@@ -203,3 +206,33 @@ def test_pages_have_a_tail_that_vllm_accounts_for(make_config: Callable[..., Vll
     content = NUM_KV_HEADS * 16 * 2 * HEAD_SIZE * 4
     assert harness.spec.page_size_bytes == content + NUM_KV_HEADS * HEAD_SIZE * 4
     assert harness.spec.page_size_bytes > harness.spec.unpadded_page_size_bytes == content
+
+
+def test_small_steps_are_dense(make_config: Callable[..., VllmConfig]) -> None:
+    harness = Harness(make_config(block_size=16), 16, [600, 600])
+    assert harness.automatic == DenseRule(0, values.min_step_tokens(NUM_KV_HEADS, HEAD_SIZE))
+    assert values.min_step_tokens(8, 128) < harness.automatic.min_step_tokens < values.min_step_tokens(1, 64)
+    harness.builder.plan = replace(harness.builder.plan, automatic=DenseRule(0, 1_100))
+    harness.run(Step([548, 549], [548, 549], [True, True]))
+    for lens, num_dense in (([549, 550], 2), ([550, 551], 0)):
+        step = Step(lens, [1, 1], [False, False])
+        query, outputs = harness.run(step)
+        if num_dense:
+            sparse = harness.expected(step, query, 1)
+            assert float((outputs[1].float() - sparse).abs().max()) > 0.01
+        counters = harness.layers[1].impl.layer_plan.counters.settled()
+        assert counters.totals.tolist()[:3] == [2, num_dense, sum(lens)]
+        assert (int(counters.value_rows_read.sum()) == sum(lens) * NUM_KV_HEADS) == bool(num_dense)
+        counters.totals.zero_(), counters.value_rows_read.zero_()
+
+
+def test_mode_shadow_says_that_it_is_slow_here(
+    make_config: Callable[..., VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cpu.logger, "warning_once", said.append)
+    Harness(make_config(block_size=16), 16, [20])
+    assert not said
+    Harness(make_config({"mode": "shadow"}, block_size=16), 16, [20])
+    (warning,) = said
+    assert "slower than mode values" in warning

@@ -102,6 +102,8 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
+            if self.plan.code_bytes:
+                logger.warning_once("toptheta: mode shadow is for trying on CPUs, where it is slower than mode values")
         self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in layers.items():
