@@ -39,6 +39,7 @@ def test_what_the_check_accepts_answers(name: str, tmp_path: Path) -> None:
     model = save_model_dir(tmp_path / "tiny", tiny_model(tiny_config(**change)))
     port = free_port()
     command = ["toptheta", "serve", str(model), "--max-num-seqs", "2", "--enforce-eager", *flags, "--port", str(port)]
+    command += ["--min-context", "0"]
     checked = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     with running(command, port, tmp_path, environment=ENVIRONMENT) as server:

@@ -33,7 +33,7 @@ LONG = 1500  # tokens
 def guarded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A plain `vllm serve`."""
     port = free_port()
-    options = {"toptheta": {"weight_floor": 5, "max_lost_mass": 0.5, "guard_share": LIMIT}}
+    options = {"toptheta": {"weight_floor": 5, "max_lost_mass": 0.5, "guard_share": LIMIT, "min_context": 0}}
     command = ["vllm", "serve", str(model), "--attention-backend", "toptheta", "--port", str(port)]
     command += ["--additional-config", json.dumps(options), "--served-model-name", "smollm2-135m-instruct"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]

@@ -37,7 +37,7 @@ def test_load_restart_and_death_of_the_engine(model: Path, tmp_path: Path, monke
     command = ["toptheta", "serve", str(model), "--port", port, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", "16", "--shutdown-timeout", "60", *SMALL_CACHE]
     # a preempted sequence is read again as a prompt is, densely: with so low a floor, its text is the same
-    command += ["--weight-floor", "0.1"]
+    command += ["--weight-floor", "0.1", "--min-context", "0"]
     # a guard that only warns, and does so: it must not change a text
     command += ["--guard", "warn", "--max-lost-mass", "0.002", "--guard-share", "0.01"]
     report = soak(SHORT, f"http://127.0.0.1:{port}", command, log=tmp_path / "log.txt")
