@@ -81,7 +81,9 @@ class Harness:
         self.block_table = (torch.randperm(num_blocks - 1, generator=self.generator).int() + 1).view(-1, width)
         sizes = num_blocks, NUM_KV_HEADS, block_size, HEAD_SIZE
         code_bytes = self.builder.plan.code_bytes
-        self.caches = [empty_cache(*sizes, self.dtype, code_bytes=code_bytes).fill_(UNWRITTEN) for _ in self.layers]
+        self.caches = [
+            empty_cache(*sizes, self.spec.dtype, code_bytes=code_bytes).fill_(UNWRITTEN) for _ in self.layers
+        ]
 
     def run(self, step: Step) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Random tokens through every layer: the query [num_tokens, heads, head_size] and each layer's output."""

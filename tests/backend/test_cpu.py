@@ -208,6 +208,25 @@ def test_pages_have_a_tail_that_vllm_accounts_for(make_config: Callable[..., Vll
     assert harness.spec.page_size_bytes > harness.spec.unpadded_page_size_bytes == content
 
 
+@pytest.mark.parametrize(("dtype", "cached"), [("float32", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize("name", ["mixed_small", "prefills_among_decodes"])
+def test_a_cache_of_another_dtype_than_the_model(
+    make_config: Callable[..., VllmConfig], name: str, dtype: str, cached: str
+) -> None:
+    seq_lens, query_lens = BATCHES[name]
+    config = make_config({"dense_layers": [0]}, dtype=dtype, kv_cache_dtype=cached, block_size=16)
+    harness = Harness(config, 16, seq_lens)
+    assert harness.caches[0].dtype == getattr(torch, cached)
+    contexts = [length - new for length, new in zip(seq_lens, query_lens, strict=True)]
+    harness.run(Step(contexts, contexts, [True] * len(contexts)))
+    step = Step(seq_lens, query_lens, [new > 1 for new in query_lens])
+    query, outputs = harness.run(step)
+    for layer, output in enumerate(outputs):
+        expected = harness.expected(step, query, layer)
+        rounding = (expected.to(output.dtype).float() - expected).abs().max()
+        assert float((output.float() - expected).abs().max()) <= 2 * rounding + 1e-5, f"layer {layer}"
+
+
 def test_small_steps_are_dense(make_config: Callable[..., VllmConfig]) -> None:
     harness = Harness(make_config(block_size=16), 16, [600, 600])
     assert harness.automatic == DenseRule(0, values.min_step_tokens(NUM_KV_HEADS, HEAD_SIZE))

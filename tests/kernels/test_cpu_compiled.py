@@ -51,7 +51,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from vllm_toptheta.kernels.cpu import compiled\n"
-        "compiled.warm_up(torch.bfloat16)\n"
+        "compiled.warm_up(torch.bfloat16, torch.bfloat16)\n"
         "import numba; print(torch.get_num_threads(), numba.get_num_threads())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """The backend on vLLM's CPU platform.
 
 Every generated token goes through the thresholds, by the kernels of `vllm_toptheta.kernels.cpu`; prompts, and steps in
-which a layer is dense, are left to vLLM's own attention (`cpu_native`), or to torch where that lacks the heads.
+which a layer is dense, are left to vLLM's own attention (`cpu_native`), or to torch where that lacks the heads or dtype.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class StepMetadata(AttentionMetadata):
     Attributes:
         decode: The sequences that decode, or None.
         decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
-        prefills: Everything that is not decoding, where vLLM's own attention lacks the heads.
+        prefills: Everything that is not decoding, where vLLM's own attention does not serve the layers.
         rest: The same for vLLM's own attention; None if there is nothing.
         whole: All sequences, for layers that are dense in this step; None as `rest`.
         tails: All sequences.
@@ -96,7 +96,8 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
-        self.native = NativeAttention.of(kv_cache_spec, layers)
+        dtype = vllm_config.model_config.dtype
+        self.native = NativeAttention.of(kv_cache_spec, layers, dtype)
         plan = Plan.resolve(vllm_config)
         self.plan = replace(plan, automatic=self._best_dense(plan, kv_cache_spec))
         rank = get_tensor_model_parallel_rank()
@@ -116,7 +117,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         spec = kv_cache_spec
         if (compiled := values.compiled_for(spec.dtype, spec.head_size, spec.block_size)) is not None:
             logger.info_once("toptheta: compiling for this CPU, which takes some seconds where it was not kept on disk")
-            compiled.warm_up(kv_cache_spec.dtype)
+            compiled.warm_up(spec.dtype, dtype)
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def _best_dense(self, plan: Plan, spec: AttentionSpec) -> DenseRule:
@@ -246,7 +247,7 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
     """One layer's attention on one rank.
 
     Attributes:
-        native: vLLM's own attention for the layer's group; None where it lacks the heads.
+        native: vLLM's own attention for the layer's group; None where it does not serve them.
     """
 
     supports_quant_query_input = False

@@ -121,9 +121,15 @@ class NativeAttention:
         self._isa = "vec" if is_wide else "vec16"
 
     @classmethod
-    def of(cls, spec: AttentionSpec, layers: Mapping[str, Any]) -> NativeAttention | None:
-        """For a group's layers; None if vLLM has nothing for their heads."""
-        if spec.head_size not in CPUAttentionBackend.get_supported_head_sizes():
+    def of(cls, spec: AttentionSpec, layers: Mapping[str, Any], dtype: torch.dtype) -> NativeAttention | None:
+        """For a group's layers; None if vLLM has nothing for their heads.
+
+        Args:
+            spec: Their pages.
+            layers: By name.
+            dtype: Of the model. A cache of another one is not for vLLM's code, which takes its bytes for the model's.
+        """
+        if spec.dtype != dtype or spec.head_size not in CPUAttentionBackend.get_supported_head_sizes():
             return None
         num_heads = {layer.impl.num_heads for layer in layers.values()}
         return cls(spec, num_heads.pop()) if len(num_heads) == 1 else None

@@ -128,11 +128,11 @@ def _use_threads_of_torch() -> None:
         torch.set_num_threads(num_threads)
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile what reads caches of `dtype`, which takes some seconds unless it lies on disk."""
+def warm_up(dtype: torch.dtype, query_dtype: torch.dtype) -> None:
+    """Compile what reads caches of `dtype` for such queries, which takes some seconds unless it lies on disk."""
     step = DecodeStep(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
     cache = LayerCache(torch.zeros(1, 1, 16, 32, dtype=dtype))
-    query = torch.zeros(1, 1, 16, dtype=dtype)
+    query = torch.zeros(1, 1, 16, dtype=query_dtype)
     call = LayerCall(query, torch.empty(1, 1, 16), cache, Layer(1.0))
     decode(Batch.of_step(step, 16), call, CpuScratch())
 
