@@ -47,6 +47,16 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert long["Top-Theta"].rows_read_share == long["Top-Theta, thresholds at any length"].rows_read_share < 0.1
 
 
-def test_other_shapes_are_refused() -> None:
-    done = CliRunner().invoke(app, ["bench", "kernels", "--device", "cpu", "--shape", "5,2,64"])
-    assert isinstance(done.exception, BenchmarkError) or "no multiple" in done.output
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--shape", "5,2,64"], "--shape"),
+        (["--shape", "6,2,40"], "--shape, --block-size"),
+        (["--shape", "6,2,64", "--block-size", "20"], "--shape, --block-size"),
+        (["--shape", "6,2,64", "--heavy-share", "0.1"], "--heavy-share"),
+    ],
+)
+def test_what_a_cpu_has_not_is_refused(arguments: list[str], field: str) -> None:
+    done = CliRunner().invoke(app, ["bench", "kernels", "--device", "cpu", *arguments])
+    assert isinstance(done.exception, BenchmarkError)
+    assert done.exception.field == field

@@ -1,7 +1,7 @@
 """The backend on vLLM's CPU platform.
 
 Every generated token goes through the thresholds, by the kernels of `vllm_toptheta.kernels.cpu`; prompts, and steps in
-which a layer is dense, are left to vLLM's own attention (`cpu_native`), or to torch where that lacks the heads or dtype.
+which a layer is dense, are left to vLLM's own attention (`cpu_native`), or to torch where that does not serve them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Time of decoding on a CPU: ours against vLLM's own attention, layer by layer on the same pages, in turns.
 
 Both are called from Python as an engine calls them. Every layer of a pattern is a step of its own, and together the
-steps outgrow the caches of a CPU, as the layers of a model do.
+steps outgrow the caches of a CPU, as the layers of a model do. vLLM's works on vectors, as ours and as prompts here do;
+on a CPU with AMX, which it would use, it fills pages otherwise, and only `bench serving` compares with that.
 """
 
 from __future__ import annotations
@@ -104,12 +105,31 @@ class CpuStep:
         return int(self.seq_lens.sum()) * num_kv_heads * width * self.kv_cache.element_size()
 
 
+def check(workload: KernelWorkload) -> None:
+    """See that there is something to time.
+
+    Raises:
+        BenchmarkError: Names the flag that asks for what CPUs do not have.
+    """
+    if workload.heavy_share is not None:
+        raise BenchmarkError(
+            "on a CPU copies are for trying, not timed", field="--heavy-share", remedy="Leave it out with --device cpu"
+        )
+    if not values.compiled_for(getattr(torch, workload.dtype), workload.head_size, workload.block_size):
+        raise BenchmarkError(
+            f"heads of {workload.head_size} on pages of {workload.block_size} tokens: nothing compiled reads them",
+            field="--shape, --block-size",
+            remedy="Take multiples of 16, where Numba is installed (it comes with vLLM)",
+        )
+
+
 def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None) -> KernelReport:
     """Measure every batch, with the survivors of every pattern.
 
     Raises:
-        BenchmarkError: A batch or pattern is not known, or vLLM has no attention for CPUs here.
+        BenchmarkError: A batch or pattern is not known, `check` refuses, or vLLM has no attention for CPUs here.
     """
+    check(workload)
     batches = [(spec, parse_spec(spec)) for spec in workload.specs]
     patterns = [pattern_of(name, target_k=workload.target_k) for name in workload.patterns or ["even"]]
     reports = []
