@@ -126,6 +126,15 @@ def test_loads_are_known_apart() -> None:
     assert found == {"short": 0, "long": 8}
 
 
+def test_a_load_that_is_new_begins_with_what_is_drafted() -> None:
+    server, cost = Server(), engine(0.45, 0.3)
+    server.run(cost, 400)
+    assert server.length.current == 0
+    for num_seqs in (1, 3, 6, 12):  # as requests come
+        server.run(cost, 2, num_seqs=num_seqs)
+        assert server.length.current == 0
+
+
 def test_loads() -> None:
     assert Load.of(12, 12 * 32_000) == Load.of(15, 15 * 20_000)
     edges = [Load.of(count, count * 1000) for count in (1, 2, 4, 8, 16)]

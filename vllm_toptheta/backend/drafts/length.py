@@ -3,7 +3,8 @@
 What a draft gains depends on how many are accepted, and on how much less a sparse step costs than a dense one, which
 depends on the model, the card, the batch and its context. None of it has to be known: numbers of drafts are tried for a
 few steps each, the fastest one is kept, and the others are tried again from time to time, because texts change: the
-more seldom, the more time it took. None at all is among them, so a load that drafts would slow down goes without.
+more seldom, the more time it took. None at all is among them, so a load that drafts would slow down goes without. A
+load that is new begins with what is drafted at that moment: many are passed through in a few steps only.
 
 Answers do not depend on it.
 """
@@ -138,7 +139,7 @@ class DraftLength:
             self._unsettled = max(self._unsettled, 1)  # the next one may overlap with it
             return
         load = Load.of(num_seqs, num_cached)
-        known = self._known.setdefault(load, _Known(self._choices[0]))
+        known = self._known.setdefault(load, _Known(self.current))
         if known.choice != self.current:
             self._change(known.choice)
         elif self._unsettled:
