@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -269,15 +270,20 @@ def test_a_sink_that_outweighs_every_key_leaves_nothing(value_mean: bool, exact:
 
 
 @pytest.mark.parametrize(
-    "sinks",
-    [torch.zeros(3), torch.zeros(4, 1), torch.zeros(4, dtype=torch.int32), torch.zeros(8)[::2]],
+    "make",
+    [
+        lambda: torch.zeros(3, device=DEVICE),
+        lambda: torch.zeros(4, 1, device=DEVICE),
+        lambda: torch.zeros(4, dtype=torch.int32, device=DEVICE),
+        lambda: torch.zeros(8, device=DEVICE)[::2],
+    ],
     ids=["too few", "too many axes", "another dtype", "not contiguous"],
 )
-def test_wrong_sinks_are_named(sinks: torch.Tensor) -> None:
+def test_wrong_sinks_are_named(make: Callable[[], torch.Tensor]) -> None:
     case = make_case(Shape((16, 16)))
     step, call = case.records(torch.empty_like(case.query))
     with pytest.raises(ValueError, match="^sinks: "):
-        decode(step, call._replace(layer=call.layer._replace(sinks=sinks.to(DEVICE))), case.scratch())
+        decode(step, call._replace(layer=call.layer._replace(sinks=make())), case.scratch())
 
 
 def test_without_survivors_and_value_mean_the_output_is_zero() -> None:
