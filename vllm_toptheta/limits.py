@@ -80,5 +80,5 @@ def gpus_lack(head_size: int, num_heads: int, num_kv_heads: int, *, has_copies: 
     return f"there are no GPU kernels for {' and '.join(reasons)}" if reasons else ""
 
 
-# a variable of the environment that allows what nobody has run (`support.untested`)
+# a variable of the environment that allows versions of vLLM that nobody has run
 ALLOW_UNTESTED = "TOPTHETA_ALLOW_UNTESTED_VLLM"

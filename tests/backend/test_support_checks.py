@@ -14,7 +14,6 @@ from vllm_toptheta import errors
 from vllm_toptheta.backend import plugin, support_checks
 from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
@@ -79,9 +78,6 @@ def test_float8_pages_with_copies_are_for_gpus(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
     support_checks.check_engine(config)
     heads = Architecture(num_layers=1, num_heads=4, num_kv_heads=2, head_size=128, rope={})
-    with pytest.raises(errors.UnsupportedError, match="fp8_e4m3: no GPU has run mode shadow with a float8 cache yet"):
-        check_plan(config, heads)
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     check_plan(config, heads)
     with pytest.raises(errors.UnsupportedError, match="no GPU kernels for copies of heads of 80"):
         check_plan(config, heads.model_copy(update={"head_size": 80}))
@@ -93,25 +89,24 @@ def test_sleep_is_for_gpus_that_wake_up_whole(monkeypatch: pytest.MonkeyPatch, m
     with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: vLLM has no sleep mode on CPUs"):
         support_checks.check_engine(config)
     monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(errors.UnsupportedError, match="no engine of this backend has slept yet.*_UNTESTED_VLLM=1"):
-        support_checks.check_engine(config)
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     support_checks.check_engine(config)
     monkeypatch.setattr(support_checks, "wakes_up_whole", lambda: False)
     with pytest.raises(errors.UnsupportedError, match="--enable-sleep-mode: this vLLM throws the thresholds away"):
         support_checks.check_engine(config)
 
 
-def test_sinks_are_for_cpus_until_a_card_has_run_them(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
-    config = make_config(dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sinks_of_float16_are_for_cpus(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig, dtype: str) -> None:
+    config = make_config(dtype=dtype)
     config.model_config.hf_config.attention_sinks = True
     support_checks.check_engine(config)
     monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
-    words = "attention_sinks: no GPU has run attention sinks yet.*without --attention-backend .*_UNTESTED_VLLM=1"
+    if dtype == "bfloat16":
+        support_checks.check_engine(config)
+        return
+    words = "attention_sinks: FlashAttention takes attention sinks in bfloat16 only. Give --dtype bfloat16"
     with pytest.raises(errors.UnsupportedError, match=words):
         support_checks.check_engine(config)
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    support_checks.check_engine(config)
 
 
 def test_a_gpu_layer_with_sinks_needs_a_flash_attention_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +116,6 @@ def test_a_gpu_layer_with_sinks_needs_a_flash_attention_that_has_them(monkeypatc
 
     for has_them in (True, False):
         monkeypatch.setattr(FlashAttentionBackend, "supports_sink", classmethod(lambda cls, found=has_them: found))
-        monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
-        assert not GpuTopThetaBackend.supports_sink()
-        monkeypatch.setenv(ALLOW_UNTESTED, "1")
         assert GpuTopThetaBackend.supports_sink() == has_them
 
 

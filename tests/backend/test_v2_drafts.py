@@ -16,7 +16,6 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from vllm_toptheta.backend.drafts import v2_runner
 from vllm_toptheta.backend.drafts.v2_runner import NOBODY, SelfSpeculator
-from vllm_toptheta.errors import UnsupportedError
 
 VOCABULARY, LONGEST, ROWS, DRAFTS = 97, 64, 6, 4
 
@@ -151,12 +150,6 @@ def test_nothing_is_written_behind_the_longest_sequence(subject: Subject) -> Non
     # the next batch has all of its rows again
     subject.steps.clear()
     assert propose(subject, batch([30], [4]), [1], [0]) == [chain(4, 30, DRAFTS)]
-
-
-def test_pages_of_several_kinds_are_refused(subject: Subject) -> None:
-    pages = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[name]) for name in "ab"])
-    with pytest.raises(UnsupportedError, match="lossless: layers with windows .*or try it with TOPTHETA_A"):
-        subject.set_attn(None, pages)
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -12,7 +12,6 @@ from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 from tests.shadow_store import make_shadow_store
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
@@ -130,9 +129,7 @@ def test_float8_pages(model: Path, text_ids: list[int], kind: str, tmp_path: Pat
         folder = tmp_path / "HuggingFaceTB--SmolLM2-135M-Instruct"
         make_shadow_store(folder, weight_floor=1e-300, margin=1e8, **STORED, **architecture(model))
         options["thresholds"] = str(folder)
-    (ours,) = generate(
-        calls, {ALLOW_UNTESTED: "1"}, model=str(model), engine=float8, backend="toptheta", options=options
-    )
+    (ours,) = generate(calls, model=str(model), engine=float8, backend="toptheta", options=options)
     assert all(head["rows_read"] == head["rows_cached"] > 0 for head in ours["stats"][0]["layers"])
     # FlashAttention rounds the weights to float8 too, so it is no measure; but who rounds less must not err more
     assert deviation(ours, exact) < 1.2 * deviation(stock, exact) + 0.02
@@ -160,7 +157,6 @@ def test_copies_of_float8_pages_are_near_dense_attention(model: Path, text_ids: 
         engine={"dtype": "bfloat16", "kv_cache_dtype": "fp8", "enforce_eager": False, **FULL_AND_PIECEWISE},
         backend="toptheta",
         options={"mode": "shadow", "always_shadow": True},
-        environment={ALLOW_UNTESTED: "1"},
     )
     heads = ours["stats"][0]["layers"]
     assert sum(head["copies_read"] for head in heads) > 0
@@ -176,7 +172,7 @@ def test_an_engine_that_slept_decodes_as_before(
 ) -> None:
     awake, *slept = demo.sparse(
         [Call(prompts, MAX_TOKENS), Call(prompts, MAX_TOKENS, slept=1), Call(prompts, MAX_TOKENS, slept=2)],
-        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner, ALLOW_UNTESTED: "1"},
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
         mode="shadow" if copies else "values",
         copies=copies,
         enable_sleep_mode=True,

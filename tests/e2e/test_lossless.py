@@ -97,13 +97,44 @@ def test_texts_are_those_of_dense_attention(
 def test_as_many_drafts_as_are_fastest(
     drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
 ) -> None:
-    long = 3 * MAX_TOKENS
-    (answer,) = lossless(drafting, [Call(prompts[:3], long)], draft_tokens="auto")
-    expected = [{name: part[:MAX_TOKENS] for name, part in output.items()} for output in answer["outputs"]]
-    assert_same_text(expected, dense[:3])
+    # a model whose drafts are mostly accepted needs more tokens until all numbers were tried
+    answers = lossless(drafting, [Call(prompts[:3], MAX_TOKENS)] * (12 if ON_GPU else 3), draft_tokens="auto")
+    for answer in answers:
+        assert_same_text(answer["outputs"], dense[:3])
+    drafted, verifications = (sum(answer[name] for answer in answers) for name in ("drafted", "verifications"))
     # eight first, and then others
-    assert 0 < answer["drafted"] < 7 * answer["verifications"]
-    assert answer["accepted"] > 0
+    assert 0 < drafted < (7.5 if ON_GPU else 7) * verifications
+    assert sum(answer["accepted"] for answer in answers) > 0
+
+
+@pytest.fixture(scope="module")
+def windowed(drafting: Subject, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The same weights, with a window in every other layer."""
+    folder = tmp_path_factory.mktemp("windowed") / "model"
+    folder.mkdir()
+    for file in drafting.model.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    kinds = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": kinds, "sliding_window": 256}))
+    return drafting._replace(model=folder)
+
+
+@pytest.mark.parametrize("mode", ["values", "shadow"])
+def test_layers_with_windows(windowed: Subject, prompts: list[list[int]], mode: str) -> None:
+    options = {"mode": mode, **({"always_shadow": True} if mode == "shadow" else {})}
+    calls = [Call(prompts[: len(LENGTHS)], MAX_TOKENS)] * 2
+    engine = {"options": options, "enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    if not ON_GPU:
+        with pytest.raises(RuntimeError, match="lossless: layers with windows and without have pages of several kinds"):
+            lossless(windowed, calls, **engine)
+        return
+    (dense,) = windowed.stock(calls[:1])
+    for answer in lossless(windowed, calls, **engine):
+        assert_same_text(answer["outputs"], dense["outputs"])
+        assert 0 < answer["accepted"] < answer["drafted"]
+        assert len(answer["stats"][0]["layers"]) == 15 * 3
 
 
 @pytest.mark.parametrize(

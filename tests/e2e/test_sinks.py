@@ -17,9 +17,7 @@ from tests.e2e.conftest import TINY, write_model
 from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call, generate
 from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text
 from vllm_toptheta.calibration.model import hidden_states, load_model
-from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.evaluation.losses import next_token_logits
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 
@@ -38,7 +36,6 @@ FAMILIES = [
 # FlashAttention takes sinks in bfloat16 only
 ENGINE = {"skip_tokenizer_init": True, **({"dtype": "bfloat16"} if ON_GPU else {})}
 ROUNDED = 0.1 if ON_GPU else ROUNDING
-TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
 KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"weight_floor": 0},
@@ -70,7 +67,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def ours(model: Model, options: dict[str, Any], environment: dict[str, str] | None = None, **engine: Any) -> Any:
     (answer,) = generate(
         CALLS,
-        {**TRIED, **(environment or {})},
+        environment,
         model=str(model.folder),
         engine={**ENGINE, **engine},
         backend="toptheta",
@@ -134,19 +131,14 @@ def test_two_ranks_share_the_sinks(model: Model) -> None:
     assert_same_text(answer["outputs"], model.stock["outputs"], rounding=ROUNDED)
 
 
-def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(device: str) -> str:
-        return ServeCommand.build([str(model.folder)], {}, ServerConfig()).check(device)
-
-    assert check("cpu").startswith("thresholds floor:2")
-    with pytest.raises(UnsupportedError, match=f"model_type {model.family}: no GPU has run attention sinks yet"):
-        check("gpu")
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    assert check("gpu").startswith("thresholds floor:2")
+def test_the_check_agrees(model: Model) -> None:
+    command = ServeCommand.build([str(model.folder)], {}, ServerConfig())
+    for device in ("cpu", "gpu"):
+        assert command.check(device).startswith("thresholds floor:2")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-def test_a_gpu_engine_refuses_them_unless_somebody_wants_to_try(model: Model) -> None:
-    with pytest.raises(RuntimeError, match=f"UnsupportedError: model_type {model.family}: no GPU has run attention"):
-        generate(CALLS, model=str(model.folder), engine=ENGINE, backend="toptheta")
+def test_a_gpu_engine_refuses_them_in_float16(model: Model) -> None:
+    with pytest.raises(RuntimeError, match=f"UnsupportedError: model_type {model.family}: FlashAttention takes"):
+        generate(CALLS, model=str(model.folder), engine={**ENGINE, "dtype": "float16"}, backend="toptheta")

@@ -19,7 +19,7 @@ from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
-from vllm_toptheta.limits import ALLOW_UNTESTED, HEAD_SIZES
+from vllm_toptheta.limits import HEAD_SIZES
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 from vllm_toptheta.support import Device
@@ -246,16 +246,13 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "17 dense query heads": ({"num_attention_heads": 34, "hidden_size": 34 * 64}, [], {"weight_floor": 0}, ""),
     "copies of heads of 80": ({"head_dim": 80}, [], {"mode": "shadow"}, "no GPU kernels for copies of heads of 80"),
     "float8": ({}, ["--kv-cache-dtype", "fp8"], {}, ""),
-    "float8 of copies": (
-        {},
-        ["--kv-cache-dtype", "fp8"],
-        {"mode": "shadow"},
-        "no GPU has run mode shadow with a float8",
-    ),
+    "float8 of copies": ({}, ["--kv-cache-dtype", "fp8"], {"mode": "shadow"}, ""),
     "float8 of another kind": ({}, ["--kv-cache-dtype", "fp8_e5m2"], {}, "only auto, float16, bfloat16, fp8, fp8_e4m3"),
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
-    "sleep": ({}, ["--enable-sleep-mode"], {}, "no engine of this backend has slept yet"),
-    "sinks": ({"attention_sinks": True}, [], {}, "attention_sinks: no GPU has run attention sinks yet"),
+    "sleep": ({}, ["--enable-sleep-mode"], {}, ""),
+    "sinks": ({"attention_sinks": True}, [], {}, ""),
+    "sinks of float16": ({"attention_sinks": True}, ["--dtype", "half"], {}, "attention_sinks: .* in bfloat16 only"),
+    "as many drafts as are fastest": ({}, [], {"lossless": True, "draft_tokens": "auto"}, ""),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -307,13 +304,6 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
     assert caught.value.remedy == f"{remedy} to serve its text alone"
 
 
-@pytest.mark.parametrize("name", ["float8 of copies", "sleep", "sinks"])
-def test_what_no_gpu_has_run_may_be_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    change, flags, options, _ = GPU[name]
-    assert build(write(tmp_path / "tiny", LLAMA | change), flags, **options).check("gpu")
-
-
 def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_toptheta.server.engine_flags.wakes_up_whole", lambda: False)
     model = write(tmp_path / "tiny", LLAMA)
@@ -329,7 +319,12 @@ def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monke
         ({"head_dim": 72}, [], None, "; on CPUs only, because there are no GPU kernels for heads of 72, only of 64"),
         ({"head_dim": 72}, [], "cpu", ""),
         ({}, ["--kv-cache-dtype", "fp8"], None, "; on GPUs only, because not supported, only auto, float16, bfloat16"),
-        ({"attention_sinks": True}, [], None, "; on CPUs only, because no GPU has run attention sinks yet"),
+        (
+            {"attention_sinks": True},
+            ["--dtype", "float16"],
+            None,
+            "; on CPUs only, because FlashAttention takes attention sinks in bfloat16 only",
+        ),
         ({}, [], None, ""),
     ],
 )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import Device, Engine, engine_reasons, kernel_reasons
 
 CPU, GPU = Engine("cpu"), Engine("gpu")
@@ -32,7 +31,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"drafts_itself": True}, ["cpu", "gpu"]),
         *(
             ({"drafts_itself": True, **asked}, ["cpu"])
-            for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2}, {"chooses_drafts": True})
+            for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2})
         ),
         ({"runs_on_v2": False, "sees": True, "num_replicas": 2}, ["cpu", "gpu"]),
         ({"drafts_itself": True, "draft": "ngram"}, []),
@@ -41,30 +40,28 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"drafts_itself": True, "sleeps": True}, []),
         ({"num_stages": 2, "adapts": True}, ["cpu", "gpu"]),
         ({"moves_pages": True}, []),
-        ({"sleeps": True}, []),
+        ({"sleeps": True}, ["gpu"]),
         ({"sleeps": True, "wakes_up_whole": False}, []),
         ({"wakes_up_whole": False}, ["cpu", "gpu"]),
         ({"generates": False}, []),
         ({"num_context_ranks": 2}, []),
-        ({"sinks": "model_type gpt_oss"}, ["cpu"]),
+        ({"sinks": "model_type gpt_oss"}, ["cpu", "gpu"]),
+        ({"sinks": "model_type gpt_oss", "dtype": "bfloat16"}, ["cpu", "gpu"]),
+        ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
     ],
 )
 def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> None:
     assert [engine.device for engine in (CPU, GPU) if not engine_reasons(replace(engine, **asked))] == devices
 
 
-def test_sinks_are_tried_on_gpus_where_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_says_whether_there_are_sinks() -> None:
     config = {"model_type": "gpt_oss"}
     for engine in (CPU, GPU):
         assert engine.of_checkpoint(config).sinks == "model_type gpt_oss"
         assert engine.of_checkpoint({"model_type": "llama"}).sinks is None
-    (reason,) = engine_reasons(GPU.of_checkpoint(config))
-    assert str(reason) == "model_type gpt_oss: no GPU has run attention sinks yet"
-    assert reason.remedy == (
-        f"Start `vllm serve` without --attention-backend toptheta, or try it with {ALLOW_UNTESTED}=1"
-    )
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    assert engine_reasons(GPU.of_checkpoint(config)) == []
+    (reason,) = engine_reasons(replace(GPU, dtype="float16").of_checkpoint(config))
+    assert str(reason) == "model_type gpt_oss: FlashAttention takes attention sinks in bfloat16 only"
+    assert reason.remedy == "Give --dtype bfloat16"
 
 
 def test_a_checkpoint_says_what_the_model_takes() -> None:
@@ -83,7 +80,7 @@ def test_a_checkpoint_says_what_the_model_takes() -> None:
 )
 def test_ranks_share_heads_evenly(ranks: int, num_heads: int, num_kv_heads: int, served: bool) -> None:
     heads = {"head_size": 64, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    options = {"mode": "values", "is_sparse": True, "has_copies": False}
+    options = {"is_sparse": True, "has_copies": False}
     assert (kernel_reasons(replace(CPU, num_ranks=ranks), **heads, **options) == []) == served
 
 

@@ -48,7 +48,6 @@ from vllm_toptheta.kernels.gpu.tuning import (
 )
 from vllm_toptheta.limits import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, HEAD_SIZES
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.support import allows_untested
 
 # channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
 FEW_CHANNELS = 128
@@ -218,11 +217,6 @@ class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
         return kv_cache_dtype in (None, *CACHE_DTYPES, *FLOAT8_CACHE_DTYPES) and super().supports_kv_cache_dtype(
             kv_cache_dtype
         )
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        # FlashAttention adds them to prompts and to layers with a window; no card has run ours
-        return allows_untested() and super().supports_sink()
 
 
 class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):

@@ -83,7 +83,6 @@ def check_plan(plan: Plan, vllm_config: Any) -> None:
             head_size=heads.head_size,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
-            mode=plan.settings.mode,
             is_sparse=plan.thresholds is not None,
             has_copies=plan.heavy is not None,
         )
@@ -145,7 +144,6 @@ def _engine(vllm_config: Any) -> Engine:
         wakes_up_whole=wakes_up_whole(),
         draft=None if speculative is None or is_own else str(speculative.method),
         drafts_itself=drafts_itself,
-        chooses_drafts=settings.draft_tokens == "auto",
         num_stages=parallel.pipeline_parallel_size,
         adapts=vllm_config.lora_config is not None,
         num_replicas=parallel.data_parallel_size,

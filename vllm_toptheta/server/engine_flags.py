@@ -93,12 +93,11 @@ class EngineFlags:
         are_none = all((count.get("count") if isinstance(count, Mapping) else count) == 0 for count in counts)
         return (self.is_text_alone or are_none) and not self.takes_embeddings
 
-    def on(self, device: Device, *, drafts_itself: bool = False, chooses_drafts: bool = False) -> Engine:
+    def on(self, device: Device, *, drafts_itself: bool = False) -> Engine:
         """The engine on a device."""
         return Engine(
             device=device,
             drafts_itself=drafts_itself,
-            chooses_drafts=chooses_drafts,
             runs_on_v2=drafts_on_v2() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0",
             wakes_up_whole=wakes_up_whole(),
             **self.engine,

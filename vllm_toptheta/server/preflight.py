@@ -123,7 +123,7 @@ def _check_engine(
     """
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
-        engine = flags.on(one, drafts_itself=settings.lossless, chooses_drafts=settings.draft_tokens == "auto")
+        engine = flags.on(one, drafts_itself=settings.lossless)
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
@@ -134,7 +134,6 @@ def _check_engine(
                 head_size=architecture.head_size,
                 num_heads=architecture.num_heads,
                 num_kv_heads=architecture.num_kv_heads,
-                mode=settings.mode,
                 is_sparse=selection.thresholds is not None,
                 has_copies=selection.heavy is not None,
             )

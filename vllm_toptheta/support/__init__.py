@@ -5,7 +5,6 @@ model      a model, as its config.json says
 images     models whose images are attended to in another way
 engine     an engine and its device, as flags or vLLM's configuration say
 installed  what the installed vLLM can do
-untested   what nobody has run
 refusal    the reasons, as one error
 
 May import `errors`, `limits`.
@@ -25,7 +24,6 @@ from vllm_toptheta.support.model import (
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
-from vllm_toptheta.support.untested import TRY, allows_untested
 
 __all__ = [
     "CHUNKED",
@@ -33,9 +31,7 @@ __all__ = [
     "NO_GENERATION",
     "Device",
     "Engine",
-    "TRY",
     "Reason",
-    "allows_untested",
     "checkpoint_cache_dtype",
     "drafts_on_v2",
     "engine_reasons",

@@ -15,12 +15,10 @@ from vllm_toptheta.limits import (
     gpus_lack,
 )
 from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sinks_field
-from vllm_toptheta.support.refusal import WITHOUT_US, Reason
-from vllm_toptheta.support.untested import TRY, allows_untested
+from vllm_toptheta.support.refusal import Reason
 
 Device = Literal["cpu", "gpu"]
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
-_UNTESTED = f"Leave it out, or {TRY}"
 MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 
 
@@ -42,7 +40,6 @@ class Engine:
         wakes_up_whole: Whether it then gets back what an attention backend keeps there (`installed.wakes_up_whole`).
         draft: How tokens are guessed; None where they are not, or by the served model itself.
         drafts_itself: Whether the served model drafts.
-        chooses_drafts: Whether it then finds out how many drafts are fastest.
         num_stages: Ranks that share the layers.
         adapts: Whether it loads adapters.
         num_replicas: Ranks that share the requests.
@@ -64,7 +61,6 @@ class Engine:
     wakes_up_whole: bool = True
     draft: str | None = None
     drafts_itself: bool = False
-    chooses_drafts: bool = False
     num_stages: int = 1
     adapts: bool = False
     num_replicas: int = 1
@@ -117,12 +113,8 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "this vLLM throws the thresholds away together with the KV cache, and does not get them back",
             "Leave it out, or install vLLM 0.32 or 0.33, which keep them",
         ): engine.sleeps and engine.device == "gpu" and not engine.wakes_up_whole,
-        Reason("--enable-sleep-mode", "no engine of this backend has slept yet", _UNTESTED): engine.sleeps
-        and engine.device == "gpu"
-        and engine.wakes_up_whole
-        and not allows_untested(),
-        Reason(str(engine.sinks), "no GPU has run attention sinks yet", f"{WITHOUT_US}, or {TRY}"): (
-            engine.sinks is not None and engine.device == "gpu" and not allows_untested()
+        Reason(str(engine.sinks), "FlashAttention takes attention sinks in bfloat16 only", "Give --dtype bfloat16"): (
+            engine.sinks is not None and engine.device == "gpu" and engine.dtype == "float16"
         ),
         Reason(
             f"--speculative-config {engine.draft}",
@@ -147,9 +139,6 @@ def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
             "on GPUs the served model drafts in vLLM's V2 model runner, which can since 0.32",
             "Leave it out, or install vLLM 0.32 or later and unset VLLM_USE_V2_MODEL_RUNNER",
         ): on_gpu and not engine.runs_on_v2,
-        Reason("draft_tokens", "no GPU has drafted by auto yet", f"Give a number, or {TRY}"): on_gpu
-        and engine.chooses_drafts
-        and not allows_untested(),
         Reason("lossless", "on GPUs, models that take images or sounds do not draft for themselves", "Leave it out"): (
             on_gpu and engine.sees
         ),
@@ -171,7 +160,6 @@ def kernel_reasons(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
-    mode: str,
     is_sparse: bool,
     has_copies: bool,
 ) -> list[Reason]:
@@ -182,7 +170,6 @@ def kernel_reasons(
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer, over all ranks.
         num_kv_heads: Key and value heads of a layer, over all ranks.
-        mode: `values` or `shadow`.
         is_sparse: Whether there are thresholds; without, every layer runs dense.
         has_copies: Whether there are copies of keys and values.
     """
@@ -192,10 +179,6 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
-    is_float8 = engine.device == "gpu" and engine.cache_dtype in FLOAT8_CACHE_DTYPES
-    if mode == "shadow" and is_float8 and not allows_untested():
-        text = "no GPU has run mode shadow with a float8 cache yet"
-        reasons.append(Reason(f"{engine.cache_dtype_of} {engine.cache_dtype}", text, _UNTESTED))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))

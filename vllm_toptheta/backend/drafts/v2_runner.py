@@ -19,8 +19,6 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 
 from vllm_toptheta.backend.gpu import GpuMetadataBuilder
 from vllm_toptheta.backend.layers import our_impls
-from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.support import TRY, allows_untested
 
 NOBODY = -1  # of a row: vLLM writes no keys and values for it, and draws no token
 
@@ -47,17 +45,7 @@ class SelfSpeculator(DraftModelSpeculator):
         return target_model
 
     def set_attn(self, model_state: Any, kv_cache_config: Any, *others: Any, **named: Any) -> None:
-        """Makes metadata builders for all layers, that divide steps as drafts need it.
-
-        Raises:
-            UnsupportedError: Layers have pages of several kinds, on which no GPU has drafted.
-        """
-        if len(kv_cache_config.kv_cache_groups) != 1 and not allows_untested():
-            raise UnsupportedError(
-                "layers with windows and without have pages of several kinds, and no GPU has drafted on those yet",
-                field="lossless",
-                remedy=f"Leave it out, or {TRY}",
-            )
+        """Makes metadata builders for all layers, that divide steps as drafts need it."""
         none = self.draft_attn_layer_names
         self.draft_attn_layer_names = {name for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
         super().set_attn(model_state, kv_cache_config, *others, **named)
