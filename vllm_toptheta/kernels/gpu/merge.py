@@ -184,8 +184,9 @@ def merge_kernel(
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
         piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
     work, share, _ = work_of_step(
-        tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
-    )
+        tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK,
+        schedule.WAVES, schedule.FINE_WORK,
+    )  # fmt: skip
     index = tl.arange(0, SEQ_BLOCK)
     work_before = tl.sum(tl.where(index < seq, work, 0), axis=0)
     last_work = tl.sum(tl.where(index <= seq, work, 0), axis=0) - 1
@@ -283,7 +284,7 @@ def launch_merge(
     output, cache, counters = call.output, call.cache, call.layer.counters
     num_seqs, num_heads, _ = output.shape
     chosen = choice or Choice(0, 0, num_programs, schedule)
-    piece_block, num_parts, merge_warps = _merge_shape(num_programs / num_seqs)
+    piece_block, num_parts, merge_warps = _merge_shape(num_programs / schedule.WAVES / num_seqs)
     merge_kernel[(num_heads * num_parts, num_seqs)](
         Tokens.of(step, cache),
         pieces,

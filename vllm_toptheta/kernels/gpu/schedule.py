@@ -12,6 +12,9 @@ the next takes nearly twice as long as others. There a sequence's work is rounde
 bound by memory, and equal shares are faster, unless a piece takes long beside its
 keys (`piece_work`) and few are wasted.
 
+Where programs take one share after the other, until none is left, there are several for each program (`waves`), as long
+as a share is not too small to be worth it (`fine_work`); of a smaller step each program has one.
+
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
 """
@@ -31,12 +34,30 @@ def unit_of(tile: int, block_size: int) -> int:
     return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
 
 
-def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int, piece_tokens: int = 0) -> Schedule:
+def schedule_of(
+    unit: int,
+    *,
+    min_tokens: int,
+    dense_work: int,
+    num_seqs: int,
+    piece_tokens: int = 0,
+    waves: int = 1,
+    fine_tokens: int = 0,
+) -> Schedule:
     """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth.
 
-    A piece takes as long as `piece_tokens` keys, beside its own.
+    A piece takes as long as `piece_tokens` keys, beside its own. A program that runs has `waves` shares, of
+    `fine_tokens` at least.
     """
-    return Schedule(unit, max(1, min_tokens // unit), dense_work, room_for(num_seqs), piece_tokens // unit)
+    return Schedule(
+        unit,
+        max(1, min_tokens // unit),
+        dense_work,
+        room_for(num_seqs),
+        piece_tokens // unit,
+        waves,
+        fine_tokens // unit,
+    )
 
 
 def room_for(num_seqs: int) -> int:
@@ -74,7 +95,7 @@ def work_of(seq_len, is_dense, dense_work, multiple, UNIT: tl.constexpr):
 @triton.jit
 def work_of_step(
     tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT: tl.constexpr,
-    SEQ_BLOCK: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr, WAVES: tl.constexpr, FINE_WORK: tl.constexpr,
 ):  # fmt: skip
     """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s multiple.
 
@@ -88,12 +109,13 @@ def work_of_step(
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
     # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
-    even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
-    rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
-    equal = tl.cdiv(total, num_programs)
+    at_once = num_programs // WAVES
+    even = tl.cdiv(tl.max(work, axis=0), tl.maximum(at_once // num_decoded, 1))
+    rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(at_once - num_decoded, 1)))
+    equal = tl.maximum(tl.cdiv(total, num_programs), tl.minimum(tl.cdiv(total, at_once), FINE_WORK))
     # of large steps only where a piece less is worth more than what is wasted
-    is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work)
-    is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
+    is_worth = (num_decoded <= at_once) & (rounded < equal + piece_work)
+    is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= at_once, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple = tl.where(is_rounded, share, 1)
     return tl.cdiv(work, multiple) * multiple, share, multiple

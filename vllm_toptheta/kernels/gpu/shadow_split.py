@@ -72,7 +72,7 @@ def shadow_split_kernel(
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
     work, share, multiple = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
-        schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
+        schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK, schedule.WAVES, schedule.FINE_WORK,
     )  # fmt: skip
     seq, work_before, end_of_share = first_of_share(work, share, program)
     if EARLY_SPLIT:

@@ -1,0 +1,96 @@
+// Who does what: schedule.py, for kernels of this folder. Whoever joins pieces works the same out there.
+//
+// All lanes of a warp call `step_of` and `for_pieces` together, with `Args` that hold the fields they name.
+
+struct ScheduleArgs {
+    int num_programs;  // of a kv head
+    int unit;          // tokens
+    int min_work, dense_work, piece_work, waves, fine_work;
+};
+
+struct Step {
+    int num_tokens, num_decoded;
+    int share, multiple;  // work of a program, and what a sequence's is rounded up to
+    int total;            // work of all
+    int max_dense_len;
+};
+
+__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+template <class Args>
+__device__ __forceinline__ bool keeps_all(const Args& a, int seq, int seq_len, int max_dense_len) {
+    return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] < -3.4e38f);
+}
+
+__device__ __forceinline__ int work_of(const ScheduleArgs& s, int seq_len, bool is_dense, int multiple) {
+    return divide_up(divide_up(seq_len, s.unit) * (is_dense ? s.dense_work : 1), multiple) * multiple;
+}
+
+template <class Args>
+__device__ __forceinline__ Step step_of(const Args& a, int lane) {
+    const ScheduleArgs& s = a.schedule;
+    Step step;
+    int num_tokens = 0, num_decoded = 0;
+    for (int seq = lane; seq < a.num_seqs; seq += 32) num_tokens += a.seq_lens[seq], num_decoded += a.seq_lens[seq] > 0;
+    step.num_tokens = __reduce_add_sync(ALL, num_tokens), step.num_decoded = __reduce_add_sync(ALL, num_decoded);
+    bool all_dense = step.num_tokens < a.min_step_tokens;
+    step.max_dense_len = all_dense ? 0x7fffffff : a.max_dense_len;
+    int total = 0, most = 0;
+    for (int seq = lane; seq < a.num_seqs; seq += 32) {
+        int len = a.seq_lens[seq], work = work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), 1);
+        total += work, most = max(most, work);
+    }
+    total = __reduce_add_sync(ALL, total);
+    for (int m = 16; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
+    num_decoded = max(step.num_decoded, 1);
+    // programs that run at a time
+    int at_once = s.num_programs / s.waves;
+    int even = divide_up(most, max(at_once / num_decoded, 1));
+    int rounded = min(even, divide_up(total, max(at_once - num_decoded, 1)));
+    int equal = max(divide_up(total, s.num_programs), min(divide_up(total, at_once), s.fine_work));
+    bool is_rounded = all_dense ? 2 * num_decoded <= at_once : num_decoded <= at_once && rounded < equal + s.piece_work;
+    step.share = max(is_rounded ? rounded : equal, s.min_work);
+    step.multiple = is_rounded ? step.share : 1;
+    step.total = total;
+    if (is_rounded) {
+        total = 0;
+        for (int seq = lane; seq < a.num_seqs; seq += 32) {
+            int len = a.seq_lens[seq];
+            total += work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), step.multiple);
+        }
+        step.total = __reduce_add_sync(ALL, total);
+    }
+    return step;
+}
+
+// Calls attend(seq, seq_len, is_dense, start, end) for the tokens of each sequence that are the program's.
+template <class Args, class Attend>
+__device__ __forceinline__ void for_pieces(const Args& a, const Step& step, int program, int lane, Attend attend) {
+    const ScheduleArgs& s = a.schedule;
+    int begin = program * step.share, end = min(begin + step.share, step.total);
+    // the first sequence whose work ends behind the beginning of the share
+    int before = 0, seq = a.num_seqs, work_before = 0;
+    bool found = false;
+    for (int first = 0; first < a.num_seqs && !found; first += 32) {
+        int one = first + lane, len = one < a.num_seqs ? a.seq_lens[one] : 0;
+        int work = one < a.num_seqs ? work_of(s, len, keeps_all(a, one, len, step.max_dense_len), step.multiple) : 0;
+        int ends = work;
+        for (int d = 1; d < 32; d *= 2) {
+            int other = __shfl_up_sync(ALL, ends, d);
+            if (lane >= d) ends += other;
+        }
+        uint32_t behind = __ballot_sync(ALL, one < a.num_seqs && before + ends > begin);
+        int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, ends - work, index);
+        if (behind) seq = first + index, work_before = before + of_index, found = true;
+        before += __shfl_sync(ALL, ends, 31);
+    }
+    for (; seq < a.num_seqs && work_before < end; ++seq) {
+        int seq_len = a.seq_lens[seq];
+        bool is_dense = keeps_all(a, seq, seq_len, step.max_dense_len);
+        int weight = is_dense ? s.dense_work : 1, num_units = divide_up(seq_len, s.unit);
+        int first = min(divide_up(max(begin - work_before, 0), weight), num_units);
+        int last = min(divide_up(max(begin + step.share - work_before, 0), weight), num_units);
+        if (first < last) attend(seq, seq_len, is_dense, first * s.unit, min(last * s.unit, seq_len));
+        work_before += work_of(s, seq_len, is_dense, step.multiple);
+    }
+}

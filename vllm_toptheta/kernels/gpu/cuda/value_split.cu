@@ -1,0 +1,436 @@
+// What `split.py` does in Triton, nearer to the limit of the memory: every key is scored, and values of survivors read.
+//
+// A program takes shares of a kv head's keys (`schedule.py`) from a counter until none is left, so heads that keep many
+// keys are everybody's. What it takes when changes from run to run; what a share adds up to, and in which order shares
+// are joined, does not. The warps of a program take stages of 16 tokens in turn, and need no other until the end of a
+// piece:
+//
+//   scan    keys arrive in a ring of stages in shared memory. Tokens are the rows of products, heads the columns. Keys
+//           that reach the threshold of a head go to a ring of 64, with the scores of the group's heads.
+//   gather  sixteen at a time, values of the ring are asked for, straight into the operands of products; they are weighed
+//           when the next sixteen are asked for, so nothing waits.
+//
+// A sequence that keeps every key goes the same way. A product may take channels in any order if both sides take the
+// same, so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
+//
+// What `macros_of` in value_split.py names is defined when it is compiled; `device.cuh` stands in front.
+
+#include "schedule.cuh"
+#include "scores.cuh"
+
+constexpr uint32_t STAGE_TOKENS = 16;
+constexpr uint32_t ROW_BYTES = 2 * HEAD_SIZE, CHUNKS = ROW_BYTES / 16;  // of a key or a value
+constexpr int COLUMNS = GROUP > 8 ? 2 : 1;                              // blocks of eight columns
+constexpr uint32_t HEADS = GROUP <= 4 ? 4 : 8 * COLUMNS;                // that the ring has scores of
+constexpr int TILES = HEAD_SIZE / 16;                                   // of 16 channels
+constexpr int KEY_PARTS = HEAD_SIZE / 32, VALUE_PARTS = HEAD_SIZE / 64; // of 16 bytes that a lane has of a row
+constexpr bool HOLDS_QUERIES = HEAD_SIZE * COLUMNS <= 128;              // in registers, of which there are enough
+constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;                       // lanes of a quad that have columns of heads
+constexpr uint32_t ROOM = 64, SCORE_STRIDE = ROOM + 8;                  // the stride spreads heads over the banks
+constexpr float SLACK = 5.0f;  // that scores exceed what exponentials are relative to, at most
+
+// bytes of shared memory: what every warp has, and behind that what all have together; in the end sums stand in the ring
+constexpr uint32_t STAGE_BYTES = STAGE_TOKENS * ROW_BYTES, SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16;
+constexpr uint32_t RING_BYTES = STAGES * STAGE_BYTES > SUMS_BYTES ? STAGES * STAGE_BYTES : SUMS_BYTES;
+constexpr uint32_t SCORES_AT = RING_BYTES, SLOTS_AT = SCORES_AT + HEADS * SCORE_STRIDE * 4;
+constexpr uint32_t WARP_BYTES = SLOTS_AT + ROOM * 4;
+constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64;
+constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
+constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4, SHARED_BYTES = COUNTS_AT + 64;  // at most 15 warps
+static_assert(STAGE_BYTES % 128 == 0 && WARP_BYTES % 16 == 0, "copies of 16 bytes");
+static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
+
+struct Args {
+    const uint8_t* kv_cache;
+    const int* block_table;
+    const int* seq_lens;
+    const float* threshold_offset;  // or null
+    const uint8_t* query;
+    const float* thresholds;
+    const float* q_scale;  // or null
+    const float* k_scale;  // or null
+    float* piece_output;
+    float* piece_stats;
+    uint32_t* taken;             // shares that programs have taken beside their first two; 0 before the kernel
+    long long* value_rows_read;  // or null
+    uint32_t stride_block, stride_head, stride_token;  // bytes
+    uint32_t query_stride_seq, query_stride_head;
+    int table_stride, num_seqs, num_kv_heads;
+    int max_dense_len, min_step_tokens;
+    ScheduleArgs schedule;
+    float softmax_scale, logits_soft_cap;
+};
+
+// where part `chunk` of a row stands in it, so that lanes find theirs in different banks
+__device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) { return 16 * (chunk ^ (row & 6) ^ (row & 1) << 2); }
+
+// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
+__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
+    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
+}
+
+// A warp's part of a piece. A lane is number t of quad g. In the scan it has tokens g and g + 8 of a stage, and heads
+// 8 c + 2 t + e; in the gather keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen, and head 8 c + g.
+struct Warp {
+    uint32_t at;  // where the warp's shared memory is
+    uint32_t warp, lane, g, t;
+    uint32_t start, end, num_stages;
+    uint32_t open_start;  // where the page begins that the sequence's next token goes to
+    const int* blocks;
+    const uint8_t* kv_base;
+    uint32_t stride_block, stride_token;
+    float scale, logits_soft_cap;
+    uint4 query[COLUMNS][HOLDS_QUERIES ? KEY_PARTS : 1];
+    float threshold[COLUMNS][2], offset[COLUMNS][2], lost[COLUMNS][2];  // relative to the threshold
+    float maximum[COLUMNS], kept[COLUMNS], output[COLUMNS][TILES][4];
+    uint4 pending[4][VALUE_PARTS];
+    uint32_t ring_begin, ring_end, rows_read;
+    int slots_before, slots, next_slots;  // of the first tokens of 32 stages, one a lane
+
+    __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
+    __device__ __forceinline__ float* ring_scores() const { return reinterpret_cast<float*>(mine() + SCORES_AT); }
+    __device__ __forceinline__ uint32_t* ring_slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
+    __device__ __forceinline__ const uint8_t* row_of(uint32_t slot) const {
+        return kv_base + ((uint64_t)(slot / BLOCK_SIZE) * stride_block + slot % BLOCK_SIZE * stride_token);
+    }
+
+    // ---- keys arrive ----
+    __device__ __forceinline__ int load_slots(uint32_t first_stage) const {
+        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (first_stage + lane));
+        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    }
+
+    __device__ __forceinline__ void request_keys(uint32_t stage) {
+        if (stage % 32 == 0 && stage) slots_before = slots, slots = next_slots, next_slots = load_slots(stage + 32);
+        if (stage < num_stages) {
+            const uint8_t* from = row_of(__shfl_sync(ALL, slots, stage % 32));
+            uint8_t* to = mine() + stage % STAGES * STAGE_BYTES;
+#pragma unroll
+            for (uint32_t k = 0; k < CHUNKS / 2; ++k) {
+                uint32_t row = (32 * k + lane) / CHUNKS, chunk = lane % CHUNKS;
+                async_copy16(to + row * ROW_BYTES + place_of(row, chunk), from + row * stride_token + 16 * chunk);
+            }
+        }
+        async_commit();
+    }
+
+    __device__ __forceinline__ void begin() {
+        slots_before = 0, slots = load_slots(0), next_slots = load_slots(32);
+#pragma unroll
+        for (uint32_t stage = 0; stage < STAGES - 1; ++stage) request_keys(stage);
+    }
+
+    // ---- values of sixteen survivors ----
+    __device__ __forceinline__ void request_values() {
+        const uint32_t* of_lane = ring_slots() + ring_begin % ROOM + 2 * t;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint8_t* value = row_of(of_lane[(k & 1) + 8 * (k >> 1)]) + (ROW_BYTES + 16 * g);
+#pragma unroll
+            for (int i = 0; i < VALUE_PARTS; ++i) pending[k][i] = load16(value + 128 * i);
+        }
+        ring_begin += 16;
+    }
+
+    __device__ __forceinline__ void weigh_values() {
+        const float* of_lane = ring_scores() + (ring_begin - 16) % ROOM + 2 * t;
+        uint32_t operand[COLUMNS][2];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            // lanes of columns without a head take another's, and nobody looks at what comes of it
+            const float* of_head = of_lane + (8 * c + g % HEADS) * SCORE_STRIDE;
+            float2 low = *reinterpret_cast<const float2*>(of_head), high = *reinterpret_cast<const float2*>(of_head + 8);
+            float best = fmaxf(fmaxf(low.x, low.y), fmaxf(high.x, high.y));
+            best = fmaxf(best, __shfl_xor_sync(ALL, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(ALL, best, 2));
+            bool is_higher = best > maximum[c] + SLACK;
+            if (__ballot_sync(ALL, is_higher)) {
+                float factor = is_higher ? exp2_fast((maximum[c] - best) * LOG2_E) : 1.0f;
+                if (is_higher) maximum[c] = best;
+                kept[c] *= factor;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float of_sums = __shfl_sync(ALL, factor, 4 * (2 * t + e));
+#pragma unroll
+                    for (int tile = 0; tile < TILES; ++tile) output[c][tile][e] *= of_sums, output[c][tile][2 + e] *= of_sums;
+                }
+            }
+            float offset = maximum[c] * -LOG2_E;
+            low.x = exp2_fast(__fmaf_rn(low.x, LOG2_E, offset)), low.y = exp2_fast(__fmaf_rn(low.y, LOG2_E, offset));
+            high.x = exp2_fast(__fmaf_rn(high.x, LOG2_E, offset)), high.y = exp2_fast(__fmaf_rn(high.y, LOG2_E, offset));
+            kept[c] += (low.x + low.y) + (high.x + high.y);
+            operand[c][0] = pack_half<IS_FLOAT16>(low.x, low.y), operand[c][1] = pack_half<IS_FLOAT16>(high.x, high.y);
+        }
+#pragma unroll
+        for (int i = 0; i < VALUE_PARTS; ++i) {
+            uint32_t part[4][4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint4 v = pending[k][i];
+                part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
+                uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+                    mma_half<IS_FLOAT16>(output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
+            }
+        }
+    }
+
+    // channel of row g of a tile; row g + 8 has the next one
+    static __device__ __forceinline__ uint32_t channel_of(uint32_t tile, uint32_t g) { return tile / 4 * 64 + 8 * g + tile % 4 * 2; }
+
+    // ---- 16 tokens ----
+    __device__ __forceinline__ uint4 query_part(uint32_t c, uint32_t i) const {
+        if constexpr (HOLDS_QUERIES) return query[c][i];
+        return *reinterpret_cast<const uint4*>(dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+    }
+
+    // `SPECIAL` stages hold positions behind the end, or of the open page.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void scan(uint32_t stage, uint32_t first) {
+        const uint8_t* keys = mine() + (stage % STAGES * STAGE_BYTES + g * ROW_BYTES);
+        float products[COLUMNS][2][4] = {};
+#pragma unroll
+        for (int i = 0; i < KEY_PARTS; ++i) {
+            const uint4 k = *reinterpret_cast<const uint4*>(keys + place_of(g, 4 * i + t));
+            const uint4 l = *reinterpret_cast<const uint4*>(keys + 8 * ROW_BYTES + place_of(g, 4 * i + t));
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const uint4 q = query_part(c, i);
+                mma_half<IS_FLOAT16>(products[c][0], k.x, l.x, k.y, l.y, q.x, q.y);
+                mma_half<IS_FLOAT16>(products[c][1], k.z, l.z, k.w, l.w, q.z, q.w);
+            }
+        }
+        uint32_t slot = __shfl_sync(ALL, (stage + STAGES - 1) / 32 == stage / 32 ? slots : slots_before, stage % 32);
+#pragma unroll
+        for (uint32_t r = 0; r < 2; ++r) {
+            uint32_t position = first + g + 8 * r;
+            bool is_inside = !SPECIAL || position < end, survives = false, keep[COLUMNS][2];
+            float score[COLUMNS][2];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float s = capped((products[c][0][2 * r + e] + products[c][1][2 * r + e]) * scale, logits_soft_cap);
+                    score[c][e] = s;
+                    keep[c][e] = is_inside && s >= threshold[c][e];
+                    survives |= keep[c][e];
+                    float exponential = exp2_fast(__fmaf_rn(s, LOG2_E, offset[c][e]));
+                    if (is_inside && !keep[c][e]) lost[c][e] += exponential;
+                }
+            uint32_t survivors = __ballot_sync(ALL, survives);
+            if (survivors == 0) continue;
+            survivors |= survivors >> 1;
+            survivors = (survivors | survivors >> 2) & 0x11111111u;
+            uint32_t leader = 1u << (lane & ~3u);
+            if (survivors & leader) {
+                uint32_t index = (ring_end + __popc(survivors & (leader - 1))) % ROOM;
+                float* of_token = ring_scores() + index;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (8 * c + 2 * t + e < HEADS) of_token[(8 * c + 2 * t + e) * SCORE_STRIDE] = keep[c][e] ? score[c][e] : DISCARDED;
+                if (t == 0) ring_slots()[index] = slot + g + 8 * r;
+            }
+            ring_end += __popc(survivors);
+            rows_read += __popc(SPECIAL ? survivors & before_open(first + 8 * r) : survivors);
+        }
+    }
+
+    // leaders of tokens from `first` on that are not of the open page
+    __device__ __forceinline__ uint32_t before_open(uint32_t first) const {
+        uint32_t number = open_start > first ? min(open_start - first, 8u) : 0u;
+        return number == 8 ? ALL : (1u << 4 * number) - 1;
+    }
+
+    __device__ __forceinline__ void run() {
+        uint32_t first = start + STAGE_TOKENS * warp, special = min(end, open_start);
+        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            // what is written to was read in the stage before
+            request_keys(stage + STAGES - 1);
+            if (first + STAGE_TOKENS > special)
+                scan<true>(stage, first);
+            else
+                scan<false>(stage, first);
+            __syncwarp();
+            if (ring_end - ring_begin >= 16) {
+                if (ring_begin) weigh_values();
+                request_values();
+            }
+        }
+        async_wait<0>();
+        if (ring_begin) weigh_values();
+        if (ring_end > ring_begin) {
+            // the last key again, with weight 0
+            uint32_t last = ring_slots()[(ring_end - 1) % ROOM];
+            __syncwarp();
+            if (lane < ring_begin + 16 - ring_end) {
+                uint32_t index = (ring_end + lane) % ROOM;
+                ring_slots()[index] = last;
+                for (uint32_t head = 0; head < HEADS; ++head) ring_scores()[head * SCORE_STRIDE + index] = DISCARDED;
+            }
+            __syncwarp();
+            request_values();
+            weigh_values();
+        }
+        __syncwarp();
+    }
+};
+
+__device__ __forceinline__ void load_queries(const Args& a, int seq, int kv_head) {
+    const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
+    for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
+        uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
+        *reinterpret_cast<uint4*>(dynamic_shared() + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
+            head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// add up what all warps have, each relative to its own maximum, and write it
+__device__ __forceinline__ void write_piece(const Args& a, long long piece, const float* thresholds, bool is_dense) {
+    const uint8_t* shared = dynamic_shared();
+    const float* stats = reinterpret_cast<const float*>(shared + STATS_AT);
+    float* output = a.piece_output + piece * GROUP * HEAD_SIZE;
+    for (uint32_t i = threadIdx.x; i < COLUMNS * TILES * 8 * ACC_QUAD; i += 32 * WARPS) {
+        uint32_t t = i % ACC_QUAD, g = i / ACC_QUAD % 8, tile = i / (8 * ACC_QUAD) % TILES, c = i / (8 * ACC_QUAD * TILES);
+        uint32_t head = 8 * c + 2 * t, channel = Warp::channel_of(tile, g);
+        float best[2] = {DISCARDED, DISCARDED};
+        for (int warp = 0; warp < WARPS; ++warp)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) best[e] = fmaxf(best[e], stats[warp * 48 + head + e]);
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int warp = 0; warp < WARPS; ++warp) {
+            float4 x = reinterpret_cast<const float4*>(shared + warp * WARP_BYTES)[i];
+            float f0 = exp2_fast((stats[warp * 48 + head] - best[0]) * LOG2_E);
+            float f1 = exp2_fast((stats[warp * 48 + head + 1] - best[1]) * LOG2_E);
+            sum.x += f0 * x.x, sum.y += f1 * x.y, sum.z += f0 * x.z, sum.w += f1 * x.w;
+        }
+        if (head < GROUP) *reinterpret_cast<float2*>(output + head * HEAD_SIZE + channel) = make_float2(sum.x, sum.z);
+        if (head + 1 < GROUP) *reinterpret_cast<float2*>(output + (head + 1) * HEAD_SIZE + channel) = make_float2(sum.y, sum.w);
+    }
+    if (threadIdx.x < GROUP) {
+        const float* of_head = stats + threadIdx.x;
+        float best = DISCARDED, kept = 0.0f, lost = 0.0f;
+        for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, of_head[warp * 48]);
+        for (int warp = 0; warp < WARPS; ++warp) {
+            kept += exp2_fast((of_head[warp * 48] - best) * LOG2_E) * of_head[warp * 48 + 16];
+            lost += of_head[warp * 48 + 32];
+        }
+        lost *= is_dense ? 1.0f : exp2_fast((thresholds[threadIdx.x] - best) * LOG2_E);
+        float* of_piece = a.piece_stats + piece * 3 * GROUP + threadIdx.x;
+        of_piece[0] = best, of_piece[GROUP] = kept, of_piece[2 * GROUP] = lost;
+    }
+}
+
+// `is_first`: thresholds may not be there yet
+__device__ __forceinline__ void attend_piece(const Args& a, Warp& w, int seq, int kv_head, long long piece, int seq_len, bool is_dense, bool& is_first) {
+    uint8_t* shared = dynamic_shared();
+    float* stats = reinterpret_cast<float*>(shared + STATS_AT) + w.warp * 48;
+    uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);
+    const float* thresholds = a.thresholds + ((long long)seq * a.num_kv_heads + kv_head) * GROUP;
+    uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS);
+    w.num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
+    w.open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
+    w.blocks = a.block_table + (long long)seq * a.table_stride;
+    w.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+    w.begin();
+    // while the first keys are on their way
+    load_queries(a, seq, kv_head);
+    if (is_first) wait_for_predecessor();
+    is_first = false;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            uint32_t head = 8 * c + 2 * w.t + e;
+            w.threshold[c][e] = head >= GROUP ? HIGHEST : is_dense ? -HIGHEST : thresholds[head];
+            w.offset[c][e] = w.threshold[c][e] * -LOG2_E;
+            w.lost[c][e] = 0.0f;
+        }
+        uint32_t head = 8 * c + w.g % HEADS;
+        w.maximum[c] = head >= GROUP || is_dense ? DISCARDED : thresholds[head];
+        w.kept[c] = 0.0f;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) w.output[c][tile][i] = 0.0f;
+    }
+    w.ring_begin = w.ring_end = w.rows_read = 0;
+    __syncthreads();
+    if constexpr (HOLDS_QUERIES)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int i = 0; i < KEY_PARTS; ++i)
+                w.query[c][i] = *reinterpret_cast<const uint4*>(shared + QUERY_AT + (8 * c + w.g) * QUERY_STRIDE + 64 * i + 16 * w.t);
+    w.run();
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const float* v = w.output[c][tile];
+            if (w.t < ACC_QUAD)
+                reinterpret_cast<float4*>(w.mine())[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
+        }
+        float kept = w.kept[c] + __shfl_xor_sync(ALL, w.kept[c], 1);
+        kept += __shfl_xor_sync(ALL, kept, 2);
+        if (w.t == 0) stats[8 * c + w.g] = w.maximum[c], stats[16 + 8 * c + w.g] = kept;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float lost = sum_of(w.lost[c][e], 4);
+            if (w.g == 0) stats[32 + 8 * c + 2 * w.t + e] = lost;
+        }
+    }
+    if (w.lane == 0) counts[w.warp] = w.rows_read;
+    __syncthreads();
+    write_piece(a, piece, thresholds, is_dense);
+    if (threadIdx.x == 0 && a.value_rows_read) {
+        uint32_t rows = 0;
+        for (int warp = 0; warp < WARPS; ++warp) rows += counts[warp];
+        // what the merge reads of the open page, for the mean
+        rows = is_dense ? w.end - w.start : rows + max(int(w.end) - int(max(w.start, w.open_start)), 0);
+        atomic_add(a.value_rows_read + kv_head, rows);
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(const __grid_constant__ Args a) {
+    uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    allow_successor();
+    Step step = step_of(a, lane);
+    Warp w;
+    w.at = warp * WARP_BYTES, w.warp = warp, w.lane = lane, w.g = lane / 4, w.t = lane % 4;
+    w.stride_block = a.stride_block, w.stride_token = a.stride_token;
+    w.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
+    w.logits_soft_cap = a.logits_soft_cap;
+    uint32_t num_shares = a.num_kv_heads * divide_up(step.total, step.share), share = blockIdx.x;
+    volatile uint32_t* next = reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT) + 15;
+    bool is_first = true;
+    for (uint32_t round = 0; share < num_shares; ++round) {
+        int kv_head = share % a.num_kv_heads, program = share / a.num_kv_heads;
+        // long before it is needed; the first two shares are fixed, because the counter is not there at once
+        uint32_t taken = round && threadIdx.x == 0 ? atomic_increment(a.taken) : 0;
+        for_pieces(a, step, program, lane, [&](int seq, int seq_len, bool is_dense, int start, int end) {
+            w.start = start, w.end = end;
+            long long piece = (long long)(program + seq) * a.num_kv_heads + kv_head;
+            attend_piece(a, w, seq, kv_head, piece, seq_len, is_dense, is_first);
+        });
+        if (round == 0) {
+            share += gridDim.x;
+            continue;
+        }
+        if (threadIdx.x == 0) *next = 2 * gridDim.x + taken;
+        __syncthreads();
+        share = *next;
+        __syncthreads();
+    }
+    // in any case: whoever waits for this kernel relies on the one before it too
+    if (is_first) wait_for_predecessor();
+}
