@@ -158,8 +158,11 @@ struct Warp {
             float offset = maximum[c] * -LOG2_E;
             low.x = exp2_fast(__fmaf_rn(low.x, LOG2_E, offset)), low.y = exp2_fast(__fmaf_rn(low.y, LOG2_E, offset));
             high.x = exp2_fast(__fmaf_rn(high.x, LOG2_E, offset)), high.y = exp2_fast(__fmaf_rn(high.y, LOG2_E, offset));
-            kept[c] += (low.x + low.y) + (high.x + high.y);
             operand[c][0] = pack_half<IS_FLOAT16>(low.x, low.y), operand[c][1] = pack_half<IS_FLOAT16>(high.x, high.y);
+            // as they are rounded: then a key that outweighs all others has a weight of 1
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+                kept[c] += element_to_float<IS_FLOAT16>(uint16_t(operand[c][k])) + element_to_float<IS_FLOAT16>(uint16_t(operand[c][k] >> 16));
         }
 #pragma unroll
         for (int i = 0; i < VALUE_PARTS; ++i) {
