@@ -334,7 +334,9 @@ def check(case: Case, output: torch.Tensor, counters: Counters) -> None:
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert counters.value_rows_read.tolist() == rows_read.tolist()
-    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
+    # weights may be summed as they are rounded
+    rounded = 1e-3 if shape.dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=rounded, atol=rounded / 10 * len(shape.lens))
     # rounding may move what lies at an edge from one bucket to the next
     misplaced = (counters.lost_mass_histogram - histogram).abs().sum(dim=1)
     assert bool((misplaced <= 2 * at_an_edge).all()), (misplaced, at_an_edge)

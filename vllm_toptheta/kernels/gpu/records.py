@@ -294,8 +294,8 @@ class Schedule(NamedTuple):
         DENSE_WORK: Work of a unit of a sequence that keeps everything.
         SEQ_BLOCK: Sequences that there is room for.
         PIECE_WORK: Units that a program does in the time that a piece takes beside them; 0 where that is not known.
-        WAVES: Shares for each program that runs at a time, where those are of FINE_WORK at least.
-        FINE_WORK: Units that are worth a share in any case.
+        WAVES: Shares for each program that runs at a time, at most.
+        FINE_WORK: Units that are worth a share, where there are several.
     """
 
     UNIT: int
@@ -304,7 +304,7 @@ class Schedule(NamedTuple):
     SEQ_BLOCK: int
     PIECE_WORK: int = 0
     WAVES: int = 1
-    FINE_WORK: int = 0
+    FINE_WORK: int = 1
 
 
 class Tiling(NamedTuple):

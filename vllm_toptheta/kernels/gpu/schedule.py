@@ -56,7 +56,7 @@ def schedule_of(
         room_for(num_seqs),
         piece_tokens // unit,
         waves,
-        fine_tokens // unit,
+        max(1, fine_tokens // unit),
     )
 
 
@@ -112,7 +112,9 @@ def work_of_step(
     at_once = num_programs // WAVES
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(at_once // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(at_once - num_decoded, 1)))
-    equal = tl.maximum(tl.cdiv(total, num_programs), tl.minimum(tl.cdiv(total, at_once), FINE_WORK))
+    # as many for each program, so that all end together where the work is even
+    waves = tl.maximum(tl.minimum(total // (at_once * FINE_WORK), WAVES), 1) if WAVES > 1 else 1
+    equal = tl.cdiv(total, at_once * waves)
     # of large steps only where a piece less is worth more than what is wasted
     is_worth = (num_decoded <= at_once) & (rounded < equal + piece_work)
     is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= at_once, is_worth)

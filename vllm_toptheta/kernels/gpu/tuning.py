@@ -52,7 +52,7 @@ class LaunchConfig(_Programs):
         gather_stages: Depth of the pipeline over the survivors' values.
         min_work: Tiles of keys that are worth a program.
         programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
-        waves: Shares for each program, which it takes one after the other.
+        waves: Shares for each program, which it takes one after the other, at most.
         fine_tokens: Keys that are worth a share, where there are several.
         merge_warps: Warps of a program of the merge; 0 chooses.
         early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
@@ -85,7 +85,7 @@ class LaunchConfig(_Programs):
         return replace(
             self,
             programs_per_sm=resident,
-            waves=4,
+            waves=16,
             fine_tokens=1024,
             dense_tokens=self.dense_tokens * self.programs_per_sm // resident,
         )

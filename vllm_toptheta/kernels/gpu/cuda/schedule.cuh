@@ -1,6 +1,6 @@
 // Who does what: schedule.py, for kernels of this folder. Whoever joins pieces works the same out there.
 //
-// All lanes of a warp call `step_of` and `for_pieces` together, with `Args` that hold the fields they name.
+// All lanes of a warp call `step_of` and `walk_of` together, with `Args` that hold the fields they name.
 
 struct ScheduleArgs {
     int num_programs;  // of a kv head
@@ -47,7 +47,7 @@ __device__ __forceinline__ Step step_of(const Args& a, int lane) {
     int at_once = s.num_programs / s.waves;
     int even = divide_up(most, max(at_once / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(at_once - num_decoded, 1)));
-    int equal = max(divide_up(total, s.num_programs), min(divide_up(total, at_once), s.fine_work));
+    int equal = divide_up(total, at_once * max(min(total / (at_once * s.fine_work), s.waves), 1));
     bool is_rounded = all_dense ? 2 * num_decoded <= at_once : num_decoded <= at_once && rounded < equal + s.piece_work;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
     step.multiple = is_rounded ? step.share : 1;
@@ -63,34 +63,55 @@ __device__ __forceinline__ Step step_of(const Args& a, int lane) {
     return step;
 }
 
-// Calls attend(seq, seq_len, is_dense, start, end) for the tokens of each sequence that are the program's.
-template <class Args, class Attend>
-__device__ __forceinline__ void for_pieces(const Args& a, const Step& step, int program, int lane, Attend attend) {
-    const ScheduleArgs& s = a.schedule;
-    int begin = program * step.share, end = min(begin + step.share, step.total);
+// The tokens of a sequence that are a program's.
+struct PieceTokens {
+    int seq, seq_len, start, end;
+    bool is_dense;
+};
+
+// Where a program is in its share.
+struct Walk {
+    int begin, end;  // of the share
+    int seq, work_before;
+};
+
+template <class Args>
+__device__ __forceinline__ Walk walk_of(const Args& a, const Step& step, int program, int lane) {
+    Walk walk{program * step.share, min((program + 1) * step.share, step.total), a.num_seqs, 0};
     // the first sequence whose work ends behind the beginning of the share
-    int before = 0, seq = a.num_seqs, work_before = 0;
+    int before = 0;
     bool found = false;
     for (int first = 0; first < a.num_seqs && !found; first += 32) {
         int one = first + lane, len = one < a.num_seqs ? a.seq_lens[one] : 0;
-        int work = one < a.num_seqs ? work_of(s, len, keeps_all(a, one, len, step.max_dense_len), step.multiple) : 0;
-        int ends = work;
+        bool is_dense = one < a.num_seqs && keeps_all(a, one, len, step.max_dense_len);
+        int work = one < a.num_seqs ? work_of(a.schedule, len, is_dense, step.multiple) : 0, ends = work;
         for (int d = 1; d < 32; d *= 2) {
             int other = __shfl_up_sync(ALL, ends, d);
             if (lane >= d) ends += other;
         }
-        uint32_t behind = __ballot_sync(ALL, one < a.num_seqs && before + ends > begin);
+        uint32_t behind = __ballot_sync(ALL, one < a.num_seqs && before + ends > walk.begin);
         int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, ends - work, index);
-        if (behind) seq = first + index, work_before = before + of_index, found = true;
+        if (behind) walk.seq = first + index, walk.work_before = before + of_index, found = true;
         before += __shfl_sync(ALL, ends, 31);
     }
-    for (; seq < a.num_seqs && work_before < end; ++seq) {
-        int seq_len = a.seq_lens[seq];
+    return walk;
+}
+
+// The next piece of the share; false behind the last one.
+template <class Args>
+__device__ __forceinline__ bool next_piece(const Args& a, const Step& step, Walk& walk, PieceTokens& piece) {
+    const ScheduleArgs& s = a.schedule;
+    while (walk.seq < a.num_seqs && walk.work_before < walk.end) {
+        int seq = walk.seq++, seq_len = a.seq_lens[seq];
         bool is_dense = keeps_all(a, seq, seq_len, step.max_dense_len);
         int weight = is_dense ? s.dense_work : 1, num_units = divide_up(seq_len, s.unit);
-        int first = min(divide_up(max(begin - work_before, 0), weight), num_units);
-        int last = min(divide_up(max(begin + step.share - work_before, 0), weight), num_units);
-        if (first < last) attend(seq, seq_len, is_dense, first * s.unit, min(last * s.unit, seq_len));
-        work_before += work_of(s, seq_len, is_dense, step.multiple);
+        int first = min(divide_up(max(walk.begin - walk.work_before, 0), weight), num_units);
+        int last = min(divide_up(max(walk.begin + step.share - walk.work_before, 0), weight), num_units);
+        walk.work_before += work_of(s, seq_len, is_dense, step.multiple);
+        if (first < last) {
+            piece = {seq, seq_len, first * s.unit, min(last * s.unit, seq_len), is_dense};
+            return true;
+        }
     }
+    return false;
 }

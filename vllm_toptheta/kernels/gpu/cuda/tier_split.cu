@@ -995,13 +995,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
     // the kernel in front has read all keys then
     if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
-    for_pieces(a, step, program, lane, [&](int seq, int seq_len, bool is_dense, int start, int end) {
-        w.start = start, w.end = end;
-        w.blocks = a.block_table + (long long)seq * a.table_stride;
+    Walk walk = walk_of(a, step, program, lane);
+    PieceTokens piece;
+    while (next_piece(a, step, walk, piece)) {
+        w.start = piece.start, w.end = piece.end;
+        w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
         // the page of the last token has no copies yet, or only since this step
-        w.first_recent = min(seq_len - NUM_LAST_ANCHORS, (seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
-        attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len, is_dense);
-    });
+        w.first_recent = min(piece.seq_len - NUM_LAST_ANCHORS, (piece.seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
+        long long number = (long long)(program + piece.seq) * a.num_kv_heads + kv_head;
+        attend_piece(a, w, piece.seq, kv_head, number, piece.seq_len, piece.is_dense);
+    }
 }
 
 // ---- copies of the pages that this step's tokens fill (copies.py); a program for each kv head and sequence ----

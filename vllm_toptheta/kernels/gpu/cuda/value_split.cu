@@ -29,14 +29,17 @@ constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;                       // lanes
 constexpr uint32_t ROOM = 64, SCORE_STRIDE = ROOM + 8;                  // the stride spreads heads over the banks
 constexpr float SLACK = 5.0f;  // that scores exceed what exponentials are relative to, at most
 
-// bytes of shared memory: what every warp has, and behind that what all have together; in the end sums stand in the ring
+// bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STAGE_BYTES = STAGE_TOKENS * ROW_BYTES, SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16;
-constexpr uint32_t RING_BYTES = STAGES * STAGE_BYTES > SUMS_BYTES ? STAGES * STAGE_BYTES : SUMS_BYTES;
+// in the end, sums stand where the ring has its last stage, which the next piece asks for last
+constexpr uint32_t SUMS_AT = (STAGES - 1) * STAGE_BYTES;
+constexpr uint32_t RING_BYTES = SUMS_AT + (STAGE_BYTES > SUMS_BYTES ? STAGE_BYTES : SUMS_BYTES);
 constexpr uint32_t SCORES_AT = RING_BYTES, SLOTS_AT = SCORES_AT + HEADS * SCORE_STRIDE * 4;
 constexpr uint32_t WARP_BYTES = SLOTS_AT + ROOM * 4;
 constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64;
 constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
-constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4, SHARED_BYTES = COUNTS_AT + 64;  // at most 15 warps
+constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4;  // at most 15 warps
+constexpr uint32_t THRESHOLDS_AT = COUNTS_AT + 64, SHARED_BYTES = THRESHOLDS_AT + 2 * 16 * 4;
 static_assert(STAGE_BYTES % 128 == 0 && WARP_BYTES % 16 == 0, "copies of 16 bytes");
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
 
@@ -76,6 +79,8 @@ struct Warp {
     uint32_t warp, lane, g, t;
     uint32_t start, end, num_stages;
     uint32_t open_start;  // where the page begins that the sequence's next token goes to
+    uint32_t parity;      // which of the two sets of thresholds is the piece's
+    bool is_dense;
     const int* blocks;
     const uint8_t* kv_base;
     uint32_t stride_block, stride_token;
@@ -92,6 +97,38 @@ struct Warp {
     __device__ __forceinline__ uint32_t* ring_slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
     __device__ __forceinline__ const uint8_t* row_of(uint32_t slot) const {
         return kv_base + ((uint64_t)(slot / BLOCK_SIZE) * stride_block + slot % BLOCK_SIZE * stride_token);
+    }
+
+    __device__ __forceinline__ float* thresholds() const { return reinterpret_cast<float*>(dynamic_shared() + THRESHOLDS_AT) + 16 * parity; }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            lost[c][0] = lost[c][1] = kept[c] = 0.0f;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output[c][tile][i] = 0.0f;
+        }
+        ring_begin = ring_end = rows_read = 0;
+    }
+
+    // what `begin_piece` has left
+    __device__ __forceinline__ void take_terms() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                threshold[c][e] = thresholds()[8 * c + 2 * t + e];
+                offset[c][e] = threshold[c][e] * -LOG2_E;
+            }
+            maximum[c] = thresholds()[8 * c + g % HEADS];
+            if (HOLDS_QUERIES)
+#pragma unroll
+                for (int i = 0; i < KEY_PARTS; ++i)
+                    query[c][i] = *reinterpret_cast<const uint4*>(
+                        dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+        }
     }
 
     // ---- keys arrive ----
@@ -296,8 +333,50 @@ __device__ __forceinline__ void load_queries(const Args& a, int seq, int kv_head
     }
 }
 
+// Ask for what a piece needs first: keys and queries, and its thresholds, which may not be there yet if `is_first`.
+__device__ __forceinline__ void begin_piece(const Args& a, Warp& w, const PieceTokens& piece, int kv_head, bool is_first) {
+    w.start = piece.start, w.end = piece.end, w.is_dense = piece.is_dense;
+    uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS);
+    w.num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
+    w.open_start = VALUE_MEAN ? piece.seq_len / BLOCK_SIZE * BLOCK_SIZE : piece.seq_len;
+    w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
+    w.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+    w.parity ^= 1;
+    w.begin();
+    load_queries(a, piece.seq, kv_head);
+    if (is_first) wait_for_predecessor();
+    if (threadIdx.x < 16) {
+        const float* thresholds = a.thresholds + ((long long)piece.seq * a.num_kv_heads + kv_head) * GROUP;
+        float threshold = piece.is_dense ? -HIGHEST : threadIdx.x < GROUP ? thresholds[threadIdx.x] : HIGHEST;
+        w.thresholds()[threadIdx.x] = threadIdx.x < GROUP ? threshold : HIGHEST;
+    }
+}
+
+// the sums of a warp, for all of them
+__device__ __forceinline__ void share_sums(const Warp& w) {
+    float* stats = reinterpret_cast<float*>(dynamic_shared() + STATS_AT) + w.warp * 48;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const float* v = w.output[c][tile];
+            if (w.t < ACC_QUAD)
+                reinterpret_cast<float4*>(w.mine() + SUMS_AT)[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
+        }
+        float kept = w.kept[c] + __shfl_xor_sync(ALL, w.kept[c], 1);
+        kept += __shfl_xor_sync(ALL, kept, 2);
+        if (w.t == 0) stats[8 * c + w.g] = w.maximum[c], stats[16 + 8 * c + w.g] = kept;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float lost = sum_of(w.lost[c][e], 4);
+            if (w.g == 0) stats[32 + 8 * c + 2 * w.t + e] = lost;
+        }
+    }
+    if (w.lane == 0) reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT)[w.warp] = w.rows_read;
+}
+
 // add up what all warps have, each relative to its own maximum, and write it
-__device__ __forceinline__ void write_piece(const Args& a, long long piece, const float* thresholds, bool is_dense) {
+__device__ __forceinline__ void write_piece(const Args& a, long long piece, const float* thresholds) {
     const uint8_t* shared = dynamic_shared();
     const float* stats = reinterpret_cast<const float*>(shared + STATS_AT);
     float* output = a.piece_output + piece * GROUP * HEAD_SIZE;
@@ -310,7 +389,7 @@ __device__ __forceinline__ void write_piece(const Args& a, long long piece, cons
             for (int e = 0; e < 2; ++e) best[e] = fmaxf(best[e], stats[warp * 48 + head + e]);
         float4 sum = make_float4(0, 0, 0, 0);
         for (int warp = 0; warp < WARPS; ++warp) {
-            float4 x = reinterpret_cast<const float4*>(shared + warp * WARP_BYTES)[i];
+            float4 x = reinterpret_cast<const float4*>(shared + warp * WARP_BYTES + SUMS_AT)[i];
             float f0 = exp2_fast((stats[warp * 48 + head] - best[0]) * LOG2_E);
             float f1 = exp2_fast((stats[warp * 48 + head + 1] - best[1]) * LOG2_E);
             sum.x += f0 * x.x, sum.y += f1 * x.y, sum.z += f0 * x.z, sum.w += f1 * x.w;
@@ -326,82 +405,19 @@ __device__ __forceinline__ void write_piece(const Args& a, long long piece, cons
             kept += exp2_fast((of_head[warp * 48] - best) * LOG2_E) * of_head[warp * 48 + 16];
             lost += of_head[warp * 48 + 32];
         }
-        lost *= is_dense ? 1.0f : exp2_fast((thresholds[threadIdx.x] - best) * LOG2_E);
+        lost *= exp2_fast((thresholds[threadIdx.x] - best) * LOG2_E);
         float* of_piece = a.piece_stats + piece * 3 * GROUP + threadIdx.x;
         of_piece[0] = best, of_piece[GROUP] = kept, of_piece[2 * GROUP] = lost;
     }
 }
 
-// `is_first`: thresholds may not be there yet
-__device__ __forceinline__ void attend_piece(const Args& a, Warp& w, int seq, int kv_head, long long piece, int seq_len, bool is_dense, bool& is_first) {
-    uint8_t* shared = dynamic_shared();
-    float* stats = reinterpret_cast<float*>(shared + STATS_AT) + w.warp * 48;
-    uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);
-    const float* thresholds = a.thresholds + ((long long)seq * a.num_kv_heads + kv_head) * GROUP;
-    uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS);
-    w.num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-    w.open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
-    w.blocks = a.block_table + (long long)seq * a.table_stride;
-    w.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-    w.begin();
-    // while the first keys are on their way
-    load_queries(a, seq, kv_head);
-    if (is_first) wait_for_predecessor();
-    is_first = false;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            uint32_t head = 8 * c + 2 * w.t + e;
-            w.threshold[c][e] = head >= GROUP ? HIGHEST : is_dense ? -HIGHEST : thresholds[head];
-            w.offset[c][e] = w.threshold[c][e] * -LOG2_E;
-            w.lost[c][e] = 0.0f;
-        }
-        uint32_t head = 8 * c + w.g % HEADS;
-        w.maximum[c] = head >= GROUP || is_dense ? DISCARDED : thresholds[head];
-        w.kept[c] = 0.0f;
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) w.output[c][tile][i] = 0.0f;
-    }
-    w.ring_begin = w.ring_end = w.rows_read = 0;
-    __syncthreads();
-    if constexpr (HOLDS_QUERIES)
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-            for (int i = 0; i < KEY_PARTS; ++i)
-                w.query[c][i] = *reinterpret_cast<const uint4*>(shared + QUERY_AT + (8 * c + w.g) * QUERY_STRIDE + 64 * i + 16 * w.t);
-    w.run();
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const float* v = w.output[c][tile];
-            if (w.t < ACC_QUAD)
-                reinterpret_cast<float4*>(w.mine())[sum_index(c, tile, w.g, w.t)] = make_float4(v[0], v[1], v[2], v[3]);
-        }
-        float kept = w.kept[c] + __shfl_xor_sync(ALL, w.kept[c], 1);
-        kept += __shfl_xor_sync(ALL, kept, 2);
-        if (w.t == 0) stats[8 * c + w.g] = w.maximum[c], stats[16 + 8 * c + w.g] = kept;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float lost = sum_of(w.lost[c][e], 4);
-            if (w.g == 0) stats[32 + 8 * c + 2 * w.t + e] = lost;
-        }
-    }
-    if (w.lane == 0) counts[w.warp] = w.rows_read;
-    __syncthreads();
-    write_piece(a, piece, thresholds, is_dense);
-    if (threadIdx.x == 0 && a.value_rows_read) {
-        uint32_t rows = 0;
-        for (int warp = 0; warp < WARPS; ++warp) rows += counts[warp];
-        // what the merge reads of the open page, for the mean
-        rows = is_dense ? w.end - w.start : rows + max(int(w.end) - int(max(w.start, w.open_start)), 0);
-        atomic_add(a.value_rows_read + kv_head, rows);
-    }
-    __syncthreads();
+// rows of values that a piece has read, with those of the open page, which the merge reads for the mean
+__device__ __forceinline__ uint32_t rows_of(const PieceTokens& piece, uint32_t open_start) {
+    if (piece.is_dense) return piece.end - piece.start;
+    const uint32_t* counts = reinterpret_cast<const uint32_t*>(dynamic_shared() + COUNTS_AT);
+    uint32_t rows = max(piece.end - max(piece.start, int(open_start)), 0);
+    for (int warp = 0; warp < WARPS; ++warp) rows += counts[warp];
+    return rows;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(const __grid_constant__ Args a) {
@@ -409,31 +425,51 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
     allow_successor();
     Step step = step_of(a, lane);
     Warp w;
-    w.at = warp * WARP_BYTES, w.warp = warp, w.lane = lane, w.g = lane / 4, w.t = lane % 4;
+    w.at = warp * WARP_BYTES, w.warp = warp, w.lane = lane, w.g = lane / 4, w.t = lane % 4, w.parity = 0;
     w.stride_block = a.stride_block, w.stride_token = a.stride_token;
     w.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
     w.logits_soft_cap = a.logits_soft_cap;
-    uint32_t num_shares = a.num_kv_heads * divide_up(step.total, step.share), share = blockIdx.x;
-    volatile uint32_t* next = reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT) + 15;
-    bool is_first = true;
-    for (uint32_t round = 0; share < num_shares; ++round) {
-        int kv_head = share % a.num_kv_heads, program = share / a.num_kv_heads;
-        // long before it is needed; the first two shares are fixed, because the counter is not there at once
-        uint32_t taken = round && threadIdx.x == 0 ? atomic_increment(a.taken) : 0;
-        for_pieces(a, step, program, lane, [&](int seq, int seq_len, bool is_dense, int start, int end) {
-            w.start = start, w.end = end;
-            long long piece = (long long)(program + seq) * a.num_kv_heads + kv_head;
-            attend_piece(a, w, seq, kv_head, piece, seq_len, is_dense, is_first);
-        });
-        if (round == 0) {
-            share += gridDim.x;
-            continue;
-        }
-        if (threadIdx.x == 0) *next = 2 * gridDim.x + taken;
+    uint32_t num_shares = a.num_kv_heads * divide_up(step.total, step.share), share = blockIdx.x, taken = 0;
+    uint32_t* next_share = reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT) + 15;
+    PieceTokens piece;
+    Walk walk = walk_of(a, step, share / a.num_kv_heads, lane);
+    bool has_piece = share < num_shares && next_piece(a, step, walk, piece), takes_more = num_shares > gridDim.x;
+    if (has_piece)
+        begin_piece(a, w, piece, share % a.num_kv_heads, true);
+    else
+        wait_for_predecessor();  // in any case: whoever waits for this kernel relies on the one before it too
+    bool is_new = true;  // the share
+    while (has_piece) {
+        // long before it is needed
+        if (is_new && takes_more && threadIdx.x == 0) taken = gridDim.x + atomic_increment(a.taken);
+        w.clear();
         __syncthreads();
-        share = *next;
+        w.take_terms();
+        w.run();
+        share_sums(w);
+        if (threadIdx.x == 0) *next_share = taken;
+        __syncthreads();
+        PieceTokens done = piece;
+        int kv_head = share % a.num_kv_heads;
+        uint32_t program = share / a.num_kv_heads, open_start = w.open_start;
+        const float* thresholds = w.thresholds();
+        is_new = false;
+        has_piece = next_piece(a, step, walk, piece);
+        while (!has_piece && takes_more) {
+            share = *next_share, is_new = true;
+            if (share >= num_shares) break;
+            walk = walk_of(a, step, share / a.num_kv_heads, lane);
+            has_piece = next_piece(a, step, walk, piece);
+            if (has_piece) break;
+            // shares without a token are possible where they are tiny
+            __syncthreads();
+            if (threadIdx.x == 0) *next_share = gridDim.x + atomic_increment(a.taken);
+            __syncthreads();
+        }
+        // the next keys are on their way while these sums are written
+        if (has_piece) begin_piece(a, w, piece, share % a.num_kv_heads, false);
+        write_piece(a, (long long)(program + done.seq) * a.num_kv_heads + kv_head, thresholds);
+        if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of(done, open_start));
         __syncthreads();
     }
-    // in any case: whoever waits for this kernel relies on the one before it too
-    if (is_first) wait_for_predecessor();
 }

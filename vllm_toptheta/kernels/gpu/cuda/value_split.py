@@ -52,13 +52,15 @@ class ValueSizes(NamedTuple):
     @classmethod
     def made(cls, head_size: int, group: int, *, warps: int, stages: int, resident: int) -> ValueSizes:
         """The layout of shared memory is that of the source, which does not compile with another sum."""
-        columns, heads, quad = (2 if group > 8 else 1), (4 if group <= 4 else 8 if group <= 8 else 16), 2
-        if group > 4:
-            quad = 4
+        columns, heads, quad = next(
+            sizes for most, sizes in ((4, (1, 4, 2)), (8, (1, 8, 4)), (16, (2, 16, 4))) if group <= most
+        )
         row_bytes = 2 * head_size
-        ring = max(stages * 16 * row_bytes, columns * head_size // 16 * 8 * quad * 16)
+        stage = 16 * row_bytes
+        ring = (stages - 1) * stage + max(stage, columns * head_size // 16 * 8 * quad * 16)
         warp_bytes = ring + heads * 72 * 4 + 64 * 4
-        return cls(warps, stages, resident, warps * (warp_bytes + 3 * 16 * 4) + 8 * columns * (row_bytes + 64) + 64)
+        common = 8 * columns * (row_bytes + 64) + 64 + 2 * 16 * 4
+        return cls(warps, stages, resident, warps * (warp_bytes + 3 * 16 * 4) + common)
 
 
 class ValueLoader(NamedTuple):
