@@ -109,18 +109,18 @@ def test_decode_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("fine_tokens", [16, 48])
-@pytest.mark.parametrize("waves", [2, 5])
+@pytest.mark.parametrize("rounds", [2, 5])
 @pytest.mark.parametrize("lens", [(333, 145, 0, 250), (70, 64, 400, 1, 16, 48)], ids=str)
-def test_programs_that_take_several_shares(lens: tuple[int, ...], waves: int, fine_tokens: int) -> None:
+def test_programs_that_take_several_shares(lens: tuple[int, ...], rounds: int, fine_tokens: int) -> None:
     case = make_case(Shape(lens, num_heads=6, num_kv_heads=3, max_dense_len=64))
-    config = LaunchConfig(programs_per_sm=2, min_work=1, waves=waves, fine_tokens=fine_tokens)
+    config = LaunchConfig(programs_per_sm=2, min_work=1, rounds=rounds, fine_tokens=fine_tokens)
     check(case, *case.run(config))
 
 
 def test_dense_sequences_among_others_in_shares_of_any_size() -> None:
     case = make_case(Shape((400, 130, 333, 20), num_heads=2, num_kv_heads=1, max_dense_len=130))
-    for waves in range(1, 9):
-        check(case, *case.run(LaunchConfig(programs_per_sm=2, min_work=1, waves=waves, fine_tokens=16)))
+    for rounds in range(1, 9):
+        check(case, *case.run(LaunchConfig(programs_per_sm=2, min_work=1, rounds=rounds, fine_tokens=16)))
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
@@ -131,13 +131,13 @@ def test_groups(head_size: int, group: int) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has an order of its own")
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
 @pytest.mark.parametrize("name", ["plain", "gqa 8"])
 def test_the_order_in_which_warps_run_changes_nothing(name: str) -> None:
     """Of the kernel in CUDA C++, emulated: some missing barriers show in one of two orders only."""
     case = make_case(SHAPES[name])
     scratch = case.scratch(FEW)
-    if scratch.loader is None:
-        pytest.skip("of the kernel in CUDA C++")
+    assert scratch.loader is not None
     load = scratch.loader.load
 
     def reversed_kernel(*arguments: Any) -> Any:

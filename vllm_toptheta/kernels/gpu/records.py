@@ -294,7 +294,7 @@ class Schedule(NamedTuple):
         DENSE_WORK: Work of a unit of a sequence that keeps everything.
         SEQ_BLOCK: Sequences that there is room for.
         PIECE_WORK: Units that a program does in the time that a piece takes beside them; 0 where that is not known.
-        WAVES: Shares for each program that runs at a time, at most.
+        ROUNDS: Shares for each program that runs at a time, at most.
         FINE_WORK: Units that are worth a share, where there are several.
     """
 
@@ -303,7 +303,7 @@ class Schedule(NamedTuple):
     DENSE_WORK: int
     SEQ_BLOCK: int
     PIECE_WORK: int = 0
-    WAVES: int = 1
+    ROUNDS: int = 1
     FINE_WORK: int = 1
 
 

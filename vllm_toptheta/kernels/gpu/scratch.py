@@ -55,7 +55,7 @@ class Scratch(NamedTuple):
     def spec(sizes: Sizes, config: LaunchConfig, num_sms: int, *, loader: ValueLoader | None = None) -> Spec:
         """The buffers for a GPU of `num_sms` multiprocessors."""
         num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
-        num_shares = config.waves * config.num_programs(num_kv_heads, num_sms)
+        num_shares = config.rounds * config.num_programs(num_kv_heads, num_sms)
         # the kernel in CUDA C++ lists in shared memory
         num_lists = 0 if loader else num_shares * num_kv_heads
         num_pieces = (num_shares + sizes.max_num_seqs) * num_kv_heads

@@ -52,7 +52,7 @@ class LaunchConfig(_Programs):
         gather_stages: Depth of the pipeline over the survivors' values.
         min_work: Tiles of keys that are worth a program.
         programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
-        waves: Shares for each program, which it takes one after the other, at most.
+        rounds: Shares for each program, which it takes one after the other, at most.
         fine_tokens: Keys that are worth a share, where there are several.
         merge_warps: Warps of a program of the merge; 0 chooses.
         early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
@@ -70,7 +70,7 @@ class LaunchConfig(_Programs):
     gather_stages: int = 2
     min_work: int = 4
     programs_per_sm: int = 3
-    waves: int = 1
+    rounds: int = 1
     fine_tokens: int = 0
     merge_warps: int = 0
     early_launch: bool = True
@@ -85,7 +85,7 @@ class LaunchConfig(_Programs):
         return replace(
             self,
             programs_per_sm=resident,
-            waves=16,
+            rounds=5,
             fine_tokens=1024,
             dense_tokens=self.dense_tokens * self.programs_per_sm // resident,
         )

@@ -57,7 +57,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         return
     config = scratch.config
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(call.query.device))
-    num_shares = config.waves * num_programs
+    num_shares = config.rounds * num_programs
     if len(scratch.partial_stats) < (num_shares + num_seqs) * num_kv_heads:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
@@ -77,8 +77,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
             shape,
             schedule,
             scratch.taken,
-            num_shares=num_shares,
-            num_programs=num_programs * num_kv_heads,
+            num_programs=num_programs,
             is_early=early,
         )
     else:
@@ -104,7 +103,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         call,
         pieces,
         schedule,
-        num_programs=num_shares,
+        num_programs=num_programs,
         num_warps=config.merge_warps,
         is_early=early,
     )
@@ -117,7 +116,7 @@ def values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
         min_tokens=config.min_work * config.tile,
         dense_work=DENSE_WORK,
         num_seqs=num_seqs,
-        waves=config.waves,
+        rounds=config.rounds,
         fine_tokens=config.fine_tokens,
     )
 

@@ -151,6 +151,11 @@ struct Warp {
         async_commit();
     }
 
+    // of the first token of a stage, if no stage behind `requested` was requested
+    __device__ __forceinline__ uint32_t slot_of(uint32_t stage, uint32_t requested) const {
+        return __shfl_sync(ALL, requested / 32 == stage / 32 ? slots : slots_before, stage % 32);
+    }
+
     __device__ __forceinline__ void begin() {
         slots_before = 0, slots = load_slots(0), next_slots = load_slots(32);
 #pragma unroll
@@ -158,15 +163,21 @@ struct Warp {
     }
 
     // ---- values of sixteen survivors ----
-    __device__ __forceinline__ void request_values() {
-        const uint32_t* of_lane = ring_slots() + ring_begin % ROOM + 2 * t;
+    // ask for them; number i of them is in slot `slot_at(i)`
+    template <class SlotAt>
+    __device__ __forceinline__ void request_values(SlotAt slot_at) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const uint8_t* value = row_of(of_lane[(k & 1) + 8 * (k >> 1)]) + (ROW_BYTES + 16 * g);
+            const uint8_t* value = row_of(slot_at(2 * t + (k & 1) + 8 * (k >> 1))) + (ROW_BYTES + 16 * g);
 #pragma unroll
             for (int i = 0; i < VALUE_PARTS; ++i) pending[k][i] = load16(value + 128 * i);
         }
         ring_begin += 16;
+    }
+
+    __device__ __forceinline__ void request_listed() {
+        const uint32_t* listed = ring_slots() + ring_begin % ROOM;
+        request_values([&](uint32_t index) { return listed[index]; });
     }
 
     __device__ __forceinline__ void weigh_values() {
@@ -229,11 +240,9 @@ struct Warp {
         return *reinterpret_cast<const uint4*>(dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
     }
 
-    // `SPECIAL` stages hold positions behind the end, or of the open page.
-    template <bool SPECIAL>
-    __device__ __forceinline__ void scan(uint32_t stage, uint32_t first) {
+    // products of the tokens of a stage, in two halves, so that none waits for all others
+    __device__ __forceinline__ void multiply(uint32_t stage, float (&products)[COLUMNS][2][4]) const {
         const uint8_t* keys = mine() + (stage % STAGES * STAGE_BYTES + g * ROW_BYTES);
-        float products[COLUMNS][2][4] = {};
 #pragma unroll
         for (int i = 0; i < KEY_PARTS; ++i) {
             const uint4 k = *reinterpret_cast<const uint4*>(keys + place_of(g, 4 * i + t));
@@ -245,7 +254,18 @@ struct Warp {
                 mma_half<IS_FLOAT16>(products[c][1], k.z, l.z, k.w, l.w, q.z, q.w);
             }
         }
-        uint32_t slot = __shfl_sync(ALL, (stage + STAGES - 1) / 32 == stage / 32 ? slots : slots_before, stage % 32);
+    }
+
+    __device__ __forceinline__ float score_of(const float (&products)[2][4], uint32_t r, int e) const {
+        return capped((products[0][2 * r + e] + products[1][2 * r + e]) * scale, logits_soft_cap);
+    }
+
+    // `SPECIAL` stages hold positions behind the end, or of the open page.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void scan(uint32_t stage, uint32_t first) {
+        float products[COLUMNS][2][4] = {};
+        multiply(stage, products);
+        uint32_t slot = slot_of(stage, stage + STAGES - 1);
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r) {
             uint32_t position = first + g + 8 * r;
@@ -255,7 +275,7 @@ struct Warp {
             for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    float s = capped((products[c][0][2 * r + e] + products[c][1][2 * r + e]) * scale, logits_soft_cap);
+                    float s = score_of(products[c], r, e);
                     score[c][e] = s;
                     keep[c][e] = is_inside && s >= threshold[c][e];
                     survives |= keep[c][e];
@@ -288,7 +308,8 @@ struct Warp {
         return number == 8 ? ALL : (1u << 4 * number) - 1;
     }
 
-    __device__ __forceinline__ void run() {
+    // the stages of a piece; in the end some values are pending, or not even asked for
+    __device__ __forceinline__ void run_sparse() {
         uint32_t first = start + STAGE_TOKENS * warp, special = min(end, open_start);
         for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
             async_wait<STAGES - 2>();
@@ -302,24 +323,57 @@ struct Warp {
             __syncwarp();
             if (ring_end - ring_begin >= 16) {
                 if (ring_begin) weigh_values();
-                request_values();
+                request_listed();
             }
         }
-        async_wait<0>();
+        if (ring_end == ring_begin) return;
         if (ring_begin) weigh_values();
-        if (ring_end > ring_begin) {
-            // the last key again, with weight 0
-            uint32_t last = ring_slots()[(ring_end - 1) % ROOM];
-            __syncwarp();
-            if (lane < ring_begin + 16 - ring_end) {
-                uint32_t index = (ring_end + lane) % ROOM;
-                ring_slots()[index] = last;
-                for (uint32_t head = 0; head < HEADS; ++head) ring_scores()[head * SCORE_STRIDE + index] = DISCARDED;
-            }
-            __syncwarp();
-            request_values();
-            weigh_values();
+        // the last key again, with weight 0
+        uint32_t last = ring_slots()[(ring_end - 1) % ROOM];
+        __syncwarp();
+        if (lane < ring_begin + 16 - ring_end) {
+            uint32_t index = (ring_end + lane) % ROOM;
+            ring_slots()[index] = last;
+            for (uint32_t head = 0; head < HEADS; ++head) ring_scores()[head * SCORE_STRIDE + index] = DISCARDED;
         }
+        __syncwarp();
+        request_listed();
+    }
+
+    // Where every key is kept, values are asked for before their keys are scored.
+    __device__ __forceinline__ void run_dense() {
+        uint32_t first = start + STAGE_TOKENS * warp;
+        auto request = [&](uint32_t stage, uint32_t from, uint32_t requested) {
+            uint32_t slot = slot_of(stage, requested), last = min(STAGE_TOKENS, end - from) - 1;
+            request_values([&](uint32_t index) { return slot + min(index, last); });
+        };
+        if (num_stages) request(0, first, 0);
+        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            request_keys(stage + STAGES - 1);
+            float products[COLUMNS][2][4] = {};
+            multiply(stage, products);
+            float* of_stage = ring_scores() + (ring_begin - 16) % ROOM + g;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+#pragma unroll
+                    for (uint32_t r = 0; r < 2; ++r)
+                        if (8 * c + 2 * t + e < HEADS)
+                            of_stage[(8 * c + 2 * t + e) * SCORE_STRIDE + 8 * r] =
+                                first + g + 8 * r < end ? score_of(products[c], r, e) : DISCARDED;
+            __syncwarp();
+            if (stage + 1 == num_stages) break;
+            weigh_values();
+            request(stage + 1, first + STAGE_TOKENS * WARPS, stage + STAGES - 1);
+        }
+    }
+
+    // what the stages have left
+    __device__ __forceinline__ void finish() {
+        if (ring_begin) weigh_values();
         __syncwarp();
     }
 };
@@ -429,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
     w.stride_block = a.stride_block, w.stride_token = a.stride_token;
     w.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
     w.logits_soft_cap = a.logits_soft_cap;
-    uint32_t num_shares = a.num_kv_heads * divide_up(step.total, step.share), share = blockIdx.x, taken = 0;
+    uint32_t num_shares = a.num_kv_heads * a.schedule.num_programs * rounds_of(a.schedule, step), share = blockIdx.x, taken = 0;
     uint32_t* next_share = reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT) + 15;
     PieceTokens piece;
     Walk walk = walk_of(a, step, share / a.num_kv_heads, lane);
@@ -445,8 +499,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
         w.clear();
         __syncthreads();
         w.take_terms();
-        w.run();
-        share_sums(w);
+        if (w.is_dense)
+            w.run_dense();
+        else
+            w.run_sparse();
         if (threadIdx.x == 0) *next_share = taken;
         __syncthreads();
         PieceTokens done = piece;
@@ -466,8 +522,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
             if (threadIdx.x == 0) *next_share = gridDim.x + atomic_increment(a.taken);
             __syncthreads();
         }
-        // the next keys are on their way while these sums are written
+        // the next keys are on their way while the last values of these arrive, and sums are written
+        async_wait<0>();
         if (has_piece) begin_piece(a, w, piece, share % a.num_kv_heads, false);
+        w.finish();
+        share_sums(w);
+        __syncthreads();
         write_piece(a, (long long)(program + done.seq) * a.num_kv_heads + kv_head, thresholds);
         if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of(done, open_start));
         __syncthreads();

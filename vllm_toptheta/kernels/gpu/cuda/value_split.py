@@ -172,7 +172,6 @@ def launch_value_split(
     schedule: Schedule,
     taken: torch.Tensor,
     *,
-    num_shares: int,
     num_programs: int,
     is_early: bool,
 ) -> None:
@@ -181,8 +180,7 @@ def launch_value_split(
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
         taken: [1] int32, 0 when the kernel starts.
-        num_shares: Of each kv head.
-        num_programs: That take them.
+        num_programs: Of each kv head.
 
     Raises:
         ValueError: Rows of queries do not start at multiples of 16 bytes.
@@ -219,10 +217,10 @@ def launch_value_split(
         num_kv_heads=num_kv_heads,
         max_dense_len=step.max_dense_len,
         min_step_tokens=step.min_step_tokens,
-        schedule=ScheduleArguments.of(schedule, num_shares),
+        schedule=ScheduleArguments.of(schedule, num_programs),
         softmax_scale=queries.softmax_scale,
         logits_soft_cap=queries.logits_soft_cap or 0.0,
     )
     split = _loaded(loader, shape, queries.logits_soft_cap is not None)
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    split.launch((num_programs, 1, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
+    split.launch((num_programs * num_kv_heads, 1, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
