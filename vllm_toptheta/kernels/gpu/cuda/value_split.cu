@@ -35,9 +35,10 @@ constexpr uint32_t STAGE_BYTES = STAGE_TOKENS * ROW_BYTES, SUMS_BYTES = COLUMNS 
 constexpr uint32_t SUMS_AT = (STAGES - 1) * STAGE_BYTES;
 constexpr uint32_t RING_BYTES = SUMS_AT + (STAGE_BYTES > SUMS_BYTES ? STAGE_BYTES : SUMS_BYTES);
 constexpr uint32_t SCORES_AT = RING_BYTES, SLOTS_AT = SCORES_AT + HEADS * SCORE_STRIDE * 4;
-constexpr uint32_t WARP_BYTES = SLOTS_AT + ROOM * 4;
-constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64;
-constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
+constexpr uint32_t PLANS_AT = SLOTS_AT + ROOM * 4, PLAN_BYTES = 32, PLANNER_BYTES = 64;
+constexpr uint32_t WARP_BYTES = PLANS_AT + 2 * PLAN_BYTES + PLANNER_BYTES;
+constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64, QUERY_BYTES = HEADS * QUERY_STRIDE;
+constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 2 * QUERY_BYTES;
 constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4;  // at most 15 warps
 constexpr uint32_t THRESHOLDS_AT = COUNTS_AT + 64, SHARED_BYTES = THRESHOLDS_AT + 2 * 16 * 4;
 static_assert(STAGE_BYTES % 128 == 0 && WARP_BYTES % 16 == 0, "copies of 16 bytes");
@@ -64,12 +65,35 @@ struct Args {
     float softmax_scale, logits_soft_cap;
 };
 
-// where part `chunk` of a row stands in it, so that lanes find theirs in different banks
-__device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) { return 16 * (chunk ^ (row & 6) ^ (row & 1) << 2); }
+// Part `chunk` of a row stands at 16 * chunk ^ twist_of(row), so that lanes find theirs in different banks.
+__device__ __forceinline__ constexpr uint32_t twist_of(uint32_t row) { return 16 * ((row & 6) ^ (row & 1) << 2); }
 
 // where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
 __device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
     return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
+}
+
+// What a program does next; the kernel has one piece at hand, and plans another meanwhile.
+struct Plan {
+    PieceTokens tokens;
+    uint32_t share;
+    int is_there;
+};
+
+// How a warp comes to its plans. In shared memory, because registers are full.
+struct Planner {
+    Step step;
+    Walk walk;
+    uint32_t share;
+};
+static_assert(sizeof(Plan) <= PLAN_BYTES && sizeof(Planner) <= PLANNER_BYTES, "room of plans");
+
+__device__ __forceinline__ uint8_t* queries_of(uint32_t which) { return dynamic_shared() + QUERY_AT + QUERY_BYTES * which; }
+__device__ __forceinline__ float* thresholds_of(uint32_t which) { return reinterpret_cast<float*>(dynamic_shared() + THRESHOLDS_AT) + 16 * which; }
+
+// where the page begins that the sequence's next token goes to
+__device__ __forceinline__ uint32_t open_start_of(const PieceTokens& tokens) {
+    return VALUE_MEAN ? tokens.seq_len / BLOCK_SIZE * BLOCK_SIZE : tokens.seq_len;
 }
 
 // A warp's part of a piece. A lane is number t of quad g. In the scan it has tokens g and g + 8 of a stage, and heads
@@ -78,8 +102,9 @@ struct Warp {
     uint32_t at;  // where the warp's shared memory is
     uint32_t warp, lane, g, t;
     uint32_t start, end, num_stages;
-    uint32_t open_start;  // where the page begins that the sequence's next token goes to
-    uint32_t parity;      // which of the two sets of thresholds is the piece's
+    uint32_t middle;      // a stage that every warp comes by, where it has any
+    uint32_t open_start;
+    uint32_t parity;      // which plan, queries and thresholds of two are the piece's
     bool is_dense;
     const int* blocks;
     const uint8_t* kv_base;
@@ -91,6 +116,7 @@ struct Warp {
     uint4 pending[4][VALUE_PARTS];
     uint32_t ring_begin, ring_end, rows_read;
     int slots_before, slots, next_slots;  // of the first tokens of 32 stages, one a lane
+    int planned_slots;                    // of those of the planned piece
 
     __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
     __device__ __forceinline__ float* ring_scores() const { return reinterpret_cast<float*>(mine() + SCORES_AT); }
@@ -99,7 +125,9 @@ struct Warp {
         return kv_base + ((uint64_t)(slot / BLOCK_SIZE) * stride_block + slot % BLOCK_SIZE * stride_token);
     }
 
-    __device__ __forceinline__ float* thresholds() const { return reinterpret_cast<float*>(dynamic_shared() + THRESHOLDS_AT) + 16 * parity; }
+    __device__ __forceinline__ Plan& plan(uint32_t which) const { return reinterpret_cast<Plan&>(*(mine() + PLANS_AT + PLAN_BYTES * which)); }
+
+    __device__ __forceinline__ Planner& planner() const { return reinterpret_cast<Planner&>(*(mine() + PLANS_AT + 2 * PLAN_BYTES)); }
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -119,34 +147,43 @@ struct Warp {
         for (int c = 0; c < COLUMNS; ++c) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                threshold[c][e] = thresholds()[8 * c + 2 * t + e];
+                threshold[c][e] = thresholds_of(parity)[8 * c + 2 * t + e];
                 offset[c][e] = threshold[c][e] * -LOG2_E;
             }
-            maximum[c] = thresholds()[8 * c + g % HEADS];
+            maximum[c] = thresholds_of(parity)[8 * c + g % HEADS];
             if (HOLDS_QUERIES)
 #pragma unroll
                 for (int i = 0; i < KEY_PARTS; ++i)
-                    query[c][i] = *reinterpret_cast<const uint4*>(
-                        dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+                    query[c][i] = query_in_memory(c, i);
         }
     }
 
+    // lanes of columns without a head take another's
+    __device__ __forceinline__ uint4 query_in_memory(uint32_t c, uint32_t i) const {
+        return *reinterpret_cast<const uint4*>(queries_of(parity) + (8 * c + g % HEADS) * QUERY_STRIDE + 64 * i + 16 * t);
+    }
+
     // ---- keys arrive ----
-    __device__ __forceinline__ int load_slots(uint32_t first_stage) const {
-        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (first_stage + lane));
-        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    __device__ __forceinline__ int load_slots(const PieceTokens& tokens, const int* blocks, uint32_t first_stage) const {
+        uint32_t position = tokens.start + STAGE_TOKENS * (warp + WARPS * (first_stage + lane));
+        return position < uint32_t(tokens.end) ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
     }
 
     __device__ __forceinline__ void request_keys(uint32_t stage) {
-        if (stage % 32 == 0 && stage) slots_before = slots, slots = next_slots, next_slots = load_slots(stage + 32);
+        if (stage % 32 == 0 && stage) {
+            slots_before = slots, slots = next_slots;
+            next_slots = load_slots(plan(parity).tokens, blocks, stage + 32);
+        }
         if (stage < num_stages) {
             const uint8_t* from = row_of(__shfl_sync(ALL, slots, stage % 32));
-            uint8_t* to = mine() + stage % STAGES * STAGE_BYTES;
+            constexpr uint32_t ROWS = 32 / CHUNKS;  // at a time
+            uint32_t row = lane / CHUNKS, chunk = lane % CHUNKS, place = 16 * chunk ^ twist_of(row);
+            opaque(place);  // not to be kept for every k
+            uint8_t* to = mine() + (stage % STAGES * STAGE_BYTES + row * ROW_BYTES);
+            from += row * stride_token + 16 * chunk;
 #pragma unroll
-            for (uint32_t k = 0; k < CHUNKS / 2; ++k) {
-                uint32_t row = (32 * k + lane) / CHUNKS, chunk = lane % CHUNKS;
-                async_copy16(to + row * ROW_BYTES + place_of(row, chunk), from + row * stride_token + 16 * chunk);
-            }
+            for (uint32_t k = 0; k < CHUNKS / 2; ++k)
+                async_copy16(to + ROWS * k * ROW_BYTES + (place ^ twist_of(ROWS * k)), from + ROWS * k * stride_token);
         }
         async_commit();
     }
@@ -156,8 +193,25 @@ struct Warp {
         return __shfl_sync(ALL, requested / 32 == stage / 32 ? slots : slots_before, stage % 32);
     }
 
-    __device__ __forceinline__ void begin() {
-        slots_before = 0, slots = load_slots(0), next_slots = load_slots(32);
+    // Plan a piece, or that there is none; where its keys are is on its way.
+    __device__ __forceinline__ void set_plan(const Args& a, uint32_t which, const PieceTokens& tokens, uint32_t share, bool is_there) {
+        if (lane == 0) plan(which) = {tokens, share, is_there};
+        __syncwarp();
+        if (is_there) planned_slots = load_slots(tokens, a.block_table + (long long)tokens.seq * a.table_stride, 0);
+    }
+
+    // Go on with the planned piece, whose number is `parity`: ask for its first keys.
+    __device__ __forceinline__ void begin(const Args& a) {
+        const Plan& next = plan(parity);
+        const PieceTokens& tokens = next.tokens;
+        start = tokens.start, end = tokens.end, is_dense = tokens.is_dense;
+        uint32_t total = divide_up(end - start, STAGE_TOKENS);
+        num_stages = total > warp ? divide_up(total - warp, WARPS) : 0;
+        middle = total / (2 * WARPS);
+        open_start = open_start_of(tokens);
+        blocks = a.block_table + (long long)tokens.seq * a.table_stride;
+        kv_base = a.kv_cache + (uint64_t)(next.share % a.num_kv_heads) * a.stride_head;
+        slots_before = 0, slots = planned_slots, next_slots = num_stages > 32 ? load_slots(tokens, blocks, 32) : 0;
 #pragma unroll
         for (uint32_t stage = 0; stage < STAGES - 1; ++stage) request_keys(stage);
     }
@@ -237,16 +291,18 @@ struct Warp {
     // ---- 16 tokens ----
     __device__ __forceinline__ uint4 query_part(uint32_t c, uint32_t i) const {
         if constexpr (HOLDS_QUERIES) return query[c][i];
-        return *reinterpret_cast<const uint4*>(dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+        return query_in_memory(c, i);
     }
 
     // products of the tokens of a stage, in two halves, so that none waits for all others
     __device__ __forceinline__ void multiply(uint32_t stage, float (&products)[COLUMNS][2][4]) const {
         const uint8_t* keys = mine() + (stage % STAGES * STAGE_BYTES + g * ROW_BYTES);
+        uint32_t place = 16 * t ^ twist_of(g);
+        opaque(place);
 #pragma unroll
         for (int i = 0; i < KEY_PARTS; ++i) {
-            const uint4 k = *reinterpret_cast<const uint4*>(keys + place_of(g, 4 * i + t));
-            const uint4 l = *reinterpret_cast<const uint4*>(keys + 8 * ROW_BYTES + place_of(g, 4 * i + t));
+            const uint4 k = *reinterpret_cast<const uint4*>(keys + (place ^ 64 * i));
+            const uint4 l = *reinterpret_cast<const uint4*>(keys + 8 * ROW_BYTES + (place ^ 64 * i));
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) {
                 const uint4 q = query_part(c, i);
@@ -308,10 +364,10 @@ struct Warp {
         return number == 8 ? ALL : (1u << 4 * number) - 1;
     }
 
-    // the stages of a piece; in the end some values are pending, or not even asked for
-    __device__ __forceinline__ void run_sparse() {
-        uint32_t first = start + STAGE_TOKENS * warp, special = min(end, open_start);
-        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+    // Stages from `stage` to `last`; in the end some values are pending, or not even asked for.
+    __device__ __forceinline__ void run_sparse(uint32_t stage, uint32_t last) {
+        uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage), special = min(end, open_start);
+        for (; stage < last; ++stage, first += STAGE_TOKENS * WARPS) {
             async_wait<STAGES - 2>();
             __syncwarp();
             // what is written to was read in the stage before
@@ -326,6 +382,9 @@ struct Warp {
                 request_listed();
             }
         }
+    }
+
+    __device__ __forceinline__ void request_last() {
         if (ring_end == ring_begin) return;
         if (ring_begin) weigh_values();
         // the last key again, with weight 0
@@ -341,14 +400,14 @@ struct Warp {
     }
 
     // Where every key is kept, values are asked for before their keys are scored.
-    __device__ __forceinline__ void run_dense() {
-        uint32_t first = start + STAGE_TOKENS * warp;
+    __device__ __forceinline__ void run_dense(uint32_t stage, uint32_t last) {
+        uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage);
         auto request = [&](uint32_t stage, uint32_t from, uint32_t requested) {
             uint32_t slot = slot_of(stage, requested), last = min(STAGE_TOKENS, end - from) - 1;
             request_values([&](uint32_t index) { return slot + min(index, last); });
         };
-        if (num_stages) request(0, first, 0);
-        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+        if (ring_begin == 0 && num_stages) request(0, first, 0);
+        for (; stage < last; ++stage, first += STAGE_TOKENS * WARPS) {
             async_wait<STAGES - 2>();
             __syncwarp();
             request_keys(stage + STAGES - 1);
@@ -378,32 +437,21 @@ struct Warp {
     }
 };
 
-__device__ __forceinline__ void load_queries(const Args& a, int seq, int kv_head) {
-    const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
-    for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
+// Queries and thresholds of a planned piece, for all warps.
+__device__ __forceinline__ void load_queries(const Args& a, const PieceTokens& tokens, uint32_t kv_head, uint32_t which) {
+    const uint8_t* query = a.query + (uint64_t)tokens.seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
+    for (uint32_t i = threadIdx.x; i < HEADS * CHUNKS; i += 32 * WARPS) {
         uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
-        *reinterpret_cast<uint4*>(dynamic_shared() + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
+        *reinterpret_cast<uint4*>(queries_of(which) + head * QUERY_STRIDE + 16 * chunk) =
             head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
     }
 }
 
-// Ask for what a piece needs first: keys and queries, and its thresholds, which may not be there yet if `is_first`.
-__device__ __forceinline__ void begin_piece(const Args& a, Warp& w, const PieceTokens& piece, int kv_head, bool is_first) {
-    w.start = piece.start, w.end = piece.end, w.is_dense = piece.is_dense;
-    uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS);
-    w.num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-    w.open_start = VALUE_MEAN ? piece.seq_len / BLOCK_SIZE * BLOCK_SIZE : piece.seq_len;
-    w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
-    w.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-    w.parity ^= 1;
-    w.begin();
-    load_queries(a, piece.seq, kv_head);
-    if (is_first) wait_for_predecessor();
-    if (threadIdx.x < 16) {
-        const float* thresholds = a.thresholds + ((long long)piece.seq * a.num_kv_heads + kv_head) * GROUP;
-        float threshold = piece.is_dense ? -HIGHEST : threadIdx.x < GROUP ? thresholds[threadIdx.x] : HIGHEST;
-        w.thresholds()[threadIdx.x] = threadIdx.x < GROUP ? threshold : HIGHEST;
-    }
+__device__ __forceinline__ void load_thresholds(const Args& a, const PieceTokens& tokens, uint32_t kv_head, uint32_t which) {
+    if (threadIdx.x >= 16) return;
+    const float* thresholds = a.thresholds + ((long long)tokens.seq * a.num_kv_heads + kv_head) * GROUP;
+    bool is_there = threadIdx.x < GROUP;
+    thresholds_of(which)[threadIdx.x] = !is_there ? HIGHEST : tokens.is_dense ? -HIGHEST : thresholds[threadIdx.x];
 }
 
 // the sums of a warp, for all of them
@@ -466,10 +514,10 @@ __device__ __forceinline__ void write_piece(const Args& a, long long piece, cons
 }
 
 // rows of values that a piece has read, with those of the open page, which the merge reads for the mean
-__device__ __forceinline__ uint32_t rows_of(const PieceTokens& piece, uint32_t open_start) {
-    if (piece.is_dense) return piece.end - piece.start;
+__device__ __forceinline__ uint32_t rows_of(const PieceTokens& tokens) {
+    if (tokens.is_dense) return tokens.end - tokens.start;
     const uint32_t* counts = reinterpret_cast<const uint32_t*>(dynamic_shared() + COUNTS_AT);
-    uint32_t rows = max(piece.end - max(piece.start, int(open_start)), 0);
+    uint32_t rows = max(tokens.end - max(tokens.start, int(open_start_of(tokens))), 0);
     for (int warp = 0; warp < WARPS; ++warp) rows += counts[warp];
     return rows;
 }
@@ -483,15 +531,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
     w.stride_block = a.stride_block, w.stride_token = a.stride_token;
     w.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
     w.logits_soft_cap = a.logits_soft_cap;
-    uint32_t num_shares = a.num_kv_heads * a.schedule.num_programs * rounds_of(a.schedule, step), share = blockIdx.x, taken = 0;
+    uint32_t num_heads = a.num_kv_heads, share = blockIdx.x, taken = 0;
+    uint32_t num_shares = num_heads * a.schedule.num_programs * rounds_of(a.schedule, step);
     uint32_t* next_share = reinterpret_cast<uint32_t*>(dynamic_shared() + COUNTS_AT) + 15;
-    PieceTokens piece;
-    Walk walk = walk_of(a, step, share / a.num_kv_heads, lane);
-    bool has_piece = share < num_shares && next_piece(a, step, walk, piece), takes_more = num_shares > gridDim.x;
-    if (has_piece)
-        begin_piece(a, w, piece, share % a.num_kv_heads, true);
-    else
-        wait_for_predecessor();  // in any case: whoever waits for this kernel relies on the one before it too
+    PieceTokens tokens;
+    Walk walk = walk_of(a, step, share / num_heads, lane);
+    bool has_piece = share < num_shares && next_piece(a, step, walk, tokens), takes_more = num_shares > gridDim.x;
+    if (has_piece) {
+        w.set_plan(a, 0, tokens, share, true);
+        w.begin(a);
+        load_queries(a, tokens, share % num_heads, 0);
+    }
+    // in any case: whoever waits for this kernel relies on the one before it too
+    wait_for_predecessor();
+    if (has_piece) load_thresholds(a, tokens, share % num_heads, 0);
+    if (lane == 0) w.planner() = {step, walk, share};
+    __syncwarp();
     bool is_new = true;  // the share
     while (has_piece) {
         // long before it is needed
@@ -499,37 +554,50 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
         w.clear();
         __syncthreads();
         w.take_terms();
-        if (w.is_dense)
-            w.run_dense();
-        else
-            w.run_sparse();
-        if (threadIdx.x == 0) *next_share = taken;
-        __syncthreads();
-        PieceTokens done = piece;
-        int kv_head = share % a.num_kv_heads;
-        uint32_t program = share / a.num_kv_heads, open_start = w.open_start;
-        const float* thresholds = w.thresholds();
-        is_new = false;
-        has_piece = next_piece(a, step, walk, piece);
-        while (!has_piece && takes_more) {
-            share = *next_share, is_new = true;
-            if (share >= num_shares) break;
-            walk = walk_of(a, step, share / a.num_kv_heads, lane);
-            has_piece = next_piece(a, step, walk, piece);
-            if (has_piece) break;
-            // shares without a token are possible where they are tiny
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            uint32_t from = half ? w.middle : 0, to = half ? w.num_stages : w.middle;
+            if (w.is_dense)
+                w.run_dense(from, to);
+            else
+                w.run_sparse(from, to);
+            if (half) break;
+            // plan the next piece, so that its keys follow on these
+            if (threadIdx.x == 0) *next_share = taken;
             __syncthreads();
-            if (threadIdx.x == 0) *next_share = gridDim.x + atomic_increment(a.taken);
-            __syncthreads();
+            const Step step = w.planner().step;
+            Walk walk = w.planner().walk;
+            share = w.planner().share;
+            is_new = false;
+            has_piece = next_piece(a, step, walk, tokens);
+            while (!has_piece && takes_more) {
+                share = *next_share, is_new = true;
+                if (share >= num_heads * a.schedule.num_programs * rounds_of(a.schedule, step)) break;
+                walk = walk_of(a, step, share / num_heads, lane);
+                has_piece = next_piece(a, step, walk, tokens);
+                if (has_piece) break;
+                // shares without a token are possible where they are tiny
+                __syncthreads();
+                if (threadIdx.x == 0) *next_share = gridDim.x + atomic_increment(a.taken);
+                __syncthreads();
+            }
+            __syncwarp();
+            if (lane == 0) w.planner().walk = walk, w.planner().share = share;
+            w.set_plan(a, w.parity ^ 1, tokens, share, has_piece);
+            if (has_piece) {
+                load_queries(a, tokens, share % num_heads, w.parity ^ 1);
+                load_thresholds(a, tokens, share % num_heads, w.parity ^ 1);
+            }
         }
-        // the next keys are on their way while the last values of these arrive, and sums are written
-        async_wait<0>();
-        if (has_piece) begin_piece(a, w, piece, share % a.num_kv_heads, false);
+        if (!w.is_dense) w.request_last();
+        w.parity ^= 1;
+        if (has_piece) w.begin(a);
         w.finish();
         share_sums(w);
         __syncthreads();
-        write_piece(a, (long long)(program + done.seq) * a.num_kv_heads + kv_head, thresholds);
-        if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of(done, open_start));
-        __syncthreads();
+        const Plan& done = w.plan(w.parity ^ 1);
+        uint32_t kv_head = done.share % num_heads, program = done.share / num_heads;
+        write_piece(a, (long long)(program + done.tokens.seq) * num_heads + kv_head, thresholds_of(w.parity ^ 1));
+        if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of(done.tokens));
     }
 }

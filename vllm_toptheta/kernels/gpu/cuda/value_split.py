@@ -44,10 +44,10 @@ class ValueSizes(NamedTuple):
     def of(cls, head_size: int, group: int) -> ValueSizes:
         """Those for heads of a size in groups of `group` queries: as many warps as there are registers for."""
         if head_size == 64:
-            return cls.made(head_size, group, warps=4, stages=6, resident=4)
-        if head_size == 128 and group <= 8:
-            return cls.made(head_size, group, warps=4, stages=4, resident=3)
-        return cls.made(head_size, group, warps=4, stages=3, resident=1 if head_size == 256 and group > 8 else 2)
+            return cls.made(head_size, group, warps=4, stages=5, resident=4 if group <= 8 else 3)
+        if head_size == 128:
+            return cls.made(head_size, group, warps=4, stages=4 if group <= 4 else 3, resident=3 if group <= 8 else 2)
+        return cls.made(head_size, group, warps=4, stages=3, resident=2 if group <= 4 else 1)
 
     @classmethod
     def made(cls, head_size: int, group: int, *, warps: int, stages: int, resident: int) -> ValueSizes:
@@ -58,8 +58,8 @@ class ValueSizes(NamedTuple):
         row_bytes = 2 * head_size
         stage = 16 * row_bytes
         ring = (stages - 1) * stage + max(stage, columns * head_size // 16 * 8 * quad * 16)
-        warp_bytes = ring + heads * 72 * 4 + 64 * 4
-        common = 8 * columns * (row_bytes + 64) + 64 + 2 * 16 * 4
+        warp_bytes = ring + heads * 72 * 4 + 64 * 4 + 2 * 32 + 64
+        common = 2 * heads * (row_bytes + 64) + 64 + 2 * 16 * 4
         return cls(warps, stages, resident, warps * (warp_bytes + 3 * 16 * 4) + common)
 
 
