@@ -105,7 +105,7 @@ class TierEngine(Engine):
 def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, float8: bool) -> None:
     engine = TierEngine(monkeypatch, [310, 390, 90], float8=float8)
     # float8 is read by the kernels in Triton, and on CPUs there are no others
-    assert engine.impl.loader is None or not float8
+    assert engine.impl.loaders.tiers is None or not float8
     assert engine.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
     assert engine.dense_rows == [703]
     engine.check_copies(1, 370)
@@ -132,6 +132,6 @@ def test_the_scratch_is_that_of_tiers_and_reserved_for_the_largest_batch(monkeyp
     reserved = engine.reserved_bytes
     scratch = engine.impl._scratch(3, 2, torch.device(DEVICE))
     assert isinstance(scratch, TierScratch)
-    loader = engine.impl.loader
+    loader = engine.impl.loaders.tiers
     assert scratch.config == shadow_config(engine.impl.plan, loader) == tier_config(loader).scanning
     assert engine.reserved_bytes == reserved > 0

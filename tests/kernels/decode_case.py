@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.kernels.gaps import in_a_gap
+from tests.kernels.simt.build import EmulatedKernel, build
 from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.contract import (
     NUM_COEFFICIENTS,
@@ -26,6 +27,9 @@ from vllm_toptheta.kernels.contract import (
     TailStep,
     TierLayer,
 )
+from vllm_toptheta.kernels.gpu.cuda import value_split
+from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
+from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader, ValueSizes
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig
@@ -46,6 +50,26 @@ RUNS_HERE = INTERPRETED or torch.cuda.is_available()
 WHY_NOT = "needs a GPU, or Triton's interpreter (tests/interpreter.py)"
 
 INNER_EDGES = [2.0**-exponent for exponent in range(9, 0, -1)]  # of the lost mass's histogram
+
+
+def loader_of(shape: Shape) -> ValueLoader | None:
+    """What loads the kernel that reads keys and values; that in Triton is taken by default."""
+    return None
+
+
+def cuda_loader(shape: Shape) -> ValueLoader | None:
+    """Loads the kernel in CUDA C++: on the device, or emulated where there is none; None where it is not made for."""
+    if shape.head_size not in value_split.HEAD_SIZES or (shape.kv_dtype or shape.dtype).itemsize != 2:
+        return None
+    group = shape.num_heads // shape.num_kv_heads
+    if DEVICE == "cuda":
+        return value_split.loader_for(torch.device("cuda", torch.cuda.current_device()), shape.head_size, group)
+    return ValueLoader(emulated, ValueSizes.of(shape.head_size, group))
+
+
+def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
+    """What the emulator makes of the kernel's source."""
+    return build(SOURCE_FOLDER / value_split.SOURCE, name, dict(macro.split("=") for macro in macros))
 
 
 @dataclass(frozen=True)
@@ -117,7 +141,7 @@ class Case:
         """Output and counters of the kernel, whose memory starts out as NaN."""
         if scratch is None:
             scratch = self.scratch(config)
-            for buffer in scratch[1:]:
+            for buffer in scratch[2:]:
                 buffer.view(torch.int32).fill_(0x7FFF_FFFF)  # NaN
         counters = Counters.allocate(self.shape.num_heads, self.shape.num_kv_heads, DEVICE)
         output = torch.full_like(self.query, torch.nan, dtype=self.shape.dtype)
@@ -128,7 +152,8 @@ class Case:
         """One for this step."""
         shape = self.shape
         sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size)
-        return Scratch.allocate(sizes, kv_dtype=self.kv_cache.dtype, device=DEVICE, config=config)
+        loader = loader_of(shape)
+        return Scratch.allocate(sizes, kv_dtype=self.kv_cache.dtype, device=DEVICE, config=config, loader=loader)
 
     def records(
         self,
@@ -309,7 +334,9 @@ def check(case: Case, output: torch.Tensor, counters: Counters) -> None:
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert counters.value_rows_read.tolist() == rows_read.tolist()
-    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=1e-4, atol=1e-5 * len(shape.lens))
+    # weights may be summed as they are rounded
+    rounded = 1e-3 if shape.dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(counters.lost_mass, lost_mass, rtol=rounded, atol=rounded / 10 * len(shape.lens))
     # rounding may move what lies at an edge from one bucket to the next
     misplaced = (counters.lost_mass_histogram - histogram).abs().sum(dim=1)
     assert bool((misplaced <= 2 * at_an_edge).all()), (misplaced, at_an_edge)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from tests.kernels import decode_case
 from tests.kernels.decode_case import (
     DEVICE,
     INNER_EDGES,
@@ -37,6 +39,16 @@ pytestmark = [
     # of a key that survives, which is selected away
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
+
+
+
+@pytest.fixture(params=["Triton", "CUDA"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel reads keys and values."""
+    if request.param == "CUDA":
+        monkeypatch.setattr(decode_case, "loader_of", decode_case.cuda_loader)
+    return request.param
+
 
 LENS = (1, 0, 64, 130, 333)
 
@@ -95,6 +107,47 @@ def test_decode(name: str) -> None:
 def test_decode_bfloat16(name: str) -> None:
     case = make_case(replace(SHAPES[name], dtype=torch.bfloat16))
     check(case, *case.run())
+
+
+@pytest.mark.parametrize("fine_tokens", [16, 48])
+@pytest.mark.parametrize("rounds", [2, 5])
+@pytest.mark.parametrize("lens", [(333, 145, 0, 250), (70, 64, 400, 1, 16, 48)], ids=str)
+def test_programs_that_take_several_shares(lens: tuple[int, ...], rounds: int, fine_tokens: int) -> None:
+    case = make_case(Shape(lens, num_heads=6, num_kv_heads=3, max_dense_len=64))
+    config = LaunchConfig(programs_per_sm=2, min_work=1, rounds=rounds, fine_tokens=fine_tokens)
+    check(case, *case.run(config))
+
+
+def test_dense_sequences_among_others_in_shares_of_any_size() -> None:
+    case = make_case(Shape((400, 130, 333, 20), num_heads=2, num_kv_heads=1, max_dense_len=130))
+    for rounds in range(1, 9):
+        check(case, *case.run(LaunchConfig(programs_per_sm=2, min_work=1, rounds=rounds, fine_tokens=16)))
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_groups(head_size: int, group: int) -> None:
+    case = make_case(Shape((1, 90, 333), num_heads=group, num_kv_heads=1, head_size=head_size, target_k=60))
+    check(case, *case.run(FEW))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has an order of its own")
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+@pytest.mark.parametrize("name", ["plain", "gqa 8"])
+def test_the_order_in_which_warps_run_changes_nothing(name: str) -> None:
+    """Of the kernel in CUDA C++, emulated: some missing barriers show in one of two orders only."""
+    case = make_case(SHAPES[name])
+    scratch = case.scratch(FEW)
+    assert scratch.loader is not None
+    load = scratch.loader.load
+
+    def reversed_kernel(*arguments: Any) -> Any:
+        kernel = load(*arguments)
+        kernel.is_reversed = True
+        return kernel
+
+    reversed_scratch = scratch._replace(loader=scratch.loader._replace(load=reversed_kernel))
+    assert torch.equal(case.run(scratch=scratch)[0], case.run(scratch=reversed_scratch)[0])
 
 
 @pytest.mark.parametrize("slope", [0.0, 1.0])

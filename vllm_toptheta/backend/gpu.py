@@ -37,7 +37,9 @@ from vllm_toptheta.backend.support_checks import check_no_chunks
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
-from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader, find_loader
+from vllm_toptheta.kernels.gpu.cuda import tier_split, value_split
+from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
+from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import (
@@ -72,10 +74,33 @@ class StepSplit:
     prefill: FlashAttentionMetadata | None
 
 
-def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loader: Loader | None) -> DenseRule:
+@dataclass(frozen=True)
+class Loaders:
+    """What loads kernels in CUDA C++; None where those in Triton are taken.
+
+    Attributes:
+        values: Of mode `values`.
+        tiers: Of copies of keys and values.
+    """
+
+    values: ValueLoader | None = None
+    tiers: Loader | None = None
+
+    @classmethod
+    def find(cls, plan: Plan, spec: AttentionSpec, group: int, device: torch.device) -> Loaders:
+        """Those that a plan needs, for `group` query heads on a kv head."""
+        arguments = device, spec.head_size, group, spec.dtype.itemsize
+        if plan.heavy is not None:
+            return cls(tiers=tier_split.find_loader(*arguments))
+        return cls() if plan.code_bytes else cls(values=value_split.find_loader(*arguments))
+
+
+def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loaders: Loaders) -> DenseRule:
     """Which sequences of a rank are decoded no faster by thresholds, as the launch parameters say."""
     config = (
-        shadow_config(plan, loader) if plan.code_bytes else launch_config(spec.head_size, spec.dtype.itemsize, device)
+        shadow_config(plan, loaders.tiers)
+        if plan.code_bytes
+        else launch_config(spec.head_size, spec.dtype.itemsize, device).for_loader(loaders.values)
     )
     return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
 
@@ -115,17 +140,14 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
-        loader = None
-        if plan.heavy is not None:
-            impl = next(iter(layers.values())).impl
-            group = impl.num_heads // impl.num_kv_heads
-            loader = find_loader(device, kv_cache_spec.head_size, group, kv_cache_spec.dtype.itemsize)
-        self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loader))
+        impl = next(iter(layers.values())).impl
+        loaders = Loaders.find(plan, kv_cache_spec, impl.num_heads // impl.num_kv_heads, device)
+        self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loaders))
         self.is_verifying = plan.settings.lossless  # what drafts has builders of its own
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         rank = get_tensor_model_parallel_rank()
         if rank == 0:
-            config = shadow_config(self.plan, loader)
+            config = shadow_config(self.plan, loaders.tiers)
             num_programs = config.num_programs(kv_cache_spec.num_kv_heads, num_multiprocessors(device))
             self.plan.log(
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
@@ -151,7 +173,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 window = None if impl.sliding_window == (-1, -1) else impl.sliding_window[0] + 1
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
-                impl.loader = loader
+                impl.loaders = loaders
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
@@ -222,7 +244,7 @@ class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
 class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
     """One layer's attention on one rank."""
 
-    loader: Loader | None = None  # of kernels of copies in CUDA C++
+    loaders = Loaders()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         FlashAttentionImpl.__init__(self, *args, **kwargs)
@@ -309,10 +331,12 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         config = launch_config(self.head_size, element_bytes, device)
         sizes = Sizes(num_seqs, self.num_heads, self.num_kv_heads, self.head_size)
         if plan is None or layer is None or not layer.code_bytes:
-            return Scratch(config, *share(*Scratch.spec(sizes, config, num_sms)))
-        chosen = shadow_config(plan, self.loader)
+            loader = self.loaders.values
+            config = config.for_loader(loader)
+            return Scratch(config, loader, *share(*Scratch.spec(sizes, config, num_sms, loader=loader)))
+        chosen = shadow_config(plan, self.loaders.tiers)
         if layer.tiers is not None:
-            spec = TierScratch.spec(sizes, chosen, config, num_sms, loader=self.loader)
-            return TierScratch(chosen, config, self.loader, *share(*spec))
+            spec = TierScratch.spec(sizes, chosen, config, num_sms, loader=self.loaders.tiers)
+            return TierScratch(chosen, config, self.loaders.tiers, *share(*spec))
         sizes = sizes._replace(code_bytes=layer.code_bytes)
         return ShadowScratch(chosen, config, *share(*ShadowScratch.spec(sizes, chosen, config, num_sms)))

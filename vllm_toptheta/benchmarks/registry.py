@@ -11,6 +11,7 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
+from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.tier_split import find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
@@ -31,6 +32,7 @@ def toptheta(
     anchors: Anchors = "followed",
     count: bool = True,
     config: LaunchConfig | None = None,
+    in_triton: bool = False,
 ) -> tuple[Call, Counters]:
     """Our kernel, and what it adds to.
 
@@ -42,13 +44,16 @@ def toptheta(
             sequences, be it that their anchors are scored nevertheless.
         count: Whether it counts.
         config: Launch parameters instead of the table's.
+        in_triton: Take no kernel in CUDA C++.
     """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device)
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config)
+    group, element_bytes = num_heads // num_kv_heads, inputs.kv_cache.element_size()
+    loader = None if in_triton else value_split.find_loader(device, head_size, group, element_bytes)
+    scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     layer = Layer(
         inputs.softmax_scale,
         thresholds=inputs.thresholds(anchors),

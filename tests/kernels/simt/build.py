@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
+
 HERE = Path(__file__).parent
 HEADERS = (HERE / "device.h", HERE / "fibers.h")
 # no contraction: a kernel says itself where it multiplies and adds at once
@@ -84,7 +86,8 @@ def build(source: str | Path, name: str, macros: Mapping[str, str | int] | None 
     file, text = (str(source), source.read_text()) if isinstance(source, Path) else ("kernel.cu", source)
     unit = f'#include "device.h"\n#line 1 "{file}"\n{text}\nSIMT_EXPORT({name})\n'
     options = tuple(f"-D{key}={value}" for key, value in sorted((macros or {}).items()))
-    return EmulatedKernel(_library(unit, options, tuple(header.read_bytes() for header in HEADERS)), name)
+    headers = (*HEADERS, *sorted(SOURCE_FOLDER.glob("*.cuh")))
+    return EmulatedKernel(_library(unit, options, tuple(header.read_bytes() for header in headers)), name)
 
 
 def compiler() -> str | None:
@@ -105,7 +108,7 @@ def _library(unit: str, options: tuple[str, ...], headers: tuple[bytes, ...]) ->
         # several test processes may build the same kernel: each writes its own file and renames it
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "kernel.so"
-            command = [compiler() or "g++", *FLAGS, *options, f"-I{HERE}", "-x", "c++", "-", "-o", str(made)]
+            command = [compiler() or "g++", *FLAGS, *options, f"-I{HERE}", f"-I{SOURCE_FOLDER}", "-x", "c++", "-", "-o", str(made)]
             result = subprocess.run(command, input=unit, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise SimtError(result.stderr[:3000])

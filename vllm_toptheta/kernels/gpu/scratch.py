@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
+from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors, tier_config
 
@@ -35,37 +36,52 @@ class Sizes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Of mode `values`; see `threshold_kernel.threshold_kernel` and `split.split_kernel` for the buffers."""
+    """Of mode `values`; see `threshold_kernel.threshold_kernel` and `split.split_kernel` for the buffers.
+
+    `loader` loads the kernel in CUDA C++; without it, the one in Triton is taken. Of `taken` the former counts the shares
+    that its programs take.
+    """
 
     config: LaunchConfig
+    loader: ValueLoader | None
     thresholds: torch.Tensor
     survivors: torch.Tensor
     order: torch.Tensor
     partial_output: torch.Tensor
     partial_stats: torch.Tensor
+    taken: torch.Tensor
 
     @staticmethod
-    def spec(sizes: Sizes, config: LaunchConfig, num_sms: int) -> Spec:
+    def spec(sizes: Sizes, config: LaunchConfig, num_sms: int, *, loader: ValueLoader | None = None) -> Spec:
         """The buffers for a GPU of `num_sms` multiprocessors."""
         num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
-        num_programs = config.num_programs(num_kv_heads, num_sms)
-        num_lists = num_programs * num_kv_heads
-        num_pieces = (num_programs + sizes.max_num_seqs) * num_kv_heads
+        num_shares = config.rounds * config.num_programs(num_kv_heads, num_sms)
+        # the kernel in CUDA C++ lists in shared memory
+        num_lists = 0 if loader else num_shares * num_kv_heads
+        num_pieces = (num_shares + sizes.max_num_seqs) * num_kv_heads
         return (
             ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
             ((num_lists, 2, LIST_DEPTH * config.tile), torch.int64),
             ((num_pieces, group, sizes.head_size), torch.float32),
             ((num_pieces, 3, group), torch.float32),
+            ((1,), torch.int32),
         )
 
     @classmethod
     def allocate(
-        cls, sizes: Sizes, *, kv_dtype: torch.dtype, device: torch.device | str, config: LaunchConfig | None = None
+        cls,
+        sizes: Sizes,
+        *,
+        kv_dtype: torch.dtype,
+        device: torch.device | str,
+        config: LaunchConfig | None = None,
+        loader: ValueLoader | None = None,
     ) -> Scratch:
         """A scratch of its own, by the launch parameters of the table unless others are given."""
-        config = config or launch_config(sizes.head_size, kv_dtype.itemsize, device)
-        return cls(config, *_allocate(cls.spec(sizes, config, num_multiprocessors(torch.device(device))), device))
+        config = config or launch_config(sizes.head_size, kv_dtype.itemsize, device).for_loader(loader)
+        spec = cls.spec(sizes, config, num_multiprocessors(torch.device(device)), loader=loader)
+        return cls(config, loader, *_allocate(spec, device))
 
 
 class ShadowScratch(NamedTuple):
@@ -91,7 +107,7 @@ class ShadowScratch(NamedTuple):
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
-        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[3][0][0])
         return (
             values[0],
             ((sizes.max_num_seqs, sizes.num_heads, 2 * sizes.code_bytes), torch.int8),
@@ -99,7 +115,7 @@ class ShadowScratch(NamedTuple):
             ((num_lists, config.list_depth, config.tile), torch.int32),
             ((num_lists, config.list_depth * config.tile), torch.int32),
             *values[1:3],
-            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:5]),
         )
 
     @classmethod
@@ -145,7 +161,7 @@ class TierScratch(NamedTuple):
         values = Scratch.spec(sizes, values_config, num_sms)
         group = sizes.num_heads // sizes.num_kv_heads
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
-        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[3][0][0])
         # the kernel in CUDA C++ turns queries itself, and lists in shared memory
         num_turned = 0 if loader else sizes.max_num_seqs
         room = 0 if loader else config.list_depth * config.tile
@@ -161,7 +177,7 @@ class TierScratch(NamedTuple):
             ((num_lists, 2, room), torch.int32),
             ((saved,), torch.float32),
             *values[1:3],
-            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:5]),
         )
 
     @classmethod

@@ -24,7 +24,7 @@ from vllm_toptheta.kernels.gpu.tier_query import tier_query_kernel
 from vllm_toptheta.kernels.gpu.tier_split import tier_split_kernel
 from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
 from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, launch_options, num_multiprocessors
-from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
+from vllm_toptheta.kernels.gpu.values import check_cuda, check_kernels, tiling_of, values_schedule
 from vllm_toptheta.limits import gpus_lack
 
 
@@ -56,10 +56,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         raise ValueError("tiers: None, expected a layer with copies")
     if lacking := gpus_lack(head_size, call.query.shape[1], num_kv_heads, has_copies=True):
         raise ValueError(f"query: {lacking}")
-    if scratch.loader is not None and call.cache.kv_cache.dtype != call.output.dtype:
-        raise ValueError(
-            f"kv_cache: dtype is {call.cache.kv_cache.dtype}, expected {call.output.dtype} for kernels in CUDA C++"
-        )
+    if scratch.loader is not None:
+        check_cuda(call)
     if codes.stride(0) % 16 or codes.stride(1) % 16 or codes.data_ptr() % 16:
         raise ValueError(f"codes: strides {codes.stride()}, expected blocks and heads at multiples of 16 bytes")
     if num_seqs == 0:

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from vllm_toptheta.kernels.contract import FLOAT8_DTYPES, DecodeStep, LayerCall, check
+from vllm_toptheta.kernels.gpu.cuda.value_split import launch_value_split
 from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import (
     Counts,
@@ -49,35 +50,54 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     """
     check_kernels(call)
     check(step, call)
+    if scratch.loader is not None:
+        check_cuda(call)
     num_seqs, num_kv_heads, block_size = len(call.query), call.cache.kv_cache.shape[1], call.cache.kv_cache.shape[2]
     if num_seqs == 0:
         return
     config = scratch.config
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(call.query.device))
-    if len(scratch.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
+    num_shares = config.rounds * num_programs
+    if len(scratch.partial_stats) < (num_shares + num_seqs) * num_kv_heads:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     schedule = values_schedule(config, unit_of(config.tile, block_size), num_seqs)
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
-    launch_thresholds(step, tokens, queries, shape, is_early=early)
-    split_kernel[(num_kv_heads, num_programs)](
-        tokens,
-        queries,
-        Lists(scratch.survivors, scratch.order),
-        pieces,
-        Counts.of(call.layer.counters),
-        num_seqs,
-        step.max_dense_len,
-        step.min_step_tokens,
-        step.block_table.stride(0),
-        shape,
-        schedule,
-        tiling_of(config, shape.GROUP, on_gpu=call.query.is_cuda),
-        EARLY_SPLIT=early,
-        EARLY_MERGE=early,
-        **launch_options(config.num_warps, config.max_registers, is_early=early),
-    )
+    counts = Counts.of(call.layer.counters)
+    launch_thresholds(step, tokens, queries, shape, is_early=early, taken=scratch.taken)
+    if scratch.loader is not None:
+        launch_value_split(
+            scratch.loader,
+            step,
+            tokens,
+            queries,
+            pieces,
+            counts,
+            shape,
+            schedule,
+            scratch.taken,
+            num_programs=num_programs,
+            is_early=early,
+        )
+    else:
+        split_kernel[(num_kv_heads, num_shares)](
+            tokens,
+            queries,
+            Lists(scratch.survivors, scratch.order),
+            pieces,
+            counts,
+            num_seqs,
+            step.max_dense_len,
+            step.min_step_tokens,
+            step.block_table.stride(0),
+            shape,
+            schedule,
+            tiling_of(config, shape.GROUP, on_gpu=call.query.is_cuda),
+            EARLY_SPLIT=early,
+            EARLY_MERGE=early,
+            **launch_options(config.num_warps, config.max_registers, is_early=early),
+        )
     launch_merge(
         step,
         call,
@@ -96,6 +116,8 @@ def values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
         min_tokens=config.min_work * config.tile,
         dense_work=DENSE_WORK,
         num_seqs=num_seqs,
+        rounds=config.rounds,
+        fine_tokens=config.fine_tokens,
     )
 
 
@@ -114,6 +136,17 @@ def tiling_of(config: LaunchConfig, group: int, *, on_gpu: bool) -> Tiling:
         GATHER_STAGES=config.gather_stages,
         ON_GPU=on_gpu,
     )
+
+
+def check_cuda(call: LayerCall) -> None:
+    """See that kernels in CUDA C++ read what is cached.
+
+    Raises:
+        ValueError: As for `contract.check`.
+    """
+    dtype, expected = call.cache.kv_cache.dtype, call.output.dtype
+    if dtype != expected:
+        raise ValueError(f"kv_cache: dtype is {dtype}, expected {expected} for kernels in CUDA C++")
 
 
 def check_kernels(call: LayerCall) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -42,8 +43,19 @@ def kernel_for(device: torch.device, file: str, name: str, macros: tuple[str, ..
 
 
 def source_text(file: Path) -> str:
-    """A kernel's whole source, `device.cuh` in front; errors in it name the file that they are in."""
-    return "".join(f'#line 1 "{part.name}"\n{part.read_text()}\n' for part in (SOURCE_FOLDER / "device.cuh", file))
+    """A kernel's whole source: `device.cuh` in front, and what it includes; errors name the file that they are in."""
+    return "".join(f'#line 1 "{part.name}"\n{_included(part)}\n' for part in (SOURCE_FOLDER / "device.cuh", file))
+
+
+def _included(file: Path) -> str:
+    """A source with the files of this folder that it includes; NVRTC reads none."""
+
+    def text_of(match: re.Match[str]) -> str:
+        line = file.read_text().count("\n", 0, match.start()) + 2
+        included = (SOURCE_FOLDER / match[1]).read_text()
+        return f'#line 1 "{match[1]}"\n{included}\n#line {line} "{file.name}"'
+
+    return re.sub(r'^#include "(.+)"$', text_of, file.read_text(), flags=re.MULTILINE)
 
 
 def load(

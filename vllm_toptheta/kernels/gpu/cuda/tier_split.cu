@@ -17,6 +17,9 @@
 //
 // What `macros_of` in tier_split.py names is defined when it is compiled; `device.cuh` stands in front.
 
+#include "schedule.cuh"
+#include "scores.cuh"
+
 constexpr uint32_t HALF = HEAD_SIZE / 2, QUARTER = HEAD_SIZE / 4;
 constexpr uint32_t STEP = 32;                                 // tokens
 constexpr int ROW_TOKENS = GROUP <= 4 ? 2 : 1;                // tokens that share a row of a product with codes
@@ -33,7 +36,6 @@ constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS
 constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
 constexpr uint32_t HEAVY_ROOM = 256, IS_DONE = 1u << 31;
-constexpr float LOG2_E = 1.4426950408889634f, DISCARDED = -2.0e30f, HIGHEST = 1.0e30f;
 constexpr float LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
@@ -74,9 +76,9 @@ struct Args {
     uint32_t stride_block, stride_head, stride_token;  // bytes
     uint32_t query_stride_seq, query_stride_head;
     uint32_t code_stride_block, code_stride_head;
-    int table_stride, num_seqs, num_kv_heads, num_programs;
+    int table_stride, num_seqs, num_kv_heads;
     int max_dense_len, min_step_tokens, few_tokens, short_length;
-    int unit, min_work, dense_work, piece_work;
+    ScheduleArgs schedule;
     float softmax_scale, logits_soft_cap, log_heavy;
     float log2_scale;  // light weights are by that power of two too large, so that float16 holds their products with steps
 };
@@ -148,11 +150,6 @@ __device__ __forceinline__ float largest_of(const float (&x)[LANE_CHANNELS]) {
     return largest;
 }
 
-__device__ __forceinline__ float sum_of(float x, int first_bit) {
-    for (int m = first_bit; m < 32; m *= 2) x += __shfl_xor_sync(ALL, x, m);
-    return x;
-}
-
 // LANE_CHANNELS bytes
 __device__ __forceinline__ void store_bytes(uint8_t* to, const uint32_t (&bytes)[LANE_CHANNELS]) {
     if constexpr (LANE_CHANNELS == 2) {
@@ -168,66 +165,6 @@ __device__ __forceinline__ float clamp(float x, float lowest, float highest) { r
 
 __device__ __forceinline__ uint16_t half_of(float step) { return uint16_t(pack_half<true>(clamp(step, LEAST_STEP, LARGEST_HALF), 0.0f)); }
 
-__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-// ---- who does what: schedule.py ----
-struct Share {
-    int seq, work_before, end, size, multiple, max_dense_len;
-    bool reads_all;
-};
-
-__device__ __forceinline__ bool keeps_all(const Args& a, int seq, int seq_len, int max_dense_len) {
-    return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] < -3.4e38f);
-}
-
-__device__ __forceinline__ int work_of(const Args& a, int seq_len, bool is_dense, int multiple) {
-    return divide_up(divide_up(seq_len, a.unit) * (is_dense ? a.dense_work : 1), multiple) * multiple;
-}
-
-__device__ __forceinline__ Share share_of(const Args& a, int program, int lane) {
-    Share share;
-    int num_tokens = 0, num_decoded = 0;
-    for (int seq = lane; seq < a.num_seqs; seq += 32) num_tokens += a.seq_lens[seq], num_decoded += a.seq_lens[seq] > 0;
-    num_tokens = __reduce_add_sync(ALL, num_tokens), num_decoded = __reduce_add_sync(ALL, num_decoded);
-    share.reads_all = num_tokens < a.few_tokens || num_tokens < a.short_length * num_decoded;
-    bool all_dense = num_tokens < a.min_step_tokens;
-    share.max_dense_len = all_dense ? 0x7fffffff : a.max_dense_len;
-    int total = 0, most = 0;
-    for (int seq = lane; seq < a.num_seqs; seq += 32) {
-        int len = a.seq_lens[seq], work = work_of(a, len, keeps_all(a, seq, len, share.max_dense_len), 1);
-        total += work, most = max(most, work);
-    }
-    total = __reduce_add_sync(ALL, total);
-    for (int m = 16; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
-    num_decoded = max(num_decoded, 1);
-    int even = divide_up(most, max(a.num_programs / num_decoded, 1));
-    int rounded = min(even, divide_up(total, max(a.num_programs - num_decoded, 1)));
-    int equal = divide_up(total, a.num_programs);
-    bool is_rounded = all_dense ? 2 * num_decoded <= a.num_programs
-                                : num_decoded <= a.num_programs && rounded < equal + a.piece_work;
-    share.size = max(is_rounded ? rounded : equal, a.min_work);
-    share.multiple = is_rounded ? share.size : 1;
-    // the first sequence whose work ends behind the beginning of the share
-    int before = 0, begin = program * share.size;
-    bool found = false;
-    share.seq = a.num_seqs, share.work_before = 0;
-    for (int first = 0; first < a.num_seqs; first += 32) {
-        int seq = first + lane, len = seq < a.num_seqs ? a.seq_lens[seq] : 0;
-        int work = seq < a.num_seqs ? work_of(a, len, keeps_all(a, seq, len, share.max_dense_len), share.multiple) : 0;
-        int ends = work;
-        for (int d = 1; d < 32; d *= 2) {
-            int other = __shfl_up_sync(ALL, ends, d);
-            if (lane >= d) ends += other;
-        }
-        uint32_t behind = __ballot_sync(ALL, seq < a.num_seqs && before + ends > begin);
-        int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, ends - work, index);
-        if (!found && behind) share.seq = first + index, share.work_before = before + of_index, found = true;
-        before += __shfl_sync(ALL, ends, 31);
-    }
-    share.end = min((program + 1) * share.size, before);
-    return share;
-}
-
 // ---- what the warps of a program have in common while they work on a piece, in shared memory ----
 struct Piece {
     const uint8_t* kv_base;  // where the keys of the kv head start
@@ -239,11 +176,6 @@ struct Piece {
 static_assert(sizeof(Piece) <= QUERY_AT - PIECE_AT, "room of a piece");
 
 __device__ __forceinline__ Piece& piece_of(uint8_t* shared) { return *reinterpret_cast<Piece*>(shared + PIECE_AT); }
-
-__device__ __forceinline__ float capped(float score, float cap) {
-    // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-    return SOFT_CAP ? cap * (1.0f - divide_fast(2.0f, exp2_fast(score * (2.0f * LOG2_E / cap)) + 1.0f)) : score;
-}
 
 // where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
 __device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
@@ -1059,23 +991,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
     int kv_head = blockIdx.x, program = blockIdx.y;
     wait_for_predecessor();
     allow_successor();
-    Share share = share_of(a, program, lane);
-    if (share.reads_all) return;
+    Step step = step_of(a, lane);
+    // the kernel in front has read all keys then
+    if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
-    for (int seq = share.seq, before = share.work_before; seq < a.num_seqs && before < share.end; ++seq) {
-        int seq_len = a.seq_lens[seq];
-        bool is_dense = keeps_all(a, seq, seq_len, share.max_dense_len);
-        int weight = is_dense ? a.dense_work : 1, num_units = divide_up(seq_len, a.unit);
-        int first = min(divide_up(max(program * share.size - before, 0), weight), num_units);
-        int last = min(divide_up(max((program + 1) * share.size - before, 0), weight), num_units);
-        if (first < last) {
-            w.start = first * a.unit, w.end = min(last * a.unit, seq_len);
-            w.blocks = a.block_table + (long long)seq * a.table_stride;
-            // the page of the last token has no copies yet, or only since this step
-            w.first_recent = min(seq_len - NUM_LAST_ANCHORS, (seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
-            attend_piece(a, w, seq, kv_head, (long long)(program + seq) * a.num_kv_heads + kv_head, seq_len, is_dense);
-        }
-        before += work_of(a, seq_len, is_dense, share.multiple);
+    Walk walk = walk_of(a, step, program, lane);
+    PieceTokens piece;
+    while (next_piece(a, step, walk, piece)) {
+        w.start = piece.start, w.end = piece.end;
+        w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
+        // the page of the last token has no copies yet, or only since this step
+        w.first_recent = min(piece.seq_len - NUM_LAST_ANCHORS, (piece.seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
+        long long number = (long long)(program + piece.seq) * a.num_kv_heads + kv_head;
+        attend_piece(a, w, piece.seq, kv_head, number, piece.seq_len, piece.is_dense);
     }
 }
 

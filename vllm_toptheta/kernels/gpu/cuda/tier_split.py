@@ -7,13 +7,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from vllm_toptheta.kernels.codec import tier_bytes
 from vllm_toptheta.kernels.contract import DecodeStep
 from vllm_toptheta.kernels.gpu.cuda.driver import DriverError
+from vllm_toptheta.kernels.gpu.cuda.launching import Launcher, ScheduleArguments, pointer
 from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
 from vllm_toptheta.kernels.gpu.records import Copies, Counts, Pieces, Queries, Schedule, Shape, Tokens
@@ -26,20 +27,6 @@ _MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no we
 _ROW_BYTES = 16  # that queries are loaded by
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
-
-
-class Launcher(Protocol):
-    """A compiled kernel; see `driver.Kernel.launch`."""
-
-    def launch(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        arguments: ctypes.Structure,
-        stream: int,
-        is_early: bool,
-    ) -> None: ...
 
 
 class Loader(NamedTuple):
@@ -142,17 +129,13 @@ class Arguments(ctypes.Structure):
                 "table_stride",
                 "num_seqs",
                 "num_kv_heads",
-                "num_programs",
                 "max_dense_len",
                 "min_step_tokens",
                 "few_tokens",
                 "short_length",
-                "unit",
-                "min_work",
-                "dense_work",
-                "piece_work",
             )
         ),
+        ("schedule", ScheduleArguments),
         *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy", "log2_scale")),
     ]
 
@@ -259,20 +242,20 @@ def launch_tier_split(
         kv_cache=tokens.kv_cache.data_ptr(),
         block_table=tokens.block_table.data_ptr(),
         seq_lens=tokens.seq_lens.data_ptr(),
-        threshold_offset=_pointer(tokens.threshold_offset),
+        threshold_offset=pointer(tokens.threshold_offset),
         query=query.data_ptr(),
         thresholds=queries.thresholds.data_ptr(),
-        anchor_lse=_pointer(queries.anchor_lse),
-        q_scale=_pointer(queries.q_scale),
-        k_scale=_pointer(queries.k_scale),
+        anchor_lse=pointer(queries.anchor_lse),
+        q_scale=pointer(queries.q_scale),
+        k_scale=pointer(queries.k_scale),
         codes=copies.codes.data_ptr(),
         rotation=copies.rotation.data_ptr(),
         piece_output=pieces.output.data_ptr(),
         piece_stats=pieces.stats.data_ptr(),
         saved=saved.data_ptr(),
-        keys_read=_pointer(counts.keys_read),
-        value_rows_read=_pointer(counts.value_rows_read),
-        copies_read=_pointer(counts.copies_read),
+        keys_read=pointer(counts.keys_read),
+        value_rows_read=pointer(counts.value_rows_read),
+        copies_read=pointer(counts.copies_read),
         stride_block=tokens.stride_block * element,
         stride_head=tokens.stride_head * element,
         stride_token=tokens.stride_token * element,
@@ -283,15 +266,11 @@ def launch_tier_split(
         table_stride=step.block_table.stride(0),
         num_seqs=num_seqs,
         num_kv_heads=num_kv_heads,
-        num_programs=num_programs,
         max_dense_len=step.max_dense_len,
         min_step_tokens=step.min_step_tokens,
         few_tokens=few_tokens,
         short_length=short_length,
-        unit=schedule.UNIT,
-        min_work=schedule.MIN_WORK,
-        dense_work=schedule.DENSE_WORK,
-        piece_work=schedule.PIECE_WORK,
+        schedule=ScheduleArguments.of(schedule, num_programs),
         softmax_scale=queries.softmax_scale,
         logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
@@ -302,7 +281,3 @@ def launch_tier_split(
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
     copy.launch((num_kv_heads, num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
     split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
