@@ -59,9 +59,9 @@ def loader_of(shape: Shape) -> ValueLoader | None:
 
 def cuda_loader(shape: Shape) -> ValueLoader | None:
     """Loads the kernel in CUDA C++: on the device, or emulated where there is none; None where it is not made for."""
-    if shape.head_size not in value_split.HEAD_SIZES or (shape.kv_dtype or shape.dtype).itemsize != 2:
-        return None
     group = shape.num_heads // shape.num_kv_heads
+    if not value_split.is_made_for(shape.head_size, group, (shape.kv_dtype or shape.dtype).itemsize):
+        return None
     if DEVICE == "cuda":
         return value_split.loader_for(torch.device("cuda", torch.cuda.current_device()), shape.head_size, group)
     return ValueLoader(emulated, ValueSizes.of(shape.head_size, group))

@@ -16,11 +16,13 @@ import torch
 
 from tests.kernels.nvrtc_double import REFUSED, DriverDouble, NvrtcDouble
 from vllm_toptheta.kernels.codec import tier_bytes
+from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.cubins import Cubins
 from vllm_toptheta.kernels.gpu.cuda.driver import Driver, DriverError, Kernel, KernelAttributes
 from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER, load, source_text
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import LOG_CHARACTERS, CompileError, Nvrtc, find_nvrtc
 from vllm_toptheta.kernels.gpu.cuda.tier_split import COPY, SOURCE, SPLIT, macros_of, split_sizes
+from vllm_toptheta.kernels.gpu.cuda.value_split import ValueSizes
 from vllm_toptheta.kernels.gpu.records import Shape
 
 PROBE = Path(__file__).parent / "simt" / "probe.cu"
@@ -67,6 +69,44 @@ def test_nvrtc_takes_the_kernels_of_copies(
     macros = macros_of(shape, split_sizes(head_size, group), has_soft_cap=has_soft_cap)
     cubin = compile_real(source_text(SOURCE_FOLDER / SOURCE), architecture, macros, tmp_path)
     assert all(name.encode() in cubin for name in (SPLIT, COPY))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "group", "head_size", "block_size", "dtype", "has_soft_cap"),
+    [
+        ("sm_90", 4, 128, 16, torch.bfloat16, False),
+        ("sm_90", 7, 128, 32, torch.float16, True),
+        ("sm_90", 16, 128, 48, torch.bfloat16, False),
+        ("sm_90", 3, 64, 128, torch.bfloat16, False),
+        ("sm_90", 8, 256, 16, torch.bfloat16, False),
+        ("sm_80", 1, 64, 16, torch.bfloat16, False),
+        ("sm_100", 4, 128, 16, torch.bfloat16, False),
+    ],
+)
+def test_nvrtc_takes_the_kernel_of_values(
+    architecture: str,
+    group: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_soft_cap: bool,
+    tmp_path: Path,
+) -> None:
+    shape = Shape(block_size, head_size, group, head_size, dtype == torch.float16, True, True, 0)
+    macros = value_split.macros_of(shape, ValueSizes.of(head_size, group), has_soft_cap=has_soft_cap)
+    cubin = compile_real(source_text(SOURCE_FOLDER / value_split.SOURCE), architecture, macros, tmp_path)
+    assert value_split.SPLIT.encode() in cubin
+
+
+def test_errors_in_what_a_source_includes_name_that_file(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.cu"
+    file.write_text('constexpr bool SOFT_CAP = false;\n#include "scores.cuh"\n\nnothing_like_this x;\n')
+    text = source_text(file)
+    assert "float capped(" in text
+    with pytest.raises(CompileError, match=r"kernel\.cu\(4\): error: .*nothing_like_this"):
+        compile_real(text, "sm_90", (), tmp_path)
+    with pytest.raises(CompileError, match=r"scores\.cuh\(1\d\): error: .*SOFT_CAP"):
+        compile_real(text.replace("bool SOFT_CAP", "bool OTHER"), "sm_90", (), tmp_path)
 
 
 def test_errors_of_nvrtc_itself_name_file_and_line(tmp_path: Path) -> None:

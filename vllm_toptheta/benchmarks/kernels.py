@@ -338,10 +338,13 @@ def _time_tiers(
 def time_layer(
     survivors: Sequence[torch.Tensor], copies: Sequence[Inputs], config: LaunchConfig | None = None
 ) -> tuple[float, float]:
-    """Microseconds of our kernel where these survive, and the share of value rows that it reads."""
+    """Microseconds of our kernel where these survive, and the share of value rows that it reads.
+
+    With launch parameters, which are those of the kernel in Triton, of that.
+    """
     from vllm_toptheta.benchmarks.registry import toptheta
 
-    built = [toptheta(inputs.replay(survivors), config=config) for inputs in copies]
+    built = [toptheta(inputs.replay(survivors), config=config, in_triton=config is not None) for inputs in copies]
     (call, counters), *_ = built
     call()
     rows_cached = int(copies[0].seq_lens.sum()) * copies[0].kv_cache.shape[1]

@@ -48,7 +48,7 @@ def tune(
         for config in scores:
             times = []
             for dense in ("never", "always"):
-                calls = [toptheta(inputs, dense=dense, config=config)[0] for inputs in copies]
+                calls = [toptheta(inputs, dense=dense, config=config, in_triton=True)[0] for inputs in copies]
                 try:
                     times.append(time_in_graph(calls))
                 except OutOfResources:
@@ -83,7 +83,8 @@ def _dense_tokens(workload: KernelWorkload, config: LaunchConfig, report_progres
         batch = Batch([length], workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
         layers = [pattern.survivors(layer, batch) for layer in layers_of(pattern.num_layers, workload.max_layers)]
         sparse = statistics.mean(time_layer(survivors, copies, config)[0] for survivors in layers)
-        dense = time_in_graph([toptheta(inputs, dense="always", config=config)[0] for inputs in copies])
+        calls = [toptheta(inputs, dense="always", config=config, in_triton=True)[0] for inputs in copies]
+        dense = time_in_graph(calls)
         report_progress(f"1 x {length}: {sparse:.1f} us, {dense:.1f} us with every key kept")
         lost.append(sparse - dense)
         del copies

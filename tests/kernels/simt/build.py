@@ -108,7 +108,18 @@ def _library(unit: str, options: tuple[str, ...], headers: tuple[bytes, ...]) ->
         # several test processes may build the same kernel: each writes its own file and renames it
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "kernel.so"
-            command = [compiler() or "g++", *FLAGS, *options, f"-I{HERE}", f"-I{SOURCE_FOLDER}", "-x", "c++", "-", "-o", str(made)]
+            command = [
+                compiler() or "g++",
+                *FLAGS,
+                *options,
+                f"-I{HERE}",
+                f"-I{SOURCE_FOLDER}",
+                "-x",
+                "c++",
+                "-",
+                "-o",
+                str(made),
+            ]
             result = subprocess.run(command, input=unit, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise SimtError(result.stderr[:3000])

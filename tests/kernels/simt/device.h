@@ -326,8 +326,6 @@ inline float exp2_fast(float x) { return simt_flush(std::exp2(simt_flush(x))); }
 inline void wait_for_predecessor() {}
 inline void allow_successor() {}
 
-inline uint32_t atomic_increment(uint32_t* at) { return (*at)++; }
-
 inline void atomic_add(long long* to, long long value) {
     simt_check_aligned(to, 8, "atomic_add");
     *to += value;

@@ -14,11 +14,9 @@ import triton.language as tl
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.schedule import (
-    bounds_of_share,
     dense_length,
     load_lengths,
     reads_all_keys,
-    share_at,
     units_of_piece,
     work_of_step,
 )
@@ -185,7 +183,7 @@ def merge_kernel(
         min_work = tl.where(reads_all, values_schedule.MIN_WORK, schedule.MIN_WORK)
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
         piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
-    work, quota, _ = work_of_step(
+    work, share, _ = work_of_step(
         tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
     )
     index = tl.arange(0, SEQ_BLOCK)
@@ -198,14 +196,14 @@ def merge_kernel(
     kept_sum = tl.zeros((), dtype=tl.float32)
     lost_sum = tl.zeros((), dtype=tl.float32)
     weighted = tl.zeros((WIDTH,), dtype=tl.float32)
-    last_share = share_at(last_work, quota, num_programs, schedule.FINE_WORK, schedule.ROUNDS)
-    first_share = share_at(work_before, quota, num_programs, schedule.FINE_WORK, schedule.ROUNDS)
-    for first in range(first_share, last_share + 1, PIECE_BLOCK):
-        share = first + tl.arange(0, PIECE_BLOCK)
-        begin, end = bounds_of_share(share, quota, num_programs, schedule.FINE_WORK, schedule.ROUNDS)
-        first_unit, last_unit = units_of_piece(begin, end, work_before, seq_len, is_dense, dense_work, schedule.UNIT)
-        mask_p = (share <= last_share) & (first_unit < last_unit)
-        piece = (share + seq).to(tl.int64) * num_kv_heads + kv_head
+    last_program = last_work // share
+    for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
+        program = first_program + tl.arange(0, PIECE_BLOCK)
+        first_unit, last_unit = units_of_piece(
+            program, share, work_before, seq_len, is_dense, dense_work, schedule.UNIT
+        )
+        mask_p = (program <= last_program) & (first_unit < last_unit)
+        piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
         stats = pieces.stats + piece * 3 * GROUP + group_index
         maxima = tl.load(stats, mask=mask_p, other=DISCARDED)
         kept = tl.load(stats + GROUP, mask=mask_p, other=0.0)

@@ -294,8 +294,6 @@ class Schedule(NamedTuple):
         DENSE_WORK: Work of a unit of a sequence that keeps everything.
         SEQ_BLOCK: Sequences that there is room for.
         PIECE_WORK: Units that a program does in the time that a piece takes beside them; 0 where that is not known.
-        ROUNDS: Shares for each program that runs at a time, at most.
-        FINE_WORK: Units that are worth a share, where there are several.
     """
 
     UNIT: int
@@ -303,8 +301,6 @@ class Schedule(NamedTuple):
     DENSE_WORK: int
     SEQ_BLOCK: int
     PIECE_WORK: int = 0
-    ROUNDS: int = 1
-    FINE_WORK: int = 1
 
 
 class Tiling(NamedTuple):

@@ -12,10 +12,6 @@ the next takes nearly twice as long as others. There a sequence's work is rounde
 bound by memory, and equal shares are faster, unless a piece takes long beside its
 keys (`piece_work`) and few are wasted.
 
-Where programs take one share after the other, until none is left, there are several for each program (`rounds`): the
-first is half of what is there for it, the second half of the rest, and so on, as long as a share is worth it
-(`fine_work`). Few shares make little work beside their keys, and small ones in the end are everybody's.
-
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
 """
@@ -35,30 +31,12 @@ def unit_of(tile: int, block_size: int) -> int:
     return block_size if tile % block_size == 0 else MIN_BLOCK_SIZE
 
 
-def schedule_of(
-    unit: int,
-    *,
-    min_tokens: int,
-    dense_work: int,
-    num_seqs: int,
-    piece_tokens: int = 0,
-    rounds: int = 1,
-    fine_tokens: int = 0,
-) -> Schedule:
+def schedule_of(unit: int, *, min_tokens: int, dense_work: int, num_seqs: int, piece_tokens: int = 0) -> Schedule:
     """How a step of `num_seqs` sequences is shared out among programs that `min_tokens` keys are worth.
 
-    A piece takes as long as `piece_tokens` keys, beside its own. There are up to `rounds` shares for each program that
-    runs, of `fine_tokens` at least.
+    A piece takes as long as `piece_tokens` keys, beside its own.
     """
-    return Schedule(
-        unit,
-        max(1, min_tokens // unit),
-        dense_work,
-        room_for(num_seqs),
-        piece_tokens // unit,
-        rounds,
-        max(1, fine_tokens // unit),
-    )
+    return Schedule(unit, max(1, min_tokens // unit), dense_work, room_for(num_seqs), piece_tokens // unit)
 
 
 def room_for(num_seqs: int) -> int:
@@ -98,9 +76,8 @@ def work_of_step(
     tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's quota of the whole, and `work_of`'s multiple.
+    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s multiple.
 
-    A program's quota is its share, or as much as its shares of all rounds together. `num_programs` run at a time.
     `max_dense_len` is a `dense_length`; what follows `num_programs` are fields of one `Schedule`. Whoever joins pieces
     has to ask with the same as those who left them.
     """
@@ -110,7 +87,7 @@ def work_of_step(
     work = work_of(seq_lens, is_dense, dense_work, 1, UNIT)
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
-    # either leaves programs for the quota of a share that a sequence may waste; of even lengths the first wastes none
+    # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
     equal = tl.cdiv(total, num_programs)
@@ -123,53 +100,12 @@ def work_of_step(
 
 
 @triton.jit
-def _round(quota, index, FINE_WORK: tl.constexpr, ROUNDS: tl.constexpr):
-    """Return what a program has of its quota before a round, and its share in the round, 0 where there is no such round.
-
-    A round, a scalar or a tensor, begins as long as it leaves shares of FINE_WORK.
-    """
-    before = index * 0
-    for i in tl.static_range(ROUNDS - 1):
-        half = quota >> (i + 1)
-        before += tl.where((index > i) & (half >= FINE_WORK), half, 0)
-    is_there = (index == 0) | ((index < ROUNDS) & ((quota >> index) >= FINE_WORK))
-    is_last = (index + 1 >= ROUNDS) | ((quota >> (index + 1)) < FINE_WORK)
-    share = tl.where(is_last, quota - before, quota >> (index + 1))
-    return tl.where(is_there, before, quota), tl.where(is_there, share, 0)
-
-
-@triton.jit
-def bounds_of_share(share, quota, num_programs, FINE_WORK: tl.constexpr, ROUNDS: tl.constexpr):
-    """Return where shares begin and end in the work of a step; `share` is a scalar or a tensor."""
-    if ROUNDS == 1:
-        return share * quota, share * quota + quota
-    else:
-        index = share // num_programs
-        before, work = _round(quota, index, FINE_WORK, ROUNDS)
-        begin = num_programs * before + (share - index * num_programs) * work
-        return begin, begin + work
-
-
-@triton.jit
-def share_at(position, quota, num_programs, FINE_WORK: tl.constexpr, ROUNDS: tl.constexpr):
-    """The share in which work stands, `position` being of all work of a step."""
-    if ROUNDS == 1:
-        return position // quota
-    else:
-        index = position * 0
-        for i in tl.static_range(1, ROUNDS):
-            before, work = _round(quota, position * 0 + i, FINE_WORK, ROUNDS)
-            index = tl.where((work > 0) & (position >= num_programs * before), i, index)
-        before, work = _round(quota, index, FINE_WORK, ROUNDS)
-        return index * num_programs + (position - num_programs * before) // work
-
-
-@triton.jit
-def units_of_piece(begin, end, work_before, seq_len, is_dense, dense_work, UNIT: tl.constexpr):
-    """Return the first unit of a sequence that is in a share, and the one behind its last.
+def units_of_piece(program, share, work_before, seq_len, is_dense, dense_work, UNIT: tl.constexpr):
+    """Return the first unit of a sequence that is a program's, and the one behind its last.
 
     Args:
-        begin, end: Of shares, scalars or tensors.
+        program: Programs, a scalar or a tensor.
+        share: Work of a program.
         work_before: Work of all sequences before this one.
         seq_len: Tokens of the sequence.
         is_dense: Whether it keeps everything.
@@ -178,16 +114,18 @@ def units_of_piece(begin, end, work_before, seq_len, is_dense, dense_work, UNIT:
     weight = tl.where(is_dense, dense_work, 1)
     num_units = tl.cdiv(seq_len, UNIT)
     # units begin at multiples of their weight: rounding both ends up leaves none out and none twice
-    first = tl.cdiv(tl.maximum(begin - work_before, 0), weight)
-    last = tl.cdiv(tl.maximum(end - work_before, 0), weight)
+    first = tl.cdiv(tl.maximum(program * share - work_before, 0), weight)
+    last = tl.cdiv(tl.maximum((program + 1) * share - work_before, 0), weight)
     return tl.minimum(first, num_units), tl.minimum(last, num_units)
 
 
 @triton.jit
-def first_of_share(work, begin):
-    """Return the sequence in which a share begins, and the work before that sequence."""
-    before = tl.cumsum(work, axis=0) <= begin
-    return tl.sum(before.to(tl.int32), axis=0), tl.sum(tl.where(before, work, 0), axis=0)
+def first_of_share(work, share, program):
+    """Return the sequence in which a share begins, the work before that sequence, and where the share ends."""
+    ends = tl.cumsum(work, axis=0)
+    before = ends <= program * share
+    end_of_share = tl.minimum((program + 1) * share, tl.sum(work, axis=0))
+    return tl.sum(before.to(tl.int32), axis=0), tl.sum(tl.where(before, work, 0), axis=0), end_of_share
 
 
 @triton.jit

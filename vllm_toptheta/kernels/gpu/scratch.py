@@ -38,8 +38,7 @@ class Sizes(NamedTuple):
 class Scratch(NamedTuple):
     """Of mode `values`; see `threshold_kernel.threshold_kernel` and `split.split_kernel` for the buffers.
 
-    `loader` loads the kernel in CUDA C++; without it, the one in Triton is taken. Of `taken` the former counts the shares
-    that its programs take.
+    `loader` loads the kernel in CUDA C++, which has no lists in memory; without it, the one in Triton is taken.
     """
 
     config: LaunchConfig
@@ -49,23 +48,21 @@ class Scratch(NamedTuple):
     order: torch.Tensor
     partial_output: torch.Tensor
     partial_stats: torch.Tensor
-    taken: torch.Tensor
 
     @staticmethod
     def spec(sizes: Sizes, config: LaunchConfig, num_sms: int, *, loader: ValueLoader | None = None) -> Spec:
         """The buffers for a GPU of `num_sms` multiprocessors."""
         num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
-        num_shares = config.rounds * config.num_programs(num_kv_heads, num_sms)
+        num_programs = config.num_programs(num_kv_heads, num_sms)
         # the kernel in CUDA C++ lists in shared memory
-        num_lists = 0 if loader else num_shares * num_kv_heads
-        num_pieces = (num_shares + sizes.max_num_seqs) * num_kv_heads
+        num_lists = 0 if loader else num_programs * num_kv_heads
+        num_pieces = (num_programs + sizes.max_num_seqs) * num_kv_heads
         return (
             ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
             ((num_lists, 2, LIST_DEPTH * config.tile), torch.int64),
             ((num_pieces, group, sizes.head_size), torch.float32),
             ((num_pieces, 3, group), torch.float32),
-            ((1,), torch.int32),
         )
 
     @classmethod
@@ -107,7 +104,7 @@ class ShadowScratch(NamedTuple):
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
-        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[3][0][0])
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
         return (
             values[0],
             ((sizes.max_num_seqs, sizes.num_heads, 2 * sizes.code_bytes), torch.int8),
@@ -115,7 +112,7 @@ class ShadowScratch(NamedTuple):
             ((num_lists, config.list_depth, config.tile), torch.int32),
             ((num_lists, config.list_depth * config.tile), torch.int32),
             *values[1:3],
-            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:5]),
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
         )
 
     @classmethod
@@ -161,7 +158,7 @@ class TierScratch(NamedTuple):
         values = Scratch.spec(sizes, values_config, num_sms)
         group = sizes.num_heads // sizes.num_kv_heads
         num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
-        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[3][0][0])
+        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
         # the kernel in CUDA C++ turns queries itself, and lists in shared memory
         num_turned = 0 if loader else sizes.max_num_seqs
         room = 0 if loader else config.list_depth * config.tile
@@ -177,7 +174,7 @@ class TierScratch(NamedTuple):
             ((num_lists, 2, room), torch.int32),
             ((saved,), torch.float32),
             *values[1:3],
-            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:5]),
+            *(((num_pieces, *shape[1:]), dtype) for shape, dtype in values[3:]),
         )
 
     @classmethod

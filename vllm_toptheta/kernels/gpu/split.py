@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.schedule import (
-    bounds_of_share,
     dense_length,
     first_of_share,
     store_piece,
@@ -51,13 +50,11 @@ def split_step(
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
-    num_programs = tl.num_programs(1) // schedule.ROUNDS  # that the schedule has in mind; here each has one share
-    work, quota, multiple = work_of_step(
-        tokens, num_seqs, max_dense_len, num_programs, schedule.MIN_WORK, schedule.DENSE_WORK,
+    work, share, multiple = work_of_step(
+        tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
         schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
     )  # fmt: skip
-    begin, end_of_share = bounds_of_share(program, quota, num_programs, schedule.FINE_WORK, schedule.ROUNDS)
-    seq, work_before = first_of_share(work, begin)
+    seq, work_before, end_of_share = first_of_share(work, share, program)
     offs_g = tl.arange(0, tiling.G_PAD)
     mask_g = offs_g < shape.GROUP
     head = kv_head * shape.GROUP + offs_g
@@ -70,7 +67,7 @@ def split_step(
         seq_len = tl.load(tokens.seq_lens + seq)
         is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
         first_unit, last_unit = units_of_piece(
-            begin, end_of_share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
+            program, share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
         )
         if first_unit < last_unit:
             start = first_unit * schedule.UNIT

@@ -7,7 +7,6 @@ starts meanwhile. And all programs of a row get the same bits.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -56,7 +55,6 @@ def _anchor_lse(tokens, queries, seq, seq_len, kv_head, head, mask_g, stride_tab
 def threshold_kernel(
     tokens,  # Tokens
     queries,  # Queries, whose thresholds and sums over anchors are written
-    taken_ptr,  # [1] int32, or None
     num_seqs,
     max_dense_len,
     min_step_tokens,
@@ -75,8 +73,6 @@ def threshold_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1)
-    if taken_ptr is not None and (kv_head == 0) & (seq == 0):
-        tl.store(taken_ptr, 0)
     seq_len = tl.load(tokens.seq_lens + seq)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK)
     if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len):
@@ -102,25 +98,15 @@ def threshold_kernel(
     tl.store(queries.thresholds + seq.to(tl.int64) * queries.num_heads + head, threshold, mask=mask_g)
 
 
-def launch_thresholds(
-    step: DecodeStep,
-    tokens: Tokens,
-    queries: Queries,
-    shape: Shape,
-    *,
-    is_early: bool,
-    taken: torch.Tensor | None = None,
-) -> None:
+def launch_thresholds(step: DecodeStep, tokens: Tokens, queries: Queries, shape: Shape, *, is_early: bool) -> None:
     """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself.
 
-    Then it is also launched while whatever was launched before it still runs, and waits for that. `taken`, of which the
-    next kernel counts the shares that its programs take, becomes 0.
+    Then it is also launched while whatever was launched before it still runs, and waits for that.
     """
     num_seqs = len(queries.query)
     threshold_kernel[(queries.num_heads // shape.GROUP, num_seqs)](
         tokens,
         queries,
-        taken,
         num_seqs,
         step.max_dense_len,
         step.min_step_tokens,

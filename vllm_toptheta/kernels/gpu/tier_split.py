@@ -62,8 +62,7 @@ def tier_split_kernel(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
         schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
     )  # fmt: skip
-    begin, end_of_share = program * share, (program + 1) * share
-    seq, work_before = first_of_share(work, begin)
+    seq, work_before, end_of_share = first_of_share(work, share, program)
     if EARLY_SPLIT:
         tl.extra.cuda.gdc_wait()
     if EARLY_MERGE:
@@ -86,7 +85,7 @@ def tier_split_kernel(
         seq_len = tl.load(tokens.seq_lens + seq)
         is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
         first_unit, last_unit = units_of_piece(
-            begin, end_of_share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
+            program, share, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
         )
         if first_unit < last_unit:
             start = first_unit * schedule.UNIT

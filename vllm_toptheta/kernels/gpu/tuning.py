@@ -52,8 +52,6 @@ class LaunchConfig(_Programs):
         gather_stages: Depth of the pipeline over the survivors' values.
         min_work: Tiles of keys that are worth a program.
         programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
-        rounds: Shares for each program, which it takes one after the other, at most.
-        fine_tokens: Keys that are worth a share, where there are several.
         merge_warps: Warps of a program of the merge; 0 chooses.
         early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
         dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
@@ -70,24 +68,20 @@ class LaunchConfig(_Programs):
     gather_stages: int = 2
     min_work: int = 4
     programs_per_sm: int = 3
-    rounds: int = 1
-    fine_tokens: int = 0
     merge_warps: int = 0
     early_launch: bool = True
     dense_length: int = 2048
     dense_tokens: int = 640
 
     def for_loader(self, loader: ValueLoader | None) -> LaunchConfig:
-        """The same, for the kernel that `loader` loads, if there is one: programs take shares until none is left."""
+        """The same, for the kernel that `loader` loads, if there is one."""
         if loader is None:
             return self
-        resident = loader.sizes.resident
+        resident, measured = loader.sizes.resident, loader.sizes.dense_tokens
         return replace(
             self,
             programs_per_sm=resident,
-            rounds=5,
-            fine_tokens=1024,
-            dense_tokens=self.dense_tokens * self.programs_per_sm // resident,
+            dense_tokens=measured or self.dense_tokens * self.programs_per_sm // resident,
         )
 
 

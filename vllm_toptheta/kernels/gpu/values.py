@@ -57,15 +57,14 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
         return
     config = scratch.config
     num_programs = config.num_programs(num_kv_heads, num_multiprocessors(call.query.device))
-    num_shares = config.rounds * num_programs
-    if len(scratch.partial_stats) < (num_shares + num_seqs) * num_kv_heads:
+    if len(scratch.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
         raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
     early = config.early_launch and has_dependent_launch(call.query.device)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     schedule = values_schedule(config, unit_of(config.tile, block_size), num_seqs)
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
     counts = Counts.of(call.layer.counters)
-    launch_thresholds(step, tokens, queries, shape, is_early=early, taken=scratch.taken)
+    launch_thresholds(step, tokens, queries, shape, is_early=early)
     if scratch.loader is not None:
         launch_value_split(
             scratch.loader,
@@ -76,12 +75,11 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
             counts,
             shape,
             schedule,
-            scratch.taken,
             num_programs=num_programs,
             is_early=early,
         )
     else:
-        split_kernel[(num_kv_heads, num_shares)](
+        split_kernel[(num_kv_heads, num_programs)](
             tokens,
             queries,
             Lists(scratch.survivors, scratch.order),
@@ -116,8 +114,6 @@ def values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
         min_tokens=config.min_work * config.tile,
         dense_work=DENSE_WORK,
         num_seqs=num_seqs,
-        rounds=config.rounds,
-        fine_tokens=config.fine_tokens,
     )
 
 

@@ -180,10 +180,3 @@ __device__ __forceinline__ void allow_successor() {
 __device__ __forceinline__ void atomic_add(long long* to, long long value) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
-
-// Returns what stood there.
-__device__ __forceinline__ uint32_t atomic_increment(uint32_t* at) {
-    uint32_t before;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
-    return before;
-}

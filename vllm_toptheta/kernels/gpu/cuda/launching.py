@@ -27,23 +27,12 @@ class Launcher(Protocol):
 class ScheduleArguments(ctypes.Structure):
     """`ScheduleArgs` of schedule.cuh."""
 
-    _fields_ = [
-        (name, ctypes.c_int32)
-        for name in ("num_programs", "unit", "min_work", "dense_work", "piece_work", "rounds", "fine_work")
-    ]
+    _fields_ = [(name, ctypes.c_int32) for name in ("num_programs", "unit", "min_work", "dense_work", "piece_work")]
 
     @classmethod
     def of(cls, schedule: Schedule, num_programs: int) -> ScheduleArguments:
-        """How a step is shared out among programs, of which `num_programs` of each kv head run at a time."""
-        return cls(
-            num_programs,
-            schedule.UNIT,
-            schedule.MIN_WORK,
-            schedule.DENSE_WORK,
-            schedule.PIECE_WORK,
-            schedule.ROUNDS,
-            schedule.FINE_WORK,
-        )
+        """How a step is shared out among `num_programs` programs of each kv head."""
+        return cls(num_programs, schedule.UNIT, schedule.MIN_WORK, schedule.DENSE_WORK, schedule.PIECE_WORK)
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

@@ -3,14 +3,14 @@
 // All lanes of a warp call `step_of` and `walk_of` together, with `Args` that hold the fields they name.
 
 struct ScheduleArgs {
-    int num_programs;  // of a kv head, that run at a time
+    int num_programs;  // of a kv head
     int unit;          // tokens
-    int min_work, dense_work, piece_work, rounds, fine_work;
+    int min_work, dense_work, piece_work;
 };
 
 struct Step {
     int num_tokens, num_decoded;
-    int quota, multiple;  // work of a program, and what a sequence's is rounded up to
+    int share, multiple;  // work of a program, and what a sequence's is rounded up to
     int total;           // work of all
     int max_dense_len;
 };
@@ -48,8 +48,8 @@ __device__ __forceinline__ Step step_of(const Args& a, int lane) {
     int equal = divide_up(total, s.num_programs);
     bool is_worth = num_decoded <= s.num_programs && rounded < equal + s.piece_work;
     bool is_rounded = all_dense ? 2 * num_decoded <= s.num_programs : is_worth;
-    step.quota = max(is_rounded ? rounded : equal, s.min_work);
-    step.multiple = is_rounded ? step.quota : 1;
+    step.share = max(is_rounded ? rounded : equal, s.min_work);
+    step.multiple = is_rounded ? step.share : 1;
     step.total = total;
     if (is_rounded) {
         total = 0;
@@ -62,37 +62,21 @@ __device__ __forceinline__ Step step_of(const Args& a, int lane) {
     return step;
 }
 
-// How many rounds of shares there are.
-__device__ __forceinline__ int rounds_of(const ScheduleArgs& s, const Step& step) {
-    int rounds = 1;
-    while (rounds < s.rounds && step.quota >> rounds >= s.fine_work) ++rounds;
-    return rounds;
-}
-
-// The tokens of a sequence that are in a share.
+// The tokens of a sequence that are in a program's share.
 struct PieceTokens {
     int seq, seq_len, start, end;
     bool is_dense;
 };
 
-// Where a program is in a share.
+// Where a program is in its share.
 struct Walk {
     int begin, end;  // of the share
     int seq, work_before;
 };
 
-__device__ __forceinline__ Walk share_of(const ScheduleArgs& s, const Step& step, int share) {
-    int index = share / s.num_programs, rounds = rounds_of(s, step), before = 0;
-    for (int i = 0; i < index; ++i) before += step.quota >> (i + 1);
-    int work = index + 1 < rounds ? step.quota >> (index + 1) : step.quota - before;
-    int begin = s.num_programs * before + (share - index * s.num_programs) * work;
-    return {begin, begin + work, 0, 0};
-}
-
 template <class Args>
-__device__ __forceinline__ Walk walk_of(const Args& a, const Step& step, int share, int lane) {
-    Walk walk = share_of(a.schedule, step, share);
-    walk.seq = a.num_seqs;
+__device__ __forceinline__ Walk walk_of(const Args& a, const Step& step, int program, int lane) {
+    Walk walk{program * step.share, min((program + 1) * step.share, step.total), a.num_seqs, 0};
     // the first sequence whose work ends behind the beginning of the share
     int before = 0;
     bool found = false;
@@ -121,7 +105,7 @@ __device__ __forceinline__ bool next_piece(const Args& a, const Step& step, Walk
         bool is_dense = keeps_all(a, seq, seq_len, step.max_dense_len);
         int weight = is_dense ? s.dense_work : 1, num_units = divide_up(seq_len, s.unit);
         int first = min(divide_up(max(walk.begin - walk.work_before, 0), weight), num_units);
-        int last = min(divide_up(max(walk.end - walk.work_before, 0), weight), num_units);
+        int last = min(divide_up(max(walk.begin + step.share - walk.work_before, 0), weight), num_units);
         walk.work_before += work_of(s, seq_len, is_dense, step.multiple);
         if (first < last) {
             piece = {seq, seq_len, first * s.unit, min(last * s.unit, seq_len), is_dense};

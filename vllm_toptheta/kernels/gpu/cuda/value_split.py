@@ -19,7 +19,6 @@ from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Queries, Schedule,
 
 SPLIT = "value_split"
 SOURCE = "value_split.cu"
-HEAD_SIZES = (64, 128, 256)
 _ROW_BYTES = 16  # that queries, keys and values are loaded by
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
@@ -33,20 +32,26 @@ class ValueSizes(NamedTuple):
         stages: Of the ring in which a warp's keys arrive.
         resident: Programs that a multiprocessor runs at a time.
         shared_bytes: Shared memory of a program.
+        dense_tokens: As of `LaunchConfig`, where it was measured.
     """
 
     warps: int
     stages: int
     resident: int
     shared_bytes: int
+    dense_tokens: int | None = None
 
     @classmethod
     def of(cls, head_size: int, group: int) -> ValueSizes:
-        """Those for heads of a size in groups of `group` queries: as many warps as there are registers for."""
+        """Those for heads of a size in groups of `group` queries.
+
+        Two programs leave room for the merge, which is then there before they end: of small steps it is a fifth.
+        """
         if head_size == 64:
-            return cls.made(head_size, group, warps=4, stages=5, resident=4 if group <= 8 else 3)
+            return cls.made(head_size, group, warps=4, stages=6, resident=3 if group <= 8 else 2)
         if head_size == 128:
-            return cls.made(head_size, group, warps=4, stages=4 if group <= 4 else 3, resident=3 if group <= 8 else 2)
+            sizes = cls.made(head_size, group, warps=4, stages=4 if group <= 8 else 3, resident=2)
+            return sizes._replace(dense_tokens=600)
         return cls.made(head_size, group, warps=4, stages=3, resident=2 if group <= 4 else 1)
 
     @classmethod
@@ -58,8 +63,8 @@ class ValueSizes(NamedTuple):
         row_bytes = 2 * head_size
         stage = 16 * row_bytes
         ring = (stages - 1) * stage + max(stage, columns * head_size // 16 * 8 * quad * 16)
-        warp_bytes = ring + heads * 72 * 4 + 64 * 4 + 2 * 32 + 64
-        common = 2 * heads * (row_bytes + 64) + 64 + 2 * 16 * 4
+        warp_bytes = ring + heads * 72 * 4 + 64 * 4
+        common = 8 * columns * (row_bytes + 64) + 64 + 2 * 16 * 4
         return cls(warps, stages, resident, warps * (warp_bytes + 3 * 16 * 4) + common)
 
 
@@ -92,7 +97,6 @@ class Arguments(ctypes.Structure):
                 "k_scale",
                 "piece_output",
                 "piece_stats",
-                "taken",
                 "value_rows_read",
             )
         ),
@@ -126,6 +130,14 @@ def macros_of(shape: Shape, sizes: ValueSizes, *, has_soft_cap: bool) -> tuple[s
     return tuple(f"{name}={value}" for name, value in values.items())
 
 
+def is_made_for(head_size: int, group: int, element_bytes: int) -> bool:
+    """Whether there is a kernel for heads of a size in groups of `group` queries, and a cached number of so many bytes.
+
+    Rows of other heads are no power of two of 16 bytes; the sums of large groups do not fit into the registers.
+    """
+    return element_bytes == 2 and (head_size in (64, 128) or (head_size == 256 and group <= 8))
+
+
 def loader_for(device: torch.device, head_size: int, group: int) -> ValueLoader:
     """That of a GPU, for heads of a size in groups of `group` queries."""
     return ValueLoader(functools.partial(kernel_for, device, SOURCE), ValueSizes.of(head_size, group))
@@ -135,7 +147,7 @@ def loader_for(device: torch.device, head_size: int, group: int) -> ValueLoader:
 def find_loader(device: torch.device, head_size: int, group: int, element_bytes: int) -> ValueLoader | None:
     """`loader_for`, if the kernel can be compiled and loaded here; None, and a warning, if not.
 
-    None without a warning where it is not made for a head size or for float8. One kernel is compiled to see, for pages
+    None without a warning where it is not made for a layer (`is_made_for`). One kernel is compiled to see, for pages
     of 16 tokens of bfloat16; it is kept on disk.
 
     Args:
@@ -144,7 +156,7 @@ def find_loader(device: torch.device, head_size: int, group: int, element_bytes:
         group: Query heads on a kv head.
         element_bytes: Of a cached number.
     """
-    if element_bytes != 2 or head_size not in HEAD_SIZES or device.type != "cuda":
+    if device.type != "cuda" or not is_made_for(head_size, group, element_bytes):
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     loader = loader_for(torch.device("cuda", index), head_size, group)
@@ -170,7 +182,6 @@ def launch_value_split(
     counts: Counts,
     shape: Shape,
     schedule: Schedule,
-    taken: torch.Tensor,
     *,
     num_programs: int,
     is_early: bool,
@@ -179,7 +190,6 @@ def launch_value_split(
 
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
-        taken: [1] int32, 0 when the kernel starts.
         num_programs: Of each kv head.
 
     Raises:
@@ -205,7 +215,6 @@ def launch_value_split(
         k_scale=pointer(queries.k_scale),
         piece_output=pieces.output.data_ptr(),
         piece_stats=pieces.stats.data_ptr(),
-        taken=taken.data_ptr(),
         value_rows_read=pointer(counts.value_rows_read),
         stride_block=tokens.stride_block * element,
         stride_head=tokens.stride_head * element,
@@ -223,4 +232,4 @@ def launch_value_split(
     )
     split = _loaded(loader, shape, queries.logits_soft_cap is not None)
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    split.launch((num_programs * num_kv_heads, 1, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
+    split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)

@@ -1,0 +1,199 @@
+// Heavy keys of tier_split.cu: read and scored exactly, with the values of those that survive.
+
+// ---- what the warps of a program have in common while they work on a piece, in shared memory ----
+struct Piece {
+    const uint8_t* kv_base;  // where the keys of the kv head start
+    const float* thresholds;
+    float scale, logits_soft_cap;
+    uint32_t stride_block, stride_token, open_block;
+    int is_dense;
+};
+static_assert(sizeof(Piece) <= QUERY_AT - PIECE_AT, "room of a piece");
+
+__device__ __forceinline__ Piece& piece_of(uint8_t* shared) { return *reinterpret_cast<Piece*>(shared + PIECE_AT); }
+
+// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
+__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
+    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
+}
+
+__device__ __forceinline__ void clear(float (&sums)[COLUMNS][TILES][4]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[c][tile][i] = 0.0f;
+}
+
+// ---- heavy keys ----
+// The exact part of a warp's piece. A lane has heads 8 c + 2 t + e.
+struct Exact {
+    float maximum[COLUMNS][2], kept[COLUMNS][2], lost[COLUMNS][2], output[COLUMNS][TILES][4];
+    int rows_read;
+};
+
+__device__ __forceinline__ const uint8_t* row_of(const Piece& piece, uint32_t slot) {
+    return piece.kv_base + (uint64_t)(slot / BLOCK_SIZE) * piece.stride_block + slot % BLOCK_SIZE * piece.stride_token;
+}
+
+// 16 keys on their way; a lane has parts of keys g and g + 8
+struct Keys {
+    uint4 part[2][HEAD_SIZE / 32];
+    bool listed[2], in_open[2];
+};
+
+// the first `count` of 16 slots
+__device__ __forceinline__ Keys load_keys(const Piece& piece, const uint32_t* slots, uint32_t count) {
+    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+    Keys keys;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        keys.listed[r] = g + 8 * r < count;
+        uint32_t slot = keys.listed[r] ? slots[g + 8 * r] : 0;
+        keys.in_open[r] = slot / BLOCK_SIZE == piece.open_block;
+        const uint8_t* row = row_of(piece, slot) + 16 * t;
+#pragma unroll
+        for (int i = 0; i < HEAD_SIZE / 32; ++i)
+            keys.part[r][i] = keys.listed[r] ? load16(row + 64 * i) : make_uint4(0, 0, 0, 0);
+    }
+    return keys;
+}
+
+__device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_t* slots, const Keys& keys, Exact& x) {
+    uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
+    float products[COLUMNS][4] = {};
+    const uint8_t* query = dynamic_shared() + QUERY_AT + g * QUERY_STRIDE + 16 * t;
+#pragma unroll
+    for (int i = 0; i < HEAD_SIZE / 32; ++i)
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            const uint4 q = *reinterpret_cast<const uint4*>(query + 8 * c * QUERY_STRIDE + 64 * i);
+            const uint4 &k = keys.part[0][i], &l = keys.part[1][i];
+            mma_half<IS_FLOAT16>(products[c], k.x, l.x, k.y, l.y, q.x, q.y);
+            mma_half<IS_FLOAT16>(products[c], k.z, l.z, k.w, l.w, q.z, q.w);
+        }
+    bool survives[2] = {false, false};
+    uint32_t operand[COLUMNS][2];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+        float weight[2][2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            uint32_t head = 8 * c + 2 * t + e;
+            float theta = piece.is_dense || head >= GROUP ? -HIGHEST : piece.thresholds[head];
+            float score[2], before = x.maximum[c][e], best = before;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                score[r] = keys.listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
+                best = fmaxf(best, score[r]);
+            }
+#pragma unroll
+            for (int m = 4; m < 32; m *= 2) best = fmaxf(best, __shfl_xor_sync(ALL, best, m));
+            float rescale = exp2_fast((before - best) * LOG2_E);
+            float kept = x.kept[c][e] * rescale, lost = x.lost[c][e] * rescale;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) x.output[c][tile][e] *= rescale, x.output[c][tile][2 + e] *= rescale;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float exponential = exp2_fast((score[r] - best) * LOG2_E);
+                bool keep = keys.listed[r] && score[r] >= theta && head < GROUP;
+                weight[r][e] = keep ? exponential : 0.0f;
+                kept += weight[r][e];
+                lost += keep || !keys.listed[r] ? 0.0f : exponential;
+                survives[r] |= keep;
+            }
+            x.maximum[c][e] = best, x.kept[c][e] = kept, x.lost[c][e] = lost;
+        }
+        // keys become the depth of the next product
+        operand[c][0] = transpose8(pack_half<IS_FLOAT16>(weight[0][0], weight[0][1]));
+        operand[c][1] = transpose8(pack_half<IS_FLOAT16>(weight[1][0], weight[1][1]));
+    }
+    uint32_t alive[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        alive[r] = __ballot_sync(ALL, survives[r]);
+        alive[r] |= alive[r] >> 1;
+        alive[r] |= alive[r] >> 2;
+        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !keys.in_open[r];
+    }
+    // rows of values: of keys 2 t, 2 t + 1, and those 8 behind
+    const uint8_t* value[4];
+    bool is_read[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t index = 2 * t + (k & 1);
+        is_read[k] = alive[k >> 1] >> (4 * index) & 1;
+        value[k] = row_of(piece, is_read[k] ? slots[index + 8 * (k >> 1)] : 0) + 2 * HEAD_SIZE + 16 * g;
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_SIZE / 64; ++i) {
+        uint32_t part[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint4 v = is_read[k] ? load16(value[k] + 128 * i) : make_uint4(0, 0, 0, 0);
+            part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
+            uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+                mma_half<IS_FLOAT16>(x.output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
+        }
+    }
+}
+
+// where the sum of a head and a channel of `attend_exactly` stands, in floats
+__device__ __forceinline__ uint32_t exact_index(uint32_t head, uint32_t channel) {
+    uint32_t tile = channel / 64 * 4 + channel / 2 % 4;
+    return 4 * sum_index(head / 8, tile, channel / 8 % 8, head % 8 / 2) + 2 * (channel % 2) + head % 2;
+}
+
+// ---- a warp's part of a piece ----
+struct Warp {
+    uint32_t at;                // where the warp's shared memory is
+    uint32_t warp, lane, g, t;  // a lane is number t of quad g
+    uint32_t start, end;
+    int first_recent;
+    const int* blocks;
+
+    __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
+    __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine() + HEAVY_AT); }
+
+    // by warp: how many keys it has listed, and IS_DONE if it has scanned all of its stages
+    __device__ __forceinline__ uint32_t* listed() const { return reinterpret_cast<uint32_t*>(dynamic_shared() + LISTED_AT); }
+
+    // Attend to this warp's share of `count` keys, the i-th of which is in slot `slot_at(i)`.
+    template <class SlotAt>
+    __device__ __forceinline__ void attend_keys(Exact& exact, uint32_t count, SlotAt slot_at) const {
+        const Piece& piece = piece_of(dynamic_shared());
+        uint32_t* slots = reinterpret_cast<uint32_t*>(mine() + SLOTS_AT);
+        auto look_up = [&](uint32_t first, uint32_t* to) {
+            if (lane < 16 && first + lane < count) to[lane] = slot_at(first + lane);
+            __syncwarp();
+            return first < count ? min(16u, count - first) : 0u;
+        };
+        uint32_t first = 16 * warp, number = look_up(first, slots);
+        if constexpr (HEAD_SIZE <= 128) {
+            // the next keys are on their way while these are scored and their values read
+            Keys keys = load_keys(piece, slots, number);
+            uint32_t half = 0;  // of the slots: of these keys; the other is of the next
+            while (number) {
+                first += 16 * WARPS;
+                uint32_t next = look_up(first, slots + (half ^ 16));
+                Keys next_keys = load_keys(piece, slots + (half ^ 16), next);
+                attend_exactly(piece, slots + half, keys, exact);
+                keys = next_keys, number = next, half ^= 16;
+                __syncwarp();
+            }
+        } else {
+            while (number) {
+                attend_exactly(piece, slots, load_keys(piece, slots, number), exact);
+                __syncwarp();
+                first += 16 * WARPS, number = look_up(first, slots);
+            }
+        }
+    }
+};

@@ -1,0 +1,337 @@
+// The scan of tier_split.cu: all keys as codes, light keys weighed, heavy ones listed.
+
+struct Scan : Warp {
+    const uint8_t* code_base;
+    uint32_t code_stride;
+    uint32_t keys_at, weights_at;  // of the lane
+    uint32_t leader_bit, below;    // of the lane's token among the bits of a warp, and all bits before it
+    int first_special;
+    float logits_soft_cap;
+    // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
+    float scale[COLUMNS][2], middle[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
+    float anchor[COLUMNS][2];
+    // relative to the anchors, and 2^log2_scale times too large
+    float kept[COLUMNS][2], lost[COLUMNS][2], light[COLUMNS][TILES][4];
+    uint32_t light_begin, light_end, heavy_count;
+    uint32_t pending[4][VALUE_WORDS], pending_steps[4];
+    uint32_t next_ids;
+
+    __device__ __forceinline__ uint32_t first_head() const { return ROW_TOKENS == 2 ? t % 2 * 2 : t * 2; }
+
+    __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int seq, int kv_head) : Warp(warp) {
+        code_base = a.codes + (uint64_t)kv_head * a.code_stride_head;
+        code_stride = a.code_stride_block;
+        keys_at = at + g * HALF + t * KEY_WORDS * 4;
+        weights_at = at + WEIGHTS_AT + first_head() * LIGHT_STRIDE * 4;
+        leader_bit = 1u << (lane & (ROW_TOKENS == 2 ? ~1u : ~3u)), below = leader_bit - 1;
+        first_special = min(first_recent, int(end)) - int(STEP);
+        // as values that the compiler cannot work out again in every step
+        opaque(code_base), opaque(keys_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
+        logits_soft_cap = a.logits_soft_cap;
+        uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t head = 8 * c + first_head() + e, row = first_row + head;
+                bool is_there = head < GROUP;
+                light_limit[c][e] = is_there ? a.thresholds[row] : HIGHEST;
+                float lse = is_there ? a.anchor_lse[row] : 0.0f;
+                heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
+                anchor[c][e] = a.log2_scale - lse * LOG2_E;
+                kept[c][e] = lost[c][e] = 0.0f;
+            }
+        clear(light);
+        light_begin = light_end = heavy_count = 0;
+    }
+
+    // what `prepare` has left
+    __device__ __forceinline__ void load_terms() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t head = 8 * c + first_head() + e;
+                bool is_there = head < GROUP;
+                const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
+                scale[c][e] = is_there ? terms[0] : 0.0f;
+                middle[c][e] = is_there ? terms[1] : 0.0f;
+                offset[c][e] = is_there ? terms[2] : DISCARDED;
+            }
+    }
+
+    __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine() + IDS_AT); }
+    __device__ __forceinline__ float* weights() const { return reinterpret_cast<float*>(mine() + WEIGHTS_AT); }
+    __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
+
+    // ---- codes arrive ----
+    // slots of the first tokens of each 16 in the stages from `stage` on
+    __device__ __forceinline__ uint32_t load_ids(uint32_t stage) const {
+        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (stage + lane / STAGE_SLOTS)) + 16 * (lane % STAGE_SLOTS);
+        // behind the end block 0 is read: any bytes do
+        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    }
+
+    __device__ __forceinline__ void keep_ids(uint32_t stage) {
+        ids()[stage % (2 * FETCH_STAGES) * STAGE_SLOTS + lane] = next_ids;
+        next_ids = load_ids(stage + FETCH_STAGES);
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ const uint8_t* page_of(uint32_t slot) const {
+        return code_base + (uint64_t)(slot / BLOCK_SIZE) * code_stride;
+    }
+
+    __device__ __forceinline__ void request(uint32_t stage, uint32_t buffer) const {
+        const uint32_t* slots = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
+        uint8_t* to = mine() + buffer + 16 * lane;
+#pragma unroll
+        for (uint32_t i = 0; i < STAGE_SLOTS; i += 2) {
+            uint2 slot = *reinterpret_cast<const uint2*>(slots + i);
+#pragma unroll
+            for (uint32_t j = 0; j < 2; ++j) {
+                uint32_t first = j ? slot.y : slot.x, in_page = BLOCK_SIZE == 16 ? 0 : first % BLOCK_SIZE;
+                const uint8_t* keys = page_of(first) + (in_page * HALF + 16 * lane);
+#pragma unroll
+                for (uint32_t k = 0; k < HALF / 32; ++k) async_copy16(to + (i + j) * 16 * HALF + 512 * k, keys + 512 * k);
+            }
+        }
+        if (lane < 2 * STAGE_SLOTS) {
+            uint32_t slot = slots[lane / 2];
+            const uint8_t* steps = page_of(slot) + (BLOCK_SIZE * (HALF + QUARTER) + slot % BLOCK_SIZE * 2 + 16 * (lane % 2));
+            async_copy16(to + STEPS_AT, steps);
+        }
+    }
+
+    // ---- light keys, 16 of the ring ----
+    __device__ __forceinline__ void request_light() {
+        const uint32_t* of_lane = slots() + light_begin % LIGHT_ROOM + 2 * t;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            uint32_t slot = of_lane[(k & 1) + 8 * (k >> 1)], in_page = slot % BLOCK_SIZE;
+            const uint8_t* page = page_of(slot);
+            const uint8_t* code = page + (in_page * QUARTER + BLOCK_SIZE * HALF + g * VALUE_BYTES);
+            if constexpr (VALUE_BYTES == 2) {
+                pending[k][0] = load2(code);
+            } else if constexpr (VALUE_BYTES == 4) {
+                pending[k][0] = load4(code);
+            } else {
+                uint2 v = load8(code);
+                pending[k][0] = v.x, pending[k][VALUE_WORDS - 1] = v.y;
+            }
+            pending_steps[k] = load2(page + (2 * in_page + BLOCK_SIZE * (HALF + QUARTER + 2)));
+        }
+        light_begin += 16;
+    }
+
+    __device__ __forceinline__ void weigh_light() {
+        const float* of_lane = weights() + (light_begin - 16) % LIGHT_ROOM + 2 * t;
+        float step[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) step[k] = half_to_float(pending_steps[k]);
+        uint32_t operand[COLUMNS][2];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                // lanes of columns without a head take another's, and nobody looks at what comes of it
+                const float* of_head = of_lane + (8 * c + g % HEADS) * LIGHT_STRIDE + 8 * k;
+                float2 v = *reinterpret_cast<const float2*>(of_head);
+                float first = fminf(v.x * step[2 * k], LARGEST_HALF), second = fminf(v.y * step[2 * k + 1], LARGEST_HALF);
+                operand[c][k] = pack_half<true>(first, second);
+            }
+#pragma unroll
+        for (int b = 0; b < VALUE_BYTES; ++b) {
+            // a code becomes the lowest bits of a float16 from 1,024 on, which is then made the level
+            uint32_t level[2][4];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                uint32_t selector = 0x4400 + b % 4 * 0x1111;
+                uint32_t both = permute_bytes(pending[2 * k][b / 4], pending[2 * k + 1][b / 4], selector);
+                level[k][0] = fma_half2((both << 2 & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);  // x / 4 - 257.5
+                level[k][1] = fma_half2((both & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);
+                level[k][2] = fma_half2((both & 0x00300030) | 0x64006400, 0x2c002c00, 0xd418d418);  // x / 16 - 65.5
+                level[k][3] = fma_half2((both & 0x00c000c0) | 0x64006400, 0x24002400, 0xcc60cc60);  // x / 64 - 17.5
+            }
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    mma_half<true>(light[c][2 * b + i], level[0][2 * i], level[0][2 * i + 1], level[1][2 * i],
+                                   level[1][2 * i + 1], operand[c][0], operand[c][1]);
+        }
+    }
+
+    // where the sum of a head and a rotated channel of `weigh_light` stands, in floats
+    static __device__ __forceinline__ uint32_t light_index(uint32_t head, uint32_t channel) {
+        uint32_t byte = channel % QUARTER, quarter = channel / QUARTER, tile = 2 * (byte % VALUE_BYTES) + quarter / 2;
+        return 4 * sum_index(head / 8, tile, byte / VALUE_BYTES, head % 8 / 2) + 2 * (quarter % 2) + head % 2;
+    }
+
+    // ---- 32 tokens ----
+    static __device__ __forceinline__ void load_words(const uint8_t* from, uint32_t (&words)[KEY_WORDS]) {
+        if constexpr (KEY_WORDS == 2) {
+            uint2 v = *reinterpret_cast<const uint2*>(from);
+            words[0] = v.x, words[1] = v.y;
+        } else {
+#pragma unroll
+            for (int k = 0; k < KEY_WORDS; k += 4) {
+                uint4 v = *reinterpret_cast<const uint4*>(from + 4 * k);
+                words[k] = v.x, words[k + 1] = v.y, words[k + 2] = v.z, words[k + 3] = v.w;
+            }
+        }
+    }
+
+    // add the products of 16 tokens with operands from `first` on
+    __device__ __forceinline__ void multiply(const uint8_t* keys, int first, int (&low)[COLUMNS][4], int (&high)[COLUMNS][4]) const {
+        uint32_t x[2][KEY_WORDS];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) load_words(keys + 8 * r * HALF, x[r]);
+        const uint8_t* operands = dynamic_shared() + OPERANDS_AT + lane * KEY_WORDS * 4;
+        constexpr uint32_t LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            uint32_t l[KEY_WORDS], u[KEY_WORDS];
+            load_words(operands + (first + c) * OPERAND_BYTES, l);
+            load_words(operands + (OPERANDS + first + c) * OPERAND_BYTES, u);
+#pragma unroll
+            for (int k = 0; k < KEY_WORDS; k += 2) {
+                mma_codes(low[c], x[0][k] & LOW, x[1][k] & LOW, x[0][k + 1] & LOW, x[1][k + 1] & LOW, l[k], l[k + 1]);
+                mma_codes(high[c], x[0][k] & HIGH, x[1][k] & HIGH, x[0][k + 1] & HIGH, x[1][k + 1] & HIGH, u[k], u[k + 1]);
+            }
+        }
+    }
+
+    // one bit for each token, in its first lane
+    static __device__ __forceinline__ uint32_t fold(uint32_t lanes) {
+        lanes |= lanes >> 1;
+        if (ROW_TOKENS == 2) return lanes & 0x55555555u;
+        lanes |= lanes >> 2;
+        return lanes & 0x11111111u;
+    }
+
+    // Step `step` of the stage in `buffer`. `SPECIAL` steps, of which there are few, hold positions without a copy, whose
+    // score may be anything.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void scan(uint32_t first, const uint32_t* slots_of_stage, uint32_t buffer, uint32_t step) {
+        const uint8_t* keys = dynamic_shared() + (keys_at + buffer + step * STEP * HALF);
+        bool is_leader = (lane & (ROW_TOKENS == 2 ? 1 : 3)) == 0;
+#pragma unroll
+        for (uint32_t set = 0; set < SETS; ++set) {
+            int low[COLUMNS][4] = {}, high[COLUMNS][4] = {};
+            multiply(keys + set * 16 * HALF, 0, low, high);
+            if constexpr (ROW_TOKENS == 2) multiply(keys + 16 * HALF, COLUMNS, low, high);
+            uint32_t half = ROW_TOKENS == 2 ? t / 2 : set;  // of the step
+            uint32_t first_slot = slots_of_stage[2 * step + half] + g;
+            const uint8_t* steps = mine() + (buffer + STEPS_AT + 64 * step + 32 * half + 2 * g);
+#pragma unroll
+            for (uint32_t r = 0; r < 2; ++r) {
+                uint32_t position = first + 16 * half + g + 8 * r;
+                float key_step = half_to_float(*reinterpret_cast<const uint16_t*>(steps + 16 * r));
+                float score[COLUMNS][2];
+                bool is_heavy = false, is_light = false, keep[COLUMNS][2];
+                bool always = SPECIAL && (position < NUM_FIRST_ANCHORS || int(position) >= first_recent);
+                bool is_inside = !SPECIAL || position < end;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        // exact: 16 times the sum is less than 2^24
+                        float sum = __fmaf_rn(float(16 * low[c][2 * r + e] + high[c][2 * r + e]), 0.0625f, -middle[c][e]);
+                        float s = capped(__fmaf_rn(sum, __fmul_rn(key_step, scale[c][e]), offset[c][e]), logits_soft_cap);
+                        if (SOFT_CAP && offset[c][e] == DISCARDED) s = DISCARDED;
+                        if (SPECIAL && (always || !is_inside)) s = DISCARDED;
+                        score[c][e] = s;
+                        is_heavy |= s >= heavy_limit[c][e];
+                        keep[c][e] = s >= light_limit[c][e];
+                        is_light |= keep[c][e];
+                    }
+                if (SPECIAL) is_heavy = is_inside && (is_heavy || always);
+                uint32_t heavy_tokens = fold(__ballot_sync(ALL, is_heavy));
+                uint32_t light_tokens = fold(__ballot_sync(ALL, is_light)) & ~heavy_tokens;
+                is_light = light_tokens & leader_bit, is_heavy = heavy_tokens & leader_bit;
+                uint32_t index = (light_end + __popc(light_tokens & below)) % LIGHT_ROOM;
+                float* of_token = reinterpret_cast<float*>(dynamic_shared() + (weights_at + 4 * index));
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float exponential = exp2_fast(__fmaf_rn(score[c][e], LOG2_E, anchor[c][e]));
+                        // heavy keys are scored exactly, and their exponentials here may be any
+                        if (is_heavy) exponential = 0.0f;
+                        if (keep[c][e]) kept[c][e] += exponential;
+                        if (!keep[c][e]) lost[c][e] += exponential;
+                        if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[c][e] ? exponential : 0.0f;
+                    }
+                if (is_light && is_leader) slots()[index] = first_slot + 8 * r;
+                light_end += __popc(light_tokens);
+                if (heavy_tokens) {
+                    if (is_heavy && is_leader) heavy()[heavy_count + __popc(heavy_tokens & below)] = first_slot + 8 * r;
+                    heavy_count += __popc(heavy_tokens);
+                }
+            }
+        }
+    }
+
+    // ask for the first stages from `stage` on
+    __device__ __forceinline__ void begin(uint32_t stage, uint32_t num_stages) {
+        uint32_t fetched = stage / FETCH_STAGES * FETCH_STAGES;
+        next_ids = load_ids(fetched);
+        keep_ids(fetched);
+        if (stage - fetched + STAGES - 1 > FETCH_STAGES) keep_ids(fetched + FETCH_STAGES);
+#pragma unroll
+        for (uint32_t i = 0; i < STAGES - 1; ++i) {
+            if (stage + i < num_stages) request(stage + i, i * STAGE_BYTES);
+            async_commit();
+        }
+    }
+
+    // stages from `stage` on, until all are done or the list has no room for another; returns the next
+    __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
+        uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
+        uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage);
+        for (; stage < num_stages && heavy_count <= HEAVY_ROOM - STAGE_TOKENS; ++stage) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            // what is written to was read in the stage before
+            uint32_t ahead = stage + STAGES - 1;
+            if (ahead % FETCH_STAGES == 0) keep_ids(ahead);
+            if (ahead < num_stages) request(ahead, free_buffer);
+            async_commit();
+            const uint32_t* slots_of_stage = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
+#pragma unroll 1
+            for (uint32_t step = 0; step < STAGE_STEPS; ++step) {
+                uint32_t position = first + STEP * step;
+                if (position < NUM_FIRST_ANCHORS || int(position) > first_special)
+                    scan<true>(position, slots_of_stage, buffer, step);
+                else
+                    scan<false>(position, slots_of_stage, buffer, step);
+                __syncwarp();
+                while (light_end - light_begin >= 16) {
+                    if (light_begin) weigh_light();
+                    request_light();
+                }
+            }
+            first += STAGE_TOKENS * WARPS;
+            free_buffer = buffer;
+            buffer = buffer == (STAGES - 1) * STAGE_BYTES ? 0 : buffer + STAGE_BYTES;
+        }
+        async_wait<0>();
+        if (light_begin) weigh_light();
+        if (light_end > light_begin) {
+            // the last key again, with weight 0
+            uint32_t last = slots()[(light_end - 1) % LIGHT_ROOM];
+            __syncwarp();
+            if (lane < light_begin + 16 - light_end) {
+                uint32_t index = (light_end + lane) % LIGHT_ROOM;
+                slots()[index] = last;
+                for (int head = 0; head < HEADS; ++head) weights()[head * LIGHT_STRIDE + index] = 0.0f;
+            }
+            __syncwarp();
+            request_light();
+            weigh_light();
+        }
+        __syncwarp();
+        return stage;
+    }
+};

@@ -1,0 +1,360 @@
+// Sizes and arguments of value_split.cu, and what a warp of it does: the scan and the gather.
+
+constexpr uint32_t STAGE_TOKENS = 16;
+constexpr uint32_t ROW_BYTES = 2 * HEAD_SIZE, CHUNKS = ROW_BYTES / 16;  // of a key or a value
+constexpr int COLUMNS = GROUP > 8 ? 2 : 1;                              // blocks of eight columns
+constexpr uint32_t HEADS = GROUP <= 4 ? 4 : 8 * COLUMNS;                // that the ring has scores of
+constexpr int TILES = HEAD_SIZE / 16;                                   // of 16 channels
+constexpr int KEY_PARTS = HEAD_SIZE / 32, VALUE_PARTS = HEAD_SIZE / 64; // of 16 bytes that a lane has of a row
+constexpr bool HOLDS_QUERIES = HEAD_SIZE * COLUMNS <= 128;              // in registers, of which there are enough
+constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;                       // lanes of a quad that have columns of heads
+constexpr uint32_t ROOM = 64, SCORE_STRIDE = ROOM + 8;                  // the stride spreads heads over the banks
+constexpr float SLACK = 5.0f;  // that scores exceed what exponentials are relative to, at most
+
+// bytes of shared memory: what every warp has, and behind that what all have together
+constexpr uint32_t STAGE_BYTES = STAGE_TOKENS * ROW_BYTES, SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16;
+// in the end, sums stand where the ring has its last stage, which the next piece asks for last
+constexpr uint32_t SUMS_AT = (STAGES - 1) * STAGE_BYTES;
+constexpr uint32_t RING_BYTES = SUMS_AT + (STAGE_BYTES > SUMS_BYTES ? STAGE_BYTES : SUMS_BYTES);
+constexpr uint32_t SCORES_AT = RING_BYTES, SLOTS_AT = SCORES_AT + HEADS * SCORE_STRIDE * 4;
+constexpr uint32_t WARP_BYTES = SLOTS_AT + ROOM * 4;
+constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64;
+constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
+constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4;  // at most 16 warps
+constexpr uint32_t THRESHOLDS_AT = COUNTS_AT + 64, SHARED_BYTES = THRESHOLDS_AT + 2 * 16 * 4;
+static_assert(STAGE_BYTES % 128 == 0 && WARP_BYTES % 16 == 0, "copies of 16 bytes");
+static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
+
+struct Args {
+    const uint8_t* kv_cache;
+    const int* block_table;
+    const int* seq_lens;
+    const float* threshold_offset;  // or null
+    const uint8_t* query;
+    const float* thresholds;
+    const float* q_scale;  // or null
+    const float* k_scale;  // or null
+    float* piece_output;
+    float* piece_stats;
+    long long* value_rows_read;  // or null
+    uint32_t stride_block, stride_head, stride_token;  // bytes
+    uint32_t query_stride_seq, query_stride_head;
+    int table_stride, num_seqs, num_kv_heads;
+    int max_dense_len, min_step_tokens;
+    ScheduleArgs schedule;
+    float softmax_scale, logits_soft_cap;
+};
+
+// where part `chunk` of a row stands in it, so that lanes find theirs in different banks
+__device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) { return 16 * (chunk ^ (row & 6) ^ (row & 1) << 2); }
+
+// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
+__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
+    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
+}
+
+// A warp's part of a piece. A lane is number t of quad g. In the scan it has tokens g and g + 8 of a stage, and heads
+// 8 c + 2 t + e; in the gather keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen, and head 8 c + g.
+struct Warp {
+    uint32_t at;  // where the warp's shared memory is
+    uint32_t warp, lane, g, t;
+    uint32_t start, end, num_stages;
+    uint32_t open_start;  // where the page begins that the sequence's next token goes to
+    uint32_t parity;      // which of the two sets of thresholds is the piece's
+    bool is_dense;
+    const int* blocks;
+    const uint8_t* kv_base;
+    uint32_t stride_block, stride_token;
+    float scale, logits_soft_cap;
+    uint4 query[COLUMNS][HOLDS_QUERIES ? KEY_PARTS : 1];
+    float threshold[COLUMNS][2], offset[COLUMNS][2], lost[COLUMNS][2];  // relative to the threshold
+    float maximum[COLUMNS], kept[COLUMNS], output[COLUMNS][TILES][4];
+    uint4 pending[4][VALUE_PARTS];
+    uint32_t ring_begin, ring_end, rows_read;
+    int slots_before, slots, next_slots;  // of the first tokens of 32 stages, one a lane
+
+    __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
+    __device__ __forceinline__ float* ring_scores() const { return reinterpret_cast<float*>(mine() + SCORES_AT); }
+    __device__ __forceinline__ uint32_t* ring_slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
+    __device__ __forceinline__ const uint8_t* row_of(uint32_t slot) const {
+        return kv_base + ((uint64_t)(slot / BLOCK_SIZE) * stride_block + slot % BLOCK_SIZE * stride_token);
+    }
+
+    __device__ __forceinline__ float* thresholds() const { return reinterpret_cast<float*>(dynamic_shared() + THRESHOLDS_AT) + 16 * parity; }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            lost[c][0] = lost[c][1] = kept[c] = 0.0f;
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) output[c][tile][i] = 0.0f;
+        }
+        ring_begin = ring_end = rows_read = 0;
+    }
+
+    // what `begin_piece` has left
+    __device__ __forceinline__ void take_terms() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                threshold[c][e] = thresholds()[8 * c + 2 * t + e];
+                offset[c][e] = threshold[c][e] * -LOG2_E;
+            }
+            maximum[c] = thresholds()[8 * c + g % HEADS];
+            if (HOLDS_QUERIES)
+#pragma unroll
+                for (int i = 0; i < KEY_PARTS; ++i)
+                    query[c][i] = *reinterpret_cast<const uint4*>(
+                        dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+        }
+    }
+
+    // ---- keys arrive ----
+    __device__ __forceinline__ int load_slots(uint32_t first_stage) const {
+        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (first_stage + lane));
+        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    }
+
+    __device__ __forceinline__ void request_keys(uint32_t stage) {
+        if (stage % 32 == 0 && stage) slots_before = slots, slots = next_slots, next_slots = load_slots(stage + 32);
+        if (stage < num_stages) {
+            const uint8_t* from = row_of(__shfl_sync(ALL, slots, stage % 32));
+            uint8_t* to = mine() + stage % STAGES * STAGE_BYTES;
+#pragma unroll
+            for (uint32_t k = 0; k < CHUNKS / 2; ++k) {
+                uint32_t row = (32 * k + lane) / CHUNKS, chunk = lane % CHUNKS;
+                async_copy16(to + row * ROW_BYTES + place_of(row, chunk), from + row * stride_token + 16 * chunk);
+            }
+        }
+        async_commit();
+    }
+
+    // of the first token of a stage, if no stage behind `requested` was requested
+    __device__ __forceinline__ uint32_t slot_of(uint32_t stage, uint32_t requested) const {
+        return __shfl_sync(ALL, requested / 32 == stage / 32 ? slots : slots_before, stage % 32);
+    }
+
+    __device__ __forceinline__ void begin() {
+        slots_before = 0, slots = load_slots(0), next_slots = load_slots(32);
+#pragma unroll
+        for (uint32_t stage = 0; stage < STAGES - 1; ++stage) request_keys(stage);
+    }
+
+    // ---- values of sixteen survivors ----
+    // ask for them; number i of them is in slot `slot_at(i)`
+    template <class SlotAt>
+    __device__ __forceinline__ void request_values(SlotAt slot_at) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint8_t* value = row_of(slot_at(2 * t + (k & 1) + 8 * (k >> 1))) + (ROW_BYTES + 16 * g);
+#pragma unroll
+            for (int i = 0; i < VALUE_PARTS; ++i) pending[k][i] = load16(value + 128 * i);
+        }
+        ring_begin += 16;
+    }
+
+    __device__ __forceinline__ void request_listed() {
+        const uint32_t* listed = ring_slots() + ring_begin % ROOM;
+        request_values([&](uint32_t index) { return listed[index]; });
+    }
+
+    __device__ __forceinline__ void weigh_values() {
+        const float* of_lane = ring_scores() + (ring_begin - 16) % ROOM + 2 * t;
+        uint32_t operand[COLUMNS][2];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            // lanes of columns without a head take another's, and nobody looks at what comes of it
+            const float* of_head = of_lane + (8 * c + g % HEADS) * SCORE_STRIDE;
+            float2 low = *reinterpret_cast<const float2*>(of_head), high = *reinterpret_cast<const float2*>(of_head + 8);
+            float best = fmaxf(fmaxf(low.x, low.y), fmaxf(high.x, high.y));
+            best = fmaxf(best, __shfl_xor_sync(ALL, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(ALL, best, 2));
+            bool is_higher = best > maximum[c] + SLACK;
+            if (__ballot_sync(ALL, is_higher)) {
+                float factor = is_higher ? exp2_fast((maximum[c] - best) * LOG2_E) : 1.0f;
+                if (is_higher) maximum[c] = best;
+                kept[c] *= factor;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float of_sums = __shfl_sync(ALL, factor, 4 * (2 * t + e));
+#pragma unroll
+                    for (int tile = 0; tile < TILES; ++tile) output[c][tile][e] *= of_sums, output[c][tile][2 + e] *= of_sums;
+                }
+            }
+            float offset = maximum[c] * -LOG2_E;
+            low.x = exp2_fast(__fmaf_rn(low.x, LOG2_E, offset)), low.y = exp2_fast(__fmaf_rn(low.y, LOG2_E, offset));
+            high.x = exp2_fast(__fmaf_rn(high.x, LOG2_E, offset)), high.y = exp2_fast(__fmaf_rn(high.y, LOG2_E, offset));
+            operand[c][0] = pack_half<IS_FLOAT16>(low.x, low.y), operand[c][1] = pack_half<IS_FLOAT16>(high.x, high.y);
+            // as they are rounded: then a key that outweighs all others has a weight of 1
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+                kept[c] += element_to_float<IS_FLOAT16>(uint16_t(operand[c][k])) + element_to_float<IS_FLOAT16>(uint16_t(operand[c][k] >> 16));
+        }
+#pragma unroll
+        for (int i = 0; i < VALUE_PARTS; ++i) {
+            uint32_t part[4][4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint4 v = pending[k][i];
+                part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
+                uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+                    mma_half<IS_FLOAT16>(output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
+            }
+        }
+    }
+
+    // channel of row g of a tile; row g + 8 has the next one
+    static __device__ __forceinline__ uint32_t channel_of(uint32_t tile, uint32_t g) { return tile / 4 * 64 + 8 * g + tile % 4 * 2; }
+
+    // ---- 16 tokens ----
+    __device__ __forceinline__ uint4 query_part(uint32_t c, uint32_t i) const {
+        if constexpr (HOLDS_QUERIES) return query[c][i];
+        return *reinterpret_cast<const uint4*>(dynamic_shared() + QUERY_AT + (8 * c + g) * QUERY_STRIDE + 64 * i + 16 * t);
+    }
+
+    // products of the tokens of a stage, in two halves, so that none waits for all others
+    __device__ __forceinline__ void multiply(uint32_t stage, float (&products)[COLUMNS][2][4]) const {
+        const uint8_t* keys = mine() + (stage % STAGES * STAGE_BYTES + g * ROW_BYTES);
+#pragma unroll
+        for (int i = 0; i < KEY_PARTS; ++i) {
+            const uint4 k = *reinterpret_cast<const uint4*>(keys + place_of(g, 4 * i + t));
+            const uint4 l = *reinterpret_cast<const uint4*>(keys + 8 * ROW_BYTES + place_of(g, 4 * i + t));
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const uint4 q = query_part(c, i);
+                mma_half<IS_FLOAT16>(products[c][0], k.x, l.x, k.y, l.y, q.x, q.y);
+                mma_half<IS_FLOAT16>(products[c][1], k.z, l.z, k.w, l.w, q.z, q.w);
+            }
+        }
+    }
+
+    __device__ __forceinline__ float score_of(const float (&products)[2][4], uint32_t r, int e) const {
+        return capped((products[0][2 * r + e] + products[1][2 * r + e]) * scale, logits_soft_cap);
+    }
+
+    // `SPECIAL` stages hold positions behind the end, or of the open page.
+    template <bool SPECIAL>
+    __device__ __forceinline__ void scan(uint32_t stage, uint32_t first) {
+        float products[COLUMNS][2][4] = {};
+        multiply(stage, products);
+        uint32_t slot = slot_of(stage, stage + STAGES - 1);
+#pragma unroll
+        for (uint32_t r = 0; r < 2; ++r) {
+            uint32_t position = first + g + 8 * r;
+            bool is_inside = !SPECIAL || position < end, survives = false, keep[COLUMNS][2];
+            float score[COLUMNS][2];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float s = score_of(products[c], r, e);
+                    score[c][e] = s;
+                    keep[c][e] = is_inside && s >= threshold[c][e];
+                    survives |= keep[c][e];
+                    float exponential = exp2_fast(__fmaf_rn(s, LOG2_E, offset[c][e]));
+                    if (is_inside && !keep[c][e]) lost[c][e] += exponential;
+                }
+            uint32_t survivors = __ballot_sync(ALL, survives);
+            if (survivors == 0) continue;
+            survivors |= survivors >> 1;
+            survivors = (survivors | survivors >> 2) & 0x11111111u;
+            uint32_t leader = 1u << (lane & ~3u);
+            if (survivors & leader) {
+                uint32_t index = (ring_end + __popc(survivors & (leader - 1))) % ROOM;
+                float* of_token = ring_scores() + index;
+#pragma unroll
+                for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (8 * c + 2 * t + e < HEADS) of_token[(8 * c + 2 * t + e) * SCORE_STRIDE] = keep[c][e] ? score[c][e] : DISCARDED;
+                if (t == 0) ring_slots()[index] = slot + g + 8 * r;
+            }
+            ring_end += __popc(survivors);
+            rows_read += __popc(SPECIAL ? survivors & before_open(first + 8 * r) : survivors);
+        }
+    }
+
+    // leaders of tokens from `first` on that are not of the open page
+    __device__ __forceinline__ uint32_t before_open(uint32_t first) const {
+        uint32_t number = open_start > first ? min(open_start - first, 8u) : 0u;
+        return number == 8 ? ALL : (1u << 4 * number) - 1;
+    }
+
+    // the stages of a piece; in the end some values are pending, or not even asked for
+    __device__ __forceinline__ void run_sparse() {
+        uint32_t first = start + STAGE_TOKENS * warp, special = min(end, open_start);
+        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            // what is written to was read in the stage before
+            request_keys(stage + STAGES - 1);
+            if (first + STAGE_TOKENS > special)
+                scan<true>(stage, first);
+            else
+                scan<false>(stage, first);
+            __syncwarp();
+            if (ring_end - ring_begin >= 16) {
+                if (ring_begin) weigh_values();
+                request_listed();
+            }
+        }
+        if (ring_end == ring_begin) return;
+        if (ring_begin) weigh_values();
+        // the last key again, with weight 0
+        uint32_t last = ring_slots()[(ring_end - 1) % ROOM];
+        __syncwarp();
+        if (lane < ring_begin + 16 - ring_end) {
+            uint32_t index = (ring_end + lane) % ROOM;
+            ring_slots()[index] = last;
+            for (uint32_t head = 0; head < HEADS; ++head) ring_scores()[head * SCORE_STRIDE + index] = DISCARDED;
+        }
+        __syncwarp();
+        request_listed();
+    }
+
+    // Where every key is kept, values are asked for before their keys are scored.
+    __device__ __forceinline__ void run_dense() {
+        uint32_t first = start + STAGE_TOKENS * warp;
+        auto request = [&](uint32_t stage, uint32_t from, uint32_t requested) {
+            uint32_t slot = slot_of(stage, requested), last = min(STAGE_TOKENS, end - from) - 1;
+            request_values([&](uint32_t index) { return slot + min(index, last); });
+        };
+        if (num_stages) request(0, first, 0);
+        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+            async_wait<STAGES - 2>();
+            __syncwarp();
+            request_keys(stage + STAGES - 1);
+            float products[COLUMNS][2][4] = {};
+            multiply(stage, products);
+            float* of_stage = ring_scores() + (ring_begin - 16) % ROOM + g;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+#pragma unroll
+                    for (uint32_t r = 0; r < 2; ++r)
+                        if (8 * c + 2 * t + e < HEADS)
+                            of_stage[(8 * c + 2 * t + e) * SCORE_STRIDE + 8 * r] =
+                                first + g + 8 * r < end ? score_of(products[c], r, e) : DISCARDED;
+            __syncwarp();
+            if (stage + 1 == num_stages) break;
+            weigh_values();
+            request(stage + 1, first + STAGE_TOKENS * WARPS, stage + STAGES - 1);
+        }
+    }
+
+    // what the stages have left
+    __device__ __forceinline__ void finish() {
+        if (ring_begin) weigh_values();
+        __syncwarp();
+    }
+};
