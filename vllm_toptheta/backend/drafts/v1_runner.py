@@ -9,10 +9,31 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_toptheta.errors import UnsupportedError
+
+GREEDY = 1e-5  # temperature below which vLLM takes the most likely token
+
+
+def as_certain(probabilities: torch.Tensor, drafted: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Probabilities of drafts, of which some sequences' were never drawn, as far as verification is told.
+
+    A grammar cuts drafts that it does not allow before they are verified, and what is sampled in their place comes from
+    the model alone. That is right only if nothing depended on which token was drafted: with probabilities, those that
+    it allows would be too many. A draft that is taken as given is accepted with the model's own probability.
+
+    Args:
+        probabilities: [num_reqs, num_drafts, vocab_size] float32, written in place.
+        drafted: [num_reqs, num_drafts] integers.
+        rows: The sequences that are cut.
+    """
+    if rows:
+        probabilities[rows] = 0.0
+        probabilities[rows] = probabilities[rows].scatter(2, drafted[rows].long()[:, :, None], 1.0)
+    return probabilities
 
 
 class SelfDrafts(DraftModelProposer):
@@ -105,9 +126,36 @@ class SelfDrafts(DraftModelProposer):
             drafts.append(token_ids.to(torch.int32))
             if of_step is not None:
                 probabilities.append(of_step)
+        drafted = torch.stack(drafts[1:], dim=1) if len(drafts) > 1 else next_token_ids.new_empty(num_reqs, 0)
         if probabilities:
-            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
-        return torch.stack(drafts[1:], dim=1) if len(drafts) > 1 else next_token_ids.new_empty(num_reqs, 0)
+            self._last_draft_probs = as_certain(torch.stack(probabilities, dim=1), drafted, self._structured_rows())
+        return drafted
+
+    def _structured_rows(self) -> list[int]:
+        """Where requests stand whose texts have to follow a grammar."""
+        requests, names = self._runner.requests, self._runner.input_batch.req_ids
+        return [row for row, name in enumerate(names) if requests[name].sampling_params.structured_outputs]
+
+    def _sample_from_logits(
+        self, logits: torch.Tensor, sampling_metadata: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens by temperature, top-k and top-p, as verification has them; vLLM's own knows the temperature only.
+
+        Args:
+            logits: [num_reqs, vocab_size], may be written.
+            sampling_metadata: The batch's.
+
+        Returns:
+            [num_reqs], and [num_reqs, vocab_size] float32, the probabilities by which they were drawn.
+        """
+        top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
+        if not sampling_metadata.all_greedy and (top_k is not None or top_p is not None):
+            is_greedy = sampling_metadata.temperature < GREEDY
+            temperature = sampling_metadata.temperature.masked_fill(is_greedy, 1.0)
+            logits = apply_top_k_top_p(logits.float() / temperature[:, None], top_k, top_p)
+            # which is then done, except for those that take the most likely token
+            sampling_metadata = replace(sampling_metadata, temperature=(~is_greedy).float())
+        return super()._sample_from_logits(logits, sampling_metadata)
 
     def _step(self, common: CommonAttentionMetadata, lengths: torch.Tensor) -> CommonAttentionMetadata:
         """Metadata of a step of one token per sequence; those that are idle have no token in it."""
