@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GraniteSWAConfig, LlamaConfig
 
 from tests.e2e.conftest import TINY, Subject, write_model, write_tokenizer
 from tests.e2e.generate import ENVIRONMENT, GPU_ENGINE, IN_PROCESSES_OF_THEIR_OWN, IN_THIS_PROCESS, Call, generate
@@ -266,11 +266,23 @@ def run(module: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+WINDOWED = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"] * 2}
+COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
+
+
 @pytest.mark.skipif(ON_GPU, reason="random models part from themselves in float16")
 @pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly)]
+    ("seed", "has_windows", "options"),
+    [
+        pytest.param(0, False, {}, id="values"),
+        pytest.param(1, True, {}, id="windows and sinks"),
+        pytest.param(2, False, COPIES, id="copies", marks=pytest.mark.nightly),
+        pytest.param(3, True, COPIES, id="windows, sinks and copies", marks=pytest.mark.nightly),
+    ],
 )
-def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None:
+def test_requests_that_come_stop_and_are_left(
+    tmp_path: Path, seed: int, has_windows: bool, options: dict[str, Any]
+) -> None:
     chance = random.Random(seed)  # noqa: S311 - nothing is secret
     # scores spread differently from model to model, and so does what is accepted
     fields = {
@@ -278,7 +290,10 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
         "initializer_range": chance.choice([0.06, 0.1, 0.15]),
         "num_key_value_heads": chance.choice([1, 2, 4]),
     }
-    model = write_model(LlamaConfig(**fields), tmp_path)
+    family = (
+        GraniteSWAConfig(**fields, **WINDOWED, attention_multiplier=0.125) if has_windows else LlamaConfig(**fields)
+    )
+    model = write_model(family, tmp_path)
     vocabulary, beginning = TINY["vocab_size"], [chance.randrange(512) for _ in range(400)]
     requests = [
         {
@@ -308,7 +323,7 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
             "backend": "toptheta",
             "options": {
                 "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
-                "guard": "off",
+                "guard": "off", **options,
             },
             # few blocks, for which requests wait
             "engine": {**engine, "max_num_seqs": 6, "num_gpu_blocks_override": 56, "max_num_batched_tokens": 256},
@@ -356,7 +371,7 @@ def test_samples_have_the_distribution_of_dense_attention(tmp_path: Path) -> Non
     dense = sampled(tmp_path, seed=1)
     lossy = sampled(tmp_path, options=FLOOR, seed=2)
     ours = sampled(tmp_path, options=DRAFTING, seed=3)
-    unverified = sampled(tmp_path, options=DRAFTING, asked="lossy", seed=4)
+    unverified = sampled(tmp_path, options=DRAFTING, asked="lossy", number=2000, seed=4)
     assert 0.3 * ours["drafted"] < ours["accepted"] < 0.98 * ours["drafted"]
     # the same number of samples tells what thresholds change
     assert p_value(dense["counts"], lossy["counts"]) < 1e-6
@@ -366,8 +381,8 @@ def test_samples_have_the_distribution_of_dense_attention(tmp_path: Path) -> Non
 
 
 def test_samples_of_few_tokens(tmp_path: Path) -> None:
-    few = {"temperature": 1.5, "max_tokens": 3, "top_k": 5, "top_p": 0.8}
-    dense, ours = (sampled(tmp_path, sampling=few, **one) for one in ({"seed": 1}, {"options": DRAFTING, "seed": 3}))
+    few = {"number": 2000, "sampling": {"temperature": 1.5, "max_tokens": 3, "top_k": 5, "top_p": 0.8}}
+    dense, ours = (sampled(tmp_path, **few, **one) for one in ({"seed": 1}, {"options": DRAFTING, "seed": 3}))
     assert p_value(dense["counts"], ours["counts"]) > 1e-3
     # 0.61 of the drafts that know the temperature only
     assert ours["accepted"] > 0.65 * ours["drafted"]
@@ -376,7 +391,7 @@ def test_samples_of_few_tokens(tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_samples_that_follow_a_grammar(tmp_path: Path) -> None:
     # it cuts most of the drafts
-    pattern = {"regex": "[a-g][abc][a-g]"}
+    pattern = {"number": 6000, "regex": "[a-g][abc][a-g]"}
     dense, ours = (sampled(tmp_path, **pattern, **one) for one in ({"seed": 1}, {"options": DRAFTING, "seed": 3}))
     assert all(text.split(",")[1] in "012" for text in ours["counts"])
     assert p_value(dense["counts"], ours["counts"]) > 1e-3
