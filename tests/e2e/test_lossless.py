@@ -325,8 +325,11 @@ def test_requests_that_come_stop_and_are_left(
                 "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
                 "guard": "off", **options,
             },
-            # few blocks, for which requests wait
-            "engine": {**engine, "max_num_seqs": 6, "num_gpu_blocks_override": 56, "max_num_batched_tokens": 256},
+            # few blocks, for which requests wait, and which are taken away
+            "engine": {
+                **engine, "max_num_seqs": chance.choice([6, 8]), "num_gpu_blocks_override": 40,
+                "max_num_batched_tokens": chance.choice([128, 256]),
+            },
         },
     )  # fmt: skip
     assert set(found["texts"]) >= {str(index) for index, request in enumerate(requests) if request["left"] is None}
@@ -334,6 +337,7 @@ def test_requests_that_come_stop_and_are_left(
         assert text == expected[index], index
     assert 0 < found["accepted"] < found["drafted"]
     assert found["prefix_hits"] > 0
+    assert found["preemptions"] > 0
 
 
 FLOOR = {"weight_floor": 20.0, "min_context": 0, "guard": "off"}

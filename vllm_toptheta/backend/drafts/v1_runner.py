@@ -17,16 +17,17 @@ GREEDY = 1e-5  # temperature below which vLLM takes the most likely token
 
 
 def as_certain(probabilities: torch.Tensor, drafted: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Probabilities of drafts, of which some sequences' were never drawn, as far as verification is told.
+    """Probabilities for verification, in which some sequences' drafts are what could not have been drawn otherwise.
 
     A grammar cuts drafts that it does not allow before they are verified, and what is sampled in their place comes from
-    the model alone. That is right only if nothing depended on which token was drafted: with probabilities, those that
-    it allows would be too many. A draft that is taken as given is accepted with the model's own probability.
+    the model alone. That is right only if it does not matter how likely drafts were: compared by their probabilities,
+    tokens that are drafted often would be sampled too often. A draft that is certain is accepted with the model's own
+    probability.
 
     Args:
         probabilities: [num_reqs, num_drafts, vocab_size] float32, written in place.
         drafted: [num_reqs, num_drafts] integers.
-        rows: The sequences that are cut.
+        rows: The sequences that a grammar may cut.
     """
     if rows:
         probabilities[rows] = 0.0
