@@ -307,7 +307,7 @@ def test_requests_that_come_stop_and_are_left(
         }
         for _ in range(24)
     ]
-    config = {"model": str(model), "requests": requests, "seed": seed}
+    config = {"model": str(model), "requests": requests, "seed": seed, "preempted": 0}
     engine = {"max_model_len": 700, "block_size": 32}
     whole = [{**request, "left": None} for request in requests]
     expected = run(
@@ -325,10 +325,11 @@ def test_requests_that_come_stop_and_are_left(
                 "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
                 "guard": "off", **options,
             },
-            # few blocks, for which requests wait, and which are taken away
+            "preempted": 0.03,
+            # few blocks, for which requests wait
             "engine": {
-                **engine, "max_num_seqs": chance.choice([6, 8]), "num_gpu_blocks_override": 40,
-                "max_num_batched_tokens": chance.choice([128, 256]),
+                **engine, "max_num_seqs": chance.choice([2, 6, 12]), "num_gpu_blocks_override": 56,
+                "max_num_batched_tokens": 256,
             },
         },
     )  # fmt: skip
