@@ -125,8 +125,7 @@ def test_parameters_are_counted_without_records() -> None:
 def test_files_are_short() -> None:
     sources = [file for file in PACKAGE.rglob("*") if file.suffix in {".py", ".cu", ".cuh", ".js", ".css", ".html"}]
     long = {str(file.relative_to(PACKAGE)) for file in sources if len(file.read_text().splitlines()) > MAX_LINES}
-    # one translation unit: what a thread keeps in registers from the scan to the heavy keys cannot be cut in two;
-    # and all that Numba compiles, because its cache on disk looks at no other file
+    # all that Numba compiles, because its cache on disk looks at no other file
     assert long == {"kernels/cpu/numba_decode.py"}
 
 

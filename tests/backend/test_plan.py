@@ -117,6 +117,21 @@ def test_what_stays_dense_is_the_hardwares_unless_it_is_set(make_config: MakeCon
         assert replace(Plan.resolve(make_config(options)), automatic=automatic).dense_rule == rule, options
 
 
+def test_requests_of_a_lossless_server_on_cpus_can_do_without_verification(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"lossless": True})
+    assert Plan.resolve(config).choices.labels == ["dense", "floor:2", "floor:0 to 1000", "lossy"]
+    assert "lossy" not in Plan.resolve(make_config({})).choices.labels
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    choices = Plan.resolve(config).choices
+    assert "lossy" not in choices.labels
+    with pytest.raises(
+        errors.SettingsError, match="vllm_xargs.toptheta: GPUs verify .* Leave lossy out, or ask a serv"
+    ):
+        choices.parse("lossy")
+
+
 def test_shadow_keys(make_config: MakeConfig, shadow_folder: Path) -> None:
     plan = Plan.resolve(make_config({"thresholds": str(shadow_folder), "mode": "shadow"}))
     stored = store.load(shadow_folder).shadow

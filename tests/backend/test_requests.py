@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from vllm_toptheta.backend.request_choices import COMMON, KEEP_ALL, MAX_ECHO, RequestChoices
+from vllm_toptheta.backend.request_choices import COMMON, KEEP_ALL, MAX_ECHO, RequestChoices, is_lossy
 from vllm_toptheta.backend.requests import RequestOffsets
 from vllm_toptheta.errors import SettingsError
 from vllm_toptheta.selection import ServedThresholds
@@ -87,6 +87,37 @@ def test_calibrated_thresholds_have_no_floor_to_choose() -> None:
         choices.parse("floor:2")
 
 
+UNVERIFIED = RequestChoices(ServedThresholds.relative(3.0), any_floor=True, lossy_refusal=None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "offset"),
+    [("lossy", COMMON), (" Lossy floor:3", COMMON), ("lossy floor:1.5", LOWER), ("lossy  floor: 1.5\n", LOWER)],
+)
+def test_answers_that_are_not_verified(asked: str, offset: float) -> None:
+    assert (UNVERIFIED.parse(asked), is_lossy(asked)) == (offset, True)
+    assert UNVERIFIED.kinds == ["dense", "floor", "lossy"]
+    with pytest.raises(SettingsError, match="toptheta: no answer of this server is verified, .* Leave lossy out"):
+        CHOICES.parse(asked)
+
+
+@pytest.mark.parametrize("asked", ["lossy dense", "lossy floor:0", "lossy lossy", "lossy sparse", "lossyfloor:1"])
+def test_what_says_nothing_about_answers(asked: str) -> None:
+    with pytest.raises(SettingsError, match="can ask for dense, floor:3, floor:0 to 1000, lossy, not for"):
+        UNVERIFIED.parse(asked)
+
+
+@pytest.mark.parametrize("asked", [None, 3, ["lossy"], "", "floor:1.5", "dense lossy"])
+def test_everything_else_is_verified(asked: Any) -> None:
+    assert not is_lossy(asked)
+
+
+def test_a_wish_for_an_unverified_answer_that_nobody_checked_is_verified() -> None:
+    requests = RequestOffsets(CHOICES, ROWS)
+    requests.step([new_request("a", "lossy")], {"a"}, ["a"])
+    assert (requests.lossy_rows, requests.counts) == ([], {"dense": 1})
+
+
 def test_where_nothing_can_be_asked_for_the_reason_is_given() -> None:
     refusing = RequestChoices(ServedThresholds.relative(3.0), any_floor=True, refusal="switched off")
     with pytest.raises(SettingsError, match="vllm_xargs.toptheta: switched off"):
@@ -143,7 +174,7 @@ class Batches(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.requests = RequestOffsets(CHOICES, ROWS)
+        self.requests = RequestOffsets(UNVERIFIED, ROWS)
         self.address = self.requests.offsets.data_ptr()
         self.known: dict[str, Any] = {}  # as the runner knows them
         self.new: list[SimpleNamespace] = []
@@ -152,7 +183,7 @@ class Batches(RuleBasedStateMachine):
     @rule(
         target=running,
         number=st.integers(0, 9),
-        asked=st.sampled_from([None, None, "dense", "floor:1.5", "floor:3", "floor:7"]),
+        asked=st.sampled_from([None, None, "dense", "floor:1.5", "floor:3", "floor:7", "lossy", "lossy floor:7"]),
     )
     def add(self, number: int, asked: Any) -> tuple[str, Any]:
         """Also under the id of one that is known, which was aborted in between."""
@@ -186,11 +217,14 @@ class Batches(RuleBasedStateMachine):
         self.requests.step(new, self.known.keys(), self.rows)
         self.new = []
         offsets = [
-            CHOICES.parse(self.known[req_id]) if self.known[req_id] is not None else COMMON for req_id in self.rows
+            UNVERIFIED.parse(self.known[req_id]) if self.known[req_id] is not None else COMMON for req_id in self.rows
         ]
         expected = torch.tensor(offsets + [COMMON] * (ROWS - len(offsets)))
         assert torch.equal(self.requests.offsets, expected)
-        assert self.requests._asked.keys() <= self.known.keys()  # nothing is kept of those that are gone
+        lossy = [row for row, req_id in enumerate(self.rows) if is_lossy(self.known[req_id])]
+        assert self.requests.lossy_rows == lossy
+        # nothing is kept of those that are gone
+        assert self.requests._asked.keys() | self.requests._lossy <= self.known.keys()
 
     @invariant()
     def it_stays_where_it_is(self) -> None:

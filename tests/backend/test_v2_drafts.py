@@ -88,6 +88,7 @@ def batch(lengths: list[int], rows: list[int]) -> Any:
         idx_mapping=torch.tensor(rows),
         seq_lens=torch.tensor(lengths + [0] * (ROWS - len(rows)), dtype=torch.int32),
         seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+        has_structured_output_reqs=False,
     )
 
 
@@ -157,6 +158,24 @@ def test_fewer_drafts(subject: Subject, count: int) -> None:
     drafts = propose(subject, batch([9], [4]), [1], [0], num_speculative_tokens=count)
     assert len(subject.steps) == count
     assert drafts[0][:count] == chain(4, 9, count)
+
+
+def test_drafts_that_a_grammar_may_cut_are_taken_as_given(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject.draft_logits = torch.full((ROWS, DRAFTS, VOCABULARY), 0.5, dtype=torch.float16)
+    monkeypatch.setattr(
+        SelfSpeculator, "sample_draft", lambda self, states, *_: self.model.compute_logits(states).argmax(1)
+    )
+    step = batch([9, 30], [4, 1])
+    propose(subject, step, [1, 1], [0, 0], num_speculative_tokens=3)
+    assert (subject.draft_logits == 0.5).all()
+    step.has_structured_output_reqs = True
+    drafts = propose(subject, step, [1, 1], [0, 0], num_speculative_tokens=3)
+    for row, drafted in zip((4, 1), drafts, strict=True):
+        probabilities = (subject.draft_logits[row, :3].float() / 0.01).softmax(dim=1)
+        assert torch.equal(probabilities, torch.nn.functional.one_hot(torch.tensor(drafted[:3]), VOCABULARY).float())
+    others = torch.ones(ROWS, DRAFTS, dtype=torch.bool)
+    others[[4, 1], :3] = False
+    assert (subject.draft_logits[others] == 0.5).all()
 
 
 def test_profiling_has_no_pages(subject: Subject) -> None:

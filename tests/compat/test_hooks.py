@@ -300,7 +300,8 @@ def test_engines_draft_with_the_model_that_they_serve(release: Release) -> None:
         "             'initialize_attn_backend'):\n"
         "    known = [list(inspect.signature(getattr(one, name)).parameters) for one in (ours, theirs)]\n"
         "    assert known[0] == known[1], known\n"
-        "assert '_sample_draft_tokens' in dir(theirs)\n"
+        "assert {'_sample_draft_tokens', '_sample_from_logits'} <= set(dir(theirs))\n"
+        "assert '_sample_from_logits(' in inspect.getsource(theirs._sample_draft_tokens)\n"
         "print(made)\n"
     )
     ours = {
@@ -435,6 +436,34 @@ def test_a_runner_without_the_method_is_refused(release: Release) -> None:
         "per_request: vllm.v1.worker.gpu_model_runner does not tell which request stands in which row of a batch. "
         "Set it to false."
     )
+
+
+def test_requests_without_verification_have_pages_of_their_own(release: Release) -> None:
+    code = (
+        "from vllm.sampling_params import SamplingParams\n"
+        "from vllm.utils.hashing import sha256\n"
+        "from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash\n"
+        "from vllm.v1.engine import EngineCoreRequest\n"
+        "from vllm.v1.request import Request\n"
+        "from vllm_toptheta.backend.hooks import lossy_cache\n"
+        "lossy_cache.install(); lossy_cache.install()\n"
+        "init_none_hash(sha256)\n"
+        "hasher = get_request_block_hasher(16, sha256)\n"
+        "def hashes(asked, salt=None):\n"
+        "    sampling = SamplingParams(extra_args=asked and {'toptheta': asked})\n"
+        "    names = EngineCoreRequest.__struct_fields__\n"
+        "    fields = dict.fromkeys(names, None) | {'request_id': 'r', 'prompt_token_ids': [7] * 40,\n"
+        "        'sampling_params': sampling, 'arrival_time': 0.0, 'cache_salt': salt, 'client_index': 0,\n"
+        "        'priority': 0, 'resumable': False, 'abort_immediately': False, 'current_wave': 0}\n"
+        "    request = EngineCoreRequest(**{name: fields[name] for name in names})\n"
+        "    made = tuple(Request.from_engine_core_request(request, hasher).block_hashes)\n"
+        "    assert len(made) == 2 and request.cache_salt == salt\n"
+        "    return made\n"
+        "assert hashes(None) == hashes('dense') == hashes('floor:2')\n"
+        "assert hashes('lossy') == hashes(' LOSSY floor:2')\n"
+        "print(len({hashes(None), hashes('lossy'), hashes(None, 's'), hashes('lossy', 's')}))\n"
+    )
+    assert release.run(code) == "4"
 
 
 def test_runners_keep_what_is_looked_for(release: Release) -> None:

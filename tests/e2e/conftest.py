@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests import store_factory
 from tests.calibration.tiny_model import set_sinks
@@ -80,6 +82,12 @@ def write_model(config: PreTrainedConfig, folder: Path) -> Path:
     set_sinks(model)
     model.save_pretrained(folder / "tiny")
     return folder / "tiny"
+
+
+def write_tokenizer(words: list[str], folder: Path) -> None:
+    """Give a model a tokenizer, of whose vocabulary the last word ends a text."""
+    model = WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0])
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token=words[-1]).save_pretrained(folder)
 
 
 TINY = {

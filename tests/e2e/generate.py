@@ -57,6 +57,7 @@ class Call(NamedTuple):
         asked: What each prompt asks for in its extra arguments, None for nothing; None if none asks for anything.
         refused: Whether the engine must refuse it.
         slept: The level at which the engine sleeps, and wakes up, before it; 0 for not at all.
+        structures: What each text has to follow, the fields of vLLM's `StructuredOutputsParams`; None for any text.
     """
 
     prompts: list[list[int]]
@@ -64,6 +65,7 @@ class Call(NamedTuple):
     asked: list[Any] | None = None
     refused: bool = False
     slept: int = 0
+    structures: list[dict[str, Any] | None] | None = None
 
 
 def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, **config: Any) -> list[dict[str, Any]]:
@@ -190,10 +192,21 @@ def _since_of_head(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, An
 
 def _answer(llm: Any, call: Call) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    greedy = {"temperature": 0.0, "max_tokens": call.max_tokens, "logprobs": 2, "ignore_eos": True}
-    asked = call.asked or [None] * len(call.prompts)
-    sampling = [SamplingParams(**greedy, extra_args={"toptheta": one} if one else None) for one in asked]
+    nothing = [None] * len(call.prompts)
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=call.max_tokens,
+            logprobs=2,
+            # the end of what follows a grammar
+            ignore_eos=structure is None,
+            extra_args={"toptheta": asked} if asked else None,
+            structured_outputs=StructuredOutputsParams(**structure) if structure else None,
+        )
+        for asked, structure in zip(call.asked or nothing, call.structures or nothing, strict=True)
+    ]
     try:
         answers = llm.generate([{"prompt_token_ids": ids} for ids in call.prompts], sampling, use_tqdm=False)
     except Exception as error:  # of which class depends on vLLM's version

@@ -17,7 +17,8 @@ from tests.e2e.generate import ENGINE
 def main() -> None:
     """Write the texts of requests that were not left, and how many drafts were accepted.
 
-    The configuration has `model`, `backend`, `options`, `engine`, `seed` and `requests`, each of `prompt`,
+    The configuration has `model`, `backend`, `options`, `engine`, `seed`, `preempted` (how likely
+    all requests are before a step, and the prefix cache is emptied) and `requests`, each of `prompt`,
     `max_tokens`, `stop` (token ids) and `left` (tokens after which it is left, or null).
     """
     from vllm import LLM, SamplingParams
@@ -47,6 +48,8 @@ def main() -> None:
             )
             engine.add_request(str(index), {"prompt_token_ids": request["prompt"]}, sampling)
             running[str(index)] = request
+        if chance.random() < config["preempted"]:
+            engine.reset_prefix_cache(reset_running_requests=True)
         for output in engine.step():
             tokens = list(output.outputs[0].token_ids)
             left = running[output.request_id]["left"]

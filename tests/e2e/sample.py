@@ -16,23 +16,33 @@ from tests.e2e.generate import ENGINE
 def main() -> None:
     """Write the counts of the texts, token ids joined by commas, and how many drafts were accepted.
 
-    The configuration has `model`, `backend`, `options`, `prompt`, `number` (of samples) and `sampling`.
+    The configuration has `model`, `backend`, `options`, `prompt`, `number` (of samples), `sampling`, and, where
+    there are any, `regex` that texts have to match, and `asked` of each request.
     """
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     config = json.load(sys.stdin)
+    regex = config.get("regex")
     llm = LLM(
         model=config["model"],
         attention_backend=config["backend"],
         additional_config={"toptheta": config["options"]},
         disable_log_stats=False,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=regex is None,
         max_model_len=512,
         max_num_seqs=128,
         seed=config.get("seed", 0),
         **ENGINE,
     )
-    sampling = SamplingParams(ignore_eos=True, detokenize=False, **config["sampling"])
+    structure = None if regex is None else StructuredOutputsParams(regex=regex)
+    sampling = SamplingParams(
+        ignore_eos=True,
+        detokenize=False,
+        structured_outputs=structure,
+        extra_args={"toptheta": config["asked"]} if "asked" in config else None,
+        **config["sampling"],
+    )
     prompts = [{"prompt_token_ids": config["prompt"]}] * config["number"]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     counts = Counter(",".join(map(str, output.outputs[0].token_ids)) for output in outputs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GraniteSWAConfig, LlamaConfig
 
-from tests.e2e.conftest import TINY, Subject, write_model
+from tests.e2e.conftest import TINY, Subject, write_model, write_tokenizer
 from tests.e2e.generate import ENVIRONMENT, GPU_ENGINE, IN_PROCESSES_OF_THEIR_OWN, IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 
@@ -126,10 +128,6 @@ def test_layers_with_windows(windowed: Subject, prompts: list[list[int]], mode: 
     options = {"mode": mode, **({"always_shadow": True} if mode == "shadow" else {})}
     calls = [Call(prompts[: len(LENGTHS)], MAX_TOKENS)] * 2
     engine = {"options": options, "enable_prefix_caching": True, "max_num_batched_tokens": 512}
-    if not ON_GPU:
-        with pytest.raises(RuntimeError, match="lossless: layers with windows and without have pages of several kinds"):
-            lossless(windowed, calls, **engine)
-        return
     (dense,) = windowed.stock(calls[:1])
     for answer in lossless(windowed, calls, **engine):
         assert_same_text(answer["outputs"], dense["outputs"])
@@ -174,6 +172,63 @@ def test_up_to_the_longest_sequence(drafting: Subject, prompts: list[list[int]],
         drafting, [Call(prompts[:2], MAX_TOKENS)], draft_tokens=7, max_model_len=LENGTHS[0] + MAX_TOKENS
     )
     assert_same_text(answer["outputs"], dense[:2])
+
+
+@pytest.fixture(scope="module")
+def speaking(drafting: Subject, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The same with a tokenizer, which grammars need."""
+    if ON_GPU:
+        return drafting
+    words = [*string.printable[:95], *map("".join, itertools.product('{}[]":,. 0123456789abcdef', repeat=2))]
+    words = [*words[: TINY["vocab_size"] - 1], "</s>"]
+    last = len(words) - 1
+    folder = tmp_path_factory.mktemp("speaking")
+    model = write_model(LlamaConfig(**TINY, bos_token_id=last, eos_token_id=last), folder)
+    write_tokenizer(words, model)
+    return drafting._replace(model=model, engine={})
+
+
+def test_texts_follow_grammars(speaking: Subject, prompts: list[list[int]]) -> None:
+    person = {"name": {"type": "string", "maxLength": 20}, "ages": {"type": "array", "items": {"type": "integer"}}}
+    schema = {"type": "object", "properties": person, "required": list(person), "additionalProperties": False}
+    structures = [{"json": schema}, {"regex": "[0-9a-f]{8}(-[0-9a-f]{2,4})+"}, None, {"choice": ["abcabc", "abcabd"]}]
+    call = Call(prompts[: len(structures)], MAX_TOKENS, structures=structures)
+    (expected,) = speaking.stock([call])
+    (answer,) = lossless(speaking, [call])
+    assert_same_text(answer["outputs"], expected["outputs"])
+    assert 0 < answer["accepted"] < 0.98 * answer["drafted"]
+
+
+@pytest.mark.skipif(ON_GPU, reason="GPUs refuse it")
+def test_requests_that_are_not_verified(
+    drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
+) -> None:
+    floor = f"floor:{drafting.other:g}"
+    long, beside = [prompts[0], prompts[2]], prompts[1]
+    (sparse,) = drafting.sparse([Call(long, MAX_TOKENS, asked=[None, floor])])
+    assert all(
+        one["token_ids"] != dense[index]["token_ids"] for one, index in zip(sparse["outputs"], (0, 2), strict=True)
+    )
+    more = [[*prompts[0], *sparse["outputs"][0]["token_ids"], 7]]
+    mixed, verified, unverified, refused = lossless(
+        drafting,
+        [
+            Call([long[0], beside, long[1]], MAX_TOKENS, asked=["lossy", None, f"lossy {floor}"]),
+            Call(more, 8),
+            Call(more, 8, asked=["lossy"]),
+            Call(more, 8, asked=["lossy dense"], refused=True),
+        ],
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    first, other, second = mixed["outputs"]
+    assert_same_text([first, second], sparse["outputs"])
+    assert_same_text([other], dense[1:2])
+    assert mixed["stats"][0]["requests"]["lossy"] == 2
+    # what thresholds have decoded is found again, but not by those who did not ask for it
+    assert verified["prefix_hits"] == 0
+    assert unverified["prefix_hits"] > len(prompts[0]) + MAX_TOKENS - 16
+    assert "can ask for dense, floor:20, floor:0 to 1000, lossy, not for 'lossy dense'" in refused["refusal"]
 
 
 @pytest.mark.nightly
@@ -238,11 +293,23 @@ def run(module: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+WINDOWED = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"] * 2}
+COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
+
+
 @pytest.mark.skipif(ON_GPU, reason="random models part from themselves in float16")
 @pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.nightly), pytest.param(2, marks=pytest.mark.nightly)]
+    ("seed", "has_windows", "options"),
+    [
+        pytest.param(0, False, {}, id="values"),
+        pytest.param(1, True, {}, id="windows and sinks"),
+        pytest.param(2, False, COPIES, id="copies", marks=pytest.mark.nightly),
+        pytest.param(3, True, COPIES, id="windows, sinks and copies", marks=pytest.mark.nightly),
+    ],
 )
-def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None:
+def test_requests_that_come_stop_and_are_left(
+    tmp_path: Path, seed: int, has_windows: bool, options: dict[str, Any]
+) -> None:
     chance = random.Random(seed)  # noqa: S311 - nothing is secret
     # scores spread differently from model to model, and so does what is accepted
     fields = {
@@ -250,7 +317,10 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
         "initializer_range": chance.choice([0.06, 0.1, 0.15]),
         "num_key_value_heads": chance.choice([1, 2, 4]),
     }
-    model = write_model(LlamaConfig(**fields), tmp_path)
+    family = (
+        GraniteSWAConfig(**fields, **WINDOWED, attention_multiplier=0.125) if has_windows else LlamaConfig(**fields)
+    )
+    model = write_model(family, tmp_path)
     vocabulary, beginning = TINY["vocab_size"], [chance.randrange(512) for _ in range(400)]
     requests = [
         {
@@ -264,7 +334,7 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
         }
         for _ in range(24)
     ]
-    config = {"model": str(model), "requests": requests, "seed": seed}
+    config = {"model": str(model), "requests": requests, "seed": seed, "preempted": 0}
     engine = {"max_model_len": 700, "block_size": 32}
     whole = [{**request, "left": None} for request in requests]
     expected = run(
@@ -280,10 +350,14 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
             "backend": "toptheta",
             "options": {
                 "lossless": True, "draft_tokens": chance.randrange(1, 9), "weight_floor": 20.0, "min_context": 0,
-                "guard": "off",
+                "guard": "off", **options,
             },
+            "preempted": 0.03,
             # few blocks, for which requests wait
-            "engine": {**engine, "max_num_seqs": 6, "num_gpu_blocks_override": 56, "max_num_batched_tokens": 256},
+            "engine": {
+                **engine, "max_num_seqs": chance.choice([2, 6, 12]), "num_gpu_blocks_override": 56,
+                "max_num_batched_tokens": 256,
+            },
         },
     )  # fmt: skip
     assert set(found["texts"]) >= {str(index) for index, request in enumerate(requests) if request["left"] is None}
@@ -291,30 +365,69 @@ def test_requests_that_come_stop_and_are_left(tmp_path: Path, seed: int) -> None
         assert text == expected[index], index
     assert 0 < found["accepted"] < found["drafted"]
     assert found["prefix_hits"] > 0
+    assert found["preemptions"] > 0
+
+
+FLOOR = {"weight_floor": 20.0, "min_context": 0, "guard": "off"}
+DRAFTING = {**FLOOR, "lossless": True, "draft_tokens": 2}
+
+
+def sampled(folder: Path, **config: Any) -> dict[str, Any]:
+    """How texts of three tokens that a model of few words says are sampled, so that they repeat.
+
+    Args:
+        folder: Where the model goes.
+        config: That of `tests.e2e.sample`, its `options` being those of dense attention if not given.
+    """
+    words = [*"abcdefg", "</s>"]
+    fields = {**TINY, "vocab_size": len(words), "num_hidden_layers": 2, "bos_token_id": 7, "eos_token_id": 7}
+    model = write_model(LlamaConfig(**fields), folder)
+    write_tokenizer(words, model)
+    chance = random.Random(3)  # noqa: S311 - nothing is secret
+    return run(
+        "sample",
+        folder,
+        {
+            "model": str(model),
+            "prompt": [chance.randrange(len(words)) for _ in range(300)],
+            "number": 4000,
+            "backend": "toptheta" if "options" in config else None,
+            "options": {},
+            "sampling": {"temperature": 1.5, "max_tokens": 3},
+            **config,
+        },
+    )
 
 
 def test_samples_have_the_distribution_of_dense_attention(tmp_path: Path) -> None:
-    # few tokens, so that texts of three repeat
-    model = write_model(LlamaConfig(**{**TINY, "vocab_size": 8, "num_hidden_layers": 2}), tmp_path)
-    chance = random.Random(3)  # noqa: S311 - nothing is secret
-    config = {
-        "model": str(model),
-        "prompt": [chance.randrange(8) for _ in range(300)],
-        "number": 4000,
-        "sampling": {"temperature": 1.5, "max_tokens": 3},
-    }
-    floor = {"weight_floor": 20.0, "min_context": 0, "guard": "off"}
-    dense = run("sample", tmp_path, {**config, "backend": None, "options": {}, "seed": 1})
-    lossy = run("sample", tmp_path, {**config, "backend": "toptheta", "options": floor, "seed": 2})
-    ours = run(
-        "sample",
-        tmp_path,
-        {**config, "backend": "toptheta", "options": {**floor, "lossless": True, "draft_tokens": 2}, "seed": 3},
-    )
+    dense = sampled(tmp_path, seed=1)
+    lossy = sampled(tmp_path, options=FLOOR, seed=2)
+    ours = sampled(tmp_path, options=DRAFTING, seed=3)
+    unverified = sampled(tmp_path, options=DRAFTING, asked="lossy", number=2000, seed=4)
     assert 0.3 * ours["drafted"] < ours["accepted"] < 0.98 * ours["drafted"]
     # the same number of samples tells what thresholds change
     assert p_value(dense["counts"], lossy["counts"]) < 1e-6
     assert p_value(dense["counts"], ours["counts"]) > 1e-3
+    assert p_value(lossy["counts"], unverified["counts"]) > 1e-3
+    assert unverified["accepted"] > 0.98 * unverified["drafted"]
+
+
+def test_samples_of_few_tokens(tmp_path: Path) -> None:
+    few = {"number": 2000, "sampling": {"temperature": 1.5, "max_tokens": 3, "top_k": 5, "top_p": 0.8}}
+    dense, ours = (sampled(tmp_path, **few, **one) for one in ({"seed": 1}, {"options": DRAFTING, "seed": 3}))
+    assert p_value(dense["counts"], ours["counts"]) > 1e-3
+    # 0.61 of the drafts that know the temperature only
+    assert ours["accepted"] > 0.65 * ours["drafted"]
+
+
+@pytest.mark.nightly
+def test_samples_that_follow_a_grammar(tmp_path: Path) -> None:
+    # it cuts most of the drafts
+    pattern = {"number": 6000, "regex": "[a-g][abc][a-g]"}
+    dense, ours = (sampled(tmp_path, **pattern, **one) for one in ({"seed": 1}, {"options": DRAFTING, "seed": 3}))
+    assert all(text.split(",")[1] in "012" for text in ours["counts"])
+    assert p_value(dense["counts"], ours["counts"]) > 1e-3
+    assert ours["accepted"] > 0
 
 
 def p_value(one: dict[str, int], other: dict[str, int]) -> float:

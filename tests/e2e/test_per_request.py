@@ -25,6 +25,13 @@ def test_anything_else_is_a_400_that_says_what_can_be_had(server: Server, route:
     assert KNOWN in answer.json()["error"]["message"]
 
 
+def test_a_server_that_verifies_nothing_says_so(server: Server) -> None:
+    body = {"model": "smollm2-135m-instruct", "prompt": "Hello", "max_tokens": 4, "vllm_xargs": {"toptheta": "lossy"}}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert "vllm_xargs.toptheta: no answer of this server is verified" in answer.json()["error"]["message"]
+
+
 def test_beam_search_is_refused(server: Server) -> None:
     body = {"model": "smollm2-135m-instruct", "prompt": "Hello", "max_tokens": 4, "n": 2, "use_beam_search": True}
     answer = httpx.post(f"{server.url}/v1/completions", json={**body, "vllm_xargs": {"toptheta": "dense"}}, timeout=60)

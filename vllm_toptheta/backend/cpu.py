@@ -72,7 +72,8 @@ class StepMetadata(AttentionMetadata):
 
     Attributes:
         decode: The sequences that decode, or None.
-        decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice.
+        decode_tokens: Where their tokens stand in the flat token axis: [num_decodes] int64, or a slice. Drafts that
+            are not verified densely are a sequence each.
         prefills: Everything that is not decoding, where vLLM's own attention does not serve the layers.
         rest: The same for vLLM's own attention; None if there is nothing.
         whole: All sequences, for layers that are dense in this step; None as `rest`.
@@ -134,16 +135,23 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         query_lens = starts.diff()
         seq_lens = common.seq_lens[: common.num_reqs]
         block_table = common.block_table_tensor[: common.num_reqs]
+        is_decode = query_lens > 0
         if self.plan.settings.lossless:
-            # what is answered is dense; drafts are asked for below
-            is_decode = torch.zeros_like(query_lens, dtype=torch.bool)
+            # what is answered is dense, except where a request does without; drafts are asked for below
+            is_lossy = torch.zeros_like(is_decode)
+            is_lossy[self.requests.lossy_rows] = True
+            is_decode &= is_lossy & (query_lens <= 1 + self.plan.settings.most_draft_tokens)
         else:
             self.guard_monitor.step()
-            is_decode = query_lens == 1
-            if common.is_prefilling is not None:
-                # the last token of a prompt is dense too, also when it is the only one left to compute
-                is_decode &= ~common.is_prefilling[: common.num_reqs]
-        rows = torch.nonzero(is_decode).flatten()
+            is_decode &= query_lens == 1
+        if common.is_prefilling is not None:
+            # the last token of a prompt is dense too, also when it is the only one left to compute
+            is_decode &= ~common.is_prefilling[: common.num_reqs]
+        # of a sequence's tokens, each is decoded as if it were the last
+        row_of = torch.arange(len(query_lens)).repeat_interleave(query_lens)
+        tokens = torch.nonzero(is_decode[row_of]).flatten()
+        rows = row_of[tokens]
+        lengths = seq_lens[rows] - (starts[1:][rows] - 1 - tokens).to(seq_lens.dtype)
         others = torch.nonzero(~is_decode & (query_lens > 0)).flatten()
         whole = rest = None
         prefills = []
@@ -165,8 +173,8 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             elif len(others):
                 rest = NativeStep.of_rows(self.native, others, starts, seq_lens, block_table)
         return StepMetadata(
-            decode=self._decode_step(block_table[rows], seq_lens[rows], rows),
-            decode_tokens=starts[:-1][rows].long() if len(others) else slice(0, len(rows)),
+            decode=self._decode_step(block_table[rows], lengths, rows),
+            decode_tokens=tokens if len(others) else slice(0, len(tokens)),
             prefills=prefills,
             rest=rest,
             whole=whole,

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.guard import LayerGuard
 from vllm_toptheta.backend.loss_watch import LossWatch
-from vllm_toptheta.backend.request_choices import RequestChoices
+from vllm_toptheta.backend.request_choices import NOTHING_VERIFIED, RequestChoices
 from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec, tier_bytes
 from vllm_toptheta.kernels.contract import Layer, LayerThresholds, ShadowLayer, TierLayer
 from vllm_toptheta.selection import ServedThresholds, select
@@ -152,6 +152,7 @@ class Plan:
                 any_floor=selection.shadow is None,
                 presets=selection.evidence.preset_floors if selection.evidence else {},
                 refusal=_refusal(settings, vllm_config),
+                lossy_refusal=_lossy_refusal(settings, vllm_config),
             ),
             shadow=selection.shadow,
             heavy=selection.heavy,
@@ -354,4 +355,13 @@ def _refusal(settings: Settings, vllm_config: Any) -> str | None:
         return "this server was started with per_request false, so requests cannot choose how they are decoded"
     if vllm_config.parallel_config.use_ubatching:
         return "this server splits its batches in two (--enable-dbo), so requests cannot choose how they are decoded"
+    return None
+
+
+def _lossy_refusal(settings: Settings, vllm_config: Any) -> str | None:
+    """Why none of them can go without verification; None if they can."""
+    if not settings.lossless:
+        return NOTHING_VERIFIED
+    if vllm_config.use_v2_model_runner:
+        return "GPUs verify a batch by graphs in which all of it is dense"
     return None

@@ -15,9 +15,10 @@ def register() -> None:
         config_check,
         cpu_selection,
         draft_length,
+        lossy_cache,
         self_drafts,
         worker_stats,
     )
 
-    for hook in (backend_name, config_check, cpu_selection, draft_length, self_drafts, worker_stats):
+    for hook in (backend_name, config_check, cpu_selection, draft_length, lossy_cache, self_drafts, worker_stats):
         hook.install()

@@ -1,7 +1,8 @@
 """What a request can ask for in its extra arguments: `"vllm_xargs": {"toptheta": "dense"}`, `"floor:1.5"` or `"high"`.
 
 What it gets is an offset on all of its thresholds (`kernels.contract`): 0 is the server's own setting, minus infinity
-keeps every key.
+keeps every key. Where answers are verified densely, thresholds are those of its drafts; with `"lossy"` in front of it,
+or alone, they are those of its answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ ARGUMENT = "toptheta"  # in a request's vllm_xargs
 FIELD = f"vllm_xargs.{ARGUMENT}"
 COMMON, KEEP_ALL = 0.0, -math.inf  # offsets
 DENSE_LABEL, FLOOR_KIND = "dense", FLOOR_PREFIX.removesuffix(":")
+LOSSY = "lossy"
+NOTHING_VERIFIED = "no answer of this server is verified, so all are lossy"
 MAX_ECHO = 40  # characters of what was asked that an answer repeats
 
 
@@ -33,19 +36,21 @@ class RequestChoices:
         any_floor: Whether a request can name a floor of its own.
         presets: Floors that have names, because they keep a promise.
         refusal: Why requests can ask for nothing; None if they can.
+        lossy_refusal: Why none can go without dense verification; None if they can.
     """
 
     thresholds: ServedThresholds | None
     any_floor: bool = False
     presets: Mapping[str, float] = field(default_factory=dict)
     refusal: str | None = None
+    lossy_refusal: str | None = NOTHING_VERIFIED
 
     @property
     def kinds(self) -> list[str]:
         """What requests are counted as: by how they are decoded, whatever their floor."""
         if self.refusal is not None:
             return []
-        return [DENSE_LABEL] if self.thresholds is None else [DENSE_LABEL, self._sparse_kind]
+        return [DENSE_LABEL, *([] if self.thresholds is None else [self._sparse_kind]), *self._lossy]
 
     @property
     def labels(self) -> list[str]:
@@ -54,7 +59,11 @@ class RequestChoices:
             return []
         own = [] if self.thresholds is None else [self.thresholds.label]
         floors = [*self.presets, f"{FLOOR_PREFIX}0 to {MAX_WEIGHT_FLOOR:g}"] if self._has_floors else []
-        return [DENSE_LABEL, *own, *floors]
+        return [DENSE_LABEL, *own, *floors, *self._lossy]
+
+    @property
+    def _lossy(self) -> list[str]:
+        return [LOSSY] if self.lossy_refusal is None else []
 
     @property
     def _has_floors(self) -> bool:
@@ -71,7 +80,24 @@ class RequestChoices:
         """
         if self.refusal is not None:
             raise SettingsError(self.refusal, field=FIELD)
-        wanted = asked.strip().casefold() if isinstance(asked, str) else ""
+        if is_lossy(asked) and self.lossy_refusal is not None:
+            raise SettingsError(
+                self.lossy_refusal, field=FIELD, remedy=f"Leave {LOSSY} out, or ask a server that can do both"
+            )
+        wanted = _word(asked)
+        offset = self._offset(wanted)
+        if is_lossy(asked):
+            level = wanted.removeprefix(LOSSY).strip()
+            offset = self._offset(level) if level else COMMON
+        if offset is not None and not (is_lossy(asked) and offset == KEEP_ALL):
+            return offset
+        echo = repr(asked)
+        if len(echo) > MAX_ECHO:
+            echo = f"{echo[:MAX_ECHO]}... ({len(echo)} characters)"
+        raise SettingsError(f"a request can ask for {', '.join(self.labels)}, not for {echo}", field=FIELD)
+
+    def _offset(self, wanted: str) -> float | None:
+        """That of a level; None if it cannot be had."""
         if wanted == DENSE_LABEL:
             return KEEP_ALL
         if self.thresholds is not None and _is_same(wanted, self.thresholds.label):
@@ -83,10 +109,7 @@ class RequestChoices:
                     return KEEP_ALL
                 if 0 < floor <= MAX_WEIGHT_FLOOR and self.thresholds is not None and self.thresholds.weight_floor:
                     return math.log(floor) - math.log(self.thresholds.weight_floor)
-        echo = repr(asked)
-        if len(echo) > MAX_ECHO:
-            echo = f"{echo[:MAX_ECHO]}... ({len(echo)} characters)"
-        raise SettingsError(f"a request can ask for {', '.join(self.labels)}, not for {echo}", field=FIELD)
+        return None
 
     def kind(self, offset: float) -> str:
         """Which of `kinds` a request with this offset is counted as."""
@@ -95,6 +118,16 @@ class RequestChoices:
     @property
     def _sparse_kind(self) -> str:
         return FLOOR_KIND if self._has_floors or self.thresholds is None else self.thresholds.label
+
+
+def is_lossy(asked: Any) -> bool:
+    """Whether a request asks for an answer by thresholds where answers are verified, whether or not it can be had."""
+    return _word(asked).split()[:1] == [LOSSY]
+
+
+def _word(asked: Any) -> str:
+    """What was asked for; nothing that is known if it is no word."""
+    return asked.strip().casefold() if isinstance(asked, str) else ""
 
 
 def _is_same(wanted: str, label: str) -> bool:

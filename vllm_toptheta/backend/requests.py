@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from vllm_toptheta.backend.hooks import batch_rows
 from vllm_toptheta.backend.layers import our_impls
-from vllm_toptheta.backend.request_choices import ARGUMENT, COMMON, KEEP_ALL, RequestChoices
+from vllm_toptheta.backend.request_choices import ARGUMENT, COMMON, KEEP_ALL, LOSSY, RequestChoices, is_lossy
 from vllm_toptheta.errors import SettingsError
 
 logger = init_logger("vllm.toptheta")
@@ -51,6 +51,7 @@ class RequestOffsets:
 
     Attributes:
         offsets: [max_num_rows] float32, what is added to the thresholds of each row of the next step.
+        lossy_rows: Rows of the next step whose answers are not verified; empty where none are.
         counts: Requests that asked for something, by its kind.
     """
 
@@ -58,6 +59,8 @@ class RequestOffsets:
         self.counts: Counter[str] = Counter()
         self._choices = choices
         self._asked: dict[str, float] = {}  # requests that are decoded as the server does are left out
+        self._lossy: set[str] = set()
+        self.lossy_rows: list[int] = []
         self._rows = [COMMON] * max_num_rows
         self.offsets = torch.tensor(self._rows, device=device)
 
@@ -73,6 +76,8 @@ class RequestOffsets:
             self._add(request)
         for req_id in self._asked.keys() - running:
             del self._asked[req_id]
+        self._lossy.intersection_update(running)
+        self.lossy_rows = [row for row, req_id in enumerate(req_ids) if req_id in self._lossy] if self._lossy else []
         if not self._asked and not any(self._rows):
             return
         rows = [self._asked.get(req_id, COMMON) for req_id in req_ids]
@@ -84,20 +89,24 @@ class RequestOffsets:
                 self.offsets.copy_(torch.tensor(rows), non_blocking=True)
 
     def _add(self, request: Any) -> None:
-        self._asked.pop(request.req_id, None)  # an id may come back with other arguments
+        # an id may come back with other arguments
+        self._asked.pop(request.req_id, None)
+        self._lossy.discard(request.req_id)
         asked = (getattr(request.sampling_params, "extra_args", None) or {}).get(ARGUMENT)
         if asked is None:
             return
         try:
-            offset = self._choices.parse(asked)
+            offset, unverified = self._choices.parse(asked), is_lossy(asked)
         except SettingsError as error:
             # it came past the API server, which would have refused it
             logger.warning("toptheta: request %s is decoded densely: %s", request.req_id, error)
-            offset = KEEP_ALL
+            offset, unverified = KEEP_ALL, False
+        if unverified:
+            self._lossy.add(request.req_id)
         if offset != COMMON:
             self._asked[request.req_id] = offset
         if not _is_resumed(request):
-            self.counts[self._choices.kind(offset)] += 1
+            self.counts[LOSSY if unverified else self._choices.kind(offset)] += 1
 
 
 def _is_resumed(request: Any) -> bool:

@@ -21,6 +21,7 @@ from vllm_toptheta.backend.gpu import GpuMetadataBuilder
 from vllm_toptheta.backend.layers import our_impls
 
 NOBODY = -1  # of a row: vLLM writes no keys and values for it, and draws no token
+NEVER = -3e4  # logit of what is not drawn at any temperature in use; float16 holds it
 
 
 class SelfSpeculator(DraftModelSpeculator):
@@ -161,6 +162,12 @@ class SelfSpeculator(DraftModelSpeculator):
                 self.graphs.run_fullgraph(shape)
             else:
                 self._draft(num_reqs, shape.num_tokens, metadata, slots, None, shape.cg_mode)
+        if self.draft_logits is not None and input_batch.has_structured_output_reqs:
+            # a grammar cuts drafts before they are verified (`v1_runner.as_certain`); which sequences have one is not
+            # known here
+            rows, drafted = input_batch.idx_mapping.long(), self.draft_tokens[:num_reqs, :num_steps]
+            self.draft_logits[rows, :num_steps] = NEVER
+            self.draft_logits[rows[:, None], torch.arange(num_steps, device=rows.device), drafted] = 0.0
         return self.draft_tokens[:num_reqs]
 
     def _start(
