@@ -256,6 +256,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
     "sleep": ({}, ["--enable-sleep-mode"], {}, "no engine of this backend has slept yet"),
     "sinks": ({"attention_sinks": True}, [], {}, "attention_sinks: no GPU has run attention sinks yet"),
+    "states": ({"model_type": "qwen3_next"}, [], {}, "model_type qwen3_next: no GPU has run layers that keep states"),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -307,7 +308,7 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
     assert caught.value.remedy == f"{remedy} to serve its text alone"
 
 
-@pytest.mark.parametrize("name", ["float8 of copies", "sleep", "sinks"])
+@pytest.mark.parametrize("name", ["float8 of copies", "sleep", "sinks", "states"])
 def test_what_no_gpu_has_run_may_be_tried(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     change, flags, options, _ = GPU[name]

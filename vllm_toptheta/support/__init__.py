@@ -2,6 +2,7 @@
 has started. Both put what they know into the same records, so that they give the same answer. Nothing of vLLM.
 
 model      a model, as its config.json says
+hybrids    models some of whose layers do not attend
 images     models whose images are attended to in another way
 engine     an engine and its device, as flags or vLLM's configuration say
 installed  what the installed vLLM can do
@@ -12,12 +13,14 @@ May import `errors`, `limits`.
 """
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons
+from vllm_toptheta.support.hybrids import hybrid_type
 from vllm_toptheta.support.images import image_modalities, image_reason
-from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, wakes_up_whole
+from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, splits_pages, wakes_up_whole
 from vllm_toptheta.support.model import (
     CHUNKED,
     MLA,
     NO_GENERATION,
+    NOT_THIS_HYBRID,
     checkpoint_cache_dtype,
     model_reasons,
     override_reasons,
@@ -31,6 +34,7 @@ __all__ = [
     "CHUNKED",
     "MLA",
     "NO_GENERATION",
+    "NOT_THIS_HYBRID",
     "Device",
     "Engine",
     "TRY",
@@ -39,6 +43,7 @@ __all__ = [
     "checkpoint_cache_dtype",
     "drafts_on_v2",
     "engine_reasons",
+    "hybrid_type",
     "image_modalities",
     "image_reason",
     "kernel_reasons",
@@ -47,6 +52,7 @@ __all__ = [
     "refuse",
     "serves_text_alone",
     "sinks_field",
+    "splits_pages",
     "text_config",
     "wakes_up_whole",
 ]
