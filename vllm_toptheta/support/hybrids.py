@@ -27,6 +27,9 @@ HYBRID_FIELDS = (
     "ssm_cfg",
     "mamba_d_state",
     "ssm_state_size",
+    "full_attention_interval",
+    "linear_num_value_heads",
+    "conv_L_cache",
 )
 # names in layer_types beside those of other models, in files of transformers 4 and 5
 HYBRID_LAYERS = {"attention", "conv", "linear_attention", "mamba"}
