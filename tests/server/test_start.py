@@ -256,7 +256,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "float32": ({}, ["--dtype", "float32"], {}, "--dtype float32: GPUs take bfloat16 and float16"),
     "sleep": ({}, ["--enable-sleep-mode"], {}, "no engine of this backend has slept yet"),
     "sinks": ({"attention_sinks": True}, [], {}, "attention_sinks: no GPU has run attention sinks yet"),
-    "states": ({"model_type": "qwen3_next"}, [], {}, "model_type qwen3_next: no GPU has run layers that keep states"),
+    "states": ({"model_type": "falcon_h1"}, [], {}, "model_type falcon_h1: no GPU has run layers that keep states"),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
