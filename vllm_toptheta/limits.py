@@ -16,6 +16,8 @@ CACHE_DTYPES = ("auto", "float16", "bfloat16")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
 # pages hold a multiple of so many tokens
 BLOCK_MULTIPLE = 16
+# longer pages, which models with states have, are split into pages of a divisor of that many
+MAX_SPLIT_TOKENS = 128
 
 # how many channels shadow keys may have: what kernels exist for, and calibration aims at
 CHANNELS = (32, 64, 128)

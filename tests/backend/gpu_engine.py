@@ -19,6 +19,7 @@ from tests.kernels.decode_case import DEVICE
 from tests.kernels.paged import empty_cache
 from vllm_toptheta.backend import gpu
 from vllm_toptheta.backend.gpu import FLOAT8, GpuTopThetaImpl
+from vllm_toptheta.backend.pages import with_tail_rows
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.backend.requests import RequestOffsets
@@ -81,7 +82,9 @@ class Engine:
         refusal: str | None = None,
         plan: Plan | None = None,
         sinks: torch.Tensor | None = None,
+        tail_rows: str | None = None,
     ) -> None:
+        """Build it; `tail_rows` names the inner axes of pages with rows behind their tokens, outermost first."""
         self.float8, self.sinks = float8, sinks
         ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
         scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
@@ -125,6 +128,7 @@ class Engine:
             head_size=HEAD_SIZE,
             dtype=torch.uint8 if float8 else torch.float16,
         )
+        spec = with_tail_rows(spec) if tail_rows else spec
         self.builder = gpu.GpuMetadataBuilder(spec, [name], config, torch.device(DEVICE))
         width = max(-(-length // BLOCK_SIZE) for length in max_lens)
         num_blocks = 1 + width * len(max_lens)
@@ -132,7 +136,13 @@ class Engine:
         self.block_table = order.view(len(max_lens), width).to(DEVICE)
         dtype = FLOAT8 if float8 else torch.float16
         pages = empty_cache(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, dtype, DEVICE, code_bytes=plan.code_bytes)
-        self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
+        self.pages = self.kv_cache = pages.view(torch.uint8) if float8 else pages  # vLLM hands over bytes
+        if tail_rows:
+            shape = {"B": num_blocks, "H": NUM_KV_HEADS, "N": BLOCK_SIZE + 1, "C": 2 * HEAD_SIZE}
+            order = f"B{tail_rows}C"
+            memory = torch.full([shape[axis] for axis in order], torch.nan, dtype=torch.float16, device=DEVICE)
+            self.pages = memory.permute([order.index(axis) for axis in "BHNC"])
+            self.kv_cache = self.pages[:, :, :-1]
 
     def step(
         self, rows: list[int], seq_lens: list[int], query_lens: list[int], offsets: list[float] | None = None
@@ -161,7 +171,7 @@ class Engine:
         )
         self.dense_rows = []
         output = torch.full_like(query, torch.nan, dtype=torch.float16)
-        self.impl.forward(self.layer, query, query, query, self.kv_cache, self.builder.build(0, common), output)
+        self.impl.forward(self.layer, query, query, query, self.pages, self.builder.build(0, common), output)
         threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
         for row, (start, new, offset) in enumerate(
             zip(starts.tolist()[:-1], query_lens, offsets or [0.0] * len(rows), strict=True)
@@ -224,6 +234,7 @@ class Engine:
         self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
     ) -> torch.Tensor:
         self.dense_rows.append(metadata.num_actual_tokens)
+        assert kv_cache.shape == self.kv_cache.shape
         everything = torch.full((len(query), NUM_HEADS), -torch.inf)
         output.copy_(
             self.reference(query, metadata.block_table, metadata.seq_lens, metadata.query_start_loc, everything)

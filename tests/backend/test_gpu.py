@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, Engine, asking, make_plan
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from vllm_toptheta.backend import gpu
+from vllm_toptheta.backend.gpu import GpuTopThetaBackend
 from vllm_toptheta.backend.hooks import warm_up
+from vllm_toptheta.backend.pages import with_tail_rows
+from vllm_toptheta.backend.support_checks import check_split
+from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
@@ -102,6 +108,37 @@ def test_attention_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.step([0, 1], [140 + step, 170 + step], [1, 1]).max() < 2e-3
         assert engine.dense_rows == []
     assert float(engine.impl.layer_plan.counters.buffers.lost_mass.min()) > 0
+
+
+@pytest.mark.parametrize("layout", ["NH", "HN"])
+def test_pages_split_from_longer_ones(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    engine = Engine(monkeypatch, [180, 190], plan=make_plan(3.0), tail_rows=layout)
+    assert engine.step([0, 1], [140, 170], [140, 170]).max() < 2e-3
+    assert engine.step([0, 1], [141, 175], [1, 5]).max() < 2e-3
+    for step in range(2, 10):  # from the anchors on, and across the ends of pages: 144 and 176
+        assert engine.step([0, 1], [140 + step, 174 + step], [1, 1]).max() < 2e-3
+        assert engine.dense_rows == []
+    assert float(engine.impl.layer_plan.counters.buffers.lost_mass.min()) > 0
+
+
+def test_pages_left_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [60], tail_rows="NH")
+    spec = with_tail_rows(replace(engine.builder.kv_cache_spec, block_size=528, tokens_per_state=1))
+    assert spec.page_size_bytes == 528 // 16 * 17 * NUM_KV_HEADS * 4 * HEAD_SIZE  # dense
+    assert GpuTopThetaBackend.get_supported_kernel_block_sizes(spec) == [16]
+    with pytest.raises(UnsupportedError, match="VLLM_KV_CACHE_LAYOUT: layouts with several layers in a block"):
+        check_split(spec)
+    check_split(spec.copy_with_new_block_size(16))
+
+
+def test_keys_and_values_are_written_in_front_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, written = Engine(monkeypatch, [60], tail_rows="NH"), []
+    monkeypatch.setattr(
+        FlashAttentionImpl, "do_kv_cache_update", lambda impl, layer, key, value, cache, slots: written.append(cache)
+    )
+    engine.impl.do_kv_cache_update(engine.layer, None, None, engine.pages, None)
+    assert written[0].shape == engine.kv_cache.shape
+    assert written[0].stride() == engine.pages.stride()
 
 
 def test_where_requests_cannot_choose_no_offset_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import FalconH1Config
 from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_toptheta import errors
 from vllm_toptheta.backend import plugin, support_checks
 from vllm_toptheta.backend.cpu import CpuTopThetaBackend, CpuTopThetaImpl
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.store import Architecture
 
 MakeConfig = Callable[..., VllmConfig]
@@ -145,8 +147,23 @@ def test_what_a_class_is_counts_beside_what_its_fields_say(
 ) -> None:
     config = make_config()
     monkeypatch.setattr(type(config.model_config), "is_hybrid", True)
-    with pytest.raises(errors.UnsupportedError, match=r"config\.json: architectures: hybrid state-space models"):
+    with pytest.raises(errors.UnsupportedError, match=r"config\.json: architectures: layers with a state of their own"):
         support_checks.check_engine(config)
+
+
+def test_hybrids_are_for_cpus_without_prefixes(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    config = make_config(dtype="bfloat16")
+    monkeypatch.setattr(type(config.model_config), "is_hybrid", True)
+    config.model_config.hf_config = config.model_config.hf_text_config = FalconH1Config()
+    with pytest.raises(errors.UnsupportedError, match="--enable-prefix-caching: on CPUs.*Give --no-enable-prefix"):
+        support_checks.check_engine(config)
+    config.cache_config.enable_prefix_caching = False
+    support_checks.check_engine(config)
+    monkeypatch.setattr(type(support_checks.current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(errors.UnsupportedError, match="model_type falcon_h1: no GPU has run layers that keep states"):
+        support_checks.check_engine(config)
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    support_checks.check_engine(config)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,21 @@
 from typing import Any
 
 from transformers import (
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     GraniteSWAConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 SHAPE = {
@@ -29,10 +34,12 @@ SHAPE = {
     "eos_token_id": None,
 }
 SLIDING = ["sliding_attention", "full_attention"] * 2
+LINEAR = ["linear_attention", "full_attention"] * 2
+MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
 
 def family_config(name: str) -> Any:
-    """The config of a family; those with a window have it in layers 0 and 2."""
+    """The config of a family; those with a window have it in layers 0 and 2, those with states likewise or in all."""
     match name:
         case "llama":
             return LlamaConfig(**SHAPE)
@@ -57,8 +64,29 @@ def family_config(name: str) -> Any:
         case "gpt_oss":
             experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
             return GptOssConfig(**SHAPE, **experts, sliding_window=20, layer_types=SLIDING)
+        case "granitemoehybrid":
+            own = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
+            return GraniteMoeHybridConfig(**SHAPE, **MAMBA_2, **own, attention_multiplier=0.25, layer_types=LINEAR)
+        case "falcon_h1":
+            return FalconH1Config(**SHAPE, **MAMBA_2, mamba_d_ssm=128)
+        case "nemotron_h":
+            shape = {field: value for field, value in SHAPE.items() if field != "num_hidden_layers"}
+            own = {"mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1, "ssm_state_size": 16, "chunk_size": 16}
+            return NemotronHConfig(**shape, **own, layers_block_type=["mamba", "attention"] * 2)
+        case "lfm2":
+            return Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False)
+        case "qwen3_next":
+            linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+            sizes = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "moe_intermediate_size": 32}
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
+            return Qwen3NextConfig(**SHAPE, **linear, **sizes, **experts, layer_types=LINEAR)
     raise ValueError(name)
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite_swa", "gpt_oss")
-WINDOWED = {"gemma2", "gemma3", "granite_swa", "gpt_oss"}
+HYBRIDS = ("granitemoehybrid", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite_swa", "gpt_oss"),
+    *HYBRIDS,
+)
+# that have keys and values of all tokens in layers 1 and 3 only
+PARTLY_FULL = {"gemma2", "gemma3", "granite_swa", "gpt_oss", *HYBRIDS} - {"falcon_h1"}

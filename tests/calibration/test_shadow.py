@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.calibration.families import FAMILIES, WINDOWED, family_config
+from tests.calibration.families import FAMILIES, PARTLY_FULL, family_config
 from tests.calibration.test_capture import random_attention, with_and_without_sinks
 from tests.calibration.test_run import run
 from tests.calibration.tiny_model import architecture, random_tokens, save_model_dir, tiny_model, write_text
@@ -140,7 +140,7 @@ def test_going_on_after_any_pass_gives_the_same_to_the_bit(job: ShadowCalibratio
 def test_every_family_is_calibrated(family: str) -> None:
     job = finished(model=tiny_model(family_config(family)), num_sequences=1)
     tensors = job.tensors()
-    full = (1, 3) if family in WINDOWED else (0, 1, 2, 3)
+    full = (1, 3) if family in PARTLY_FULL else (0, 1, 2, 3)
     assert (held_share(job)[list(full)] >= 0.99).all()
     for name in SHADOW_NAMES:
         assert [bool(tensors[name][layer].any()) for layer in range(4)] == [layer in full for layer in range(4)]

@@ -121,6 +121,32 @@ def test_whether_images_can_be_left_out_is_told_by_vllms_file(release: Release) 
     assert release.run(code) == f"{can} {can}"
 
 
+def test_pages_are_split_where_specs_say_how_many_rows_some_tokens_take(release: Release) -> None:
+    """Whether vLLM's file says so; then by its own functions: 528 tokens, in pages of 16 with a row each."""
+    can = "0.26.0" not in release.files.name
+    code = "from vllm_toptheta.support import splits_pages\nprint(splits_pages())\n"
+    assert release.run(code) == str(can)
+    if not can:
+        return
+    code = (
+        "import torch\n"
+        "from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec\n"
+        "from vllm.v1.worker.utils import select_common_block_size\n"
+        "from vllm.v1.kv_cache_layout import KVCacheLayout\n"
+        "from vllm.v1 import kv_cache_interface as interface\n"
+        "from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend\n"
+        "from vllm_toptheta.backend.gpu import GpuTopThetaBackend\n"
+        "from vllm_toptheta.backend.pages import with_tail_rows\n"
+        "plain = FullAttentionSpec(block_size=528, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)\n"
+        "spec = with_tail_rows(plain)\n"
+        "tokens = select_common_block_size(528, [GpuTopThetaBackend], [spec])\n"
+        "strides = interface.compute_layout_strides(spec, 3, 1, KVCacheLayout.LBNHC, tokens)\n"
+        "shape = interface.compute_layer_kv_cache_shape_bytes(spec, 3, tokens)\n"
+        "print(tokens, spec.page_size_bytes - plain.page_size_bytes, shape, strides[1:])\n"
+    )
+    assert release.run(code) == f"16 {33 * 2 * 256} (99, 2, 17, 256) ({17 * 512}, 256, 512, 1)"
+
+
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.33.1"])
 def test_supported_versions(version: str) -> None:
     versions.check_version(version)

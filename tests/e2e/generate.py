@@ -84,8 +84,9 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
         the engine counted before it; `asleep`: what they answered while they slept, None if they did not;
         `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
         `accepted`, `drafted`: speculated tokens; `verifications`: how often those of a sequence were verified;
+        `block_size`: tokens of a page, which vLLM raises for some models;
         `python_decodes`: calls of the GPU backend's decode step from Python instead of a graph, and `graph_mode`:
-        vLLM's CUDA graph mode as the engine resolved it. Both are known only with `IN_THIS_PROCESS`.
+        vLLM's CUDA graph mode as the engine resolved it. These are known only with `IN_THIS_PROCESS`.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
@@ -151,6 +152,7 @@ def main() -> None:
                 "asleep": asleep,
                 "stats": [since(*ranks) for ranks in zip(earlier or [None] * len(stats), stats, strict=True)],
                 **{name: value - counters.get(name, 0) for name, value in now.items()},
+                "block_size": llm.llm_engine.vllm_config.cache_config.block_size,
                 "graph_mode": llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name,
             }
         )

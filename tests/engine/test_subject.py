@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.calibration.tiny_model import save_model_dir
+from tests.calibration.families import family_config
+from tests.calibration.tiny_model import save_model_dir, tiny_model
 from vllm_toptheta.engine import EngineSubject
 from vllm_toptheta.errors import EvaluationError
 
@@ -34,3 +35,9 @@ def test_flags_that_cannot_be(model: Path, engine_args: str, said: str) -> None:
 def test_sequences_that_are_too_long_are_refused_as_a_server_refuses_them(model: Path) -> None:
     with pytest.raises(EvaluationError, match="engine: vLLM cannot start the engine: .*max_model_len"):
         EngineSubject(model, max_length=4096, window=16).setup()
+
+
+def test_layers_that_keep_states_would_not_be_run(tmp_path: Path) -> None:
+    model = save_model_dir(tmp_path / "tiny", tiny_model(family_config("falcon_h1")))
+    with pytest.raises(EvaluationError, match="model_type falcon_h1: decoding is not evaluated where layers keep"):
+        EngineSubject(model, max_length=128, window=16).setup()

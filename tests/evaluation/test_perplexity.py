@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.calibration.families import HYBRIDS, family_config
 from tests.calibration.tiny_model import random_tokens, save_model_dir, tiny_config, tiny_model
 from tests.evaluation.tiny_store import tiny_store
 from vllm_toptheta.errors import (
@@ -299,3 +300,11 @@ def test_what_cannot_work_is_refused(model: Any, folder: Path, store: ThresholdS
         Subject(folder / "tiny", {"": store}, dtype="int8")
     with pytest.raises(CalibrationError, match="device: no device 'nowhere'"):
         Subject(folder / "tiny", {"": store}, device="nowhere")
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_layers_that_keep_states_are_left_alone(family: str) -> None:
+    samples, variants = [Sample(random_tokens(200))], [Variant(target="floor:1e-6"), Variant(target="floor:5")]
+    everything, some = compare_on_samples(tiny_model(family_config(family)), samples, {}, variants)
+    assert everything.change_percent == pytest.approx(0, abs=1e-3)
+    assert some.change_percent != pytest.approx(0, abs=1e-3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.calibration.families import family_config
+from tests.calibration.families import HYBRIDS, family_config
 from tests.calibration.tiny_model import random_tokens, tiny_config, tiny_model
 from tests.evaluation.test_decoding import sliding_model
 from vllm_toptheta.calibration.model import attending, hidden_states
@@ -173,3 +173,11 @@ def test_rows_that_are_too_long_are_refused(model: Any) -> None:
     with pytest.raises(EvaluationError, match=rf"a row of \d+ keys, made for {PREFIX}"):
         read_window(model, cache, token_ids[PREFIX:], SparseAttention(Variant(target="floor:3"), max_length=PREFIX))
     assert model.config._attn_implementation != window._ATTENTION_NAME
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_states_are_not_shared_by_windows(family: str) -> None:
+    model, token_ids = tiny_model(family_config(family)), random_tokens(40)
+    for read in (read_prefix, read_prompt):
+        with pytest.raises(EvaluationError, match=f"model_type {family}: decoding is not evaluated where layers keep"):
+            read(model, token_ids)

@@ -98,6 +98,8 @@ def test_a_switch_is_what_it_was_set_to_last() -> None:
     on, off = Flag.of_words(["--enable-sleep-mode"]), Flag.of_words(["--no-enable-sleep-mode"])
     states = {(): False, (on,): True, (on, off): False, (off, on): True}
     assert {given: flags.is_on([*given], "--enable-sleep-mode") for given in states} == states
+    by_itself = {given: flags.is_on([*given], "--enable-sleep-mode", by_itself=True) for given in states}
+    assert by_itself == states | {(): True}
 
 
 @pytest.mark.parametrize(

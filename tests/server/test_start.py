@@ -19,7 +19,7 @@ from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
-from vllm_toptheta.limits import HEAD_SIZES
+from vllm_toptheta.limits import ALLOW_UNTESTED, HEAD_SIZES
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 from vllm_toptheta.support import Device
@@ -253,6 +253,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "sinks": ({"attention_sinks": True}, [], {}, ""),
     "sinks of float16": ({"attention_sinks": True}, ["--dtype", "half"], {}, "attention_sinks: .* in bfloat16 only"),
     "as many drafts as are fastest": ({}, [], {"lossless": True, "draft_tokens": "auto"}, ""),
+    "states": ({"model_type": "falcon_h1"}, [], {}, "model_type falcon_h1: no GPU has run layers that keep states"),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
 }
 
@@ -304,6 +305,12 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
     assert caught.value.remedy == f"{remedy} to serve its text alone"
 
 
+def test_what_no_gpu_has_run_may_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    change, flags, options, _ = GPU["states"]
+    assert build(write(tmp_path / "tiny", LLAMA | change), flags, **options).check("gpu")
+
+
 def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_toptheta.server.engine_flags.wakes_up_whole", lambda: False)
     model = write(tmp_path / "tiny", LLAMA)
@@ -345,7 +352,7 @@ def test_where_the_device_is_not_known(
 def test_a_model_that_only_names_the_kinds_of_its_layers_is_refused_for_them(tmp_path: Path) -> None:
     config = {**NemotronHConfig().to_dict(), "architectures": ["NemotronHForCausalLM"]}
     assert "num_hidden_layers" not in config
-    with pytest.raises(TopThetaError, match="layers_block_type: layers with a state of their own"):
+    with pytest.raises(TopThetaError, match="model_type nemotron_h: no GPU has run layers that keep states"):
         build(write(tmp_path / "tiny", config), []).check("gpu")
 
 

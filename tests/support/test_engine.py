@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import Device, Engine, engine_reasons, kernel_reasons
 
 CPU, GPU = Engine("cpu"), Engine("gpu")
@@ -48,6 +49,15 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"sinks": "model_type gpt_oss"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "bfloat16"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
+        ({"hybrid": "qwen3_next"}, ["cpu"]),
+        ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu"]),
+        ({"hybrid": "qwen3_next", "dtype": "float16"}, []),
+        ({"hybrid": "falcon_h1"}, []),
+        ({"hybrid": "falcon_h1", "caches_prefixes": False}, ["cpu"]),
+        ({"hybrid": "lfm2", "caches_prefixes": False}, []),
+        ({"hybrid": "qwen3_next", "draft": "ngram"}, []),
+        ({"hybrid": "qwen3_next", "drafts_itself": True}, []),
+        ({"hybrid": "qwen3_next", "splits_pages": False}, ["cpu"]),
     ],
 )
 def test_devices_that_serve_it(asked: dict[str, Any], devices: list[Device]) -> None:
@@ -62,6 +72,35 @@ def test_a_checkpoint_says_whether_there_are_sinks() -> None:
     (reason,) = engine_reasons(replace(GPU, dtype="float16").of_checkpoint(config))
     assert str(reason) == "model_type gpt_oss: FlashAttention takes attention sinks in bfloat16 only"
     assert reason.remedy == "Give --dtype bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, ""),
+        ({"splits_pages": False}, "model_type lfm2: this vLLM cannot split its pages"),
+        ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8: pages of a lfm2 have room for sums of 16-bit values only"),
+        ({"draft": "ngram"}, "--speculative-config: drafts were never tried"),
+    ],
+)
+def test_hybrids_are_tried_on_gpus_where_somebody_asks_for_it(
+    asked: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = replace(GPU, **asked).of_checkpoint({"text_config": {"model_type": "lfm2"}})
+    assert str(engine_reasons(engine)[0]) == "model_type lfm2: no GPU has run layers that keep states yet"
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    reasons = engine_reasons(engine)
+    assert [str(reason)[: len(words)] for reason in reasons] == ([words] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("engine", "mode", "served"), [(GPU, "values", True), (GPU, "shadow", False), (CPU, "shadow", True)]
+)
+def test_gpus_have_no_copies_of_hybrids(engine: Engine, mode: str, served: bool) -> None:
+    heads = {"head_size": 64, "num_heads": 4, "num_kv_heads": 2, "is_sparse": True, "has_copies": mode == "shadow"}
+    assert kernel_reasons(engine, mode=mode, **heads) == []
+    reasons = kernel_reasons(replace(engine, hybrid="lfm2"), mode=mode, **heads)
+    assert (reasons == []) == served
 
 
 def test_a_checkpoint_says_what_the_model_takes() -> None:
@@ -80,7 +119,7 @@ def test_a_checkpoint_says_what_the_model_takes() -> None:
 )
 def test_ranks_share_heads_evenly(ranks: int, num_heads: int, num_kv_heads: int, served: bool) -> None:
     heads = {"head_size": 64, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    options = {"is_sparse": True, "has_copies": False}
+    options = {"mode": "values", "is_sparse": True, "has_copies": False}
     assert (kernel_reasons(replace(CPU, num_ranks=ranks), **heads, **options) == []) == served
 
 

@@ -22,7 +22,9 @@ OTHERS = [
     "hidden_size",
 ]
 READ = st.sampled_from([*_REFUSED_FIELDS, *OTHERS, "text_config", "rope_parameters", "rope_theta"])
-VALUES = st.sampled_from([None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", "LlamaModel", [], {}])
+VALUES = st.sampled_from(
+    [None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", "falcon_h1", "LlamaModel", [], {}]
+)
 ANY_JSON = VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(READ, VALUES, max_size=3)
 
 
@@ -51,6 +53,17 @@ def test_fields_that_change_attention_are_refused_where_they_are_set(field: str)
         ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}, ""),
         ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 3}, "layer_types"),
         ({"layer_types": ["mamba"]}, "layer_types mamba"),
+        ({"layer_types": ["mamba", "attention"], "model_type": "bamba"}, "layer_types attention"),
+        ({"layer_types": ["mamba", "attention"], "model_type": "granitemoehybrid", "mamba_d_state": 128}, ""),
+        ({"layer_types": ["linear_attention", "full_attention"], "model_type": "qwen3_next"}, ""),
+        ({"layer_types": ["conv", "full_attention"], "text_config": {"model_type": "lfm2"}}, ""),
+        ({"layers_block_type": ["mamba", "attention"], "model_type": "nemotron_h", "ssm_state_size": 128}, ""),
+        ({"hybrid_override_pattern": "M*-", "model_type": "nemotron_h"}, ""),
+        ({"model_type": "falcon_h1", "mamba_d_state": 256, "alibi": True}, "alibi"),
+        (
+            {"layer_types": ["mamba", "chunked_attention"], "model_type": "granitemoehybrid"},
+            "layer_types chunked_attention",
+        ),
     ],
 )
 def test_values_that_matter(config: dict[str, Any], field: str) -> None:

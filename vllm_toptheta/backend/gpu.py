@@ -29,11 +29,11 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import sleep, warm_up
-from vllm_toptheta.backend.pages import more_memory
+from vllm_toptheta.backend.pages import more_memory, tokens_of_row
 from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.support_checks import check_no_chunks
+from vllm_toptheta.backend.support_checks import check_no_chunks, check_split
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
@@ -140,6 +140,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
+        check_split(kv_cache_spec)
         impl = next(iter(layers.values())).impl
         loaders = Loaders.find(plan, kv_cache_spec, impl.num_heads // impl.num_kv_heads, device)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loaders))
@@ -173,7 +174,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 window = None if impl.sliding_window == (-1, -1) else impl.sliding_window[0] + 1
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
-                impl.loaders = loaders
+                impl.loaders, impl.has_tail_row = loaders, tokens_of_row(kv_cache_spec) is not None
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
@@ -240,11 +241,24 @@ class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
             kv_cache_dtype
         )
 
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, *spec: Any) -> list[Any]:
+        # vLLM tells the spec since it has specs with rows
+        sizes = super().get_supported_kernel_block_sizes(*spec)
+        tokens = tokens_of_row(spec[0]) if spec else None
+        return sizes if tokens is None else [tokens]
+
 
 class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
-    """One layer's attention on one rank."""
+    """One layer's attention on one rank.
+
+    Attributes:
+        loaders: Of kernels in CUDA C++.
+        has_tail_row: Whether pages have a row behind their tokens, which FlashAttention must not see.
+    """
 
     loaders = Loaders()
+    has_tail_row = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         FlashAttentionImpl.__init__(self, *args, **kwargs)
@@ -264,6 +278,19 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
     def _is_quantized(self) -> bool:
         return self.kv_cache_dtype in FLOAT8_CACHE_DTYPES
 
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, self._tokens_of(kv_cache), slot_mapping)
+
+    def _tokens_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return kv_cache[:, :, :-1] if self.has_tail_row else kv_cache
+
     def forward(
         self,
         layer: Any,
@@ -281,8 +308,10 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         Args and shapes are `FlashAttentionImpl.forward`'s.
         """
         if attn_metadata is None or self.layer_plan is None or self.layer is None:
+            # without metadata there is no cache yet
+            pages = kv_cache if attn_metadata is None else self._tokens_of(kv_cache)
             return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+                layer, query, key, value, pages, attn_metadata, output, output_scale, output_block_scale
             )
         split: StepSplit = attn_metadata.toptheta
         decodes = split.num_decodes
@@ -290,6 +319,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         cache = LayerCache.of(
             kv_cache.view(FLOAT8) if self._is_quantized else kv_cache,
             self.layer,
+            has_tail_row=self.has_tail_row,
             k_scale=layer._k_scale if self._is_quantized else None,
             v_scale=layer._v_scale if self._is_quantized else None,
         )
@@ -301,7 +331,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
                 query[decodes:],
                 None if key is None else key[decodes:],
                 None if value is None else value[decodes:],
-                kv_cache,
+                self._tokens_of(kv_cache),
                 split.prefill,
                 output[decodes:],
                 output_scale,

@@ -13,20 +13,24 @@ import vllm
 from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.capabilities import NAME
+from vllm_toptheta.backend.pages import tokens_of_row
 from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import (
     CHUNKED,
     MLA,
+    NOT_THIS_HYBRID,
     Engine,
     Reason,
     engine_reasons,
+    hybrid_type,
     image_modalities,
     image_reason,
     kernel_reasons,
     model_reasons,
     override_reasons,
     refuse,
+    splits_pages,
     wakes_up_whole,
 )
 
@@ -54,8 +58,8 @@ def check_engine(vllm_config: Any) -> None:
     # what a class is for its makers, whatever its fields say
     of_class = {
         Reason("architectures", MLA): model.use_mla,
-        Reason("architectures", "hybrid state-space models have pages of their own"): (
-            model.is_hybrid or model.is_attention_free
+        Reason("architectures", NOT_THIS_HYBRID): (
+            model.is_attention_free or (model.is_hybrid and hybrid_type(model.hf_text_config.to_dict()) is None)
         ),
     }
     config = {**model.hf_config.to_dict(), "text_config": model.hf_text_config.to_dict()}
@@ -83,6 +87,7 @@ def check_plan(plan: Plan, vllm_config: Any) -> None:
             head_size=heads.head_size,
             num_heads=heads.num_heads,
             num_kv_heads=heads.num_kv_heads,
+            mode=plan.settings.mode,
             is_sparse=plan.thresholds is not None,
             has_copies=plan.heavy is not None,
         )
@@ -104,6 +109,20 @@ def check_no_chunks(layers: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
         if getattr(layer, "attention_chunk_size", None):
             refuse([Reason(f"layer {name}", CHUNKED, "Serve this model without --attention-backend toptheta")])
+
+
+def check_split(spec: Any) -> None:
+    """Refuse long pages that vLLM does not split as their rows of sums ask for.
+
+    Args:
+        spec: Of the pages that a backend gets.
+
+    Raises:
+        UnsupportedError: It leaves them whole.
+    """
+    if tokens_of_row(spec) not in (None, spec.block_size):
+        why = "layouts with several layers in a block leave pages whole that are too long for kernels"
+        refuse([Reason("VLLM_KV_CACHE_LAYOUT", why, "Leave it out, or take LBNHC")])
 
 
 def check_layer(backend: type[AttentionBackend], attn_selector_config: Any) -> None:
@@ -134,6 +153,7 @@ def _engine(vllm_config: Any) -> Engine:
         cache_dtype=cache.cache_dtype,
         dtype=str(model.dtype).removeprefix("torch."),
         block_size=cache.block_size,
+        caches_prefixes=bool(cache.enable_prefix_caching),
         num_ranks=parallel.tensor_parallel_size,
         num_context_ranks=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size),
         generates=model.runner_type == "generate",
@@ -142,6 +162,7 @@ def _engine(vllm_config: Any) -> Engine:
         or getattr(cache, "kv_offloading_size", None) is not None,
         sleeps=model.enable_sleep_mode,
         wakes_up_whole=wakes_up_whole(),
+        splits_pages=splits_pages(),
         draft=None if speculative is None or is_own else str(speculative.method),
         drafts_itself=drafts_itself,
         num_stages=parallel.pipeline_parallel_size,

@@ -148,7 +148,14 @@ class EngineSubject:
     @cached_property
     def _config(self) -> Any:
         with _named_errors():
-            return self._arguments.create_engine_config()
+            config = self._arguments.create_engine_config()
+        if config.model_config.is_hybrid:
+            raise EvaluationError(
+                "decoding is not evaluated where layers keep states that every token changes",
+                field=f"model_type {config.model_config.hf_text_config.model_type}",
+                remedy="Measure its perplexity instead (toptheta eval perplexity)",
+            )
+        return config
 
     @cached_property
     def _engine(self) -> Any:

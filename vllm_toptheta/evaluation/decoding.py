@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vllm_toptheta.calibration.layer_attention import LayerAttention, register_attention
 from vllm_toptheta.calibration.model import attending, overriding_attention
@@ -19,7 +18,7 @@ from vllm_toptheta.calibration.override import AttentionCall, DenseOverride
 from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.evaluation.sparse_override import ReadCounts, SparseOverride
-from vllm_toptheta.evaluation.window import fork_cache
+from vllm_toptheta.evaluation.window import fork_cache, new_cache
 from vllm_toptheta.reference import dense_attention
 
 __all__ = ["Lane", "Prompt", "decode_greedily", "read_prompt"]
@@ -68,12 +67,13 @@ def read_prompt(model: Any, token_ids: Tensor, attention: SparseAttention | None
 
     Raises:
         CalibrationError: the model is not supported.
+        EvaluationError: see `window.new_cache`.
     """
     override = DenseOverride()
     if attention is not None and attention.phase != "decode":
         counts = ReadCounts(len(token_ids), device=model.device)
         override = SparseOverride(attention, num_prompt_tokens=len(token_ids), counts=counts)
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     with overriding_attention(model, override):
         logits = _next_logits(model, token_ids[None], cache)
     return Prompt(len(token_ids), cache, logits[0])

@@ -23,7 +23,7 @@ from vllm_toptheta.errors import EvaluationError
 from vllm_toptheta.evaluation.sparse import SparseAttention
 from vllm_toptheta.reference import AttentionResult
 
-__all__ = ["PREFIX_ROWS", "Observer", "attend_rows", "fork_cache", "read_prefix", "read_window"]
+__all__ = ["PREFIX_ROWS", "Observer", "attend_rows", "fork_cache", "new_cache", "read_prefix", "read_window"]
 
 _ATTENTION_NAME = "toptheta_window"
 # rows of a prefix that go through the model at a time
@@ -57,8 +57,9 @@ def read_prefix(
 
     Raises:
         CalibrationError: the model is not supported.
+        EvaluationError: see `new_cache`.
     """
-    cache = DynamicCache(config=model.config) if cache is None else fork_cache(cache)
+    cache = new_cache(model) if cache is None else fork_cache(cache)
     with attending(model, _ATTENTION_NAME, _active, _Pass(None, lambda call, result: None)):
         for rows in token_ids.split(PREFIX_ROWS):
             _states(model, rows, cache)
@@ -94,6 +95,22 @@ def read_window(
     """
     with attending(model, _ATTENTION_NAME, _active, _Pass(attention, observe)):
         return _states(model, token_ids, fork_cache(cache))
+
+
+def new_cache(model: Any) -> Any:
+    """Returns an empty KV cache.
+
+    Raises:
+        EvaluationError: some layers of the model keep states instead, which no two windows can share.
+    """
+    cache = DynamicCache(config=model.config)
+    if any(hasattr(layer, "update_conv_state") for layer in cache.layers):
+        raise EvaluationError(
+            "decoding is not evaluated where layers keep states that every token changes",
+            field=f"model_type {model.config.model_type}",
+            remedy="Measure its perplexity instead (toptheta eval perplexity)",
+        )
+    return cache
 
 
 def fork_cache(cache: Any) -> Any:

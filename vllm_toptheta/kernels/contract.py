@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec
-from vllm_toptheta.kernels.pages import codes_view, value_sum_view
+from vllm_toptheta.kernels.pages import codes_view, tail_row_view, value_sum_view
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LOST_MASS_BUCKETS
 
 NUM_COEFFICIENTS = 4  # a, b, c, slope
@@ -231,15 +231,25 @@ class LayerCache(NamedTuple):
         kv_cache: torch.Tensor,
         layer: Layer,
         *,
+        has_tail_row: bool = False,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
     ) -> LayerCache:
         """The cache of a layer, with the tails that the layer has.
 
+        Args:
+            kv_cache: As above, or with a row behind each page's tokens.
+            layer: The layer; without codes where there is such a row.
+            has_tail_row: Whether there is.
+            k_scale, v_scale: As above.
+
         Raises:
             ValueError: The pages have no room for them.
         """
         has_sums = layer.thresholds is not None and layer.value_mean_compensation
+        if has_tail_row:
+            sums = tail_row_view(kv_cache) if has_sums else None
+            return cls(kv_cache[:, :, :-1], sums, None, k_scale, v_scale)
         return cls(
             kv_cache,
             value_sum_view(kv_cache) if has_sums else None,

@@ -17,6 +17,11 @@ Copies (`codec.TierCodec`) fill the bytes of a head one kind after the other, so
 Byte j of a key holds channel j in its lower half and channel j + head_size / 2 in its upper half; byte j of a value
 holds channel j + i * head_size / 4 in its bits 2 i and 2 i + 1.
 
+Where pages are split from longer ones, they are dense, and each head's tail is its last row, as long as a token's key
+and value; there are no codes:
+
+    | K and V of a token, 2 head_size elements of two bytes | ... | value_sum, float32 [head_size] |
+
 Because the tail is part of the page, vLLM accounts for its memory, prefix caching shares it together with the keys
 and values it was computed from, and it is freed with them.
 """
@@ -72,6 +77,23 @@ def value_sum_view(kv_cache: torch.Tensor) -> torch.Tensor:
         (num_blocks, num_kv_heads, head_size),
         (page_bytes // _FLOAT_BYTES, head_size, 1),
     )
+
+
+def tail_row_view(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The `value_sum` of every page of a layer whose heads have a row for it, as a view of the cache's memory.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size + 1, 2 * head_size] of two bytes each, last axis dense.
+
+    Returns:
+        [num_blocks, num_kv_heads, head_size] float32.
+
+    Raises:
+        ValueError: A row is not as long as the sums.
+    """
+    if kv_cache.element_size() != 2:
+        raise ValueError(f"KV pages of {kv_cache.dtype} have no row as long as the sums of values")
+    return kv_cache[:, :, -1].view(torch.float32)
 
 
 def codes_view(kv_cache: torch.Tensor, code_bytes: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_toptheta.server import flags
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.store import Serving
-from vllm_toptheta.support import Device, Engine, drafts_on_v2, wakes_up_whole
+from vllm_toptheta.support import Device, Engine, drafts_on_v2, splits_pages, wakes_up_whole
 
 _DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
@@ -76,6 +76,7 @@ class EngineFlags:
                 and flags.value_of(given, "--convert") in (None, "auto", "none"),
                 "moves_pages": flags.find(given, "--kv-offloading-size") is not None
                 or bool(flags.json_object(given, "--kv-transfer-config")),
+                "caches_prefixes": flags.is_on(given, "--enable-prefix-caching", by_itself=True),
                 "sleeps": flags.is_on(given, "--enable-sleep-mode"),
                 "draft": _draft(given),
                 "num_stages": flags.integer(given, "--pipeline-parallel-size", "-pp") or 1,
@@ -100,6 +101,7 @@ class EngineFlags:
             drafts_itself=drafts_itself,
             runs_on_v2=drafts_on_v2() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0",
             wakes_up_whole=wakes_up_whole(),
+            splits_pages=splits_pages(),
             **self.engine,
         )
 

@@ -96,10 +96,16 @@ def value_of(flags: list[Flag], *names: str) -> str | None:
     return None if flag is None else flag.value
 
 
-def is_on(flags: list[Flag], name: str) -> bool:
-    """Whether a switch is on, which is off by itself."""
+def is_on(flags: list[Flag], name: str, *, by_itself: bool = False) -> bool:
+    """Whether a switch is on.
+
+    Args:
+        flags: What is given.
+        name: Of the switch.
+        by_itself: Whether it is on where nobody says anything.
+    """
     flag = find(flags, name, name.replace("--", "--no-", 1))
-    return flag is not None and not flag.name.startswith("--no-")
+    return by_itself if flag is None else not flag.name.startswith("--no-")
 
 
 def integer(flags: list[Flag], *names: str) -> int | None:

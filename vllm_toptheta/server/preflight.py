@@ -134,6 +134,7 @@ def _check_engine(
                 head_size=architecture.head_size,
                 num_heads=architecture.num_heads,
                 num_kv_heads=architecture.num_kv_heads,
+                mode=settings.mode,
                 is_sparse=selection.thresholds is not None,
                 has_copies=selection.heavy is not None,
             )

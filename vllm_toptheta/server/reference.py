@@ -80,7 +80,7 @@ not fit. Positions are changed by `rope_parameters`, whole, because vLLM goes by
 
 | variable | meaning |
 | --- | --- |
-| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | try versions of vLLM that nobody has run |
+| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | try what nobody has run: other versions of vLLM, and what a refusal names it for |
 | `VLLM_API_KEY` | as `--api-key`: a key that `/v1` and `/toptheta/stats` ask for |
 """
 

@@ -2,21 +2,25 @@
 has started. Both put what they know into the same records, so that they give the same answer. Nothing of vLLM.
 
 model      a model, as its config.json says
+hybrids    models some of whose layers do not attend
 images     models whose images are attended to in another way
 engine     an engine and its device, as flags or vLLM's configuration say
 installed  what the installed vLLM can do
+untested   what nobody has run
 refusal    the reasons, as one error
 
 May import `errors`, `limits`.
 """
 
 from vllm_toptheta.support.engine import Device, Engine, engine_reasons, kernel_reasons
+from vllm_toptheta.support.hybrids import hybrid_type
 from vllm_toptheta.support.images import image_modalities, image_reason
-from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, wakes_up_whole
+from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, splits_pages, wakes_up_whole
 from vllm_toptheta.support.model import (
     CHUNKED,
     MLA,
     NO_GENERATION,
+    NOT_THIS_HYBRID,
     checkpoint_cache_dtype,
     model_reasons,
     override_reasons,
@@ -24,17 +28,22 @@ from vllm_toptheta.support.model import (
     text_config,
 )
 from vllm_toptheta.support.refusal import Reason, refuse
+from vllm_toptheta.support.untested import TRY, allows_untested
 
 __all__ = [
     "CHUNKED",
     "MLA",
     "NO_GENERATION",
+    "NOT_THIS_HYBRID",
     "Device",
     "Engine",
+    "TRY",
     "Reason",
+    "allows_untested",
     "checkpoint_cache_dtype",
     "drafts_on_v2",
     "engine_reasons",
+    "hybrid_type",
     "image_modalities",
     "image_reason",
     "kernel_reasons",
@@ -43,6 +52,7 @@ __all__ = [
     "refuse",
     "serves_text_alone",
     "sinks_field",
+    "splits_pages",
     "text_config",
     "wakes_up_whole",
 ]

@@ -14,8 +14,10 @@ from vllm_toptheta.limits import (
     HEAD_SIZES,
     gpus_lack,
 )
-from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sinks_field
-from vllm_toptheta.support.refusal import Reason
+from vllm_toptheta.support.hybrids import STATES, hybrid_type
+from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sinks_field, text_config
+from vllm_toptheta.support.refusal import WITHOUT_US, Reason
+from vllm_toptheta.support.untested import TRY, allows_untested
 
 Device = Literal["cpu", "gpu"]
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
@@ -46,6 +48,9 @@ class Engine:
         runs_on_v2: Whether its model runner is vLLM's V2, and that drafts by models (`installed.drafts_on_v2`).
         sees: Whether the model takes images or sounds.
         sinks: What of config.json says that its layers have attention sinks; None where nothing does.
+        hybrid: The model_type of a model some of whose layers keep states (`hybrids.STATES`); None of others.
+        caches_prefixes: Whether what prompts have in common is computed once.
+        splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`).
     """
 
     device: Device
@@ -67,6 +72,9 @@ class Engine:
     runs_on_v2: bool = True
     sees: bool = False
     sinks: str | None = None
+    hybrid: str | None = None
+    caches_prefixes: bool = True
+    splits_pages: bool = True
 
     def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
         """The same, with what a checkpoint says: what it takes, and the KV cache's dtype where no flag names one.
@@ -75,7 +83,7 @@ class Engine:
             config: The model's config.json as a dict. Of any content.
         """
         sees = self.sees or any(config.get(name) for name in ("vision_config", "audio_config"))
-        engine = replace(self, sees=sees, sinks=sinks_field(config))
+        engine = replace(self, sees=sees, sinks=sinks_field(config), hybrid=hybrid_type(text_config(config)))
         found = checkpoint_cache_dtype(config)
         if found is None or self.cache_dtype != "auto":
             return engine
@@ -126,7 +134,47 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "context parallelism splits a sequence's scores over ranks",
         ): engine.num_context_ranks > 1,
     }
-    return [reason for reason, applies in {**checks, **_drafting_reasons(engine)}.items() if applies]
+    checks |= {**_hybrid_reasons(engine), **_drafting_reasons(engine)}
+    return [reason for reason, applies in checks.items() if applies]
+
+
+def _hybrid_reasons(engine: Engine) -> dict[Reason, bool]:
+    """Why a model is not served some of whose layers keep states, and whether that is so."""
+    model_type = f"model_type {engine.hybrid}"
+    on_cpu, state = engine.device == "cpu", STATES.get(str(engine.hybrid))
+    on_gpu = state is not None and not on_cpu
+    return {
+        Reason(model_type, "no GPU has run layers that keep states yet", f"{WITHOUT_US}, or {TRY}"): (
+            on_gpu and not allows_untested()
+        ),
+        Reason(
+            model_type,
+            "this vLLM cannot split its pages, which are as long as states and too long for kernels of GPUs",
+            "Install vLLM 0.32 or 0.33",
+        ): on_gpu and not engine.splits_pages,
+        Reason(
+            f"{engine.cache_dtype_of} {engine.cache_dtype}",
+            f"pages of a {engine.hybrid} have room for sums of 16-bit values only",
+            "Give --kv-cache-dtype bfloat16",
+        ): on_gpu and engine.cache_dtype in FLOAT8_CACHE_DTYPES,
+        Reason(
+            "--enable-prefix-caching",
+            f"on CPUs, vLLM does not keep the states of a {engine.hybrid} within a prompt as they were",
+            "Give --no-enable-prefix-caching",
+        ): state == "mamba2" and on_cpu and engine.caches_prefixes,
+        Reason(model_type, "on CPUs, vLLM's answers depend on where a prompt is divided into steps", WITHOUT_US): (
+            state == "conv" and on_cpu
+        ),
+        Reason(
+            f"--dtype {engine.dtype}", f"on CPUs, vLLM computes a {engine.hybrid} in bfloat16 only", "Choose bfloat16"
+        ): state == "delta" and on_cpu and engine.dtype in ("float16", "float32"),
+        Reason("--speculative-config", "drafts were never tried where a draft that is refused leaves states behind"): (
+            state is not None and engine.draft is not None
+        ),
+        Reason("lossless", "drafts would change the states that answers are made of"): (
+            state is not None and engine.drafts_itself
+        ),
+    }
 
 
 def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
@@ -160,6 +208,7 @@ def kernel_reasons(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
+    mode: str,
     is_sparse: bool,
     has_copies: bool,
 ) -> list[Reason]:
@@ -170,6 +219,7 @@ def kernel_reasons(
         head_size: Numbers of a key or a value.
         num_heads: Query heads of a layer, over all ranks.
         num_kv_heads: Key and value heads of a layer, over all ranks.
+        mode: `values` or `shadow`.
         is_sparse: Whether there are thresholds; without, every layer runs dense.
         has_copies: Whether there are copies of keys and values.
     """
@@ -179,6 +229,9 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
+    if mode == "shadow" and engine.hybrid is not None and engine.device == "gpu":
+        text = f"on GPUs, pages of a {engine.hybrid} have no room for shadow keys or copies"
+        reasons.append(Reason("mode shadow", text, "Serve in mode values"))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))

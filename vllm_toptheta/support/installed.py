@@ -40,6 +40,15 @@ def drafts_on_v2() -> bool:
     return _has("v1/worker/gpu/spec_decode/target_dependent_ar/speculator.py", "class TargetDependentARSpeculator")
 
 
+def splits_pages() -> bool:
+    """Whether a page can be split into such with a tail each: specs say since 0.32 how many rows some tokens take.
+
+    Returns:
+        As `wakes_up_whole`.
+    """
+    return _has("v1/kv_cache_interface.py", "tokens_per_state: int | Fraction")
+
+
 @functools.cache
 def _has(file: str, words: str) -> bool:
     found = importlib.util.find_spec("vllm")

@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_toptheta.support.hybrids import HYBRID_FIELDS, HYBRID_LAYERS, hybrid_type
 from vllm_toptheta.support.refusal import Reason
 
 MLA = "multi-head latent attention (MLA) has no per-head values to skip"
 NO_GENERATION = "only generation is supported, not pooling"
 _PER_LAYER = "layers whose heads differ in number or size are not supported"
 CHUNKED = "layers that attend within chunks are not supported, because chunks are no sequences of their own"
-_HYBRID = "layers with a state of their own, which is no keys and values, are not supported"
+NOT_THIS_HYBRID = "layers with a state of their own, which is no keys and values, are not supported in this model"
 _KV_SHARING = "KV sharing between layers is not supported"
 _OTHER_SCORES = "positions that change scores after q . k are not supported"
 
@@ -34,12 +35,7 @@ _REFUSED_FIELDS = {
     "num_kv_shared_layers": _KV_SHARING,
     "use_cla": _KV_SHARING,
     "alibi": f"{_OTHER_SCORES} (ALiBi)",
-    "layers_block_type": _HYBRID,
-    "hybrid_override_pattern": _HYBRID,
-    "linear_attn_config": _HYBRID,
-    "ssm_cfg": _HYBRID,
-    "mamba_d_state": _HYBRID,
-    "ssm_state_size": _HYBRID,
+    **dict.fromkeys(HYBRID_FIELDS, NOT_THIS_HYBRID),
 }
 # field -> why a model is refused in which it is another number than head_dim
 _HEAD_SIZES = {
@@ -84,7 +80,8 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     reasons = []
     if config.get("is_encoder_decoder"):
         text["is_encoder_decoder"] = True
-    reasons += [Reason(field, why) for field, why in _REFUSED_FIELDS.items() if text.get(field)]
+    served = HYBRID_FIELDS if hybrid_type(text) else ()
+    reasons += [Reason(field, why) for field, why in _REFUSED_FIELDS.items() if text.get(field) and field not in served]
     head_size = text.get("head_dim")
     reasons += [
         Reason(f"{field} {text[field]}", why)
@@ -94,7 +91,7 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and all(_pools(name) for name in architectures):
         reasons.append(Reason(f"architectures {architectures[0]}", NO_GENERATION))
-    return reasons + _layer_type_reasons(text)
+    return reasons + _layer_type_reasons(text, _LAYER_TYPES | HYBRID_LAYERS if served else _LAYER_TYPES)
 
 
 def sinks_field(config: Mapping[str, Any]) -> str | None:
@@ -114,13 +111,13 @@ def _pools(architecture: Any) -> bool:
     return isinstance(architecture, str) and _POOLING.search(architecture) is not None
 
 
-def _layer_type_reasons(text: Mapping[str, Any]) -> list[Reason]:
+def _layer_type_reasons(text: Mapping[str, Any], known: set[str]) -> list[Reason]:
     layer_types, num_layers = text.get("layer_types"), text.get("num_hidden_layers")
     if not isinstance(layer_types, list | tuple):
         return []
-    others = sorted({str(kind) for kind in layer_types} - _LAYER_TYPES)
+    others = sorted({str(kind) for kind in layer_types} - known)
     if others:
-        return [Reason(f"layer_types {others[0]}", CHUNKED if "chunked" in others[0] else _HYBRID)]
+        return [Reason(f"layer_types {others[0]}", CHUNKED if "chunked" in others[0] else NOT_THIS_HYBRID)]
     if isinstance(num_layers, int) and len(layer_types) < num_layers:
         counted = f"it names {len(layer_types)} layers, and num_hidden_layers is {num_layers}"
         return [Reason("layer_types", counted, "Make both the same")]

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.hooks.patch import replace
-from vllm_toptheta.backend.pages import with_tail
+from vllm_toptheta.backend.pages import with_tail, with_tail_rows
 from vllm_toptheta.backend.plan import Plan
 
 
@@ -29,8 +29,17 @@ def _padding(get_kv_cache_spec: Callable[..., Any]) -> Callable[..., Any]:
         spec = get_kv_cache_spec(layer, vllm_config)
         if spec is None or layer.attn_backend.get_name() != NAME:
             return spec
+        if _splits(vllm_config):
+            return with_tail_rows(spec)
         if not known or known[0][0] is not vllm_config:
             known[:] = [(vllm_config, Plan.code_bytes_of(vllm_config))]
         return with_tail(spec, code_bytes=known[0][1])
 
     return get_padded_spec
+
+
+def _splits(vllm_config: Any) -> bool:
+    """Whether pages are too long for kernels to take whole; vLLM's runner for CPUs splits none, nor need ours it to."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() and vllm_config.model_config.is_hybrid

@@ -1,0 +1,270 @@
+"""Models some of whose layers keep states: texts of random ones are those of vLLM's own backend.
+
+vLLM gives them pages as long as their states, so that few pages are full, and what it caches of prompts goes by states.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import (
+    FalconH1Config,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
+
+from tests.e2e.conftest import TINY, write_model
+from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call, generate
+from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text
+from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.limits import ALLOW_UNTESTED
+from vllm_toptheta.server.command import ServeCommand
+from vllm_toptheta.server.config import ServerConfig
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_chunk_size": 64}
+OF_LINEAR_ATTENTION = ["linear_attention", "full_attention"] * 2
+
+
+class Family(NamedTuple):
+    """A kind of hybrid.
+
+    Attributes:
+        config: Of a tiny model.
+        sparse_layers: Those that attend.
+        block_size: Tokens of a page on CPUs, where vLLM makes it as long as the states.
+        keeps_prefixes: Whether vLLM can cache on CPUs what prompts begin with.
+        dtype: What vLLM serves it in.
+        rounding: Nats that two runs may differ by.
+    """
+
+    config: PreTrainedConfig
+    sparse_layers: set[int]
+    block_size: int
+    keeps_prefixes: bool = False
+    dtype: str = "float32"
+    rounding: float = ROUNDING
+
+
+FAMILIES = {
+    "granitemoehybrid": Family(
+        GraniteMoeHybridConfig(
+            **TINY,
+            **MAMBA_2,
+            layer_types=["mamba", "attention"] * 2,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=256,
+            attention_multiplier=0.125,
+        ),
+        {1, 3},
+        640,
+    ),
+    "falcon_h1": Family(FalconH1Config(**TINY, **MAMBA_2, head_dim=64, mamba_d_ssm=512), {0, 1, 2, 3}, 640),
+    "nemotron_h": Family(
+        NemotronHConfig(
+            **{field: value for field, value in TINY.items() if field != "num_hidden_layers"},
+            head_dim=64,
+            layers_block_type=["mamba", "attention", "mlp", "mamba", "attention"],
+            mamba_num_heads=8,
+            mamba_head_dim=64,
+            n_groups=1,
+            ssm_state_size=256,
+            chunk_size=64,
+        ),
+        {1, 4},
+        640,
+    ),
+    "qwen3_next": Family(
+        Qwen3NextConfig(
+            **TINY,
+            head_dim=64,
+            layer_types=OF_LINEAR_ATTENTION,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+        ),
+        {1, 3},
+        640,
+        keeps_prefixes=True,
+        dtype="bfloat16",
+        rounding=0.1,
+    ),
+}
+if ON_GPU:
+    FAMILIES["lfm2"] = Family(
+        # vLLM reads the sizes of blocks and convolutions, which transformers 5 knows no more
+        Lfm2Config(
+            **TINY,
+            layer_types=["conv", "full_attention"] * 2,
+            conv_dim=256,
+            block_dim=256,
+            block_auto_adjust_ff_dim=False,
+        ),
+        {1, 3},
+        128,
+    )
+ALWAYS = FAMILIES if ON_GPU else ("granitemoehybrid",)
+MARKED = [
+    pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in ALWAYS else [pytest.mark.nightly])])
+    for name in FAMILIES
+]
+TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
+KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
+COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, **KEEPS_ALL}
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random tokens, the same ones at every call."""
+    chances = [random.Random(length) for length in lengths]  # noqa: S311 - nothing is secret
+    return [
+        [chance.randrange(TINY["vocab_size"]) for _ in range(length)]
+        for chance, length in zip(chances, lengths, strict=True)
+    ]
+
+
+TWICE = [Call(prompts(300, 40, 900, 1500), 24)] * 2
+
+
+class Model(NamedTuple):
+    """A model, and what vLLM's own backend makes of `TWICE` and `growing`."""
+
+    name: str
+    family: Family
+    folder: Path
+    stock: list[dict[str, Any]]
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments of every engine."""
+        return engine_of(self.family)
+
+
+def engine_of(family: Family) -> dict[str, Any]:
+    dtype = {} if ON_GPU else {"dtype": family.dtype}
+    return {"skip_tokenizer_init": True, "enable_prefix_caching": ON_GPU or family.keeps_prefixes, **dtype}
+
+
+def growing(family: Family) -> Call:
+    """Three prompts that nearly fill three pages each, and answers that reach into the fourth."""
+    return Call(prompts(*(3 * family.block_size - less for less in (8, 9, 10))), 24)
+
+
+@pytest.fixture(scope="module", params=MARKED)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    family = FAMILIES[request.param]
+    folder = write_model(family.config, tmp_path_factory.mktemp(request.param))
+    stock = generate([*TWICE, growing(family)], model=str(folder), engine=engine_of(family))
+    assert ON_GPU or stock[0]["block_size"] == family.block_size
+    return Model(request.param, family, folder, stock)
+
+
+def ours(
+    model: Model,
+    options: dict[str, Any],
+    calls: list[Call] = TWICE,
+    environment: dict[str, str] | None = None,
+    **engine: Any,
+) -> list[dict[str, Any]]:
+    return generate(
+        calls,
+        {**TRIED, **(environment or {})},
+        model=str(model.folder),
+        engine={**model.engine, **engine},
+        backend="toptheta",
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("options", [{"weight_floor": 0}, KEEPS_ALL, COPIES], ids=["dense", "values", "copies"])
+def test_where_every_key_is_kept_the_text_is_the_stock_backends(model: Model, options: dict[str, Any]) -> None:
+    family = model.family
+    if ON_GPU and options is COPIES:
+        pytest.skip("refused")
+    answers = ours(model, options)
+    assert (answers[1]["prefix_hits"] > 0) == model.engine["enable_prefix_caching"]
+    for answer, stock in zip(answers, model.stock, strict=False):
+        assert answer["block_size"] == stock["block_size"]
+        heads = answer["stats"][0]["layers"]
+        assert {head["layer"] for head in heads} == (family.sparse_layers if options["weight_floor"] else set())
+        assert all(head["rows_read"] == head["rows_cached"] > 0 for head in heads)
+        assert_same_text(answer["outputs"], stock["outputs"], rounding=family.rounding)
+
+
+def test_the_default_is_near_the_stock_backend(model: Model) -> None:
+    answer, _ = ours(model, {})
+    heads = answer["stats"][0]["layers"]
+    assert len(heads) == TINY["num_key_value_heads"] * len(model.family.sparse_layers)
+    assert all(0 < head["rows_read"] < head["rows_cached"] for head in heads)
+    assert all(0 < head["lost_mass_mean"] < 0.5 for head in heads)
+    pairs = list(zip(answer["outputs"], model.stock[0]["outputs"], strict=True))
+    # the first token is the prompt's, which is dense; the second has lost what thresholds skip
+    differences = [abs(one["top2"][1][0] - other["top2"][1][0]) for one, other in pairs]
+    assert all(one["token_ids"][0] == other["token_ids"][0] for one, other in pairs)
+    assert max(differences) < 0.1 + model.family.rounding, differences
+
+
+@pytest.mark.skipif(ON_GPU, reason="the numbers are those of CPUs")
+def test_chunks_and_preemption_change_no_text(model: Model) -> None:
+    family = model.family
+    # each of three sequences takes three pages for keys and values, and then a fourth, and one for its states
+    (answer,) = ours(
+        model,
+        KEEPS_ALL,
+        [growing(family)],
+        max_model_len=4 * family.block_size,
+        max_num_batched_tokens=family.block_size + 16,
+        num_gpu_blocks_override=14,
+        enable_prefix_caching=False,
+    )
+    assert answer["preemptions"] > 0
+    assert_same_text(answer["outputs"], model.stock[2]["outputs"], rounding=family.rounding)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
+def test_two_ranks_share_the_heads(model: Model) -> None:
+    environment = {**IN_PROCESSES_OF_THEIR_OWN, "OMP_NUM_THREADS": "1"}
+    answer, _ = ours(model, KEEPS_ALL, environment=environment, tensor_parallel_size=2)
+    assert [len(rank["layers"]) for rank in answer["stats"]] == [len(model.family.sparse_layers)] * 2
+    assert_same_text(answer["outputs"], model.stock[0]["outputs"], rounding=model.family.rounding)
+
+
+def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(device: str, *flags: str) -> str:
+        return ServeCommand.build([str(model.folder), *flags], {}, ServerConfig()).check(device)
+
+    if model.name == "lfm2":
+        with pytest.raises(UnsupportedError, match="model_type lfm2: on CPUs, vLLM's answers depend on where"):
+            check("cpu")
+    else:
+        assert check("cpu", "--no-enable-prefix-caching").startswith("thresholds floor:2")
+        if model.family.keeps_prefixes:
+            assert check("cpu").startswith("thresholds floor:2")
+        else:
+            with pytest.raises(UnsupportedError, match="--enable-prefix-caching: .* Give --no-enable-prefix-caching"):
+                check("cpu")
+    with pytest.raises(UnsupportedError, match=f"model_type {model.name}: no GPU has run layers that keep states yet"):
+        check("gpu")
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    assert check("gpu").startswith("thresholds floor:2")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_gpu_engine_refuses_them_unless_somebody_wants_to_try(model: Model) -> None:
+    with pytest.raises(RuntimeError, match=f"UnsupportedError: model_type {model.name}: no GPU has run layers"):
+        generate(TWICE, model=str(model.folder), engine=model.engine, backend="toptheta")
