@@ -43,10 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # nothing is weighed by a copy
     "copies": {"mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, **KEEPS_ALL},
 }
-CALLS = [
-    Call([[random.Random(length).randrange(TINY["vocab_size"]) for _ in range(length)] for length in lengths], 24)  # noqa: S311
-    for lengths in ((300, 40, 900, 1500),)
-]
+LENGTHS = (300, 40, 900, 1500)
+CALLS = [Call([random.Random(length).choices(range(TINY["vocab_size"]), k=length) for length in LENGTHS], 24)]  # noqa: S311
 
 
 class Model(NamedTuple):
