@@ -141,8 +141,8 @@ class Settings(BaseSettings):
     )
     per_request: bool = Field(
         True,
-        description="Let requests ask for dense decoding, another floor or a promise by its name, in "
-        "vllm_xargs.toptheta.",
+        description="Let requests ask for dense decoding, another floor or a promise by its name, and with lossless on "
+        "CPUs for answers that nothing verifies, in vllm_xargs.toptheta.",
     )
     strict: bool = Field(
         False,
