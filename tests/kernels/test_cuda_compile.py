@@ -42,58 +42,37 @@ def test_nvrtc_takes_every_wrapper(architecture: str, tmp_path: Path) -> None:
     assert compile_real(source_text(PROBE), architecture, (), tmp_path).startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "group", "head_size", "block_size", "dtype", "has_soft_cap"),
+def shape_of(block_size: int, head_size: int, group: int, *, is_float16: bool = False) -> Shape:
+    return Shape(block_size, head_size, group, head_size, is_float16, True, True, tier_bytes(head_size))
+
+
+of_every_kind = pytest.mark.parametrize(
+    ("architecture", "shape", "has_soft_cap"),
     [
-        ("sm_90", 4, 128, 16, torch.bfloat16, False),
-        ("sm_90", 7, 128, 32, torch.float16, True),
-        ("sm_90", 16, 128, 48, torch.bfloat16, False),
-        ("sm_90", 3, 64, 128, torch.bfloat16, False),
-        ("sm_90", 8, 256, 16, torch.bfloat16, False),
-        ("sm_80", 1, 128, 16, torch.bfloat16, False),
-        ("sm_100", 4, 128, 16, torch.bfloat16, False),
+        ("sm_90", shape_of(16, 128, 4), False),
+        ("sm_90", shape_of(32, 128, 7, is_float16=True), True),
+        ("sm_90", shape_of(48, 128, 16), False),
+        ("sm_90", shape_of(128, 64, 3), False),
+        ("sm_90", shape_of(16, 256, 8), False),
+        ("sm_80", shape_of(16, 64, 1), False),
+        ("sm_80", shape_of(16, 128, 1), False),
+        ("sm_100", shape_of(16, 128, 4), False),
     ],
 )
-def test_nvrtc_takes_the_kernels_of_copies(
-    architecture: str,
-    group: int,
-    head_size: int,
-    block_size: int,
-    dtype: torch.dtype,
-    has_soft_cap: bool,
-    tmp_path: Path,
-) -> None:
+
+
+@of_every_kind
+def test_nvrtc_takes_the_kernels_of_copies(architecture: str, shape: Shape, has_soft_cap: bool, tmp_path: Path) -> None:
     """It knows less than the emulator's compiler: no header, and none of its built-in functions."""
-    is_float16 = dtype == torch.float16
-    shape = Shape(block_size, head_size, group, head_size, is_float16, True, True, tier_bytes(head_size))
-    macros = macros_of(shape, split_sizes(head_size, group), has_soft_cap=has_soft_cap)
+    macros = macros_of(shape, split_sizes(shape.HEAD_SIZE, shape.GROUP), has_soft_cap=has_soft_cap)
     cubin = compile_real(source_text(SOURCE_FOLDER / SOURCE), architecture, macros, tmp_path)
     assert all(name.encode() in cubin for name in (SPLIT, COPY))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "group", "head_size", "block_size", "dtype", "has_soft_cap"),
-    [
-        ("sm_90", 4, 128, 16, torch.bfloat16, False),
-        ("sm_90", 7, 128, 32, torch.float16, True),
-        ("sm_90", 16, 128, 48, torch.bfloat16, False),
-        ("sm_90", 3, 64, 128, torch.bfloat16, False),
-        ("sm_90", 8, 256, 16, torch.bfloat16, False),
-        ("sm_80", 1, 64, 16, torch.bfloat16, False),
-        ("sm_100", 4, 128, 16, torch.bfloat16, False),
-    ],
-)
-def test_nvrtc_takes_the_kernel_of_values(
-    architecture: str,
-    group: int,
-    head_size: int,
-    block_size: int,
-    dtype: torch.dtype,
-    has_soft_cap: bool,
-    tmp_path: Path,
-) -> None:
-    shape = Shape(block_size, head_size, group, head_size, dtype == torch.float16, True, True, 0)
-    macros = value_split.macros_of(shape, ValueSizes.of(head_size, group), has_soft_cap=has_soft_cap)
+@of_every_kind
+def test_nvrtc_takes_the_kernel_of_values(architecture: str, shape: Shape, has_soft_cap: bool, tmp_path: Path) -> None:
+    sizes = ValueSizes.of(shape.HEAD_SIZE, shape.GROUP)
+    macros = value_split.macros_of(shape, sizes, has_soft_cap=has_soft_cap)
     cubin = compile_real(source_text(SOURCE_FOLDER / value_split.SOURCE), architecture, macros, tmp_path)
     assert value_split.SPLIT.encode() in cubin
 

@@ -17,7 +17,7 @@ from tests.kernels.simt.build import EmulatedKernel, build
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, TierLayer
 from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
-from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, Loader, loader_for, split_sizes
+from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, TierLoader, loader_for, split_sizes
 from vllm_toptheta.kernels.gpu.scratch import Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig
@@ -49,7 +49,7 @@ class TierCase:
     weight_floor: float = WEIGHT_FLOOR
     heavy: float = HEAVY
     reads_all_keys: bool = False
-    loader: Loader | None = None
+    loader: TierLoader | None = None
 
     def run(
         self, config: ShadowConfig = SCANNING, scratch: TierScratch | None = None, **options: Any
@@ -141,12 +141,12 @@ def make_tier_case(
     return tiers
 
 
-def cuda_loader(shape: Shape) -> Loader:
+def cuda_loader(shape: Shape) -> TierLoader:
     """Loads kernels in CUDA C++: on the device, or emulated where there is none."""
     group = shape.num_heads // shape.num_kv_heads
     if DEVICE == "cuda":
         return loader_for(torch.device("cuda", torch.cuda.current_device()), shape.head_size, group)
-    return Loader(emulated, split_sizes(shape.head_size, group))
+    return TierLoader(emulated, split_sizes(shape.head_size, group))
 
 
 def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:

@@ -38,7 +38,7 @@ from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
 from vllm_toptheta.kernels.gpu.cuda import tier_split, value_split
-from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
@@ -84,7 +84,7 @@ class Loaders:
     """
 
     values: ValueLoader | None = None
-    tiers: Loader | None = None
+    tiers: TierLoader | None = None
 
     @classmethod
     def find(cls, plan: Plan, spec: AttentionSpec, group: int, device: torch.device) -> Loaders:
@@ -105,7 +105,7 @@ def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loaders: L
     return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
 
 
-def shadow_config(plan: Plan, loader: Loader | None) -> ShadowConfig:
+def shadow_config(plan: Plan, loader: TierLoader | None) -> ShadowConfig:
     """Launch parameters of mode `shadow`; `loader` loads kernels of copies in CUDA C++."""
     config = ShadowConfig() if plan.heavy is None else tier_config(loader)
     return config.scanning if plan.settings.always_shadow else config

@@ -6,13 +6,12 @@ has just become full (`value_sums.py` says what that is), so that decoding needs
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
-from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Schedule, Shape, Tokens, next_power_of_2
+from vllm_toptheta.kernels.gpu.launches import Choice, Launches
+from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.schedule import (
     dense_length,
     load_lengths,
@@ -253,35 +252,13 @@ def merge_kernel(
         tl.atomic_add(bucket, 1, mask=is_common & (seq_len > max_dense_len), sem="relaxed")
 
 
-class Choice(NamedTuple):
-    """When the pieces are those of a step of which all keys are read.
-
-    Attributes:
-        few_tokens, short_length: See `schedule.reads_all_keys`.
-        num_programs: Programs of each kv head, then.
-        schedule: How it is shared out, then.
-    """
-
-    few_tokens: int
-    short_length: int
-    num_programs: int
-    schedule: Schedule
-
-
 def launch_merge(
-    step: DecodeStep,
-    call: LayerCall,
-    pieces: Pieces,
-    schedule: Schedule,
-    *,
-    num_programs: int,
-    num_warps: int,
-    is_early: bool,
-    choice: Choice | None = None,
+    step: DecodeStep, call: LayerCall, pieces: Pieces, launches: Launches, choice: Choice | None = None
 ) -> None:
-    """Join what `num_programs` programs of each kv head have left, or those of another kernel by `choice`."""
+    """Join what the programs of `launches` have left, or those of another kernel by `choice`."""
     output, cache, counters = call.output, call.cache, call.layer.counters
     num_seqs, num_heads, _ = output.shape
+    num_programs, schedule = launches.num_programs, launches.schedule
     chosen = choice or Choice(0, 0, num_programs, schedule)
     piece_block, num_parts, merge_warps = _merge_shape(num_programs / num_seqs)
     merge_kernel[(num_heads * num_parts, num_seqs)](
@@ -314,8 +291,8 @@ def launch_merge(
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         DENOMINATOR_COMPENSATION=call.layer.denominator_compensation,
         CHOOSES=choice is not None,
-        EARLY_MERGE=is_early,
-        **launch_options(num_warps or merge_warps, is_early=is_early),
+        EARLY_MERGE=launches.is_early,
+        **launch_options(launches.merge_warps or merge_warps, is_early=launches.is_early),
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, launch_config, num_multiprocessors, tier_config
@@ -135,7 +135,7 @@ class TierScratch(NamedTuple):
 
     config: ShadowConfig
     values_config: LaunchConfig
-    loader: Loader | None
+    loader: TierLoader | None
     thresholds: torch.Tensor
     anchor_lse: torch.Tensor
     query_codes: torch.Tensor
@@ -152,7 +152,7 @@ class TierScratch(NamedTuple):
 
     @staticmethod
     def spec(
-        sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int, *, loader: Loader | None
+        sizes: Sizes, config: ShadowConfig, values_config: LaunchConfig, num_sms: int, *, loader: TierLoader | None
     ) -> Spec:
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
@@ -185,7 +185,7 @@ class TierScratch(NamedTuple):
         kv_dtype: torch.dtype,
         device: torch.device | str,
         config: ShadowConfig | None = None,
-        loader: Loader | None = None,
+        loader: TierLoader | None = None,
     ) -> TierScratch:
         """As `ShadowScratch.allocate`."""
         config = config or tier_config(loader)

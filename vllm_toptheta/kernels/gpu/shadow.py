@@ -10,7 +10,8 @@ import functools
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.codes import TOKENS_PER_STEP
-from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
+from vllm_toptheta.kernels.gpu.launches import shadow_launches
+from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import (
     Counts,
     Lists,
@@ -22,14 +23,13 @@ from vllm_toptheta.kernels.gpu.records import (
     Tokens,
     next_power_of_2,
 )
-from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
 from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
 from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
-from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, has_dependent_launch, launch_options, num_multiprocessors
-from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of, values_schedule
+from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_options
+from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 
@@ -74,26 +74,14 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     if num_seqs == 0:
         return
     config, values_config = scratch.config, scratch.values_config
-    num_sms = num_multiprocessors(call.query.device)
-    num_programs = config.num_programs(num_kv_heads, num_sms)
-    num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
-    num_pieces = (max(num_programs, num_values_programs) + num_seqs) * num_kv_heads
-    if len(scratch.partial_stats) < num_pieces or len(scratch.floors) < num_seqs:
-        raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
-    early = config.early_launch and has_dependent_launch(call.query.device)
-    # pages, if the tiles of either kernel consist of them
-    unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
-    all_keys = values_schedule(values_config, unit, num_seqs)
-    schedule = schedule_of(
-        unit, min_tokens=config.min_work * config.tile, dense_work=config.dense_work, num_seqs=num_seqs
-    )
+    launches, choice = shadow_launches(call, scratch)
+    early = launches.is_early
     on_gpu = call.query.is_cuda
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     shadows = Shadow.of(shadow, codes, query_codes=scratch.query_codes, floors=scratch.floors)
-    few_tokens = config.few_tokens * num_programs
     launch_thresholds(step, tokens, queries, shape, is_early=early)
-    query_kernel[(num_kv_heads, num_values_programs)](
+    query_kernel[(num_kv_heads, choice.num_programs)](
         tokens,
         queries,
         shadows,
@@ -104,17 +92,17 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         step.max_dense_len,
         step.min_step_tokens,
         step.block_table.stride(0),
-        few_tokens,
-        config.short_length,
+        choice.few_tokens,
+        choice.short_length,
         shape,
-        all_keys,
+        choice.schedule,
         tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
         TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
         EARLY_QUERY=early,
         EARLY_SPLIT=early,
         **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),
     )
-    shadow_split_kernel[(num_kv_heads, num_programs)](
+    shadow_split_kernel[(num_kv_heads, launches.num_programs)](
         tokens,
         queries,
         shadows,
@@ -126,10 +114,10 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         step.min_step_tokens,
         *step.length_range,
         step.block_table.stride(0),
-        few_tokens,
-        config.short_length,
+        choice.few_tokens,
+        choice.short_length,
         shape,
-        schedule,
+        launches.schedule,
         scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
         ROW_TOKENS=row_tokens,
         COLUMN_HEADS=max(next_power_of_2(shape.GROUP), MIN_COLUMNS // row_tokens),
@@ -137,16 +125,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         EARLY_MERGE=early,
         **launch_options(config.num_warps, config.max_registers, is_early=early),
     )
-    launch_merge(
-        step,
-        call,
-        pieces,
-        schedule,
-        num_programs=num_programs,
-        num_warps=config.merge_warps,
-        is_early=early,
-        choice=Choice(few_tokens, config.short_length, num_values_programs, all_keys),
-    )
+    launch_merge(step, call, pieces, launches, choice)
 
 
 @functools.cache

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
 from vllm_toptheta.kernels.gpu.copies import TOKENS_PER_STEP
+from vllm_toptheta.kernels.gpu.cuda.launching import SplitStep
 from vllm_toptheta.kernels.gpu.cuda.tier_split import launch_tier_split
-from vllm_toptheta.kernels.gpu.merge import Choice, launch_merge
+from vllm_toptheta.kernels.gpu.launches import shadow_launches
+from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import (
     Copies,
     Counts,
@@ -16,15 +18,14 @@ from vllm_toptheta.kernels.gpu.records import (
     Tokens,
     next_power_of_2,
 )
-from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import TierScratch
 from vllm_toptheta.kernels.gpu.shadow import scan_tiling
 from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tier_query import tier_query_kernel
 from vllm_toptheta.kernels.gpu.tier_split import tier_split_kernel
 from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
-from vllm_toptheta.kernels.gpu.tuning import has_dependent_launch, launch_options, num_multiprocessors
-from vllm_toptheta.kernels.gpu.values import check_cuda, check_kernels, tiling_of, values_schedule
+from vllm_toptheta.kernels.gpu.tuning import launch_options
+from vllm_toptheta.kernels.gpu.values import check_cuda, check_kernels, tiling_of
 from vllm_toptheta.limits import gpus_lack
 
 
@@ -63,31 +64,15 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     if num_seqs == 0:
         return
     config, values_config = scratch.config, scratch.values_config
-    num_sms = num_multiprocessors(call.query.device)
-    num_programs = config.num_programs(num_kv_heads, num_sms)
-    num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
-    num_pieces = (max(num_programs, num_values_programs) + num_seqs) * num_kv_heads
-    if len(scratch.partial_stats) < num_pieces or len(scratch.thresholds) < num_seqs:
-        raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
-    early = config.early_launch and has_dependent_launch(call.query.device)
-    # pages, if the tiles of either kernel consist of them
-    unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
-    all_keys = values_schedule(values_config, unit, num_seqs)
-    schedule = schedule_of(
-        unit,
-        min_tokens=config.min_work * config.tile,
-        dense_work=config.dense_work,
-        num_seqs=num_seqs,
-        piece_tokens=config.piece_tokens,
-    )
+    launches, choice = shadow_launches(call, scratch)
+    early = launches.is_early
     on_gpu = call.query.is_cuda
     queries = Queries.of(call, scratch.thresholds, scratch.anchor_lse)
     tokens, shape, counts = Tokens.of(step, call.cache), Shape.of(call), Counts.of(call.layer.counters)
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
     copies = Copies.of(tiers, codes, query_codes=scratch.query_codes, query_terms=scratch.query_terms)
-    few_tokens = config.few_tokens * num_programs
     launch_thresholds(step, tokens, queries, shape, is_early=early)
-    tier_query_kernel[(num_kv_heads, num_values_programs)](
+    tier_query_kernel[(num_kv_heads, choice.num_programs)](
         tokens,
         queries,
         copies,
@@ -98,10 +83,10 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
         step.max_dense_len,
         step.min_step_tokens,
         step.block_table.stride(0),
-        few_tokens,
-        config.short_length,
+        choice.few_tokens,
+        choice.short_length,
         shape,
-        all_keys,
+        choice.schedule,
         tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
         TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)) if scratch.loader is None else 0,
         EARLY_QUERY=early,
@@ -111,23 +96,16 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     if scratch.loader is not None:
         launch_tier_split(
             scratch.loader,
-            step,
-            tokens,
-            queries,
+            SplitStep(step, tokens, queries, pieces, counts, shape, launches.schedule, launches.num_programs),
             copies,
-            pieces,
-            counts,
-            shape,
-            schedule,
             scratch.saved,
-            num_programs=num_programs,
-            few_tokens=few_tokens,
-            short_length=config.short_length,
+            few_tokens=choice.few_tokens,
+            short_length=choice.short_length,
             log_heavy=tiers.log_heavy,
             is_early=early,
         )
     else:
-        tier_split_kernel[(num_kv_heads, num_programs)](
+        tier_split_kernel[(num_kv_heads, launches.num_programs)](
             tokens,
             queries,
             copies,
@@ -139,24 +117,15 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
             step.max_dense_len,
             step.min_step_tokens,
             step.block_table.stride(0),
-            few_tokens,
-            config.short_length,
+            choice.few_tokens,
+            choice.short_length,
             tiers.log_heavy,
             shape,
-            schedule,
+            launches.schedule,
             scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
             COLUMNS=max(MIN_COLUMNS, next_power_of_2(shape.GROUP)),
             EARLY_SPLIT=early,
             EARLY_MERGE=early,
             **launch_options(config.num_warps, config.max_registers, is_early=early),
         )
-    launch_merge(
-        step,
-        call,
-        pieces,
-        schedule,
-        num_programs=num_programs,
-        num_warps=config.merge_warps,
-        is_early=early,
-        choice=Choice(few_tokens, config.short_length, num_values_programs, all_keys),
-    )
+    launch_merge(step, call, pieces, launches, choice)

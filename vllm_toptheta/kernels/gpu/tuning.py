@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.kernels.gpu.cuda.tier_split import Loader
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 
 TABLE = Path(__file__).with_name("launch_table.json")
@@ -152,7 +152,7 @@ class ShadowConfig(_Programs):
 TIER_CONFIG = ShadowConfig(tile=128)
 
 
-def tier_config(loader: Loader | None) -> ShadowConfig:
+def tier_config(loader: TierLoader | None) -> ShadowConfig:
     """How copies are read: by Triton's kernels, or by those that `loader` loads."""
     if loader is None:
         return TIER_CONFIG

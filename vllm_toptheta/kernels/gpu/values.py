@@ -7,29 +7,27 @@ import functools
 import torch
 
 from vllm_toptheta.kernels.contract import FLOAT8_DTYPES, DecodeStep, LayerCall, check
+from vllm_toptheta.kernels.gpu.cuda.launching import SplitStep
 from vllm_toptheta.kernels.gpu.cuda.value_split import launch_value_split
+from vllm_toptheta.kernels.gpu.launches import values_launches
 from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import (
     Counts,
     Lists,
     Pieces,
     Queries,
-    Schedule,
     Shape,
     Tiling,
     Tokens,
     next_power_of_2,
 )
-from vllm_toptheta.kernels.gpu.schedule import schedule_of, unit_of
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.split import split_kernel
 from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
 from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tiles import ROW_ALIGNMENT
-from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, has_dependent_launch, launch_options, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, launch_options
 from vllm_toptheta.limits import HEAD_SIZES, MAX_QUERIES_PER_KV
-
-DENSE_WORK = 2  # of a unit of which keys and values are read, where otherwise it is keys and few values
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
@@ -52,34 +50,20 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     check(step, call)
     if scratch.loader is not None:
         check_cuda(call)
-    num_seqs, num_kv_heads, block_size = len(call.query), call.cache.kv_cache.shape[1], call.cache.kv_cache.shape[2]
+    num_seqs = len(call.query)
     if num_seqs == 0:
         return
-    config = scratch.config
-    num_programs = config.num_programs(num_kv_heads, num_multiprocessors(call.query.device))
-    if len(scratch.partial_stats) < (num_programs + num_seqs) * num_kv_heads:
-        raise ValueError(f"scratch: made for fewer than {num_seqs} sequences")
-    early = config.early_launch and has_dependent_launch(call.query.device)
+    config, launches = scratch.config, values_launches(call, scratch)
+    early = launches.is_early
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
-    schedule = values_schedule(config, unit_of(config.tile, block_size), num_seqs)
     tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
     counts = Counts.of(call.layer.counters)
     launch_thresholds(step, tokens, queries, shape, is_early=early)
     if scratch.loader is not None:
-        launch_value_split(
-            scratch.loader,
-            step,
-            tokens,
-            queries,
-            pieces,
-            counts,
-            shape,
-            schedule,
-            num_programs=num_programs,
-            is_early=early,
-        )
+        given = SplitStep(step, tokens, queries, pieces, counts, shape, launches.schedule, launches.num_programs)
+        launch_value_split(scratch.loader, given, is_early=early)
     else:
-        split_kernel[(num_kv_heads, num_programs)](
+        split_kernel[(call.cache.kv_cache.shape[1], launches.num_programs)](
             tokens,
             queries,
             Lists(scratch.survivors, scratch.order),
@@ -90,31 +74,13 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
             step.min_step_tokens,
             step.block_table.stride(0),
             shape,
-            schedule,
+            launches.schedule,
             tiling_of(config, shape.GROUP, on_gpu=call.query.is_cuda),
             EARLY_SPLIT=early,
             EARLY_MERGE=early,
             **launch_options(config.num_warps, config.max_registers, is_early=early),
         )
-    launch_merge(
-        step,
-        call,
-        pieces,
-        schedule,
-        num_programs=num_programs,
-        num_warps=config.merge_warps,
-        is_early=early,
-    )
-
-
-def values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
-    """How a step of which all keys are read is shared out, in units of `unit` tokens."""
-    return schedule_of(
-        unit,
-        min_tokens=config.min_work * config.tile,
-        dense_work=DENSE_WORK,
-        num_seqs=num_seqs,
-    )
+    launch_merge(step, call, pieces, launches)
 
 
 @functools.cache

@@ -6,39 +6,31 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from vllm_toptheta.kernels.codec import tier_bytes
-from vllm_toptheta.kernels.contract import DecodeStep
-from vllm_toptheta.kernels.gpu.cuda.driver import DriverError
-from vllm_toptheta.kernels.gpu.cuda.launching import Launcher, ScheduleArguments, pointer
+from vllm_toptheta.kernels.gpu.cuda.launching import (
+    Launcher,
+    Loader,
+    ScheduleArguments,
+    SplitStep,
+    fields,
+    macros_for,
+    pointer,
+    working_loader,
+)
 from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
-from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
-from vllm_toptheta.kernels.gpu.records import Copies, Counts, Pieces, Queries, Schedule, Shape, Tokens
+from vllm_toptheta.kernels.gpu.records import Copies, Shape
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 SPLIT, COPY = "tier_split", "tier_copy"
 SOURCE = "tier_split.cu"
 COPY_WARPS = 8
 _MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no weight
-_ROW_BYTES = 16  # that queries are loaded by
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
-
-
-class Loader(NamedTuple):
-    """How the kernels of a layer's shape come into being.
-
-    Attributes:
-        load: From a kernel's name, macros such as `HEAD_SIZE=128`, and bytes of shared memory.
-        sizes: Of the kernels.
-    """
-
-    load: Callable[[str, tuple[str, ...], int], Launcher]
-    sizes: SplitSizes
 
 
 class SplitSizes(NamedTuple):
@@ -57,6 +49,9 @@ class SplitSizes(NamedTuple):
     resident: int
     shared_bytes: int
     saved_floats: int
+
+
+TierLoader = Loader[SplitSizes]
 
 
 @functools.cache
@@ -89,85 +84,50 @@ class Arguments(ctypes.Structure):
     """`Args` of the source."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "kv_cache",
-                "block_table",
-                "seq_lens",
-                "threshold_offset",
-                "query",
-                "thresholds",
-                "anchor_lse",
-                "q_scale",
-                "k_scale",
-                "codes",
-                "rotation",
-                "piece_output",
-                "piece_stats",
-                "saved",
-                "keys_read",
-                "value_rows_read",
-                "copies_read",
-            )
+        *fields(
+            ctypes.c_void_p,
+            *("kv_cache", "block_table", "seq_lens", "threshold_offset", "query", "thresholds", "anchor_lse"),
+            *("q_scale", "k_scale", "codes", "rotation", "piece_output", "piece_stats", "saved"),
+            *("keys_read", "value_rows_read", "copies_read"),
         ),
-        *(
-            (name, ctypes.c_uint32)
-            for name in (
-                "stride_block",
-                "stride_head",
-                "stride_token",
-                "query_stride_seq",
-                "query_stride_head",
-                "code_stride_block",
-                "code_stride_head",
-            )
+        *fields(
+            ctypes.c_uint32,
+            *("stride_block", "stride_head", "stride_token", "query_stride_seq", "query_stride_head"),
+            *("code_stride_block", "code_stride_head"),
         ),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "table_stride",
-                "num_seqs",
-                "num_kv_heads",
-                "max_dense_len",
-                "min_step_tokens",
-                "few_tokens",
-                "short_length",
-            )
+        *fields(
+            ctypes.c_int32,
+            *("table_stride", "num_seqs", "num_kv_heads", "max_dense_len", "min_step_tokens"),
+            *("few_tokens", "short_length"),
         ),
         ("schedule", ScheduleArguments),
-        *((name, ctypes.c_float) for name in ("softmax_scale", "logits_soft_cap", "log_heavy", "log2_scale")),
+        *fields(ctypes.c_float, "softmax_scale", "logits_soft_cap", "log_heavy", "log2_scale"),
     ]
 
 
 def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[str, ...]:
     """What the source is compiled with."""
-    values: dict[str, int | str] = {
-        "HEAD_SIZE": shape.HEAD_SIZE,
-        "GROUP": shape.GROUP,
-        "BLOCK_SIZE": shape.BLOCK_SIZE,
-        "IS_FLOAT16": str(shape.FLOAT16).lower(),
-        "SOFT_CAP": str(has_soft_cap).lower(),
-        "VALUE_MEAN": str(shape.VALUE_MEAN).lower(),
-        "NUM_FIRST_ANCHORS": NUM_FIRST_ANCHORS,
-        "NUM_LAST_ANCHORS": NUM_LAST_ANCHORS,
-        "WARPS": sizes.warps,
-        "COPY_WARPS": COPY_WARPS,
-        "STAGES": sizes.stages,
-        "RESIDENT": sizes.resident,
-        "EXPECTED_SHARED_BYTES": sizes.shared_bytes,
-        "EXPECTED_SAVED": sizes.saved_floats,
-    }
-    return tuple(f"{name}={value}" for name, value in values.items())
+    return macros_for(
+        shape,
+        has_soft_cap=has_soft_cap,
+        NUM_FIRST_ANCHORS=NUM_FIRST_ANCHORS,
+        NUM_LAST_ANCHORS=NUM_LAST_ANCHORS,
+        WARPS=sizes.warps,
+        COPY_WARPS=COPY_WARPS,
+        STAGES=sizes.stages,
+        RESIDENT=sizes.resident,
+        EXPECTED_SHARED_BYTES=sizes.shared_bytes,
+        EXPECTED_SAVED=sizes.saved_floats,
+    )
 
 
-def loader_for(device: torch.device, head_size: int, group: int) -> Loader:
+def loader_for(device: torch.device, head_size: int, group: int) -> TierLoader:
     """That of a GPU, for heads of a size in groups of `group` queries."""
-    return Loader(functools.partial(kernel_for, device, SOURCE), split_sizes(head_size, group))
+    return TierLoader(functools.partial(kernel_for, device, SOURCE), split_sizes(head_size, group))
 
 
 @functools.cache
-def find_loader(device: torch.device, head_size: int, group: int, element_bytes: int = 2) -> Loader | None:
+def find_loader(device: torch.device, head_size: int, group: int, element_bytes: int = 2) -> TierLoader | None:
     """`loader_for`, if kernels can be compiled and loaded here; None, and a warning, if not, or if keys are float8.
 
     One kernel is compiled to see, for pages of 16 tokens of bfloat16; it is kept on disk.
@@ -181,38 +141,27 @@ def find_loader(device: torch.device, head_size: int, group: int, element_bytes:
     if element_bytes != 2:
         logger.warning("toptheta: float8 keys and values with copies are read by the slower kernels in Triton")
         return None
-    if device.type != "cuda":  # where Triton interprets
-        return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    loader = loader_for(torch.device("cuda", index), head_size, group)
     shape = Shape(16, head_size, group, head_size, False, True, True, tier_bytes(head_size))
-    try:
-        _loaded(loader, shape, False)
-    except (CompileError, DriverError, OSError) as error:
-        logger.warning("toptheta: copies are read by the slower kernels in Triton, because %s", error)
-        return None
-    return loader
+    return working_loader(
+        device,
+        lambda gpu: loader_for(gpu, head_size, group),
+        lambda loader: _loaded(loader, shape, False),
+        what="copies",
+    )
 
 
 @functools.cache
-def _loaded(loader: Loader, shape: Shape, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
+def _loaded(loader: TierLoader, shape: Shape, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
     macros = macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap)
     return loader.load(COPY, macros, 0), loader.load(SPLIT, macros, loader.sizes.shared_bytes)
 
 
 def launch_tier_split(
-    loader: Loader,
-    step: DecodeStep,
-    tokens: Tokens,
-    queries: Queries,
+    loader: TierLoader,
+    given: SplitStep,
     copies: Copies,
-    pieces: Pieces,
-    counts: Counts,
-    shape: Shape,
-    schedule: Schedule,
     saved: torch.Tensor,
     *,
-    num_programs: int,
     few_tokens: int,
     short_length: int,
     log_heavy: float,
@@ -231,53 +180,24 @@ def launch_tier_split(
         CompileError: A kernel for this shape is not compiled yet, and the compiler refuses it.
         DriverError: The driver refuses a kernel or a launch.
     """
-    sizes, query = loader.sizes, queries.query
-    element, query_element = tokens.kv_cache.element_size(), query.element_size()
-    query_stride_seq, query_stride_head = queries.stride_seq * query_element, queries.stride_head * query_element
-    if (query.data_ptr() | query_stride_seq | query_stride_head) % _ROW_BYTES:
-        raise ValueError(f"query: strides {query.stride()}, expected rows at multiples of {_ROW_BYTES} bytes")
-    num_seqs, num_heads, _ = query.shape
-    num_kv_heads = num_heads // shape.GROUP
+    sizes, counts, num_kv_heads, stream = loader.sizes, given.counts, given.num_kv_heads, given.stream
     arguments = Arguments(
-        kv_cache=tokens.kv_cache.data_ptr(),
-        block_table=tokens.block_table.data_ptr(),
-        seq_lens=tokens.seq_lens.data_ptr(),
-        threshold_offset=pointer(tokens.threshold_offset),
-        query=query.data_ptr(),
-        thresholds=queries.thresholds.data_ptr(),
-        anchor_lse=pointer(queries.anchor_lse),
-        q_scale=pointer(queries.q_scale),
-        k_scale=pointer(queries.k_scale),
+        **given.arguments(),
+        anchor_lse=pointer(given.queries.anchor_lse),
         codes=copies.codes.data_ptr(),
         rotation=copies.rotation.data_ptr(),
-        piece_output=pieces.output.data_ptr(),
-        piece_stats=pieces.stats.data_ptr(),
         saved=saved.data_ptr(),
         keys_read=pointer(counts.keys_read),
-        value_rows_read=pointer(counts.value_rows_read),
         copies_read=pointer(counts.copies_read),
-        stride_block=tokens.stride_block * element,
-        stride_head=tokens.stride_head * element,
-        stride_token=tokens.stride_token * element,
-        query_stride_seq=query_stride_seq,
-        query_stride_head=query_stride_head,
         code_stride_block=copies.stride_block,
         code_stride_head=copies.stride_head,
-        table_stride=step.block_table.stride(0),
-        num_seqs=num_seqs,
-        num_kv_heads=num_kv_heads,
-        max_dense_len=step.max_dense_len,
-        min_step_tokens=step.min_step_tokens,
         few_tokens=few_tokens,
         short_length=short_length,
-        schedule=ScheduleArguments.of(schedule, num_programs),
-        softmax_scale=queries.softmax_scale,
-        logits_soft_cap=queries.logits_soft_cap or 0.0,
         log_heavy=log_heavy,
         # no light key weighs more than `heavy`: then none is above 1
         log2_scale=min(_MOST_LOG2_SCALE, -log_heavy / math.log(2)),
     )
-    copy, split = _loaded(loader, shape, queries.logits_soft_cap is not None)
-    stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    copy.launch((num_kv_heads, num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
-    split.launch((num_kv_heads, num_programs, 1), 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
+    copy, split = _loaded(loader, given.shape, given.has_soft_cap)
+    copy.launch((num_kv_heads, given.num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
+    grid = num_kv_heads, given.num_programs, 1
+    split.launch(grid, 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)
