@@ -1,27 +1,17 @@
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
 from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, tiny_model, write_text
 from tests.evaluation.tiny_store import tiny_store
+from tests.one_thread import one_thread
 from vllm_toptheta.store import ThresholdStore, load
 
-__all__ = ["random_models_are_accepted"]
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more threads, which spin while they wait for a core that another process has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread", "random_models_are_accepted"]
 
 
 @pytest.fixture(scope="package")

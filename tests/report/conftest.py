@@ -1,29 +1,19 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.calibration.random_models import random_models_are_accepted
 from tests.calibration.tiny_model import save_model_dir, write_text
 from tests.evaluation.tiny_store import tiny_store
+from tests.one_thread import one_thread
 from vllm_toptheta import store
 from vllm_toptheta.calibration.data import read_text
 from vllm_toptheta.calibration.model import load_model
 from vllm_toptheta.report import Report, SurvivorOptions, measure_survivors
 from vllm_toptheta.report.findings import SurvivorReport
 
-__all__ = ["random_models_are_accepted"]
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more threads, which spin while they wait for a core that another process has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread", "random_models_are_accepted"]
 
 
 @pytest.fixture(scope="package")
