@@ -22,10 +22,39 @@ TUNED_CARD = "sm90"
 _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
 
 
-class _Programs:
-    """What follows from launch parameters of either mode."""
+@dataclass(frozen=True, kw_only=True)
+class _Parameters:
+    """What both modes are launched by.
 
+    Attributes:
+        tile: Keys, or shadow keys, per step of the scan.
+        num_warps: Warps of a program.
+        min_group: Columns that the group's heads are padded to where exact keys and values are multiplied; from 16 on,
+            Hopper's asynchronous products are used.
+        max_registers: Registers per thread, at most, so that `programs_per_sm` fit; None leaves it to the compiler.
+        scan_stages: Depth of the scan's software pipeline.
+        dense_tile: Keys per step where a sequence keeps everything.
+        dense_stages: Depth of that loop's pipeline.
+        min_work: Tiles that are worth a program.
+        programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
+        merge_warps: Warps of a program of the merge; 0 chooses.
+        early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
+        dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
+        dense_tokens: Likewise, the tokens for each program up to which a step does.
+    """
+
+    tile: int
+    num_warps: int = 4
+    min_group: int = 8
+    max_registers: int | None
+    scan_stages: int = 3
+    dense_tile: int = 64
+    dense_stages: int = 2
+    min_work: int
     programs_per_sm: int
+    merge_warps: int = 0
+    early_launch: bool = True
+    dense_length: int = 2048
     dense_tokens: int
 
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
@@ -37,40 +66,19 @@ class _Programs:
         return self.dense_tokens * self.num_programs(num_kv_heads, num_sms)
 
 
-@dataclass(frozen=True)
-class LaunchConfig(_Programs):
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(_Parameters):
     """How the kernels of mode `values` are launched.
 
     Attributes:
-        tile: Keys per step of the scan.
-        num_warps: Warps of a program.
-        min_group: Columns that the group's heads are padded to; from 16 on, Hopper's asynchronous products are used.
-        max_registers: Registers per thread, at most, so that `programs_per_sm` fit; None leaves it to the compiler.
-        scan_stages: Depth of the scan's software pipeline.
-        dense_tile: Keys per step where a sequence keeps everything.
-        dense_stages: Depth of that loop's pipeline.
         gather_stages: Depth of the pipeline over the survivors' values.
-        min_work: Tiles of keys that are worth a program.
-        programs_per_sm: Programs per multiprocessor: as many as run at a time, since each gets an equal share.
-        merge_warps: Warps of a program of the merge; 0 chooses.
-        early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
-        dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
-        dense_tokens: Likewise, the tokens for each program up to which a step does.
     """
 
     tile: int = 64
-    num_warps: int = 4
-    min_group: int = 8
     max_registers: int | None = 168
-    scan_stages: int = 3
-    dense_tile: int = 64
-    dense_stages: int = 2
     gather_stages: int = 2
     min_work: int = 4
     programs_per_sm: int = 3
-    merge_warps: int = 0
-    early_launch: bool = True
-    dense_length: int = 2048
     dense_tokens: int = 640
 
     def for_loader(self, loader: ValueLoader | None) -> LaunchConfig:
@@ -85,53 +93,33 @@ class LaunchConfig(_Programs):
         )
 
 
-@dataclass(frozen=True)
-class ShadowConfig(_Programs):
+@dataclass(frozen=True, kw_only=True)
+class ShadowConfig(_Parameters):
     """How the kernels of mode `shadow` are launched, by calibrated shadow keys or by copies of keys and values.
 
     Attributes:
-        tile: Shadow keys per step of the scan.
-        num_warps: Warps of a program.
-        min_group: Columns that the group's heads are padded to where exact keys and values are multiplied.
-        max_registers: As for `LaunchConfig`.
-        scan_stages: Depth of the scan's software pipeline.
         chunk_tiles: Tiles scanned between two looks at how long the lists are.
         list_depth: Candidates that a lane of the tile has room for.
         walk_tile: Candidates per step of the walk.
         walk_stages: Depth of the walk's pipeline.
-        dense_tile: Keys per step where a sequence keeps everything.
-        dense_stages: Depth of that loop's pipeline.
-        dense_work: Work of a token of such a sequence, relative to one that is scanned.
+        dense_work: Work of a token of a sequence that keeps everything, relative to one that is scanned.
         few_tokens: Tokens for each program without which a step reads all keys; scanning takes longer.
         short_length: Tokens of a sequence, in the mean of a step, below which it reads all keys.
-        min_work: Tiles that are worth a program.
         piece_tokens: Tokens that a program scans in the time that a piece takes beside them; 0 is not known.
-        programs_per_sm: As for `LaunchConfig`.
-        merge_warps: As for `LaunchConfig`.
-        early_launch: As for `LaunchConfig`.
-        dense_length, dense_tokens: As for `LaunchConfig`.
     """
 
     tile: int = 256
-    num_warps: int = 4
-    min_group: int = 8
     max_registers: int | None = None
-    scan_stages: int = 3
     chunk_tiles: int = 16
     list_depth: int = 32
     walk_tile: int = 128
     walk_stages: int = 1
-    dense_tile: int = 64
-    dense_stages: int = 2
     dense_work: int = 8
     few_tokens: int = 448
     short_length: int = 1152
     min_work: int = 2
     piece_tokens: int = 0
     programs_per_sm: int = 2
-    merge_warps: int = 0
-    early_launch: bool = True
-    dense_length: int = 2048
     dense_tokens: int = 448
 
     def scans(self, num_seqs: int, length: int, *, num_programs: int) -> bool:
