@@ -22,6 +22,7 @@ from tests.kernels.decode_case import (
     Shape,
     check,
     check_closed_pages,
+    cuda_loader,
     make_case,
     reference,
     scores_of,
@@ -45,7 +46,7 @@ pytestmark = [
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel reads keys and values."""
     if request.param == "CUDA":
-        monkeypatch.setattr(decode_case, "loader_of", decode_case.cuda_loader)
+        monkeypatch.setattr(decode_case, "loader_of", cuda_loader)
     return request.param
 
 
@@ -95,7 +96,16 @@ SHAPES = {
 FEW = LaunchConfig(programs_per_sm=1, min_work=1)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (kernel, name)
+        for kernel in ("Triton", "CUDA")
+        for name in SHAPES
+        if kernel == "Triton" or cuda_loader(SHAPES[name])
+    ],
+    indirect=["kernel"],
+)
 def test_decode(name: str) -> None:
     case = make_case(SHAPES[name])
     check(case, *case.run(FEW if INTERPRETED else None))
