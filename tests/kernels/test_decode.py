@@ -125,6 +125,13 @@ def test_dense_sequences_among_others_in_shares_of_any_size(programs: int) -> No
     check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
 
 
+def test_more_sequences_than_a_warp_has_lanes() -> None:
+    lens = tuple(7 * row % 50 for row in range(70))
+    case = make_case(Shape(lens, num_heads=2, num_kv_heads=1, max_dense_len=20))
+    for programs in (1, 40):
+        check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
+
+
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_groups(head_size: int, group: int) -> None:
