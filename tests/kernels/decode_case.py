@@ -148,11 +148,11 @@ class Case:
         decode(*self.records(**({"output": output, "counters": counters} | options)), scratch)
         return output, counters
 
-    def scratch(self, config: LaunchConfig | None = None) -> Scratch:
-        """One for this step."""
+    def scratch(self, config: LaunchConfig | None = None, *, loader: ValueLoader | None = None) -> Scratch:
+        """One for this step, and for the kernel that `loader` loads, or else the one of `loader_of`."""
         shape = self.shape
         sizes = Sizes(len(shape.lens), shape.num_heads, shape.num_kv_heads, shape.head_size)
-        loader = loader_of(shape)
+        loader = loader or loader_of(shape)
         return Scratch.allocate(sizes, kv_dtype=self.kv_cache.dtype, device=DEVICE, config=config, loader=loader)
 
     def records(

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from tests.kernels.decode_case import Shape, check, make_case
+from tests.kernels.decode_case import Shape, check, cuda_loader, make_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
 from tests.kernels.tier_case import check as check_tiers
@@ -38,12 +38,14 @@ if __name__ == "__main__":
     is_checked = "unchecked" not in sys.argv
     for shape in SHAPES:
         case = make_case(shape, threshold=None if is_checked else THRESHOLD)
-        output, counters = case.run()
-        if is_checked:
-            check(case, output, counters)
-        case.write_tails([0] * len(shape.lens), list(shape.lens))
-        torch.cuda.synchronize()
-        sys.stdout.write(f"{shape.lens}: rows read {counters.value_rows_read.tolist()}\n")
+        for loader in {None, cuda_loader(shape)}:
+            scratch = case.scratch(loader=loader)
+            output, counters = case.run(scratch=scratch)
+            if is_checked:
+                check(case, output, counters)
+            case.write_tails([0] * len(shape.lens), list(shape.lens))
+            torch.cuda.synchronize()
+            sys.stdout.write(f"{shape.lens}: rows read {counters.value_rows_read.tolist()}\n")
     for shape in SHADOW_SHAPES:
         shadow = make_shadow_case(shape, threshold=None if is_checked else THRESHOLD)
         output, counters, keys_read = shadow.run()

@@ -22,6 +22,7 @@ from tests.kernels.decode_case import (
     Shape,
     check,
     check_closed_pages,
+    cuda_loader,
     make_case,
     reference,
     scores_of,
@@ -45,7 +46,7 @@ pytestmark = [
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel reads keys and values."""
     if request.param == "CUDA":
-        monkeypatch.setattr(decode_case, "loader_of", decode_case.cuda_loader)
+        monkeypatch.setattr(decode_case, "loader_of", cuda_loader)
     return request.param
 
 
@@ -95,7 +96,16 @@ SHAPES = {
 FEW = LaunchConfig(programs_per_sm=1, min_work=1)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (kernel, name)
+        for kernel in ("Triton", "CUDA")
+        for name in SHAPES
+        if kernel == "Triton" or cuda_loader(SHAPES[name])
+    ],
+    indirect=["kernel"],
+)
 def test_decode(name: str) -> None:
     case = make_case(SHAPES[name])
     check(case, *case.run(FEW if INTERPRETED else None))
@@ -113,6 +123,13 @@ def test_dense_sequences_among_others_in_shares_of_any_size(programs: int) -> No
     lens = (400, 130, 0, 333, 1, 20, 16)
     case = make_case(Shape(lens, max_dense_len=130))
     check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
+
+
+def test_more_sequences_than_a_warp_has_lanes() -> None:
+    lens = tuple(7 * row % 50 for row in range(70))
+    case = make_case(Shape(lens, num_heads=2, num_kv_heads=1, max_dense_len=20))
+    for programs in (1, 40):
+        check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12])
