@@ -90,6 +90,11 @@ def decode(
     call = LayerCall(query, torch.full(query.shape, torch.nan), cache, described)
     scratch = _Recording()
     kernel = shadow if shadow_layer else tiers if tier_layer else values
-    kernel.decode(prepare_decode(step, paged.kv_cache.shape[2]), call, scratch)
+    prepared = prepare_decode(step, paged.kv_cache.shape[2])
+    kernel.decode(prepared, call, scratch)
+    if scratch.bound is not None:  # compiled code counts by itself
+        rows_read, lost_mass = torch.tensor(scratch.bound.value_rows_read), torch.tensor(scratch.bound.lost_mass)
+        keys_seen = values.keys_seen(prepared.prepared, described)
+        return Decoded(call.output, rows_read, lost_mass, keys_seen[:, None].expand_as(rows_read), None)
     counted = scratch.counted
     return Decoded(call.output, counted.value_rows_read, counted.lost_mass, counted.keys_read, counted.copies_read)

@@ -14,7 +14,10 @@ import torch
 
 from tests.kernels.cpu_case import decode
 from tests.kernels.paged import PagedSequences
+from vllm_toptheta.kernels.contract import Counters, DecodeStep, Layer, LayerCache, LayerCall, LayerThresholds
 from vllm_toptheta.kernels.cpu import compiled, numba_decode, values
+from vllm_toptheta.kernels.cpu.batch import prepare_decode
+from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_torch_keeps_its_number_of_threads() -> None:
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from vllm_toptheta.kernels.cpu import compiled\n"
-        "compiled.warm_up(torch.bfloat16, torch.bfloat16)\n"
+        "compiled.warm_up(torch.bfloat16)\n"
         "import numba; print(torch.get_num_threads(), numba.get_num_threads())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -66,6 +69,52 @@ def test_a_window_sees_what_torch_operations_see(paged: PagedSequences, monkeypa
     torch.testing.assert_close(ours.output, theirs.output, rtol=1e-4, atol=2e-5)
     assert ours.value_rows_read.tolist() == theirs.value_rows_read.tolist()
     assert ours.keys_read.tolist() == theirs.keys_read.tolist() == [[90] * 3, [1] * 3, [90] * 3, [90] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_is_rounded_as_torch_rounds(paged: PagedSequences, dtype: torch.dtype) -> None:
+    query = torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer, step = Layer(0.125), prepare_decode(DecodeStep(paged.block_table, paged.seq_lens.int()), 16)
+    cache = LayerCache(paged.kv_cache)
+    # every other row, so that it is not dense
+    exact, rounded = torch.empty(4, 9, 64), torch.empty(8, 9, 64, dtype=dtype)[::2]
+    for output in (exact, rounded):
+        compiled.decode(step.prepared, LayerCall(query, output, cache, layer), CpuScratch())
+    assert torch.equal(rounded, exact.to(dtype))
+    assert not torch.equal(rounded.float(), exact)
+    query[0, 0, 0] = torch.nan
+    compiled.decode(step.prepared, LayerCall(query, rounded, cache, layer), CpuScratch())
+    assert bool(rounded[0, 0].isnan().all())
+    assert not bool(rounded[1:].isnan().any())
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_counters_are_those_of_torch_operations(
+    paged: PagedSequences, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = 4 * torch.randn(4, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    coefficients = torch.tensor([[0.0, 0.0, 0.0, 0.6]]).repeat(9, 1)
+    thresholds = LayerThresholds(coefficients, is_relative=True) if window is None else None
+    offset = torch.tensor([0.0, 0.0, -1.0, 0.0])
+    decoding = DecodeStep(paged.block_table, paged.seq_lens.int(), max_dense_len=144, threshold_offset=offset)
+    step, found = prepare_decode(decoding, 16), []
+    for _ in range(2):
+        counters, scratch = Counters.allocate(9, 3, counts_keys=True), CpuScratch()
+        layer = Layer(0.125, sliding_window=window, thresholds=thresholds, counters=counters)
+        for _ in range(2):
+            values.decode(
+                step, LayerCall(query, torch.empty(4, 9, 64), LayerCache.of(paged.kv_cache, layer), layer), scratch
+            )
+        scratch.settle(counters)
+        found.append(counters)
+        monkeypatch.setattr(values, "compiled_for", lambda *cache: None)
+    ours, theirs = found
+    torch.testing.assert_close(ours.lost_mass, theirs.lost_mass, rtol=1e-4, atol=1e-5)
+    for name in ("value_rows_read", "keys_read", "lost_mass_histogram", "totals"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    if window is None:
+        assert ours.lost_mass_histogram.sum(dim=1).tolist() == [4] * 9
+        assert float(ours.lost_mass.min()) > 0
 
 
 def test_exponentials() -> None:

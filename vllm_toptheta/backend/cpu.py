@@ -118,7 +118,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         spec = kv_cache_spec
         if (compiled := values.compiled_for(spec.dtype, spec.head_size, spec.block_size)) is not None:
             logger.info_once("toptheta: compiling for this CPU, which takes some seconds where it was not kept on disk")
-            compiled.warm_up(spec.dtype, dtype)
+            compiled.warm_up(spec.dtype)
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def _best_dense(self, plan: Plan, spec: AttentionSpec) -> DenseRule:
@@ -342,11 +342,12 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
             values.count_dense(step.decode, self.layer, self.num_heads, self.num_kv_heads, scratch)
             return output
         if step.decode is not None:
-            decoded = query[step.decode_tokens]
-            call = LayerCall(decoded, torch.empty(decoded.shape, dtype=torch.float32), self._cache, self.layer)
+            tokens, decoded = step.decode_tokens, query[step.decode_tokens]
+            target = output[tokens] if isinstance(tokens, slice) else torch.empty_like(decoded, dtype=output.dtype)
             kernels = shadow if self.layer.shadow else tiers if self.layer.tiers else values
-            kernels.decode(step.decode, call, scratch)
-            output[step.decode_tokens] = call.output.to(output.dtype)
+            kernels.decode(step.decode, LayerCall(decoded, target, self._cache, self.layer), scratch)
+            if not isinstance(tokens, slice):
+                output[tokens] = target
         if step.rest is not None:
             step.rest.attend(self.layer, query, kv_cache, output)
         for chunk in step.prefills:

@@ -215,9 +215,8 @@ def toptheta(step: CpuStep) -> tuple[Call, float]:
     cache, scratch, output = LayerCache.of(step.kv_cache, layer), CpuScratch(), torch.empty_like(step.query)
 
     def call() -> torch.Tensor:
-        found = torch.empty(step.query.shape)
-        values.decode(prepared, LayerCall(step.query, found, cache, layer), scratch)
-        return output.copy_(found)
+        values.decode(prepared, LayerCall(step.query, output, cache, layer), scratch)
+        return output
 
     call()
     scratch.settle(counters)

@@ -265,7 +265,7 @@ class LayerCall(NamedTuple):
     Attributes:
         query: [num_seqs, num_heads, head_size], last axis dense, of the output's dtype or float8.
         output: The same shape, last axis dense, written. On GPUs bfloat16 or float16, the dtype of the products; on
-            CPUs float32.
+            CPUs float32 too.
         cache: The layer's pages; on GPUs, decoding writes the tail of a page that its token fills.
         layer: The layer.
         q_scale: One float32, factor on the query; None for 1.
@@ -280,7 +280,7 @@ class LayerCall(NamedTuple):
 
 def expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise a ValueError unless a tensor has this shape and dtype."""
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+    if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}")
 
 

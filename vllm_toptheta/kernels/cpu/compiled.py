@@ -12,18 +12,18 @@ import numba
 import numpy as np
 import torch
 
-from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall
+from vllm_toptheta.kernels.contract import Counters, DecodeStep, Layer, LayerCache, LayerCall
 from vllm_toptheta.kernels.cpu.batch import Batch
-from vllm_toptheta.kernels.cpu.numba_decode import LANES, Pages, Queries, Sums
+from vllm_toptheta.kernels.cpu.numba_decode import LANES
 from vllm_toptheta.kernels.cpu.numba_decode import decode as decode_pages
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 
 __all__ = ["decode", "reads", "warm_up"]
 
-# what is cached, and what its bits are read as
+# what its bits are read as, in the order of `numba_decode.ELEMENTS`
 READ_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+KINDS = {dtype: kind for kind, dtype in enumerate(READ_AS)}
 NO_WINDOW = 1 << 40
-NO_SUMS = Sums(np.empty(0, np.float32), 0, 0)
 
 
 def reads(dtype: torch.dtype, head_size: int, block_size: int) -> bool:
@@ -41,6 +41,8 @@ class _Steps(NamedTuple):
     offsets: Any
     is_dense: Any
     is_all_dense: Any  # of a layer without thresholds
+    is_counted: Any
+    totals: Any
 
 
 class BoundLayer:
@@ -48,76 +50,79 @@ class BoundLayer:
 
     Attributes:
         cache, layer: Of the calls that it serves.
+        value_rows_read: [num_seqs, num_kv_heads] int64, of the last step.
+        lost_mass: [num_seqs, num_heads] float32, of the last step.
     """
 
-    def __init__(self, cache: LayerCache, layer: Layer, num_heads: int) -> None:
-        self.cache, self.layer = cache, layer
-        kv_cache, value_sum, thresholds = cache.kv_cache, cache.value_sum, layer.thresholds
-        self._pages = Pages(
-            memory=_memory(kv_cache).view(READ_AS[kv_cache.dtype]).numpy(),
-            page_stride=kv_cache.stride(0),
-            head_stride=kv_cache.stride(1),
-            block_size=kv_cache.shape[2],
-            blocks=None,
-            seq_lens=None,
-            window=NO_WINDOW if layer.sliding_window is None else layer.sliding_window,
+    def __init__(self, call: LayerCall) -> None:
+        self.cache, self.layer = cache, layer = call.cache, call.layer
+        kv_cache, thresholds = cache.kv_cache, layer.thresholds
+        self._num_heads, self._num_kv_heads = call.query.shape[1], kv_cache.shape[1]
+        self.value_rows_read = np.empty((0, self._num_kv_heads), np.int64)
+        self.lost_mass = np.empty((0, self._num_heads), np.float32)
+        value_sum = cache.value_sum
+        layout = (
+            *kv_cache.stride()[:2],
+            kv_cache.shape[2],
+            NO_WINDOW if layer.sliding_window is None else layer.sliding_window,
+            *((0, 0) if value_sum is None else value_sum.stride()[:2]),
+            int(layer.denominator_compensation),
+            call.query.shape[2],
         )
-        self._sums = NO_SUMS
-        if value_sum is not None:
-            self._sums = Sums(_memory(value_sum).numpy(), value_sum.stride(0), value_sum.stride(1))
-        self._scale = np.float32(layer.softmax_scale)
-        self._soft_cap = np.float32(layer.logits_soft_cap or 0.0)
-        self._no_sinks = np.full(num_heads, -np.inf, np.float32)
         # the same memory: the guard moves thresholds
-        coefficients = torch.zeros(num_heads, 4) if thresholds is None else thresholds.coefficients
-        self._coefficients = coefficients.numpy()
+        coefficients = torch.zeros(self._num_heads, 4) if thresholds is None else thresholds.coefficients
+        self._described = (
+            _memory(kv_cache).view(READ_AS[kv_cache.dtype]).numpy(),
+            np.empty(0, np.float32) if value_sum is None else _memory(value_sum).numpy(),
+            np.array(layout, np.int64),
+            np.array([layer.softmax_scale, layer.logits_soft_cap or 0.0], np.float32),
+            coefficients.numpy(),
+        )
+        self._is_relative = thresholds is not None and thresholds.is_relative
+        self._no_sinks = np.full(self._num_heads, -np.inf, np.float32)
+        self._counters = _counters_of(layer.counters)
 
-    def decode(self, batch: Batch, call: LayerCall) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, batch: Batch, call: LayerCall) -> None:
         """See `decode`."""
-        layer, (num_seqs, num_heads, _) = self.layer, call.query.shape
-        step = _arrays_of(batch)
-        rows_read = torch.empty(num_seqs, self.cache.kv_cache.shape[1], dtype=torch.int64)
-        lost_mass = torch.empty(num_seqs, num_heads)
-        output = call.output if call.output.is_contiguous() else torch.empty_like(call.output)
-        is_relative = layer.thresholds is not None and layer.thresholds.is_relative
+        layer, step, query = self.layer, _arrays_of(batch), call.query.contiguous()
+        if len(self.lost_mass) != len(query):
+            self.value_rows_read = np.empty((len(query), self._num_kv_heads), np.int64)
+            self.lost_mass = np.empty((len(query), self._num_heads), np.float32)
+        output = call.output if call.output.is_contiguous() else torch.empty(call.output.shape, dtype=call.output.dtype)
         decode_pages(
-            Queries(
-                query=call.query.contiguous().view(READ_AS[call.query.dtype]).numpy(),
-                scale=self._scale,
-                soft_cap=self._soft_cap,
-                coefficients=self._coefficients,
-                log_lengths=step.own_log_lengths if is_relative else step.log_lengths,
-                offsets=step.offsets,
-                is_dense=step.is_all_dense if layer.thresholds is None else step.is_dense,
-                keeps_denominator=layer.denominator_compensation,
-                sinks=self._no_sinks if layer.sinks is None else layer.sinks.float().numpy(),
-            ),
-            self._pages._replace(blocks=step.blocks, seq_lens=step.seq_lens),
-            self._sums,
-            output.numpy(),
-            rows_read.numpy(),
-            lost_mass.numpy(),
+            query.data_ptr(),
+            KINDS[query.dtype],
+            output.data_ptr(),
+            KINDS[output.dtype],
+            *self._described,
+            self._no_sinks if layer.sinks is None else layer.sinks.float().numpy(),
+            step.blocks,
+            step.seq_lens,
+            step.own_log_lengths if self._is_relative else step.log_lengths,
+            step.offsets,
+            step.is_all_dense if layer.thresholds is None else step.is_dense,
+            step.is_counted,
+            step.totals,
+            self.value_rows_read,
+            self.lost_mass,
+            *self._counters,
         )
         if output is not call.output:
             call.output.copy_(output)
-        return rows_read, lost_mass
 
 
-def decode(batch: Batch, call: LayerCall, scratch: CpuScratch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write `call.output`.
+def decode(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
+    """Write `call.output`, and add to the layer's counters.
 
     Args:
         batch: The sequences.
         call: A layer's, with a cache that `reads` knows; without thresholds it keeps every key.
         scratch: Of the layer; it keeps what is the same in all of its steps.
-
-    Returns:
-        Value rows read, [num_seqs, num_kv_heads] int64, and lost mass, [num_seqs, num_heads] float32.
     """
     bound: BoundLayer | None = scratch.bound
     if bound is None or bound.cache is not call.cache or bound.layer is not call.layer:
-        bound = scratch.bound = BoundLayer(call.cache, call.layer, call.query.shape[1])
-    return bound.decode(batch, call)
+        bound = scratch.bound = BoundLayer(call)
+    bound.decode(batch, call)
 
 
 def _use_threads_of_torch() -> None:
@@ -128,12 +133,11 @@ def _use_threads_of_torch() -> None:
         torch.set_num_threads(num_threads)
 
 
-def warm_up(dtype: torch.dtype, query_dtype: torch.dtype) -> None:
-    """Compile what reads caches of `dtype` for such queries, which takes some seconds unless it lies on disk."""
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile what reads caches of `dtype`, which takes some seconds unless it lies on disk."""
     step = DecodeStep(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
     cache = LayerCache(torch.zeros(1, 1, 16, 32, dtype=dtype))
-    query = torch.zeros(1, 1, 16, dtype=query_dtype)
-    call = LayerCall(query, torch.empty(1, 1, 16), cache, Layer(1.0))
+    call = LayerCall(torch.zeros(1, 1, 16), torch.empty(1, 1, 16), cache, Layer(1.0))
     decode(Batch.of_step(step, 16), call, CpuScratch())
 
 
@@ -150,6 +154,8 @@ def _arrays_of(batch: Batch) -> _Steps:
         batch.offsets.contiguous().numpy(),
         is_dense.numpy(),
         torch.ones_like(is_dense).numpy(),
+        batch.is_counted[:, 0].contiguous().numpy(),
+        batch.totals.numpy(),
     )
 
 
@@ -157,3 +163,13 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
     """All memory from a tensor's first element to its last, on one axis."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((length,), (1,))
+
+
+def _counters_of(counters: Counters | None) -> tuple[Any, ...]:
+    """Counters as `decode_pages` takes them."""
+    if counters is None:
+        none = np.empty(0, np.int64)
+        return none, none, none, np.empty(0, np.float64), np.empty((0, 0), np.int64)
+    keys_read = torch.empty(0, dtype=torch.int64) if counters.keys_read is None else counters.keys_read
+    added_to = (counters.totals, counters.value_rows_read, keys_read, counters.lost_mass, counters.lost_mass_histogram)
+    return tuple(counter.numpy() for counter in added_to)

@@ -11,8 +11,9 @@ two with AVX2, four with NEON. All that is compiled stands in this file: Numba's
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+from vllm_toptheta.limits import LOST_MASS_EDGES, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
-__all__ = ["CHUNK", "LANES", "Pages", "Queries", "Sums", "decode"]
+__all__ = ["CHUNK", "ELEMENTS", "LANES", "decode"]
 
 LANES = 16
 CHUNK = 512  # keys
@@ -31,28 +32,45 @@ MOST_HEADS = 8  # whose sums, of two vectors each, fit into registers; larger gr
 # keys and values are asked for this much before they are worked on
 KEYS_AHEAD = 128
 ROWS_AHEAD = 16
+# what numbers are kept as: float32 itself, the bits of bfloat16, or those of float16
+ELEMENTS = (types.float32, types.uint16, types.int16)
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # no "nnan": memory that nobody has written may hold anything
+# the last bucket has no upper edge of its own, since no mass exceeds 1
+_INNER_EDGES = np.array(LOST_MASS_EDGES[:-1], np.float32)
 _LOWEST, _LEAST = np.float32(-np.inf), np.float32(np.finfo(np.float32).tiny)
 
 _FLOAT, _INT16, _INT32, _INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
 _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT32, LANES)
+_HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(_INT16, LANES)
 _FLAGS = tuple(sorted(_FAST))
 
 
 def _load(builder: Any, pointer: Any, element: types.Type) -> Any:
-    """16 elements as float32: float32 itself, the bits of bfloat16 as uint16, or those of float16 as int16."""
+    """16 elements, of one of `ELEMENTS`, as float32."""
     if element == types.float32:
         return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
     if element == types.int16:
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return builder.fpext(builder.load(builder.bitcast(pointer, halves.as_pointer()), align=2), _VECTOR)
-    bits = builder.load(builder.bitcast(pointer, ir.VectorType(_INT16, LANES).as_pointer()), align=2)
-    return builder.bitcast(builder.shl(builder.zext(bits, _WORDS), ir.Constant(_WORDS, [16] * LANES)), _VECTOR)
+        return builder.fpext(builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2), _VECTOR)
+    bits = builder.load(builder.bitcast(pointer, _SHORTS.as_pointer()), align=2)
+    return builder.bitcast(builder.shl(builder.zext(bits, _WORDS), _words(16)), _VECTOR)
 
 
-def _store(builder: Any, vector: Any, pointer: Any) -> None:
-    builder.store(vector, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+def _store(builder: Any, vector: Any, pointer: Any, element: types.Type = types.float32) -> None:
+    """16 numbers as elements, of one of `ELEMENTS`: the nearest, of two as near the even one."""
+    if element == types.int16:
+        vector = builder.fptrunc(vector, _HALVES)
+    elif element == types.uint16:
+        bits = builder.bitcast(vector, _WORDS)
+        is_odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
+        nearest = builder.add(bits, builder.add(is_odd, _words(0x7FFF)))  # a NaN's may overflow
+        bits = builder.select(builder.fcmp_unordered("uno", vector, vector), _words(0x7FC00000), nearest)
+        vector = builder.trunc(builder.lshr(bits, _words(16)), _SHORTS)
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=element.bitwidth // 8)
+
+
+def _words(number: int) -> Any:
+    return ir.Constant(_WORDS, [number] * LANES)
 
 
 def _splat(builder: Any, number: Any) -> Any:
@@ -114,20 +132,6 @@ class _Loop:
         return sums
 
 
-@intrinsic
-def _widen_vector(typing_context, elements, start, factor, numbers):
-    """LANES elements as float32 times a factor, from one array to the same place in another."""
-
-    def code(context, builder, signature, values):
-        source, target = (_pointer(context, builder, signature.args[at], values[at]) for at in (0, 3))
-        vector = _load(builder, builder.gep(source, [values[1]]), signature.args[0].dtype)
-        scaled = builder.fmul(vector, _splat(builder, values[2]), flags=_FLAGS)
-        _store(builder, scaled, builder.gep(target, [values[1]]))
-        return context.get_dummy_value()
-
-    return types.void(elements, start, factor, numbers), code
-
-
 def _plus(builder: Any, number: Any, constant: int) -> Any:
     return builder.add(number, ir.Constant(_INT64, constant))
 
@@ -136,18 +140,69 @@ def _times(builder: Any, number: Any, constant: int) -> Any:
     return builder.mul(number, ir.Constant(_INT64, constant))
 
 
-def _for_sizes(builder: Any, num_heads: Any, num_vectors: Any, emit: Callable[[int, int], None]) -> None:
-    """Code for every number of heads and vectors; the numbers that are given choose at run time."""
+def _choose(builder: Any, number: Any, cases: Mapping[int, Callable[[], None]]) -> None:
+    """Code for every case; a number that is given chooses at run time."""
     done = builder.append_basic_block("done")
-    choice = builder.switch(builder.add(_times(builder, num_heads, 2), num_vectors), done)
-    for heads in range(1, MOST_HEADS + 1):
-        for vectors in (1, 2):
-            block = builder.append_basic_block(f"heads_{heads}_vectors_{vectors}")
-            choice.add_case(ir.Constant(_INT64, 2 * heads + vectors), block)
-            builder.position_at_end(block)
-            emit(heads, vectors)
-            builder.branch(done)
+    choice = builder.switch(number, done)
+    for case, emit in cases.items():
+        block = builder.append_basic_block(f"case_{case}")
+        choice.add_case(ir.Constant(_INT64, case), block)
+        builder.position_at_end(block)
+        emit()
+        builder.branch(done)
     builder.position_at_end(done)
+
+
+def _for_sizes(builder: Any, num_heads: Any, num_vectors: Any, emit: Callable[[int, int], None]) -> None:
+    """Code for every number of heads and vectors."""
+    cases = {
+        2 * heads + vectors: functools.partial(emit, heads, vectors)
+        for heads in range(1, MOST_HEADS + 1)
+        for vectors in (1, 2)
+    }
+    _choose(builder, builder.add(_times(builder, num_heads, 2), num_vectors), cases)
+
+
+def _for_elements(builder: Any, kind: Any, address: Any, at: Any, emit: Callable[[types.Type, Any], None]) -> None:
+    """Code for each of `ELEMENTS`, of which `kind` chooses, with a pointer to element `at` of those at `address`."""
+
+    def emit_for(element: types.Type) -> None:
+        place = builder.add(address, _times(builder, at, element.bitwidth // 8))
+        emit(element, builder.inttoptr(place, _BYTES))
+
+    _choose(builder, kind, {index: functools.partial(emit_for, element) for index, element in enumerate(ELEMENTS)})
+
+
+@intrinsic
+def _widen_vector(typing_context, address, kind, at, factor, numbers):
+    """LANES elements as float32 times a factor, from element `at` on to the same place in an array."""
+
+    def code(context, builder, signature, values):
+        target = builder.gep(_pointer(context, builder, signature.args[4], values[4]), [values[2]])
+
+        def emit(element, source):
+            vector = _load(builder, source, element)
+            _store(builder, builder.fmul(vector, _splat(builder, values[3]), flags=_FLAGS), target)
+
+        _for_elements(builder, values[1], values[0], values[2], emit)
+        return context.get_dummy_value()
+
+    return types.void(address, kind, at, factor, numbers), code
+
+
+@intrinsic
+def _narrow_vector(typing_context, numbers, start, address, kind, at):
+    """LANES numbers of an array, from `start` on, as elements from element `at` on."""
+
+    def code(context, builder, signature, values):
+        source = builder.gep(_pointer(context, builder, signature.args[0], values[0]), [values[1]])
+        vector = _load(builder, source, types.float32)
+        _for_elements(
+            builder, values[3], values[2], values[4], lambda element, target: _store(builder, vector, target, element)
+        )
+        return context.get_dummy_value()
+
+    return types.void(numbers, start, address, kind, at), code
 
 
 @intrinsic
@@ -304,7 +359,7 @@ class Pages(NamedTuple):
     """A layer's cache, and where the sequences stand in it.
 
     Attributes:
-        memory: [...] elements as `_load` knows them, from the cache's first on.
+        memory: [...] of `ELEMENTS`, from the cache's first on.
         page_stride, head_stride, block_size: In elements; in tokens.
         blocks: [num_seqs, max_blocks] int64.
         seq_lens: [num_seqs] int64.
@@ -337,8 +392,7 @@ class Queries(NamedTuple):
     """What is looked for.
 
     Attributes:
-        query: [num_seqs, num_heads, head_size] elements as `_load` knows them.
-        scale: float32, factor on q . k.
+        query: [num_seqs, num_heads, head_size] float32, times the factor on q . k.
         soft_cap: float32, 0 for none.
         coefficients: [num_heads, 4] float32, as of `LayerThresholds`.
         log_lengths, offsets: [num_seqs] float32.
@@ -348,7 +402,6 @@ class Queries(NamedTuple):
     """
 
     query: Any
-    scale: Any
     soft_cap: Any
     coefficients: Any
     log_lengths: Any
@@ -381,10 +434,17 @@ def _vectors_of(size):
 
 
 @njit
-def _widen(elements, factor, numbers):
-    """Elements as float32 times a factor; they are whole vectors."""
-    for at in range(0, len(elements), LANES):
-        _widen_vector(elements, at, factor, numbers)
+def _widen(address, kind, factor, numbers):
+    """The elements at `address` as float32 times a factor, as many as there is room for; they are whole vectors."""
+    for at in range(0, len(numbers), LANES):
+        _widen_vector(address, kind, at, factor, numbers)
+
+
+@njit
+def _narrow(numbers, address, kind, start):
+    """Numbers as elements, from element `start` of those at `address` on; they are whole vectors."""
+    for at in range(0, len(numbers), LANES):
+        _narrow_vector(numbers, at, address, kind, start + at)
 
 
 @njit(fastmath=_FAST)
@@ -468,7 +528,7 @@ def _keep(scores, weights, limit):
 
 
 @njit(fastmath=_FAST)
-def _find_thresholds(queries, query, pages, seq, kv_head, theta):
+def _find_thresholds(queries, pages, seq, kv_head, theta):
     """Those of a group, to `theta`, [group] float32."""
     group, seq_len = len(theta), pages.seq_lens[seq]
     if queries.is_dense[seq]:
@@ -487,8 +547,8 @@ def _find_thresholds(queries, query, pages, seq, kv_head, theta):
     origin = begin // width * width
     earliest = np.empty((group, NUM_FIRST_ANCHORS + width), np.float32)
     latest = np.empty((group, NUM_LAST_ANCHORS + 2 * width), np.float32)
-    _score(query, queries.soft_cap, pages, seq, kv_head, 0, NUM_FIRST_ANCHORS, 0, earliest)
-    _score(query, queries.soft_cap, pages, seq, kv_head, begin, seq_len, origin, latest)
+    _score(queries.query, queries.soft_cap, pages, seq, kv_head, 0, NUM_FIRST_ANCHORS, 0, earliest)
+    _score(queries.query, queries.soft_cap, pages, seq, kv_head, begin, seq_len, origin, latest)
     for index in range(group):
         first, last = earliest[index, :NUM_FIRST_ANCHORS], latest[index, begin - origin : seq_len - origin]
         best = max(_highest(first), _highest(last))
@@ -500,16 +560,17 @@ def _find_thresholds(queries, query, pages, seq, kv_head, theta):
 
 
 @njit(fastmath=_FAST)
-def _read_chunk(query, soft_cap, pages, has_mean, seq, kv_head, chunk, theta, chunks, task):
+def _read_chunk(queries, pages, has_mean, seq, kv_head, chunk, theta, chunks, task):
     """The chunk's keys, and the values of those that some head of the group keeps, to place `task` of `chunks`."""
     group, seq_len, block_size = len(theta), pages.seq_lens[seq], pages.block_size
-    origin, head_size = chunk * CHUNK, query.shape[2]
+    origin, head_size = chunk * CHUNK, queries.query.shape[2]
     begin, end = max(origin, seq_len - pages.window), min(origin + CHUNK, seq_len)
-    chunks.best[task] = _LOWEST
     if begin >= end:
+        chunks.best[task], chunks.sums[task], chunks.values[task] = _LOWEST, np.float32(0.0), np.float32(0.0)
+        chunks.num_read[task] = 0
         return
     scores, is_read = np.empty((group, CHUNK), np.float32), np.zeros(CHUNK, np.uint8)
-    _score(query, soft_cap, pages, seq, kv_head, begin, end, origin, scores)
+    _score(queries.query, queries.soft_cap, pages, seq, kv_head, begin, end, origin, scores)
     weights = np.empty((group, CHUNK), np.float32)
     for index in range(group):
         row, of_row, limit = scores[index, begin - origin : end - origin], weights[index], theta[index]
@@ -534,6 +595,8 @@ def _read_chunk(query, soft_cap, pages, has_mean, seq, kv_head, chunk, theta, ch
     chunks.num_read[task] = count
     if count:
         _add_values(weights, places, rows, count, pages, head_size, chunks.values.ravel(), task * group * head_size)
+    else:
+        chunks.values[task] = np.float32(0.0)
 
 
 @njit(fastmath=_FAST)
@@ -577,46 +640,90 @@ def _join(queries, seq, head, index, first, end, chunks, mean, output):
     return lost
 
 
+@njit
+def _count(is_counted, keys_seen, rows_read, lost_mass, value_rows_read, keys_read, masses, histogram):
+    """Adds what a step read and lost to a layer's counters, as of `Counters`."""
+    num_seqs, num_heads = lost_mass.shape
+    for seq in range(num_seqs):
+        value_rows_read += rows_read[seq]
+        keys_read += keys_seen[seq]
+        if is_counted[seq]:
+            for head in range(num_heads):
+                mass, bucket = lost_mass[seq, head], 0
+                while bucket < len(_INNER_EDGES) and not mass <= _INNER_EDGES[bucket]:
+                    bucket += 1
+                masses[head] += mass
+                histogram[head, bucket] += 1
+
+
 @_compiled
-def decode(queries, pages, value_sums, output, rows_read, lost_mass):
+def decode(
+    query,  # address of [num_seqs, num_heads, head_size] elements
+    query_kind,  # which of `ELEMENTS`
+    output,  # the same, written
+    output_kind,
+    memory,  # as of `Pages`
+    value_sums,  # as of `Sums`
+    layout,  # [8] int64, see below
+    factors,  # [2] float32, that on q . k, and the soft cap or 0
+    coefficients,  # as of `Queries`
+    sinks,
+    blocks,  # as of `Pages`
+    seq_lens,
+    log_lengths,  # as of `Queries`
+    offsets,
+    is_dense,
+    is_counted,  # [num_seqs] int64, as of `Batch`
+    step_totals,  # [5] int64, as of `Batch`
+    rows_read,  # [num_seqs, num_kv_heads] int64, value rows, written
+    lost_mass,  # [num_seqs, num_heads] float32, written
+    totals,  # as of `Counters`, added to; empty if nothing is counted
+    value_rows_read,
+    keys_read,  # empty if they are not counted
+    masses,
+    histogram,
+):
     """One new token per sequence.
 
-    Args:
-        queries, pages, value_sums: See there.
-        output: [num_seqs, num_heads, head_size] float32, written.
-        rows_read: [num_seqs, num_kv_heads] int64, written.
-        lost_mass: [num_seqs, num_heads] float32, written.
+    Arguments are arrays and numbers, not records of them, which would take longer to hand over than many steps do.
     """
-    num_seqs, num_heads, head_size = output.shape
+    page_stride, head_stride, block_size, window, sums_page, sums_head, keeps_denominator, head_size = layout
+    num_seqs, num_heads = lost_mass.shape
     num_kv_heads = rows_read.shape[1]
     group = num_heads // num_kv_heads
-    num_chunks = -(-pages.seq_lens.max() // CHUNK)
+    num_chunks = -(-seq_lens.max() // CHUNK)
     num_tasks = num_seqs * num_kv_heads * num_chunks
-    has_mean = len(value_sums.memory) > 0
+    has_mean = len(value_sums) > 0
     theta = np.empty((num_seqs * num_kv_heads, group), np.float32)
     chunks = _Chunks(
         np.empty((num_tasks, group), np.float32),
-        np.zeros((num_tasks, group, 2), np.float32),
-        np.zeros((num_tasks, group, head_size), np.float32),
-        np.zeros(num_tasks, np.int64),
+        np.empty((num_tasks, group, 2), np.float32),
+        np.empty((num_tasks, group, head_size), np.float32),
+        np.empty(num_tasks, np.int64),
     )
-    query = np.empty(queries.query.shape, np.float32)
-    _widen(queries.query.ravel(), queries.scale, query.ravel())
+    wide = np.empty((num_seqs, num_heads, head_size), np.float32)
+    _widen(query, query_kind, factors[0], wide.ravel())
+    queries = Queries(wide, factors[1], coefficients, log_lengths, offsets, is_dense, keeps_denominator != 0, sinks)
+    pages = Pages(memory, page_stride, head_stride, block_size, blocks, seq_lens, window)
+    sums = Sums(value_sums, sums_page, sums_head)
     for of_group in prange(num_seqs * num_kv_heads):
-        _find_thresholds(queries, query, pages, of_group // num_kv_heads, of_group % num_kv_heads, theta[of_group])
+        _find_thresholds(queries, pages, of_group // num_kv_heads, of_group % num_kv_heads, theta[of_group])
     for task in prange(num_tasks):
         of_group = task // num_chunks
         seq, kv_head = of_group // num_kv_heads, of_group % num_kv_heads
-        _read_chunk(
-            query, queries.soft_cap, pages, has_mean, seq, kv_head, task % num_chunks, theta[of_group], chunks, task
-        )
+        _read_chunk(queries, pages, has_mean, seq, kv_head, task % num_chunks, theta[of_group], chunks, task)
     for of_group in prange(num_seqs * num_kv_heads):
         seq, kv_head = of_group // num_kv_heads, of_group % num_kv_heads
         first, end = of_group * num_chunks, (of_group + 1) * num_chunks
         rows_read[seq, kv_head] = chunks.num_read[first:end].sum()
-        mean = np.zeros(head_size, np.float32)
-        if has_mean and not queries.is_dense[seq]:
-            _find_mean(pages, value_sums, seq, kv_head, mean)
+        mean, found = np.zeros(head_size, np.float32), np.empty(head_size, np.float32)
+        if has_mean and not is_dense[seq]:
+            _find_mean(pages, sums, seq, kv_head, mean)
         for index in range(group):
             head = kv_head * group + index
-            lost_mass[seq, head] = _join(queries, seq, head, index, first, end, chunks, mean, output[seq, head])
+            lost_mass[seq, head] = _join(queries, seq, head, index, first, end, chunks, mean, found)
+            _narrow(found, output, output_kind, (seq * num_heads + head) * head_size)
+    if len(totals):
+        totals += step_totals
+        keys_seen = np.minimum(seq_lens, window)
+        _count(is_counted, keys_seen, rows_read, lost_mass, value_rows_read, keys_read, masses, histogram)

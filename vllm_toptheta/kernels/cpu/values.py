@@ -49,7 +49,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
     if thresholds is None or is_dense(step, call.layer):
         keep_everything(step.prepared, call, scratch)
     elif (compiled := _compiled(call)) is not None:
-        _count(step.prepared, call.layer, scratch, *compiled.decode(step.prepared, call, scratch))
+        compiled.decode(step.prepared, call, scratch)
     else:
         _keep_survivors(step.prepared, call, thresholds, scratch)
 
@@ -78,25 +78,25 @@ def count_dense(step: DecodeStep, layer: Layer, num_heads: int, num_kv_heads: in
     """Count a step in which a layer keeps every key, whoever decodes it."""
     if layer.counters is None:
         return
-    rows_read = _keys_seen(step.prepared, layer)[:, None].expand(-1, num_kv_heads)
+    rows_read = keys_seen(step.prepared, layer)[:, None].expand(-1, num_kv_heads)
     _count(step.prepared, layer, scratch, rows_read, torch.zeros(len(rows_read), num_heads))
 
 
-def _keys_seen(batch: Batch, layer: Layer) -> torch.Tensor:
+def keys_seen(batch: Batch, layer: Layer) -> torch.Tensor:
     """[num_seqs] int64."""
     window = layer.sliding_window
     return batch.seq_lens if window is None else batch.seq_lens.clamp(max=window)
 
 
 def _count(batch: Batch, layer: Layer, scratch: CpuScratch, rows_read: torch.Tensor, lost_mass: torch.Tensor) -> None:
-    keys_read = _keys_seen(batch, layer)[:, None].expand_as(rows_read)
+    keys_read = keys_seen(batch, layer)[:, None].expand_as(rows_read)
     scratch.add(layer.counters, Counted(batch.totals, batch.is_counted, rows_read, lost_mass, keys_read))
 
 
 def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     """Dense attention of the new tokens, in all modes."""
     if (compiled := _compiled(call)) is not None:
-        _count(batch, call.layer, scratch, *compiled.decode(batch, call, scratch))
+        compiled.decode(batch, call, scratch)
         return
     num_seqs, num_heads, head_size = call.query.shape
     key_cache, value_cache = split_cache(call.cache.kv_cache)
