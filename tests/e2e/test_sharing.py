@@ -15,7 +15,7 @@ import torch
 from transformers import Gemma3nTextConfig
 
 from tests.e2e.conftest import STORED, TINY, architecture, write_model
-from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call, generate
+from tests.e2e.generate import Call, generate
 from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text
 from tests.shadow_store import make_shadow_store
 from vllm_toptheta.calibration.model import hidden_states, load_model
@@ -79,12 +79,11 @@ def ours(
     model: Model,
     options: dict[str, Any],
     calls: list[Call] = CALLS,
-    environment: dict[str, str] | None = None,
     **engine: Any,
 ) -> list[dict[str, Any]]:
     return generate(
         calls,
-        {**TRIED, **(environment or {})},
+        TRIED,
         model=str(model.folder),
         engine={**ENGINE, **engine},
         backend="toptheta",
@@ -187,15 +186,6 @@ def test_speculation_changes_no_text(model: Model, options: dict[str, Any], engi
         assert_same_text(answer["outputs"], stock["outputs"], rounding=ROUNDED)
 
 
-@pytest.mark.nightly
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
-def test_two_ranks_share_the_heads(model: Model) -> None:
-    environment = {**IN_PROCESSES_OF_THEIR_OWN, "OMP_NUM_THREADS": "1"}
-    answer, *_ = ours(model, KEEPS_ALL, environment=environment, tensor_parallel_size=2)
-    assert [len(rank["layers"]) for rank in answer["stats"]] == [len(SPARSE_LAYERS)] * 2
-    assert_same_text(answer["outputs"], model.stock[0]["outputs"], rounding=ROUNDED)
-
-
 def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def check(device: str, *flags: str, **options: Any) -> str:
         return ServeCommand.build([str(model.folder), *flags], options, ServerConfig()).check(device)
@@ -203,6 +193,8 @@ def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert check("cpu").startswith("thresholds floor:2")
     with pytest.raises(UnsupportedError, match="--kv-sharing-fast-prefill: steps of layers that leave out"):
         check("cpu", "--kv-sharing-fast-prefill")
+    with pytest.raises(UnsupportedError, match="--tensor-parallel-size 2: layers that share"):
+        check("cpu", "--tensor-parallel-size", "2")
     make_shadow_store(tmp_path / "acme--tiny", margin=1.0, **STORED, **architecture(model.folder))
     with pytest.raises(UnsupportedError, match="num_kv_shared_layers 4: layers that share keys have calibrated"):
         check("cpu", mode="shadow", thresholds=str(tmp_path))

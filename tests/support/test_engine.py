@@ -50,6 +50,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"sinks": "model_type gpt_oss", "dtype": "bfloat16"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
         ({"sharing": "num_kv_shared_layers 15"}, ["cpu"]),
+        ({"sharing": "num_kv_shared_layers 15", "num_ranks": 2}, []),
         ({"skips_rows": True}, []),
         ({"hybrid": "qwen3_next"}, ["cpu"]),
         ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu"]),

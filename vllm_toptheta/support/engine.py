@@ -149,6 +149,11 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "Leave it out",
         ): engine.skips_rows,
         Reason(
+            f"--tensor-parallel-size {engine.num_ranks}",
+            "layers that share keys and values were never run on several ranks",
+            "Give 1",
+        ): engine.sharing is not None and engine.num_ranks > 1,
+        Reason(
             str(engine.sharing),
             "no GPU has run layers that read the keys and values of others yet",
             f"{WITHOUT_US}, or {TRY}",
