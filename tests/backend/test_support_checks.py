@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import FalconH1Config
+from transformers import FalconH1Config, Gemma3nTextConfig
 from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_toptheta import errors
@@ -39,6 +40,7 @@ def test_the_plain_configuration_is_accepted(make_config: MakeConfig) -> None:
             "KV connectors",
         ),
         ({"runner": "pooling"}, "only generation"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -191,13 +193,28 @@ def test_layer_features(field: str, value: Any, reason: str) -> None:
     ("option", "reason"),
     [
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
-        ({"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"}, "KV sharing"),
         ({"k_bias": torch.zeros(2)}, "layer option k_bias"),
     ],
 )
 def test_layer_options(option: dict[str, Any], reason: str) -> None:
     with pytest.raises(errors.UnsupportedError, match=reason):
         CpuTopThetaImpl(2, 64, 0.125, 2, **option)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_layers_share_in_models_that_are_known_for_it(make_config: MakeConfig, known: bool) -> None:
+    config = make_config()
+    layers = {
+        f"model.layers.{index}.self_attn.attn": SimpleNamespace(kv_sharing_target_layer_name=target)
+        for index, target in enumerate([None, "model.layers.0.self_attn.attn"])
+    }
+    if known:
+        config.model_config.hf_text_config = Gemma3nTextConfig(num_kv_shared_layers=15)
+        support_checks.check_sharing(layers, config)
+        return
+    support_checks.check_sharing({name: layer for name, layer in layers.items() if ".0." in name}, config)
+    with pytest.raises(errors.UnsupportedError, match=r"layer model\.layers\.1\.self_attn\.attn: KV sharing"):
+        support_checks.check_sharing(layers, config)
 
 
 def test_another_backend_is_left_alone(make_config: MakeConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import (
     FalconH1Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
@@ -55,6 +56,10 @@ def family_config(name: str) -> Any:
             )
         case "gemma3":
             return Gemma3TextConfig(**SHAPE, sliding_window=20, query_pre_attn_scalar=16, layer_types=SLIDING)
+        case "gemma3n":
+            own = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+            sizes = {"vocab_size_per_layer_input": 256, "activation_sparsity_pattern": [0.0] * 4}
+            return Gemma3nTextConfig(**SHAPE, **own, **sizes, sliding_window=20, layer_types=SLIDING)
         case "phi3":
             return Phi3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
         case "olmo2":
@@ -85,8 +90,8 @@ def family_config(name: str) -> Any:
 
 HYBRIDS = ("granitemoehybrid", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next")
 FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite_swa", "gpt_oss"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "phi3", "olmo2", "granite_swa", "gpt_oss"),
     *HYBRIDS,
 )
 # that have keys and values of all tokens in layers 1 and 3 only
-PARTLY_FULL = {"gemma2", "gemma3", "granite_swa", "gpt_oss", *HYBRIDS} - {"falcon_h1"}
+PARTLY_FULL = {"gemma2", "gemma3", "gemma3n", "granite_swa", "gpt_oss", *HYBRIDS} - {"falcon_h1"}

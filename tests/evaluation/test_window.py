@@ -75,7 +75,7 @@ def test_windows_know_sliding_windows_and_soft_caps(variant: Variant | None) -> 
     assert float((expected - step_by_step(model, token_ids, None)).abs().max()) > (0.01 if variant else -1)
 
 
-@pytest.mark.parametrize("family", ["granite_swa", "gpt_oss"])
+@pytest.mark.parametrize("family", ["granite_swa", "gpt_oss", "gemma3n"])
 @pytest.mark.parametrize(
     "variant",
     [
@@ -86,7 +86,7 @@ def test_windows_know_sliding_windows_and_soft_caps(variant: Variant | None) -> 
     ],
     ids=lambda variant: "dense" if variant is None else variant.name,
 )
-def test_windows_know_attention_sinks(family: str, variant: Variant | None) -> None:
+def test_windows_know_attention_sinks_and_shared_keys(family: str, variant: Variant | None) -> None:
     model, token_ids = tiny_model(family_config(family)), random_tokens(LENGTH)
     attention = variant and SparseAttention(variant, max_length=LENGTH)
     expected = step_by_step(model, token_ids, attention)

@@ -49,6 +49,9 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"sinks": "model_type gpt_oss"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "bfloat16"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
+        ({"sharing": "num_kv_shared_layers 15"}, ["cpu"]),
+        ({"sharing": "num_kv_shared_layers 15", "num_ranks": 2}, []),
+        ({"skips_rows": True}, []),
         ({"hybrid": "qwen3_next"}, ["cpu"]),
         ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu"]),
         ({"hybrid": "qwen3_next", "dtype": "float16"}, []),
@@ -101,6 +104,27 @@ def test_gpus_have_no_copies_of_hybrids(engine: Engine, mode: str, served: bool)
     assert kernel_reasons(engine, mode=mode, **heads) == []
     reasons = kernel_reasons(replace(engine, hybrid="lfm2"), mode=mode, **heads)
     assert (reasons == []) == served
+
+
+def test_layers_that_share_are_tried_on_gpus_where_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = GPU.of_checkpoint({"text_config": {"model_type": "gemma3n_text"}})
+    (reason,) = engine_reasons(engine)
+    assert str(reason) == ("num_kv_shared_layers 15: no GPU has run layers that read the keys and values of others yet")
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    assert engine_reasons(engine) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_sparse", "has_copies", "served"),
+    [("values", True, False, True), ("shadow", True, True, True), ("shadow", True, False, False)],
+)
+def test_layers_that_share_have_copies_and_no_shadow_keys(
+    mode: str, is_sparse: bool, has_copies: bool, served: bool
+) -> None:
+    options = {"mode": mode, "is_sparse": is_sparse, "has_copies": has_copies}
+    heads = {"head_size": 64, "num_heads": 4, "num_kv_heads": 2}
+    assert kernel_reasons(CPU, **heads, **options) == []
+    assert (kernel_reasons(replace(CPU, sharing="num_kv_shared_layers 15"), **heads, **options) == []) == served
 
 
 def test_a_checkpoint_says_what_the_model_takes() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse, sinks_field
+from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse, sharing_field, sinks_field
 from vllm_toptheta.support.model import _REFUSED_FIELDS
 
 OTHERS = [
@@ -22,9 +22,9 @@ OTHERS = [
     "hidden_size",
 ]
 READ = st.sampled_from([*_REFUSED_FIELDS, *OTHERS, "text_config", "rope_parameters", "rope_theta"])
-VALUES = st.sampled_from(
-    [None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", "falcon_h1", "LlamaModel", [], {}]
-)
+TYPES = ["falcon_h1", "gemma3n_text", "LlamaModel"]
+VALUES = st.sampled_from([None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", *TYPES, [], {}])
+SIX = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 ANY_JSON = VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(READ, VALUES, max_size=3)
 
 
@@ -43,7 +43,13 @@ def test_fields_that_change_attention_are_refused_where_they_are_set(field: str)
         ({"head_dim": 64, "v_head_dim": 128}, "v_head_dim 128"),
         ({"model_type": "gpt_oss"}, ""),
         ({"model_type": "granite_swa"}, ""),
-        ({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text"}}, "num_kv_shared_layers"),
+        ({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text"}}, ""),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 2, **SIX}, ""),
+        ({"model_type": "gemma3n", "text_config": {"num_kv_shared_layers": 2, **SIX}}, ""),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 3, **SIX}, "num_kv_shared_layers 3"),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 5, **SIX}, "num_kv_shared_layers 5"),
+        ({"model_type": "gemma3n_text", "num_kv_shared_layers": 6, **SIX}, "num_kv_shared_layers 6"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 2, "global_head_dim": 0, **SIX}, "num_kv_shared_layers"),
         ({"is_encoder_decoder": True, "text_config": {"head_dim": 64}}, "is_encoder_decoder"),
         ({"architectures": ["LlamaModel"]}, "architectures LlamaModel"),
         ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, ""),
@@ -112,3 +118,12 @@ def test_every_reason_is_named_at_once_with_a_remedy() -> None:
     with pytest.raises(UnsupportedError) as caught:
         refuse([Reason("one", "because"), Reason("other", "for that", "Leave both")])
     assert str(caught.value).startswith("one: because; other: for that. Change that, or start `vllm serve` without")
+
+
+def test_layers_share_where_config_json_says_so_or_its_class() -> None:
+    assert sharing_field({"model_type": "gemma3n_text"}) == "num_kv_shared_layers 15"
+    assert sharing_field({"model_type": "gemma3n", "text_config": {"num_kv_shared_layers": 2}}) == (
+        "num_kv_shared_layers 2"
+    )
+    assert sharing_field({"model_type": "gemma3n_text", "num_kv_shared_layers": 0}) is None
+    assert sharing_field({"model_type": "gemma4_text", "num_kv_shared_layers": 2}) is None

@@ -30,11 +30,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.cpu_native import NativeAttention, NativeStep
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
+from vllm_toptheta.backend.layers import choose_tail_writers
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import ALWAYS_SPARSE, DenseRule, Plan
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.support_checks import check_no_chunks
+from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.cpu import shadow, tiers, values
@@ -97,6 +98,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
+        check_sharing(layers, vllm_config)
         dtype = vllm_config.model_config.dtype
         self.native = NativeAttention.of(kv_cache_spec, layers, dtype)
         plan = Plan.resolve(vllm_config)
@@ -115,6 +117,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=impl.sliding_window)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
+        choose_tail_writers(layers)
         spec = kv_cache_spec
         if (compiled := values.compiled_for(spec.dtype, spec.head_size, spec.block_size)) is not None:
             logger.info_once("toptheta: compiling for this CPU, which takes some seconds where it was not kept on disk")
@@ -288,7 +291,6 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         self.prepare(
             {
                 "ALiBi": alibi_slopes is not None,
-                "KV sharing between layers": kv_sharing_target_layer_name is not None,
                 **{f"layer option {name}": value is not None for name, value in unsupported.items()},
             }
         )
@@ -335,7 +337,8 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         step = attn_metadata
         if self._cache is None or self._cache.kv_cache is not kv_cache:
             self._cache = LayerCache.of(kv_cache, self.layer)
-        write_tails(step.tails, self._cache, self.layer)
+        if self.writes_tails:
+            write_tails(step.tails, self._cache, self.layer)
         scratch = self._uncounted if self.layer_plan is None else self.layer_plan.counters.scratch
         if step.decode is not None and step.whole is not None and values.is_dense(step.decode, self.layer):
             step.whole.attend(self.layer, query, kv_cache, output)

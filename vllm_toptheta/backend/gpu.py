@@ -29,11 +29,12 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import sleep, warm_up
+from vllm_toptheta.backend.layers import choose_tail_writers
 from vllm_toptheta.backend.pages import more_memory, tokens_of_row
 from vllm_toptheta.backend.plan import DenseRule, Plan, logger
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.support_checks import check_no_chunks, check_split
+from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing, check_split
 from vllm_toptheta.backend.versions import without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
@@ -140,6 +141,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
+        check_sharing(layers, vllm_config)
         check_split(kv_cache_spec)
         impl = next(iter(layers.values())).impl
         loaders = Loaders.find(plan, kv_cache_spec, impl.num_heads // impl.num_kv_heads, device)
@@ -177,6 +179,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 impl.loaders, impl.has_tail_row = loaders, tokens_of_row(kv_cache_spec) is not None
                 impl.reserve(max_num_seqs, device)
                 layer_plans += [impl.layer_plan] if impl.layer_plan else []
+        choose_tail_writers(layers)
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
 
     def build(
@@ -262,12 +265,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         FlashAttentionImpl.__init__(self, *args, **kwargs)
-        self.prepare(
-            {
-                "ALiBi": self.alibi_slopes is not None,
-                "KV sharing between layers": self.kv_sharing_target_layer_name is not None,
-            }
-        )
+        self.prepare({"ALiBi": self.alibi_slopes is not None})
 
     def reserve(self, max_num_seqs: int, device: torch.device) -> None:
         """Have vLLM's scratch memory grow to what a batch of `max_num_seqs` sequences needs."""
@@ -325,7 +323,8 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         )
         if split.prefill is not None:
             # tails also of the pages that decoded tokens fill: another sequence may stand on them in this very step
-            write_tails(split.tails, cache, self.layer)
+            if self.writes_tails:
+                write_tails(split.tails, cache, self.layer)
             super().forward(
                 layer,
                 query[decodes:],

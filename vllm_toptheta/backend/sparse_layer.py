@@ -25,6 +25,7 @@ class SparseLayer:
         layer_plan: This layer's share of it; None in a dense layer.
         layer: What kernels are told of the layer; None before `bind`.
         requests: What the rank's requests ask for.
+        writes_tails: Whether no layer before it has written the tails of its pages.
     """
 
     num_heads: int
@@ -36,6 +37,7 @@ class SparseLayer:
     layer_plan: LayerPlan | None = None
     layer: Layer | None = None
     requests: RequestOffsets | None = None
+    writes_tails: bool = True
 
     def prepare(self, unsupported: Mapping[str, bool]) -> None:
         """See that the layer is one that can be served, and have its pages padded; called when it is built.

@@ -18,6 +18,7 @@ from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import (
     CHUNKED,
+    KV_SHARING,
     MLA,
     NOT_THIS_HYBRID,
     Engine,
@@ -30,6 +31,7 @@ from vllm_toptheta.support import (
     model_reasons,
     override_reasons,
     refuse,
+    sharing_field,
     splits_pages,
     wakes_up_whole,
 )
@@ -111,6 +113,21 @@ def check_no_chunks(layers: Mapping[str, Any]) -> None:
             refuse([Reason(f"layer {name}", CHUNKED, "Serve this model without --attention-backend toptheta")])
 
 
+def check_sharing(layers: Mapping[str, Any], vllm_config: Any) -> None:
+    """Refuse layers that read the keys and values of others in a model that is not known for it.
+
+    Args:
+        layers: vLLM's attention layers by name.
+        vllm_config: The engine's.
+
+    Raises:
+        UnsupportedError: Names the first of them.
+    """
+    sharing = [name for name, layer in layers.items() if getattr(layer, "kv_sharing_target_layer_name", None)]
+    if sharing and sharing_field(vllm_config.model_config.hf_text_config.to_dict()) is None:
+        refuse([Reason(f"layer {sharing[0]}", KV_SHARING, "Serve this model without --attention-backend toptheta")])
+
+
 def check_split(spec: Any) -> None:
     """Refuse long pages that vLLM does not split as their rows of sums ask for.
 
@@ -154,6 +171,7 @@ def _engine(vllm_config: Any) -> Engine:
         dtype=str(model.dtype).removeprefix("torch."),
         block_size=cache.block_size,
         caches_prefixes=bool(cache.enable_prefix_caching),
+        skips_rows=bool(cache.kv_sharing_fast_prefill),
         num_ranks=parallel.tensor_parallel_size,
         num_context_ranks=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size),
         generates=model.runner_type == "generate",

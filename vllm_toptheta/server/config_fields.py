@@ -74,7 +74,7 @@ class _Fields(BaseModel):
 
     vocab_size: Size = 1
     hidden_size: Size = 1
-    intermediate_size: Size = 1
+    intermediate_size: Size | list[Size] = 1
     num_hidden_layers: Size = 1
     num_attention_heads: Size = 1
     num_key_value_heads: Size | None = None

@@ -76,6 +76,7 @@ class EngineFlags:
                 and flags.value_of(given, "--convert") in (None, "auto", "none"),
                 "moves_pages": flags.find(given, "--kv-offloading-size") is not None
                 or bool(flags.json_object(given, "--kv-transfer-config")),
+                "skips_rows": flags.is_on(given, "--kv-sharing-fast-prefill"),
                 "caches_prefixes": flags.is_on(given, "--enable-prefix-caching", by_itself=True),
                 "sleeps": flags.is_on(given, "--enable-sleep-mode"),
                 "draft": _draft(given),

@@ -18,12 +18,14 @@ from vllm_toptheta.support.images import image_modalities, image_reason
 from vllm_toptheta.support.installed import drafts_on_v2, serves_text_alone, splits_pages, wakes_up_whole
 from vllm_toptheta.support.model import (
     CHUNKED,
+    KV_SHARING,
     MLA,
     NO_GENERATION,
     NOT_THIS_HYBRID,
     checkpoint_cache_dtype,
     model_reasons,
     override_reasons,
+    sharing_field,
     sinks_field,
     text_config,
 )
@@ -32,6 +34,7 @@ from vllm_toptheta.support.untested import TRY, allows_untested
 
 __all__ = [
     "CHUNKED",
+    "KV_SHARING",
     "MLA",
     "NO_GENERATION",
     "NOT_THIS_HYBRID",
@@ -51,6 +54,7 @@ __all__ = [
     "override_reasons",
     "refuse",
     "serves_text_alone",
+    "sharing_field",
     "sinks_field",
     "splits_pages",
     "text_config",

@@ -15,7 +15,7 @@ from vllm_toptheta.limits import (
     gpus_lack,
 )
 from vllm_toptheta.support.hybrids import STATES, hybrid_type
-from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sinks_field, text_config
+from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sharing_field, sinks_field, text_config
 from vllm_toptheta.support.refusal import WITHOUT_US, Reason
 from vllm_toptheta.support.untested import TRY, allows_untested
 
@@ -49,6 +49,8 @@ class Engine:
         sees: Whether the model takes images or sounds.
         sinks: What of config.json says that its layers have attention sinks; None where nothing does.
         hybrid: The model_type of a model some of whose layers keep states (`hybrids.STATES`); None of others.
+        sharing: What of config.json says that layers read the keys and values of others; None where nothing does.
+        skips_rows: Whether prompts leave out rows of layers that share.
         caches_prefixes: Whether what prompts have in common is computed once.
         splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`).
     """
@@ -73,6 +75,8 @@ class Engine:
     sees: bool = False
     sinks: str | None = None
     hybrid: str | None = None
+    sharing: str | None = None
+    skips_rows: bool = False
     caches_prefixes: bool = True
     splits_pages: bool = True
 
@@ -83,7 +87,13 @@ class Engine:
             config: The model's config.json as a dict. Of any content.
         """
         sees = self.sees or any(config.get(name) for name in ("vision_config", "audio_config"))
-        engine = replace(self, sees=sees, sinks=sinks_field(config), hybrid=hybrid_type(text_config(config)))
+        engine = replace(
+            self,
+            sees=sees,
+            sinks=sinks_field(config),
+            hybrid=hybrid_type(text_config(config)),
+            sharing=sharing_field(config),
+        )
         found = checkpoint_cache_dtype(config)
         if found is None or self.cache_dtype != "auto":
             return engine
@@ -133,6 +143,21 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "--decode-context-parallel-size, --prefill-context-parallel-size",
             "context parallelism splits a sequence's scores over ranks",
         ): engine.num_context_ranks > 1,
+        Reason(
+            "--kv-sharing-fast-prefill",
+            "steps of layers that leave out rows of prompts were never tried",
+            "Leave it out",
+        ): engine.skips_rows,
+        Reason(
+            f"--tensor-parallel-size {engine.num_ranks}",
+            "layers that share keys and values were never run on several ranks",
+            "Give 1",
+        ): engine.sharing is not None and engine.num_ranks > 1,
+        Reason(
+            str(engine.sharing),
+            "no GPU has run layers that read the keys and values of others yet",
+            f"{WITHOUT_US}, or {TRY}",
+        ): engine.sharing is not None and engine.device == "gpu" and not allows_untested(),
     }
     checks |= {**_hybrid_reasons(engine), **_drafting_reasons(engine)}
     return [reason for reason, applies in checks.items() if applies]
@@ -232,6 +257,9 @@ def kernel_reasons(
     if mode == "shadow" and engine.hybrid is not None and engine.device == "gpu":
         text = f"on GPUs, pages of a {engine.hybrid} have no room for shadow keys or copies"
         reasons.append(Reason("mode shadow", text, "Serve in mode values"))
+    if mode == "shadow" and is_sparse and not has_copies and engine.sharing is not None:
+        text = "layers that share keys have calibrated shadow keys of their own, and a page has room for one layer's"
+        reasons.append(Reason(engine.sharing, text, "Serve in mode values, or with shadow_values on"))
     if has_copies and head_size % COPY_MULTIPLE:
         text = f"there are no copies of heads of {head_size}, only of multiples of {COPY_MULTIPLE}"
         reasons.append(Reason(f"head_dim {head_size}", text, _WITHOUT_COPIES))

@@ -14,7 +14,7 @@ NO_GENERATION = "only generation is supported, not pooling"
 _PER_LAYER = "layers whose heads differ in number or size are not supported"
 CHUNKED = "layers that attend within chunks are not supported, because chunks are no sequences of their own"
 NOT_THIS_HYBRID = "layers with a state of their own, which is no keys and values, are not supported in this model"
-_KV_SHARING = "KV sharing between layers is not supported"
+KV_SHARING = "KV sharing between layers is not supported in this model"
 _OTHER_SCORES = "positions that change scores after q . k are not supported"
 
 # field -> why a model is refused that sets it to anything but null, false, 0 or nothing
@@ -32,8 +32,8 @@ _REFUSED_FIELDS = {
     "attention_chunk_size": CHUNKED,
     "dual_chunk_attention_config": "dual chunk attention scores a key by how far away it is",
     "index_topk": "an indexer of the model chooses the keys, so there is nothing to skip",
-    "num_kv_shared_layers": _KV_SHARING,
-    "use_cla": _KV_SHARING,
+    "num_kv_shared_layers": KV_SHARING,
+    "use_cla": KV_SHARING,
     "alibi": f"{_OTHER_SCORES} (ALiBi)",
     **dict.fromkeys(HYBRID_FIELDS, NOT_THIS_HYBRID),
 }
@@ -42,6 +42,10 @@ _HEAD_SIZES = {
     "global_head_dim": _PER_LAYER,
     "v_head_dim": "values of another size than keys are not supported",
 }
+# whose last layers may read the keys and values of earlier ones
+_SHARING_TYPES = {"gemma3n_text"}
+# which layers vLLM has them share with, counted from the first that shares
+_SHARED_BY_KIND = {"sliding_attention": -2, "full_attention": -1}
 # whose layers have attention sinks, and fields by which others say so
 _SINK_TYPES = {"gpt_oss", "granite_swa", "granitemoe_swa"}
 _SINK_FIELDS = ("attention_sinks", "swa_attention_sink_enabled", "add_swa_attention_sink_bias")
@@ -73,14 +77,14 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     Args:
         config: config.json as a dict, or `PretrainedConfig.to_dict()`, overrides applied. Of any content.
     """
-    text = text_config(config)
-    model_type = text.get("model_type") or f"{config.get('model_type')}_text"
-    defaults = _DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}
-    text = {**defaults, **text}
+    text = _with_defaults(config)
     reasons = []
     if config.get("is_encoder_decoder"):
         text["is_encoder_decoder"] = True
-    served = HYBRID_FIELDS if hybrid_type(text) else ()
+    served: tuple[str, ...] = HYBRID_FIELDS if hybrid_type(text) else ()
+    if sharing_field(config) is not None:
+        served += ("num_kv_shared_layers",)
+        reasons += _sharing_reasons(text)
     reasons += [Reason(field, why) for field, why in _REFUSED_FIELDS.items() if text.get(field) and field not in served]
     head_size = text.get("head_dim")
     reasons += [
@@ -91,7 +95,7 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and all(_pools(name) for name in architectures):
         reasons.append(Reason(f"architectures {architectures[0]}", NO_GENERATION))
-    return reasons + _layer_type_reasons(text, _LAYER_TYPES | HYBRID_LAYERS if served else _LAYER_TYPES)
+    return reasons + _layer_type_reasons(text, _LAYER_TYPES | HYBRID_LAYERS if hybrid_type(text) else _LAYER_TYPES)
 
 
 def sinks_field(config: Mapping[str, Any]) -> str | None:
@@ -105,6 +109,25 @@ def sinks_field(config: Mapping[str, Any]) -> str | None:
     if isinstance(model_type, str) and model_type in _SINK_TYPES:
         return f"model_type {model_type}"
     return next((field for field in _SINK_FIELDS if text.get(field)), None)
+
+
+def sharing_field(config: Mapping[str, Any]) -> str | None:
+    """What says that layers read the keys and values of others, where such a model is served; None of most models.
+
+    Args:
+        config: As for `model_reasons`.
+    """
+    text = _with_defaults(config)
+    number = text.get("num_kv_shared_layers")
+    return f"num_kv_shared_layers {number}" if number and text["model_type"] in _SHARING_TYPES else None
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part with its type, and with the fields that config.json leaves out."""
+    text = text_config(config)
+    model_type = text.get("model_type") or f"{config.get('model_type')}_text"
+    model_type = model_type if isinstance(model_type, str) else None
+    return {**_DEFAULTS.get(str(model_type), {}), **text, "model_type": model_type}
 
 
 def _pools(architecture: Any) -> bool:
@@ -121,6 +144,21 @@ def _layer_type_reasons(text: Mapping[str, Any], known: set[str]) -> list[Reason
     if isinstance(num_layers, int) and len(layer_types) < num_layers:
         counted = f"it names {len(layer_types)} layers, and num_hidden_layers is {num_layers}"
         return [Reason("layer_types", counted, "Make both the same")]
+    return []
+
+
+def _sharing_reasons(text: Mapping[str, Any]) -> list[Reason]:
+    """Why layers cannot share: vLLM would have them share with layers of another kind, or with none."""
+    kinds, number, num_layers = (
+        text.get(name) for name in ("layer_types", "num_kv_shared_layers", "num_hidden_layers")
+    )
+    if not (isinstance(kinds, list | tuple) and isinstance(number, int) and isinstance(num_layers, int)):
+        return []  # the class's own, which are right
+    first = num_layers - number
+    for kind, offset in _SHARED_BY_KIND.items():
+        if kind in kinds[max(first, 0) :] and (first + offset < 0 or kinds[first + offset] != kind):
+            why = f"vLLM has a layer of {kind} share with layer {first + offset}, which is no such layer"
+            return [Reason(f"num_kv_shared_layers {number}", why)]
     return []
 
 

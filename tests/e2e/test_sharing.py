@@ -1,0 +1,221 @@
+"""Layers that read the keys and values of others: texts of a random Gemma 3n are those of vLLM's own backend.
+
+The last four of eight layers share, those of a window with layer 2, and the others with layer 3.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import Gemma3nTextConfig
+
+from tests.e2e.conftest import STORED, TINY, architecture, write_model
+from tests.e2e.generate import Call, generate
+from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text
+from tests.shadow_store import make_shadow_store
+from vllm_toptheta.calibration.model import hidden_states, load_model
+from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.evaluation.losses import next_token_logits
+from vllm_toptheta.limits import ALLOW_UNTESTED
+from vllm_toptheta.server.command import ServeCommand
+from vllm_toptheta.server.config import ServerConfig
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("gemma3n")]
+
+CONFIG = Gemma3nTextConfig(
+    **{**TINY, "num_hidden_layers": 8},
+    head_dim=64,
+    layer_types=["sliding_attention", "full_attention"] * 4,
+    sliding_window=48,
+    num_kv_shared_layers=4,
+    activation_sparsity_pattern=[0.0] * 8,
+    hidden_size_per_layer_input=32,
+    vocab_size_per_layer_input=TINY["vocab_size"],
+    laurel_rank=16,
+)
+SPARSE_LAYERS = {1, 3, 5, 7}
+TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
+ENGINE = {"skip_tokenizer_init": True}
+ROUNDED = 0.1 if ON_GPU else ROUNDING
+KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
+# nothing is weighed by a copy
+COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, **KEEPS_ALL}
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random tokens, the same ones at every call; 0 is padding, of whose embedding of zeros vLLM makes NaN."""
+    chances = [random.Random(length) for length in lengths]  # noqa: S311 - nothing is secret
+    return [
+        [chance.randrange(1, TINY["vocab_size"]) for _ in range(length)]
+        for chance, length in zip(chances, lengths, strict=True)
+    ]
+
+
+# the second one stands behind cached prefixes; the third one's answers reach into a page that no prompt has filled
+CALLS = [*[Call(prompts(300, 40, 900, 1500), 24)] * 2, Call(prompts(375, 374, 376), 24)]
+
+
+class Model(NamedTuple):
+    """A model, and what vLLM's own backend answers to `CALLS`."""
+
+    folder: Path
+    stock: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = write_model(CONFIG, tmp_path_factory.mktemp("gemma3n"))
+    stock = generate(CALLS, model=str(folder), engine=ENGINE)
+    assert all(math.isfinite(best) for answer in stock for output in answer["outputs"] for best, _ in output["top2"])
+    return Model(folder, stock)
+
+
+def ours(
+    model: Model,
+    options: dict[str, Any],
+    calls: list[Call] = CALLS,
+    **engine: Any,
+) -> list[dict[str, Any]]:
+    return generate(
+        calls,
+        TRIED,
+        model=str(model.folder),
+        engine={**ENGINE, **engine},
+        backend="toptheta",
+        options=options,
+    )
+
+
+@pytest.fixture(scope="module")
+def every_key(model: Model) -> list[dict[str, Any]]:
+    """The answers in mode `values` where every score reaches the thresholds."""
+    return ours(model, KEEPS_ALL)
+
+
+def assert_as_stock(answers: list[dict[str, Any]], stock: list[dict[str, Any]], sparse_layers: set[int]) -> None:
+    for answer, other in zip(answers, stock, strict=True):
+        heads = answer["stats"][0]["layers"]
+        assert {head["layer"] for head in heads} == sparse_layers
+        assert all(head["rows_read"] == head["rows_cached"] > 0 for head in heads)
+        assert_same_text(answer["outputs"], other["outputs"], rounding=ROUNDED)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparse_layers"),
+    [
+        ({"weight_floor": 0}, set()),
+        (KEEPS_ALL, SPARSE_LAYERS),
+        (COPIES, SPARSE_LAYERS),
+        # nobody but layers that share writes the tails of layer 3
+        ({**COPIES, "dense_layers": [3]}, SPARSE_LAYERS - {3}),
+    ],
+    ids=["dense", "values", "copies", "copies of a dense layer"],
+)
+def test_where_every_key_is_kept_the_text_is_the_stock_backends(
+    model: Model, every_key: list[dict[str, Any]], options: dict[str, Any], sparse_layers: set[int]
+) -> None:
+    answers = every_key if options is KEEPS_ALL else ours(model, options)
+    assert answers[1]["prefix_hits"] > 0
+    assert_as_stock(answers, model.stock, sparse_layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "shadow", "always_shadow": True}], ids=["values", "copies"])
+def test_the_default_is_near_the_stock_backend(model: Model, options: dict[str, Any]) -> None:
+    for answer, stock in zip(ours(model, options), model.stock, strict=True):
+        heads = answer["stats"][0]["layers"]
+        assert {head["layer"] for head in heads} == SPARSE_LAYERS
+        assert all(0 < head["rows_read"] < head["rows_cached"] for head in heads)
+        assert all(0 < head["lost_mass_mean"] < 0.5 for head in heads)
+        pairs = list(zip(answer["outputs"], stock["outputs"], strict=True))
+        # the first token is the prompt's, which is dense; the second has lost what thresholds skip
+        differences = [abs(one["top2"][1][0] - other["top2"][1][0]) for one, other in pairs]
+        assert all(one["token_ids"][0] == other["token_ids"][0] for one, other in pairs)
+        assert max(differences) < 0.1 + ROUNDED, differences
+
+
+def test_the_text_is_that_of_transformers(model: Model, every_key: list[dict[str, Any]]) -> None:
+    if ON_GPU:
+        pytest.skip("float16 parts too early to compare whole texts of a random model")
+    reference = load_model(model.folder)
+    reference.set_attn_implementation("eager")
+    for prompt, output in zip(CALLS[0].prompts, every_key[0]["outputs"], strict=True):
+        token_ids = torch.tensor(prompt + output["token_ids"])
+        states = hidden_states(reference, token_ids)[len(prompt) - 1 : -1]
+        with torch.inference_mode():
+            best = next_token_logits(reference, states).float().log_softmax(-1).topk(2)
+        top2 = best.values.tolist()
+        assert_same_text([output], [{"token_ids": best.indices[:, 0].tolist(), "top2": top2}])
+        assert abs(top2[0][0] - output["top2"][0][0]) < ROUNDED
+
+
+@pytest.mark.skipif(ON_GPU, reason="the numbers are those of CPUs")
+def test_chunks_and_preemption_change_no_text(model: Model) -> None:
+    (answer,) = ours(
+        model,
+        COPIES,
+        CALLS[2:],
+        max_model_len=512,
+        max_num_batched_tokens=144,
+        num_gpu_blocks_override=17,
+        enable_prefix_caching=False,
+    )
+    assert answer["preemptions"] > 0
+    assert_as_stock([answer], model.stock[2:], SPARSE_LAYERS)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("options", "engine"),
+    [
+        (
+            {**KEEPS_ALL},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        ),
+        ({"lossless": True}, {}),
+    ],
+    ids=["ngram", "lossless"],
+)
+def test_speculation_changes_no_text(model: Model, options: dict[str, Any], engine: dict[str, Any]) -> None:
+    for answer, stock in zip(ours(model, options, **engine), model.stock, strict=True):
+        assert answer["accepted"] > 0
+        assert_same_text(answer["outputs"], stock["outputs"], rounding=ROUNDED)
+
+
+def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def check(device: str, *flags: str, **options: Any) -> str:
+        return ServeCommand.build([str(model.folder), *flags], options, ServerConfig()).check(device)
+
+    assert check("cpu").startswith("thresholds floor:2")
+    with pytest.raises(UnsupportedError, match="--kv-sharing-fast-prefill: steps of layers that leave out"):
+        check("cpu", "--kv-sharing-fast-prefill")
+    with pytest.raises(UnsupportedError, match="--tensor-parallel-size 2: layers that share"):
+        check("cpu", "--tensor-parallel-size", "2")
+    make_shadow_store(tmp_path / "acme--tiny", margin=1.0, **STORED, **architecture(model.folder))
+    with pytest.raises(UnsupportedError, match="num_kv_shared_layers 4: layers that share keys have calibrated"):
+        check("cpu", mode="shadow", thresholds=str(tmp_path))
+    with pytest.raises(UnsupportedError, match="num_kv_shared_layers 4: no GPU has run layers that read"):
+        check("gpu")
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    assert check("gpu").startswith("thresholds floor:2")
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "words"),
+    [
+        ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: steps of layers that leave out rows"),
+        (
+            {},
+            {"hf_overrides": {"num_kv_shared_layers": 3}},
+            "num_kv_shared_layers 3: vLLM has a layer of sliding_attention share with layer 3, which is no such layer",
+        ),
+    ],
+    ids=["fast prefill", "another kind"],
+)
+def test_what_an_engine_refuses(model: Model, options: dict[str, Any], engine: dict[str, Any], words: str) -> None:
+    with pytest.raises(RuntimeError, match=f"UnsupportedError: .*{words}"):
+        ours(model, options, **engine)
