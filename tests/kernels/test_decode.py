@@ -476,3 +476,13 @@ def test_a_scratch_for_fewer_sequences_is_refused() -> None:
     scratch = Scratch.allocate(Sizes(1, 4, 2, 64), kv_dtype=torch.float16, device=DEVICE)
     with pytest.raises(ValueError, match="^scratch: "):
         case.run(scratch=scratch)
+
+
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+@pytest.mark.parametrize(("field", "name"), [("kv_dtype", "kv_cache"), ("query_dtype", "query")])
+def test_in_cuda_what_is_of_another_type_than_the_output_is_refused(field: str, name: str) -> None:
+    case = make_case(Shape((16,)))
+    scratch = case.scratch()
+    other = make_case(replace(case.shape, **{field: torch.float8_e4m3fn}))
+    with pytest.raises(ValueError, match=f"{name}: dtype is torch.float8_e4m3fn, expected torch.float16"):
+        other.run(scratch=scratch, output=torch.empty_like(case.query, device=DEVICE))

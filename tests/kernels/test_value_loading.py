@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Shape, cuda_loader, make_case
 from tests.kernels.test_tier_loading import MOST_SHARED_BYTES, REGISTERS_OF_SM, SHARED_BYTES_OF_SM
 from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
@@ -87,13 +86,3 @@ def test_what_is_loaded_is_launched_by_its_sizes(monkeypatch: pytest.MonkeyPatch
 
 def test_no_gpu_no_loader() -> None:
     assert value_split.find_loader(torch.device("cpu"), 128, 4, 2) is None
-
-
-@pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
-def test_pages_of_another_type_than_the_output_are_refused() -> None:
-    case = make_case(Shape((16,)))
-    loader = cuda_loader(case.shape)
-    scratch = case.scratch()._replace(loader=loader)
-    other = make_case(Shape((16,), kv_dtype=torch.float8_e4m3fn))
-    with pytest.raises(ValueError, match="kv_cache: dtype is torch.float8_e4m3fn, expected torch.float16"):
-        other.run(scratch=scratch, output=torch.empty_like(case.query, device=DEVICE))

@@ -101,14 +101,15 @@ def tiling_of(config: LaunchConfig, group: int, *, on_gpu: bool) -> Tiling:
 
 
 def check_cuda(call: LayerCall) -> None:
-    """See that kernels in CUDA C++ read what is cached.
+    """See that kernels in CUDA C++ read what is cached, and what is asked.
 
     Raises:
         ValueError: As for `contract.check`.
     """
-    dtype, expected = call.cache.kv_cache.dtype, call.output.dtype
-    if dtype != expected:
-        raise ValueError(f"kv_cache: dtype is {dtype}, expected {expected} for kernels in CUDA C++")
+    expected = call.output.dtype
+    for name, tensor in (("kv_cache", call.cache.kv_cache), ("query", call.query)):
+        if tensor.dtype != expected:
+            raise ValueError(f"{name}: dtype is {tensor.dtype}, expected {expected} for kernels in CUDA C++")
 
 
 def check_kernels(call: LayerCall) -> None:
