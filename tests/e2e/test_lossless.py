@@ -128,11 +128,13 @@ def test_layers_with_windows(windowed: Subject, prompts: list[list[int]], mode: 
     options = {"mode": mode, **({"always_shadow": True} if mode == "shadow" else {})}
     calls = [Call(prompts[: len(LENGTHS)], MAX_TOKENS)] * 2
     engine = {"options": options, "enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    config = json.loads((windowed.model / "config.json").read_text())
     (dense,) = windowed.stock(calls[:1])
     for answer in lossless(windowed, calls, **engine):
         assert_same_text(answer["outputs"], dense["outputs"])
         assert 0 < answer["accepted"] < answer["drafted"]
-        assert len(answer["stats"][0]["layers"]) == 15 * 3
+        num_sparse = config["num_hidden_layers"] // 2
+        assert len(answer["stats"][0]["layers"]) == num_sparse * config["num_key_value_heads"]
 
 
 @pytest.mark.parametrize(
