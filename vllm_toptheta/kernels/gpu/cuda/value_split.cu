@@ -8,8 +8,9 @@
 //   gather  sixteen at a time, values of the ring are asked for, straight into the operands of products; they are weighed
 //           when the next sixteen are asked for, so nothing waits.
 //
-// A sequence that keeps every key goes the same way. A product may take channels in any order if both sides take the
-// same, so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
+// Where a sequence keeps every key, values are asked for before their keys are scored. A product may take channels in any
+// order if both sides take the same, so every lane reads 16 bytes in a row. Sums are added in an order that depends on
+// lengths and scores only.
 //
 // What `macros_of` in value_split.py names is defined when it is compiled; `device.cuh` stands in front.
 
