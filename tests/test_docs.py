@@ -91,6 +91,12 @@ def test_results_are_there(page: Path) -> None:
         assert list((ROOT / "docs").glob(name)), name
 
 
+def test_results_name_no_folder_of_a_machine() -> None:
+    results = list((ROOT / "docs/results").glob("*.json*"))
+    assert results
+    assert [file.name for file in results if re.search(r'"/\w+/', file.read_text(encoding="utf-8"))] == []
+
+
 def test_what_the_sources_say_of_a_page_names_one() -> None:
     named = {
         name

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
@@ -168,7 +169,8 @@ def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] 
         reports.append(_measure(workload, spec, lens, patterns))
         torch.cuda.empty_cache()
     return KernelReport(
-        workload=workload,
+        # a report is shown to others, whom folders of this machine do not concern
+        workload=workload.model_copy(update={"patterns": [Path(name).name for name in workload.patterns]}),
         device=torch.cuda.get_device_name(),
         versions=versions(),
         copy_tb_per_s=copy_tb_per_s,

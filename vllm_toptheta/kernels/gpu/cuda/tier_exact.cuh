@@ -12,11 +12,6 @@ static_assert(sizeof(Piece) <= QUERY_AT - PIECE_AT, "room of a piece");
 
 __device__ __forceinline__ Piece& piece_of(uint8_t* shared) { return *reinterpret_cast<Piece*>(shared + PIECE_AT); }
 
-// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
-__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
-    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
-}
-
 __device__ __forceinline__ void clear(float (&sums)[COLUMNS][TILES][4]) {
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
@@ -128,20 +123,10 @@ __device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_
     }
 #pragma unroll
     for (int i = 0; i < HEAD_SIZE / 64; ++i) {
-        uint32_t part[4][4];
+        uint4 values[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            uint4 v = is_read[k] ? load16(value[k] + 128 * i) : make_uint4(0, 0, 0, 0);
-            part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
-            uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
-#pragma unroll
-            for (int c = 0; c < COLUMNS; ++c)
-                mma_half<IS_FLOAT16>(x.output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
-        }
+        for (int k = 0; k < 4; ++k) values[k] = is_read[k] ? load16(value[k] + 128 * i) : make_uint4(0, 0, 0, 0);
+        add_values(x.output, i, values, operand);
     }
 }
 

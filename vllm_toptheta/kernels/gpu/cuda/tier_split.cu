@@ -20,6 +20,7 @@
 #include "schedule.cuh"
 #include "scores.cuh"
 #include "tier_layout.cuh"
+#include "value_sums.cuh"
 #include "tier_rows.cuh"
 #include "tier_exact.cuh"
 #include "tier_scan.cuh"

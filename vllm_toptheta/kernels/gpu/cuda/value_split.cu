@@ -16,6 +16,8 @@
 
 #include "schedule.cuh"
 #include "scores.cuh"
+#include "value_layout.cuh"
+#include "value_sums.cuh"
 #include "value_warp.cuh"
 
 __device__ __forceinline__ void load_queries(const Args& a, int seq, int kv_head) {

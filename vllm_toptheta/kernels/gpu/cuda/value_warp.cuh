@@ -1,57 +1,7 @@
-// Sizes and arguments of value_split.cu, and what a warp of it does: the scan and the gather.
-
-constexpr uint32_t STAGE_TOKENS = 16;
-constexpr uint32_t ROW_BYTES = 2 * HEAD_SIZE, CHUNKS = ROW_BYTES / 16;  // of a key or a value
-constexpr int COLUMNS = GROUP > 8 ? 2 : 1;                              // blocks of eight columns
-constexpr uint32_t HEADS = GROUP <= 4 ? 4 : 8 * COLUMNS;                // that the ring has scores of
-constexpr int TILES = HEAD_SIZE / 16;                                   // of 16 channels
-constexpr int KEY_PARTS = HEAD_SIZE / 32, VALUE_PARTS = HEAD_SIZE / 64; // of 16 bytes that a lane has of a row
-constexpr bool HOLDS_QUERIES = HEAD_SIZE * COLUMNS <= 128;              // in registers, of which there are enough
-constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;                       // lanes of a quad that have columns of heads
-constexpr uint32_t ROOM = 64, SCORE_STRIDE = ROOM + 8;                  // the stride spreads heads over the banks
-constexpr float SLACK = 5.0f;  // that scores exceed what exponentials are relative to, at most
-
-// bytes of shared memory: what every warp has, and behind that what all have together
-constexpr uint32_t STAGE_BYTES = STAGE_TOKENS * ROW_BYTES, SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16;
-// in the end, sums stand where the ring has its last stage, which the next piece asks for last
-constexpr uint32_t SUMS_AT = (STAGES - 1) * STAGE_BYTES;
-constexpr uint32_t RING_BYTES = SUMS_AT + (STAGE_BYTES > SUMS_BYTES ? STAGE_BYTES : SUMS_BYTES);
-constexpr uint32_t SCORES_AT = RING_BYTES, SLOTS_AT = SCORES_AT + HEADS * SCORE_STRIDE * 4;
-constexpr uint32_t WARP_BYTES = SLOTS_AT + ROOM * 4;
-constexpr uint32_t QUERY_STRIDE = ROW_BYTES + 64;
-constexpr uint32_t QUERY_AT = WARPS * WARP_BYTES, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
-constexpr uint32_t COUNTS_AT = STATS_AT + WARPS * 3 * 16 * 4;  // at most 16 warps
-constexpr uint32_t THRESHOLDS_AT = COUNTS_AT + 64, SHARED_BYTES = THRESHOLDS_AT + 2 * 16 * 4;
-static_assert(STAGE_BYTES % 128 == 0 && WARP_BYTES % 16 == 0, "copies of 16 bytes");
-static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
-
-struct Args {
-    const uint8_t* kv_cache;
-    const int* block_table;
-    const int* seq_lens;
-    const float* threshold_offset;  // or null
-    const uint8_t* query;
-    const float* thresholds;
-    const float* q_scale;  // or null
-    const float* k_scale;  // or null
-    float* piece_output;
-    float* piece_stats;
-    long long* value_rows_read;  // or null
-    uint32_t stride_block, stride_head, stride_token;  // bytes
-    uint32_t query_stride_seq, query_stride_head;
-    int table_stride, num_seqs, num_kv_heads;
-    int max_dense_len, min_step_tokens;
-    ScheduleArgs schedule;
-    float softmax_scale, logits_soft_cap;
-};
+// What a warp of value_split.cu does: the scan and the gather.
 
 // where part `chunk` of a row stands in it, so that lanes find theirs in different banks
 __device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) { return 16 * (chunk ^ (row & 6) ^ (row & 1) << 2); }
-
-// where 4 sums of a block of columns and a tile stand: those of head 8 c + 2 t and of the next, in rows g and g + 8
-__device__ __forceinline__ uint32_t sum_index(uint32_t c, uint32_t tile, uint32_t g, uint32_t t) {
-    return ((c * TILES + tile) * 8 + g) * ACC_QUAD + t;
-}
 
 // A warp's part of a piece. A lane is number t of quad g. In the scan it has tokens g and g + 8 of a stage, and heads
 // 8 c + 2 t + e; in the gather keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen, and head 8 c + g.
@@ -195,20 +145,10 @@ struct Warp {
         }
 #pragma unroll
         for (int i = 0; i < VALUE_PARTS; ++i) {
-            uint32_t part[4][4];
+            uint4 values[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                uint4 v = pending[k][i];
-                part[k][0] = v.x, part[k][1] = v.y, part[k][2] = v.z, part[k][3] = v.w;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t a0 = permute_bytes(part[0][j], part[1][j], 0x5410), a1 = permute_bytes(part[0][j], part[1][j], 0x7632);
-                uint32_t a2 = permute_bytes(part[2][j], part[3][j], 0x5410), a3 = permute_bytes(part[2][j], part[3][j], 0x7632);
-#pragma unroll
-                for (int c = 0; c < COLUMNS; ++c)
-                    mma_half<IS_FLOAT16>(output[c][4 * i + j], a0, a1, a2, a3, operand[c][0], operand[c][1]);
-            }
+            for (int k = 0; k < 4; ++k) values[k] = pending[k][i];
+            add_values(output, i, values, operand);
         }
     }
 
