@@ -128,7 +128,8 @@ def test_other_lengths_repeat_or_cut_what_lies_far_back() -> None:
     assert torch.equal(longer[..., -2 * (400 - head) : -(400 - head)], repeated)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # beside a card's other tests it is
+# beside other tests it is slow
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(near=st.sets(st.integers(0, 5000), max_size=60), far=st.sets(st.integers(0, 70_000), max_size=3))
 def test_files_keep_every_position(near: set[int], far: set[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     one = recorded((70_001,), num_layers=1)
