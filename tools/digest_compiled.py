@@ -1,7 +1,8 @@
 """What Triton compiles for an H100 of the steps that a server launches, without a GPU, for `tools.digest`.
 
 Triton is told of a card that is not there, and launches are stopped once they are compiled. Registers and stack
-frames, which hold what is spilled, are in bytes and as ptxas assigns them.
+frames, which hold what is spilled, are in bytes and as ptxas assigns them. It minds labels of debug information, of
+which there are others where other functions are inlined: of the same PTX, a frame may be a few bytes larger or smaller.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from triton.runtime import JITFunction, driver
 from tests.kernels import test_shadow, test_value_sums
 from tests.kernels.decode_case import Shape, make_case
 from tests.kernels.shadow_case import make_shadow_case
-from vllm_toptheta.limits import NUM_ANCHORS
+from tests.kernels.tier_case import make_tier_case
+from tests.kernels.verified_case import Verified
+from vllm_toptheta.limits import NUM_ANCHORS, gpus_lack
 
 # head sizes, groups, pages and dtypes that differ in what is compiled
 SHAPES = {
@@ -59,14 +62,21 @@ SHAPES = {
 }  # fmt: skip
 
 
-def compiled() -> dict[str, Any]:
-    """By shape and kernel: a hash of the PTX without its line numbers and names, registers, stack frame."""
+def compiled(match: str = "") -> dict[str, Any]:
+    """By shape, step and kernel: a hash of the PTX without its line numbers and names, registers, stack frame.
+
+    Of those steps that have `match` in their names.
+    """
     found: dict[str, Any] = {}
     with _no_card() as kernels:
         for name, shape in SHAPES.items():
             for part, launch in _steps(shape).items():
+                if match not in f"{name}: {part}":
+                    continue
                 kernels.clear()
                 launch()
+                # a step takes minutes where Triton has nothing cached
+                sys.stderr.write(f"{name}: {part}: {len(kernels)} kernels\n")
                 for kernel in kernels:
                     found[f"{name}: {part}: {kernel.name.strip('_')}"] = _summary(kernel)
     return found
@@ -75,14 +85,23 @@ def compiled() -> dict[str, Any]:
 def _steps(shape: Shape) -> dict[str, Any]:
     case, shadow = make_case(shape), make_shadow_case(shape, threshold=0.0)
     offset = {"threshold_offset": torch.zeros(1)}
-    return {
+    steps = {
         "values": case.run,
         "values, offsets": lambda: case.run(**offset),
+        "values, drafts": Verified.make(shape, (4,)).run,
         "shadow": shadow.run,
         "shadow, offsets": lambda: shadow.run(**offset),
         "value sums": lambda: test_value_sums.step(case, [0], [40]),
         "codes": lambda: test_shadow.step(shadow, [0], [40]),
     }
+    if not gpus_lack(shape.head_size, shape.num_heads, shape.num_kv_heads, has_copies=True):
+        tiers = make_tier_case(shape)
+        steps |= {
+            "tiers": tiers.run,
+            "tiers, offsets": lambda: tiers.run(**offset),
+            "copies": lambda: tiers.write_tails([0], [40]),
+        }
+    return steps
 
 
 @contextmanager
@@ -123,9 +142,9 @@ def _launchers() -> list[Any]:
 def _summary(kernel: Any) -> dict[str, Any]:
     ptx = re.sub(r"^\s*(\.loc|\.file|//).*$", "", kernel.asm["ptx"], flags=re.MULTILINE)
     ptx = ptx.split(".section")[0]
-    ptx = re.sub(r"//.*$", "", ptx, flags=re.MULTILINE)
+    # labels that only debug information refers to stand wherever a function was inlined
+    ptx = re.sub(r"//.*$|\$L__tmp\d+:|\$L__func\w+:", "", ptx, flags=re.MULTILINE)
     ptx = "\n".join(line for line in ptx.splitlines() if line.strip())
-    ptx = re.sub(r"\$L__tmp\d+:|\$L__func\w+:", "", ptx)
     return {"ptx": hashlib.sha256(ptx.encode()).hexdigest()[:16], "lines": len(ptx.splitlines()), **_resources(kernel)}
 
 

@@ -17,7 +17,7 @@ from vllm_toptheta.kernels.contract import (
     ShadowLayer,
     TierLayer,
 )
-from vllm_toptheta.kernels.cpu import shadow, tiers, values
+from vllm_toptheta.kernels.cpu import decode_step, values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 
@@ -89,9 +89,8 @@ def decode(
     cache = LayerCache(paged.kv_cache, paged.value_sum if value_mean and threshold is not None else None, codes)
     call = LayerCall(query, torch.full(query.shape, torch.nan), cache, described)
     scratch = _Recording()
-    kernel = shadow if shadow_layer else tiers if tier_layer else values
     prepared = prepare_decode(step, paged.kv_cache.shape[2])
-    kernel.decode(prepared, call, scratch)
+    decode_step.decode(prepared, call, scratch)
     if scratch.bound is not None:  # compiled code counts by itself
         rows_read, lost_mass = torch.tensor(scratch.bound.value_rows_read), torch.tensor(scratch.bound.lost_mass)
         keys_seen = values.keys_seen(prepared.prepared, described)

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
 from tests.kernels.gaps import in_a_gap
@@ -48,6 +49,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS_HERE = INTERPRETED or torch.cuda.is_available()
 WHY_NOT = "needs a GPU, or Triton's interpreter (tests/interpreter.py)"
+MARKS = [
+    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
+    # of a key that survives, which is selected away
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
 
 INNER_EDGES = [2.0**-exponent for exponent in range(9, 0, -1)]  # of the lost mass's histogram
 
@@ -164,6 +170,7 @@ class Case:
         threshold_offset: torch.Tensor | None = None,
         max_dense_len: int | None = None,
         min_step_tokens: int = 0,
+        head_programs: torch.Tensor | None = None,
         shadow: ShadowLayer | None = None,
         tiers: TierLayer | None = None,
         codes: torch.Tensor | None = None,
@@ -189,6 +196,7 @@ class Case:
             tiers=tiers,
             counters=counters,
             sinks=self.sinks,
+            head_programs=head_programs,
         )
         return step, LayerCall(self.query, output, self.cache(codes), layer, self.q_scale)
 
@@ -282,7 +290,7 @@ def make_case(shape: Shape, threshold: float | None = None) -> Case:
         None if shape.query_dtype is None else torch.tensor(0.6, device=DEVICE),
     )
     if threshold is None:
-        _place_thresholds(case, generator)
+        place_thresholds(case, generator)
     else:
         case.set_threshold(threshold)
     return case
@@ -331,6 +339,7 @@ def check(case: Case, output: torch.Tensor, counters: Counters) -> None:
             edges = torch.tensor(INNER_EDGES, device=DEVICE)
             at_an_edge += ((lost[:, None] / edges - 1).abs() < 1e-3).any(dim=1)
             histogram.scatter_add_(1, torch.bucketize(lost, edges)[:, None], torch.ones_like(histogram[:, :1]))
+        assert bool(output[row].isfinite().all()), f"the output of sequence {row} is not finite"
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert counters.value_rows_read.tolist() == rows_read.tolist()
@@ -391,7 +400,7 @@ def scores_of(case: Case, row: int) -> torch.Tensor:
     return causal_scores(case.new_query(row), key, **options)[0]
 
 
-def _place_thresholds(case: Case, generator: torch.Generator) -> None:
+def place_thresholds(case: Case, generator: torch.Generator) -> None:
     """Choose coefficients whose constant term lies in a gap of all the scores that a head will compare with it."""
     shape = case.shape
     curves = 0.02 * torch.randn(shape.num_heads, shape.degree, generator=generator, device=DEVICE)

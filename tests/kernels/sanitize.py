@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,11 +18,19 @@ from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
 from tests.kernels.tier_case import check as check_tiers
 from tests.kernels.tier_case import make_tier_case
+from tests.kernels.verified_case import Verified
+from vllm_toptheta.kernels.gpu.balance import MOST_OF_A_HEAD
+from vllm_toptheta.kernels.gpu.tuning import num_multiprocessors
 
 SHAPES = (
     Shape((1, 0, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, max_dense_len=130),
     Shape((700, 17), num_heads=16, num_kv_heads=1, head_size=80, block_size=32, layout="HND"),
+    Shape((700, 17), num_heads=4, num_kv_heads=4, head_size=96, dtype=torch.bfloat16, block_size=32),
     Shape((900, 16), kv_dtype=torch.float8_e4m3fn, dtype=torch.bfloat16, head_size=128, soft_cap=20.0),
+)
+DRAFTS = (
+    (Shape((1000, 64, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, max_dense_len=130), (4, 4, 2, 1)),
+    (Shape((700, 17), num_heads=8, num_kv_heads=1, head_size=80, block_size=32, layout="HND"), (8, 3)),
 )
 SHADOW_SHAPES = (
     Shape((64, 0, 130, 3000), num_heads=8, head_size=128, dtype=torch.bfloat16, num_channels=64),
@@ -40,12 +49,26 @@ if __name__ == "__main__":
         case = make_case(shape, threshold=None if is_checked else THRESHOLD)
         for loader in {None, cuda_loader(shape)}:
             scratch = case.scratch(loader=loader)
-            output, counters = case.run(scratch=scratch)
+            # the first kv head has as many programs as it may have
+            num_programs = scratch.config.num_programs(shape.num_kv_heads, num_multiprocessors(case.query.device))
+            others = shape.num_kv_heads - 1
+            programs = [1] * others
+            programs.insert(0, min(MOST_OF_A_HEAD * num_programs, shape.num_kv_heads * num_programs - others))
+            head_programs = torch.tensor(programs, dtype=torch.int32, device=case.query.device)
+            output, counters = case.run(scratch=scratch, head_programs=head_programs)
             if is_checked:
                 check(case, output, counters)
             case.write_tails([0] * len(shape.lens), list(shape.lens))
             torch.cuda.synchronize()
             sys.stdout.write(f"{shape.lens}: rows read {counters.value_rows_read.tolist()}\n")
+    for shape, query_lens in DRAFTS:
+        verified = Verified.make(shape, query_lens, threshold=None if is_checked else THRESHOLD)
+        for loader in {None, cuda_loader(replace(shape, num_heads=shape.num_heads * max(query_lens)))}:
+            output, counters = verified.run(loader=loader)
+            if is_checked:
+                verified.check(output, counters)
+            torch.cuda.synchronize()
+            sys.stdout.write(f"{shape.lens} with drafts: rows read {counters.value_rows_read.tolist()}\n")
     for shape in SHADOW_SHAPES:
         shadow = make_shadow_case(shape, threshold=None if is_checked else THRESHOLD)
         output, counters, keys_read = shadow.run()

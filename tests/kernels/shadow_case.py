@@ -197,6 +197,7 @@ def check(
         rows += survivors.sum(1)
         keys += length if is_dense else shadow.candidates(row).sum(1)
         lost_mass += shadow.reference(row, exact=True).lost_mass[0]
+        assert bool(output[row].isfinite().all()), f"the output of sequence {row} is not finite"
         worst = max(worst, float((output[row].float() - result.output[0]).abs().max()))
         allowed = max(allowed, 2 * error_of_dtype(case, row, result))
     assert keys_read.tolist() == keys.tolist()

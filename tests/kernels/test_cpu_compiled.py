@@ -15,7 +15,7 @@ import torch
 from tests.kernels.cpu_case import decode
 from tests.kernels.paged import PagedSequences
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, Layer, LayerCache, LayerCall, LayerThresholds
-from vllm_toptheta.kernels.cpu import compiled, numba_decode, values
+from vllm_toptheta.kernels.cpu import compiled, decode_step, numba_decode, values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 
@@ -102,7 +102,7 @@ def test_counters_are_those_of_torch_operations(
         counters, scratch = Counters.allocate(9, 3, counts_keys=True), CpuScratch()
         layer = Layer(0.125, sliding_window=window, thresholds=thresholds, counters=counters)
         for _ in range(2):
-            values.decode(
+            decode_step.decode(
                 step, LayerCall(query, torch.empty(4, 9, 64), LayerCache.of(paged.kv_cache, layer), layer), scratch
             )
         scratch.settle(counters)

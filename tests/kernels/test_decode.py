@@ -17,8 +17,7 @@ from tests.kernels.decode_case import (
     DEVICE,
     INNER_EDGES,
     INTERPRETED,
-    RUNS_HERE,
-    WHY_NOT,
+    MARKS,
     Shape,
     check,
     check_closed_pages,
@@ -35,11 +34,7 @@ from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import relative_threshold, row_lse
 
-pytestmark = [
-    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
-    # of a key that survives, which is selected away
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(params=["Triton", "CUDA"], autouse=True)
@@ -64,6 +59,9 @@ SHAPES = {
     "soft cap": Shape(LENS, soft_cap=5.0),
     "threshold curve": Shape(LENS, degree=2),
     "relative": Shape((*LENS, 400), max_dense_len=NUM_ANCHORS, degree=1, slope=1.0),
+    "relative, mha, head size 96, block 32": Shape(
+        (333, 145, 250), num_heads=2, max_dense_len=NUM_ANCHORS, degree=1, slope=0.7, head_size=96, block_size=32
+    ),
     "relative, soft cap, block 32": Shape(
         (333, 145, 250), max_dense_len=NUM_ANCHORS, slope=1.0, soft_cap=5.0, block_size=32
     ),
@@ -118,6 +116,14 @@ def test_decode_bfloat16(name: str) -> None:
     check(case, *case.run())
 
 
+@pytest.mark.parametrize("name", ["plain", "relative"])
+def test_scales_of_queries_and_pages_of_16_bits(name: str) -> None:
+    case = make_case(SHAPES[name])
+    case.scales = torch.tensor([0.7], device=DEVICE), torch.tensor([1.3], device=DEVICE)
+    case.q_scale = torch.tensor([1.2], device=DEVICE)
+    check(case, *case.run(FEW if INTERPRETED else None))
+
+
 @pytest.mark.parametrize("programs", [1, 3, 7, 50])
 def test_dense_sequences_among_others_in_shares_of_any_size(programs: int) -> None:
     lens = (400, 130, 0, 333, 1, 20, 16)
@@ -130,6 +136,62 @@ def test_more_sequences_than_a_warp_has_lanes() -> None:
     case = make_case(Shape(lens, num_heads=2, num_kv_heads=1, max_dense_len=20))
     for programs in (1, 40):
         check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
+
+
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+@pytest.mark.parametrize("programs", [(1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("max_dense_len", [0, 130])
+def test_kv_heads_of_different_numbers_of_programs(programs: tuple[int, int], max_dense_len: int) -> None:
+    case = make_case(Shape((400, 130, 0, 333, 1, 20, 16), max_dense_len=max_dense_len))
+    head_programs = torch.tensor(programs, dtype=torch.int32, device=DEVICE)
+    check(case, *case.run(LaunchConfig(programs_per_sm=2, min_work=1), head_programs=head_programs))
+
+
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+def test_in_a_small_step_all_kv_heads_have_as_many_programs() -> None:
+    case = make_case(Shape(LENS))
+    options = {"max_dense_len": 0, "min_step_tokens": sum(LENS) + 1}
+    config = LaunchConfig(programs_per_sm=2, min_work=1)
+    expected, counted = case.run(config, **options)
+    programs = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+    output, counters = case.run(config, head_programs=programs, **options)
+    assert torch.equal(output, expected)
+    assert torch.equal(counters.value_rows_read, counted.value_rows_read)
+
+
+@pytest.mark.parametrize(
+    ("lens", "programs"), [((400, 130, 0, 333), 1), ((400, 130, 0, 333), 8), ((333, 170, 400, 150, 0, 200), 13)]
+)
+def test_any_length_keeps_every_key(lens: tuple[int, ...], programs: int) -> None:
+    """A number that means all to kernels, which share out such steps in another way where programs are many."""
+    case = make_case(Shape(lens, max_dense_len=2**31 - 1))
+    check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("programs", [1, 5])
+def test_sequences_of_more_units_than_there_are_parts(programs: int, block_size: int) -> None:
+    """Units that are dealt out to parts (`Spread` of schedule.cuh): fewer than parts, as many, and some more."""
+    parts = 63 * block_size
+    lens = (parts - 1, parts, parts + 1, 2 * parts + block_size + 3, 40)
+    case = make_case(Shape(lens, num_heads=2, num_kv_heads=1, block_size=block_size, max_dense_len=parts - 1))
+    check(case, *case.run(LaunchConfig(programs_per_sm=programs, min_work=1)))
+
+
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+def test_more_kv_heads_than_a_warp_has_lanes() -> None:
+    case = make_case(Shape((130, 100), num_heads=34, num_kv_heads=34))
+    head_programs = torch.tensor([1, 3] * 16 + [3, 1], dtype=torch.int32, device=DEVICE)
+    check(case, *case.run(LaunchConfig(programs_per_sm=34, min_work=1), head_programs=head_programs))
+
+
+@pytest.mark.parametrize("kernel", ["CUDA"], indirect=True)
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_the_last_page_is_not_the_last_of_a_piece(is_dense: bool) -> None:
+    """A warp comes to it when the places of the 32 stages behind are loaded already."""
+    length = 103 * 64 - 54  # the last page is number 62 of 103
+    case = make_case(Shape((length,), num_heads=2, num_kv_heads=1, block_size=64, max_dense_len=is_dense * length))
+    check(case, *case.run(LaunchConfig(programs_per_sm=1, min_work=10_000)))
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 12])

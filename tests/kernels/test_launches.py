@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_toptheta.kernels.contract import Layer, LayerCache, LayerCall
+from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall
+from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader, ValueSizes
 from vllm_toptheta.kernels.gpu.launches import shadow_launches, values_launches
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig
@@ -21,13 +22,39 @@ def call_of(num_seqs: int, block_size: int = 16) -> LayerCall:
     return LayerCall(query, torch.empty_like(query), cache, Layer(1.0))
 
 
+def step_of(num_seqs: int) -> DecodeStep:
+    return DecodeStep(torch.zeros(num_seqs, 1, dtype=torch.int32), torch.ones(num_seqs, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("kind", [Scratch, ShadowScratch, TierScratch])
 def test_a_scratch_for_fewer_sequences_is_refused(kind: type[Scratch] | type[ShadowScratch]) -> None:
     scratch = kind.allocate(SIZES, **WHERE)
-    find = values_launches if isinstance(scratch, Scratch) else shadow_launches
-    find(call_of(3), scratch)
+
+    def find(num_seqs: int) -> None:
+        if isinstance(scratch, Scratch):
+            values_launches(step_of(num_seqs), call_of(num_seqs), scratch)
+        else:
+            shadow_launches(call_of(num_seqs), scratch)
+
+    find(3)
     with pytest.raises(ValueError, match="scratch: made for fewer than 4 sequences"):
-        find(call_of(4), scratch)
+        find(4)
+
+
+@pytest.mark.parametrize(("num_heads", "is_taken"), [(4, True), (8, False)])
+def test_programs_of_heads_are_those_of_kernels_that_have_as_many(num_heads: int, is_taken: bool) -> None:
+    # 8 and 16 queries of a kv head, which leave room for as many programs as 2 do, and for fewer than 4 do
+    step = step_of(3)._replace(query_start_loc=torch.arange(4, dtype=torch.int32) * 4, max_query_len=4)
+    sizes = Sizes(3, num_heads, KV_HEADS, HEAD_SIZE, max_query_len=4)
+    loader = ValueLoader(
+        lambda *_: pytest.fail("nothing is launched"), ValueSizes.of(HEAD_SIZE, num_heads // KV_HEADS * 4)
+    )
+    scratch = Scratch.allocate(sizes, loader=loader, **WHERE)
+    call = call_of(12)
+    query = torch.empty(12, num_heads, HEAD_SIZE)
+    layer = call.layer._replace(head_programs=torch.ones(KV_HEADS, dtype=torch.int32))
+    launches = values_launches(step, call._replace(query=query, layer=layer), scratch)
+    assert (launches.head_programs is not None) == is_taken
 
 
 def test_a_scratch_for_fewer_programs_is_refused() -> None:
@@ -55,4 +82,5 @@ def test_either_way_through_a_step_has_programs_and_shares_of_its_own() -> None:
     assert (launches.schedule.DENSE_WORK, choice.schedule.DENSE_WORK) == (8, 2)
     # pages that fill the tiles of one of both
     assert shadow_launches(call_of(3, block_size=128), scratch)[1].schedule.UNIT == 128
-    assert values_launches(call_of(3, block_size=128), Scratch.allocate(SIZES, **WHERE)).schedule.UNIT == 16
+    of_values = Scratch.allocate(SIZES, **WHERE)
+    assert values_launches(step_of(3), call_of(3, block_size=128), of_values).schedule.UNIT == 16

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
+from tests.kernels.decode_case import DEVICE, INTERPRETED, MARKS, Shape
 from tests.kernels.shadow_case import (
     GARBAGE,
     SCANNING,
@@ -24,11 +24,7 @@ from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, num_multiprocessors
 from vllm_toptheta.limits import NUM_ANCHORS
 
-pytestmark = [
-    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
-    # of a key that survives, which is selected away
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
-]
+pytestmark = MARKS
 
 LENS = (1, 0, 64, 160, 333)
 

@@ -41,6 +41,7 @@ SHAPES = {
     "group of 16, HND": Shape(LENS[2:], num_heads=16, num_kv_heads=1, layout="HND"),
     "head size 128, block 128": Shape(LENS, head_size=128, block_size=128),
     "head size 128, block 32": Shape(LENS, num_heads=8, head_size=128, block_size=32),
+    "pages longer than the last anchors": Shape((700, 511, 512, 513, 300), num_heads=3, num_kv_heads=1, block_size=256),
     "head size 256": Shape(LENS[:3], num_kv_heads=1, num_heads=2, head_size=256),
     "block size that is no power of two": Shape(LENS, block_size=48),
     "soft cap": Shape(LENS, soft_cap=5.0),
@@ -140,6 +141,16 @@ def test_variants(make: Make, config: ShadowConfig) -> None:
     check(tiers, *tiers.run(config))
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_sequences_of_more_units_than_there_are_parts(make: Make, block_size: int) -> None:
+    """Units that are dealt out to parts (`Spread` of schedule.cuh): fewer than parts, as many, and some more."""
+    parts = 63 * block_size
+    tiers = make(
+        Shape((parts - 1, parts + 2 * block_size + 3, 200), num_heads=2, num_kv_heads=1, block_size=block_size)
+    )
+    check(tiers, *tiers.run(FEW if INTERPRETED else SCANNING))
+
+
 @pytest.mark.parametrize("name", ["plain", "group of 8"])
 @pytest.mark.parametrize("is_short", [True, False])
 def test_all_keys_are_read_in_a_step_of_short_sequences(make: Make, name: str, is_short: bool) -> None:
@@ -196,6 +207,20 @@ def test_more_heavy_keys_than_a_list_has_room_for(make: Make) -> None:
         )
         torch.testing.assert_close(output[row].float(), expected.output[0], rtol=0, atol=4e-3)
     assert counters.keys_read.tolist() == [sum(lens)]
+
+
+@pytest.mark.parametrize("programs_per_sm", [3, 8])
+def test_shares_that_are_rounded_up_to_whole_sequences(make: Make, programs_per_sm: int) -> None:
+    """Who reads and who joins share out a step alike where a piece takes long beside its keys, as in a server."""
+    tiers = make(Shape((333, 170, 400, 150, 0, 200), num_heads=3, num_kv_heads=1))
+    check(tiers, *tiers.run(replace(FEW, programs_per_sm=programs_per_sm, piece_tokens=256)))
+
+
+@pytest.mark.parametrize("heavy", [0.0078, 0.0080, 0.0082, 0.0084])
+def test_lists_that_are_full_anywhere(make: Make, heavy: float) -> None:
+    """Nearly half of the keys are heavy: a scan that goes on does so in the middle of the places loaded at once."""
+    tiers = make(Shape((7000,), num_heads=3, num_kv_heads=1), weight_floor=1e-9, heavy=heavy)
+    check(tiers, *tiers.run(replace(FEW, programs_per_sm=0)))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has an order of its own")

@@ -1,11 +1,11 @@
 """What the backend hands to the kernels, and what they hand back: the same records on GPUs and on CPUs, in all modes.
 
-    decode(step, call, scratch)        one new token per sequence; writes `call.output` and adds to the layer's counters
+    decode(step, call, scratch)        new tokens of sequences; writes `call.output` and adds to the layer's counters
     write_tails(step, cache, layer)    the tails of all pages that a step's tokens fill
 
-`kernels.gpu` and `kernels.cpu` have both, `decode` three times: for mode `values`, and for mode `shadow` with shadow
-keys and with copies of keys and values. A `DecodeStep` is made once for all layers, a `Layer` once for all steps; a
-`LayerCall` brings the two together with this step's tensors.
+`kernels.gpu` and `kernels.cpu` have both; on GPUs `decode` stands there three times: for mode `values`, and for mode
+`shadow` with shadow keys and with copies of keys and values. A `DecodeStep` is made once for all layers, a `Layer` once
+for all steps; a `LayerCall` brings the two together with this step's tensors.
 
 A key survives whose score reaches
 
@@ -27,7 +27,7 @@ import torch
 
 from vllm_toptheta.kernels.codec import ShadowCodec, TierCodec
 from vllm_toptheta.kernels.pages import codes_view, tail_row_view, value_sum_view
-from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LOST_MASS_BUCKETS
+from vllm_toptheta.limits import MAX_QUERY_LEN, NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LOST_MASS_BUCKETS
 
 NUM_COEFFICIENTS = 4  # a, b, c, slope
 NUM_TOTALS = 5
@@ -40,14 +40,17 @@ class DecodeStep(NamedTuple):
     Attributes:
         block_table: [num_seqs, max_blocks] int32, physical block of each logical block, last axis dense; entries behind
             a sequence's end are not read.
-        seq_lens: [num_seqs] int32, cached tokens of each sequence including the new one; 0 is padding, whose output
-            rows are zero.
+        seq_lens: [num_seqs] int32, cached tokens of each sequence including new ones; 0 is padding, whose output rows
+            are zero.
         max_dense_len: Sequences of at most that many tokens keep every key; at least the number of anchors where
             thresholds are relative.
         min_step_tokens: In a step of fewer tokens, over all its sequences, all keep every key.
         length_range: Lengths, in tokens, to which n is clamped in what is calibrated: r(n), and theta(n) where
             thresholds are not relative.
         threshold_offset: [at least num_seqs] float32, contiguous, scaled logits; None if all are 0.
+        query_start_loc: [num_seqs + 1] int32, where the new tokens of each sequence start; None if each has one. More
+            are drafts that are verified. GPUs take them in mode `values`; elsewhere each is a sequence of its own.
+        max_query_len: New tokens of a sequence, at most; `MAX_QUERY_LEN` at most.
         prepared: `cpu.batch.Batch`, what CPUs work out once for all layers; None on GPUs.
     """
 
@@ -57,6 +60,8 @@ class DecodeStep(NamedTuple):
     min_step_tokens: int = 0
     length_range: tuple[int, int] = (1, 2**31 - 1)
     threshold_offset: torch.Tensor | None = None
+    query_start_loc: torch.Tensor | None = None
+    max_query_len: int = 1
     prepared: Any = None
 
 
@@ -126,8 +131,9 @@ class Counters(NamedTuple):
         lost_mass: [num_heads] float64, softmax mass of the keys that did not survive, summed over tokens at offset 0.
         lost_mass_histogram: [num_heads, NUM_LOST_MASS_BUCKETS] int64, tokens at offset 0 not kept dense by their lost
             mass; bucket i holds what is at most `LOST_MASS_EDGES[i]` and above the edge before.
-        totals: [5] int64: tokens decoded, those among them at offset 0 and kept dense, cached rows summed over tokens,
-            steps that decoded, tokens at other offsets.
+        totals: [5] int64: tokens decoded, those among them at offset 0 and kept dense, cached rows summed over tokens
+            (those of one `DecodeStep` and sequence count them once, as they read them), steps that decoded, tokens at
+            other offsets.
         copies_read: [num_kv_heads] int64, copies of values fetched; None where a layer has none.
     """
 
@@ -185,6 +191,8 @@ class Layer(NamedTuple):
         counters: None counts nothing.
         sinks: [num_heads] float of any size, contiguous: logits that softmax_scale and the soft cap do not apply to;
             None in a model without. The model's own parameter, so that weights loaded anew count.
+        head_programs: [num_kv_heads] int32, the programs that each kv head has of all that a GPU's kernel of mode
+            `values` is launched with, at least 1 (`gpu.balance`); None if each has as many.
     """
 
     softmax_scale: float
@@ -197,6 +205,7 @@ class Layer(NamedTuple):
     tiers: TierLayer | None = None
     counters: Counters | None = None
     sinks: torch.Tensor | None = None
+    head_programs: torch.Tensor | None = None
 
     @property
     def code_bytes(self) -> int:
@@ -263,7 +272,8 @@ class LayerCall(NamedTuple):
     """A layer in a step.
 
     Attributes:
-        query: [num_seqs, num_heads, head_size], last axis dense, of the output's dtype or float8.
+        query: [num_tokens, num_heads, head_size], last axis dense, of the output's dtype or float8; a token for each
+            sequence, or as `DecodeStep.query_start_loc` says.
         output: The same shape, last axis dense, written. On GPUs bfloat16 or float16, the dtype of the products; on
             CPUs float32 too.
         cache: The layer's pages; on GPUs, decoding writes the tail of a page that its token fills.
@@ -292,15 +302,17 @@ def check(step: DecodeStep, call: LayerCall) -> None:
             name.
     """
     layer, kv_cache = call.layer, call.cache.kv_cache
-    num_seqs, num_heads, head_size = call.query.shape
+    num_tokens, num_heads, head_size = call.query.shape
+    num_seqs = num_tokens if step.query_start_loc is None else len(step.query_start_loc) - 1
     num_kv_heads, content = kv_cache.shape[1], kv_cache.shape[3]
     if num_heads % num_kv_heads:
         raise ValueError(f"query: {num_heads} heads over {num_kv_heads} kv heads, expected groups of equal size")
     if content != 2 * head_size:
         raise ValueError(f"kv_cache: last axis is {content}, expected {2 * head_size}")
+    _check_query_lens(step, num_tokens, num_seqs)
     expect("block_table", step.block_table, (num_seqs, step.block_table.shape[1]), torch.int32)
     expect("seq_lens", step.seq_lens, (num_seqs,), torch.int32)
-    expect("output", call.output, (num_seqs, num_heads, head_size), call.output.dtype)
+    expect("output", call.output, (num_tokens, num_heads, head_size), call.output.dtype)
     for name, tensor in (("query", call.query), ("kv_cache", kv_cache)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: last axis has stride {tensor.stride(-1)}, expected 1")
@@ -317,13 +329,27 @@ def check(step: DecodeStep, call: LayerCall) -> None:
         _expect_contiguous("coefficients", layer.thresholds.coefficients)
         if layer.thresholds.is_relative and step.max_dense_len < NUM_ANCHORS:
             raise ValueError(f"max_dense_len: {step.max_dense_len}, expected {NUM_ANCHORS} or more, the anchors")
+        if layer.head_programs is not None:
+            expect("head_programs", layer.head_programs, (num_kv_heads,), torch.int32)
         if layer.shadow is not None:
             _check_shadow(layer.shadow, num_heads)
         if layer.tiers is not None and not layer.thresholds.is_relative:
             raise ValueError("thresholds: calibrated, expected relative ones where there are copies")
+        if layer.code_bytes and step.max_query_len > 1:
+            raise ValueError(f"max_query_len: {step.max_query_len}, expected 1 where keys are skipped")
         if layer.code_bytes and layer.counters is not None:
             _check_key_counters(layer.counters, num_kv_heads, has_copies=layer.tiers is not None)
     check_tails(call.cache, layer)
+
+
+def _check_query_lens(step: DecodeStep, num_tokens: int, num_seqs: int) -> None:
+    most = step.max_query_len
+    if not 1 <= most <= (1 if step.query_start_loc is None else MAX_QUERY_LEN):
+        raise ValueError(f"max_query_len: {most}, expected 1, or with query_start_loc up to {MAX_QUERY_LEN}")
+    if step.query_start_loc is not None:
+        expect("query_start_loc", step.query_start_loc, (num_seqs + 1,), torch.int32)
+    if num_tokens > num_seqs * most:
+        raise ValueError(f"query: {num_tokens} tokens, expected {most} for each of {num_seqs} sequences, at most")
 
 
 def _check_shadow(shadow: ShadowLayer, num_heads: int) -> None:

@@ -4,6 +4,8 @@ Only the first seq_len slots of a sequence are read, so what unwritten slots and
 changes nothing. The cache may have any strides.
 """
 
+from typing import NotRequired, TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,18 @@ def gather_sequence(kv_cache: Tensor, block_row: Tensor, seq_len: int) -> tuple[
     return key, value
 
 
+class SequenceOptions(TypedDict):
+    """Arguments of `attention.top_theta_attention` that are the same for all sequences of a batch."""
+
+    target_k: int
+    softmax_scale: float
+    placement: NotRequired[Placement]
+    cap_k: NotRequired[int | None]
+    logits_soft_cap: NotRequired[float | None]
+    phase: NotRequired[Phase]
+    sinks: NotRequired[Tensor | None]
+
+
 def paged_top_theta_attention(
     query: Tensor,
     kv_cache: Tensor,
@@ -46,15 +60,9 @@ def paged_top_theta_attention(
     query_start_loc: Tensor,
     *,
     threshold: Tensor | float,
-    target_k: int,
-    softmax_scale: float,
-    placement: Placement = "pre_softmax",
     compensation: Compensation = FULL_COMPENSATION,
-    cap_k: int | None = None,
-    logits_soft_cap: float | None = None,
-    phase: Phase = "both",
     num_prompt_tokens: Tensor | None = None,
-    sinks: Tensor | None = None,
+    **options: Unpack[SequenceOptions],
 ) -> AttentionResult:
     """`attention.top_theta_attention` for a batch of sequences in a paged cache.
 
@@ -68,15 +76,9 @@ def paged_top_theta_attention(
         seq_lens: `[num_seqs]` int, tokens of each sequence in the cache, those of this call included.
         query_start_loc: `[num_seqs + 1]` int, where the tokens of each sequence start in `query`.
         threshold: theta, a number or a tensor that broadcasts to `[num_tokens, num_heads]`.
-        target_k: as in the contiguous form, like the arguments that follow.
-        softmax_scale: factor on the products of query and key.
-        placement: whether the threshold applies before or after softmax.
         compensation: what makes up for the discarded keys; its tensors broadcast to `[num_tokens, num_heads]`.
-        cap_k: survivors to keep at most.
-        logits_soft_cap: cap on the scores, scaled logits.
-        phase: which rows are thresholded.
         num_prompt_tokens: `[num_seqs]` int, tokens of each sequence that are its prompt; None for no prompts.
-        sinks: `[num_heads]` float, one logit per head; None for a model without.
+        **options: the same for all sequences, as in the contiguous form; `target_k` and `softmax_scale` are required.
 
     Returns:
         The result over all tokens, without the survivor mask. Tokens of a sequence of length 0, and tokens that
@@ -113,15 +115,9 @@ def paged_top_theta_attention(
             key,
             value,
             threshold=theta[tokens],
-            target_k=target_k,
-            softmax_scale=softmax_scale,
-            placement=placement,
             compensation=compensation.select_rows(tokens, lost_mass),
-            cap_k=cap_k,
-            logits_soft_cap=logits_soft_cap,
-            phase=phase,
             num_prompt_tokens=prompt,
-            sinks=sinks,
+            **options,
         )
         output[tokens] = result.output
         num_survivors[tokens] = result.num_survivors

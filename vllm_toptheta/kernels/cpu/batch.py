@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,13 @@ class Batch:
 
     @classmethod
     def of_step(cls, step: DecodeStep, block_size: int) -> Batch:
-        """Work it out; sequences have at least one token."""
+        """Work it out; sequences have at least one token, one of which is new.
+
+        Raises:
+            ValueError: More are new.
+        """
+        if step.max_query_len != 1:
+            raise ValueError(f"max_query_len: {step.max_query_len}, expected 1 on CPUs")
         seq_lens = step.seq_lens.long()
         num_blocks = -(-seq_lens // block_size)
         index = torch.arange(int(num_blocks.max()))
@@ -110,7 +117,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ClosedPages:
-    """Pages that become full in a step; a row for each sequence that fills at least one.
+    """Pages whose tails a step writes, mostly those that become full; a row for each sequence that has any.
 
     Attributes:
         blocks: [num_rows, max_pages] int64, physical blocks in the sequence's order, `NULL_BLOCK` where padded.
@@ -127,10 +134,11 @@ class ClosedPages:
     sequence_start: torch.Tensor
 
     @classmethod
-    def of_step(cls, step: TailStep, block_size: int) -> ClosedPages | None:
-        """The pages that fill up; None if there is none."""
+    def of_step(cls, step: TailStep, block_size: int, whole_rows: Sequence[int] = ()) -> ClosedPages | None:
+        """The pages that fill up, and of some rows all full ones; None if there is none."""
         seq_lens = step.seq_lens.long()
         first, end = (seq_lens - step.query_start_loc.long().diff()) // block_size, seq_lens // block_size
+        first[list(whole_rows)] = 0
         rows = torch.nonzero(end > first).flatten()
         if not len(rows):
             return None
@@ -152,6 +160,12 @@ def prepare_decode(step: DecodeStep, block_size: int) -> DecodeStep:
     return step._replace(prepared=Batch.of_step(step, block_size))
 
 
-def prepare_tails(step: TailStep, block_size: int) -> TailStep:
-    """The step with what all layers need of it."""
-    return step._replace(prepared=ClosedPages.of_step(step, block_size))
+def prepare_tails(step: TailStep, block_size: int, whole_rows: Sequence[int] = ()) -> TailStep:
+    """The step with what all layers need of it.
+
+    Args:
+        step: All sequences of the step.
+        block_size: Tokens of a page.
+        whole_rows: Sequences whose tails are written from their first page on, because nobody may have written them.
+    """
+    return step._replace(prepared=ClosedPages.of_step(step, block_size, whole_rows))

@@ -8,52 +8,28 @@ from __future__ import annotations
 import torch
 
 from vllm_toptheta.kernels.codec import NUM_LEVELS, ShadowCodec
-from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall, LayerThresholds, ShadowLayer, check
+from vllm_toptheta.kernels.contract import Layer, LayerCall
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, values_at
 from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import thresholds_at, unread_ratios_at
-from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values, with_sinks
+from vllm_toptheta.kernels.cpu.values import weigh_values, with_sinks
 
 MIDDLE = (NUM_LEVELS - 1) / 2
 QUERY_LEVELS = 127
 _HIGHEST = 1e30  # magnitude of a threshold: differences of two are no NaN
 
 
-def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
-    """One new token per sequence: score every shadow key, read the exact keys of candidates and survivors' value rows.
+def keep_survivors(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
+    """Score every shadow key, read the exact keys of candidates and survivors' value rows.
 
     The lost mass that is counted is an estimate as far as it lies in keys that are not read.
-
-    Args:
-        step: The step, prepared (`batch.prepare_decode`).
-        call: Of a layer with thresholds and shadow keys.
-        scratch: Of the layer.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
-            name.
     """
-    check(step, call)
-    thresholds, shadow, codes = call.layer.thresholds, call.layer.shadow, call.cache.codes
+    layer, codes = call.layer, call.cache.codes
+    thresholds, shadow = layer.thresholds, layer.shadow
     if thresholds is None or shadow is None or codes is None:
         raise ValueError("shadow: None, expected a layer with thresholds and shadow keys")
-    if step.prepared.keeps_everything:
-        keep_everything(step.prepared, call, scratch)
-    else:
-        _keep_survivors(step.prepared, call, thresholds, shadow, codes, scratch)
-
-
-def _keep_survivors(
-    batch: Batch,
-    call: LayerCall,
-    thresholds: LayerThresholds,
-    shadow: ShadowLayer,
-    codes: torch.Tensor,
-    scratch: CpuScratch,
-) -> None:
-    layer = call.layer
     num_seqs, num_heads, head_size = call.query.shape
     num_kv_heads, block_size = call.cache.kv_cache.shape[1:3]
     grouped = call.query.float().view(num_seqs, num_kv_heads, -1, head_size)

@@ -9,50 +9,26 @@ from __future__ import annotations
 import torch
 
 from vllm_toptheta.kernels.codec import NUM_LEVELS, VALUE_LEVELS, TierCodec
-from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, LayerThresholds, TierLayer, check
+from vllm_toptheta.kernels.contract import LayerCall
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, split_cache, values_at
 from vllm_toptheta.kernels.cpu.scores import at_an_end, capped, exact_scores
 from vllm_toptheta.kernels.cpu.scratch import Counted, CpuScratch
 from vllm_toptheta.kernels.cpu.thresholds import anchor_lse, thresholds_at
-from vllm_toptheta.kernels.cpu.values import keep_everything, weigh_values, with_sinks
+from vllm_toptheta.kernels.cpu.values import weigh_values, with_sinks
 from vllm_toptheta.kernels.pages import CopyViews
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
 QUERY_LEVELS = 127
 
 
-def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
-    """One new token per sequence: score the copies of all keys, read heavy rows exactly and light values as copies.
-
-    Args:
-        step: The step, prepared (`batch.prepare_decode`).
-        call: Of a layer with relative thresholds and tiers.
-        scratch: Of the layer.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
-            name.
-    """
-    check(step, call)
-    thresholds, tiers, codes = call.layer.thresholds, call.layer.tiers, call.cache.codes
+def weigh(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
+    """Score the copies of all keys, read heavy rows exactly and light values as copies."""
+    layer, codes = call.layer, call.cache.codes
+    thresholds, tiers = layer.thresholds, layer.tiers
     if thresholds is None or tiers is None or codes is None:
         raise ValueError("tiers: None, expected a layer with thresholds and copies")
-    if step.prepared.keeps_everything:
-        keep_everything(step.prepared, call, scratch)
-    else:
-        _by_tiers(step.prepared, call, thresholds, tiers, CopyViews.of(codes, call.query.shape[2]), scratch)
-
-
-def _by_tiers(
-    batch: Batch,
-    call: LayerCall,
-    thresholds: LayerThresholds,
-    tiers: TierLayer,
-    copies: CopyViews,
-    scratch: CpuScratch,
-) -> None:
-    layer = call.layer
+    copies = CopyViews.of(codes, call.query.shape[2])
     num_seqs, num_heads, head_size = call.query.shape
     num_kv_heads, block_size = call.cache.kv_cache.shape[1:3]
     grouped = call.query.float().view(num_seqs, num_kv_heads, -1, head_size)

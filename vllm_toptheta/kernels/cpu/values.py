@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall, LayerThresholds, check
+from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCall
 from vllm_toptheta.kernels.cpu.batch import Batch
 from vllm_toptheta.kernels.cpu.cache import packed_positions, pages_of, split_cache, values_at
 from vllm_toptheta.kernels.cpu.scores import capped
@@ -30,28 +30,6 @@ def min_step_tokens(num_kv_heads: int, head_size: int) -> int:
     684 with 8 kv heads of 128 on two threads, 3,646 with 3 of 64 (docs/performance.md).
     """
     return -(-CHANNELS_PER_THREAD * torch.get_num_threads() // (num_kv_heads * head_size))
-
-
-def decode(step: DecodeStep, call: LayerCall, scratch: CpuScratch) -> None:
-    """One new token per sequence: score every cached key, read only the value rows that some head of the group keeps.
-
-    Args:
-        step: The step, prepared (`batch.prepare_decode`).
-        call: A layer's; without thresholds it keeps every key.
-        scratch: Of the layer.
-
-    Raises:
-        ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
-            name.
-    """
-    check(step, call)
-    thresholds = call.layer.thresholds
-    if thresholds is None or is_dense(step, call.layer):
-        keep_everything(step.prepared, call, scratch)
-    elif (compiled := _compiled(call)) is not None:
-        compiled.decode(step.prepared, call, scratch)
-    else:
-        _keep_survivors(step.prepared, call, thresholds, scratch)
 
 
 @functools.cache
@@ -118,7 +96,13 @@ def keep_everything(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
     _count(batch, call.layer, scratch, rows_read, torch.zeros(num_seqs, num_heads))
 
 
-def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, scratch: CpuScratch) -> None:
+def keep_survivors(batch: Batch, call: LayerCall, scratch: CpuScratch) -> None:
+    """Score every cached key, read only the value rows that some head of the group keeps."""
+    if call.layer.thresholds is None:
+        raise ValueError("thresholds: None, expected a layer with thresholds")
+    if (compiled := _compiled(call)) is not None:
+        compiled.decode(batch, call, scratch)
+        return
     num_seqs, num_heads, head_size = call.query.shape
     key_cache, value_cache = split_cache(call.cache.kv_cache)
     num_kv_heads = key_cache.shape[1]
@@ -131,7 +115,7 @@ def _keep_survivors(batch: Batch, call: LayerCall, thresholds: LayerThresholds, 
         flat = scores.flatten(1, 2)
         return flat.gather(2, positions[:, None].expand(-1, num_heads, -1))
 
-    theta = thresholds_at(thresholds, batch, anchor_scores, call.layer.sinks)
+    theta = thresholds_at(call.layer.thresholds, batch, anchor_scores, call.layer.sinks)
     limit = theta.view(num_seqs, num_kv_heads, group, 1)
     # some head of the group keeps the key: score minus threshold is not negative (-inf minus -inf, NaN, compares false)
     read = (scores - limit).amax(dim=2) >= 0

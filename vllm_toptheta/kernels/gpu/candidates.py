@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.records import Piece
+from vllm_toptheta.kernels.gpu.registers import Piece, Walked
 from vllm_toptheta.kernels.gpu.shadow_query import NO_CODES
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
@@ -31,9 +31,10 @@ from vllm_toptheta.kernels.gpu.tiles import (
     tile_rows,
     tile_scores,
 )
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 _FIRST_ANCHORS = tl.constexpr(NUM_FIRST_ANCHORS)
+_LAST_ANCHORS = tl.constexpr(NUM_LAST_ANCHORS)
 ORDERED_AT_ONCE = tl.constexpr(8)  # layers of the lists that are ordered at a time
 _HALVES_ASM: tl.constexpr = tl.constexpr(
     "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }"
@@ -71,6 +72,15 @@ def _load_query(
 
 
 @triton.jit
+def first_recent_of(seq_len, BLOCK_SIZE: tl.constexpr):
+    """Where those keys of a sequence begin that are always read exactly.
+
+    The page of the last token has no codes or copies yet, or only since this step.
+    """
+    return tl.minimum(seq_len - _LAST_ANCHORS, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE)
+
+
+@triton.jit
 def order_lists(
     block_row,
     list_ptr,  # [LIST_DEPTH, TILE, ENTRY] int32, an entry's last number is a position
@@ -98,23 +108,66 @@ def order_lists(
 
 
 @triton.jit
-def attend_candidates(
-    query, threshold, ratio, tokens, shadow, first_head, key_base, code_base, block_row, lists, list_index, start, end,
-    first_recent, open_start, scale, soft_cap, shape, tiling, ROW_TOKENS: tl.constexpr, COLUMN_HEADS: tl.constexpr,
+def walk_listed(
+    query, threshold, tokens, group, order_ptr, num_listed, open_block, soft_cap, walked, shape, tiling
 ):  # fmt: skip
-    """The `Piece` of the keys from `start` to `end` by their shadows.
+    """`Walked` with the keys that `order_lists` put in order: exact scores, and the values of survivors.
 
     Args:
-        query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling: As for `survivors.attend_all`.
+        query, tokens, group, soft_cap, shape, tiling: As for `survivors.attend_all`.
+        threshold: [G_PAD].
+        order_ptr: Slots of the keys.
+        num_listed: How many there are.
+        open_block: The block of the open page, rows of which are counted already.
+        walked: `Walked` before them.
+    """
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    WALK_TILE: tl.constexpr = tiling.GATHER_TILE
+    value_base = group.key_base + shape.HEAD_SIZE
+    output, maximum = walked.output, walked.maximum
+    lane_kept, lane_lost, lane_read = walked.lane_kept, walked.lane_lost, walked.lane_read
+    offs_w = tl.arange(0, WALK_TILE)
+    slot = tl.load(order_ptr + offs_w, mask=offs_w < num_listed, other=0)
+    for first in tl.range(0, num_listed, WALK_TILE, num_stages=tiling.GATHER_STAGES):
+        listed = first + offs_w < num_listed
+        block = slot // BLOCK_SIZE
+        row = block.to(tl.int64) * tokens.stride_block + slot % BLOCK_SIZE * tokens.stride_token
+        # a tile ahead, so that the loads of keys wait for nothing
+        ahead = first + WALK_TILE + offs_w
+        slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
+        scores = tile_scores(query, group.key_base, row, listed, group.scale, soft_cap, shape)
+        keep = listed[:, None] & (scores >= threshold[None, :])
+        survives = tl.max(keep.to(tl.int32), axis=1) > 0
+        value = load_values(value_base, row, survives, query.dtype, shape)
+        scores = tl.where(listed[:, None], scores, DISCARDED)
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+        exponentials = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
+        weights = tl.where(keep, exponentials, 0.0)
+        rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+        lane_kept = lane_kept * rescale[None, :] + weights
+        lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
+        lane_read += (survives & (block != open_block)).to(tl.int32)
+        output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
+        maximum = new_maximum
+    return Walked(output, maximum, lane_kept, lane_lost, lane_read)
+
+
+@triton.jit
+def attend_candidates(
+    query, threshold, ratio, tokens, shadow, group, span, first_head, lists, first_recent, open_start, soft_cap, shape,
+    tiling, ROW_TOKENS: tl.constexpr, COLUMN_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The `Piece` of the keys of a span by their shadows.
+
+    Args:
+        query, tokens, group, span, soft_cap, shape, tiling: As for `survivors.attend_all`.
         threshold: [G_PAD].
         ratio: [G_PAD], r.
         shadow: `Shadow`.
         first_head: int64, the group's first head among those of all sequences, which have codes and floors.
-        code_base: Where the codes of the kv head start.
-        lists: `Lists`, of which number `list_index` (int64) is this program's.
-        list_index: Which.
+        lists: `Lists`, one of which is this program's.
         first_recent: Keys from there on are always candidates.
-        open_start: Where the page begins that the sequence's next token goes to.
+        open_start: As `schedule.open_page` has it.
         ROW_TOKENS: Tokens whose codes share a row of a product.
         COLUMN_HEADS: Heads that each of them has columns for.
     """
@@ -126,10 +179,11 @@ def attend_candidates(
     WALK_TILE: tl.constexpr = tiling.GATHER_TILE
     LIST_DEPTH: tl.constexpr = tiling.LIST_DEPTH
     CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
+    code_base = shadow.codes + group.kv_head * shadow.stride_head
     query_codes_ptr = shadow.query_codes + first_head * 2 * CODE_BYTES
-    list_ptr = lists.entries + list_index * LIST_DEPTH * TILE
-    order_ptr = lists.order + list_index * LIST_DEPTH * TILE
-    value_base = key_base + shape.HEAD_SIZE
+    block_row, start, end = span.block_row, span.start, span.end
+    list_ptr = lists.entries + group.list_index * LIST_DEPTH * TILE
+    order_ptr = lists.order + group.list_index * LIST_DEPTH * TILE
     ROWS: tl.constexpr = TILE // ROW_TOKENS
     ROW_BYTES: tl.constexpr = CODE_BYTES * ROW_TOKENS
     ROW_BLOCK: tl.constexpr = BLOCK_SIZE // ROW_TOKENS
@@ -144,12 +198,13 @@ def attend_candidates(
     upper_query = _load_query(query_codes_ptr + CODE_BYTES, column_head, token, mask_c, CODE_BYTES, ROW_BYTES)
     floor = tl.load(shadow.floors + first_head + column_head, mask=mask_c, other=NO_CODES)
 
-    output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
-    maximum = threshold
-    # added up by lane, so that the walk reduces nothing but the maximum
-    lane_kept = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_lost = tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32)
-    lane_read = tl.zeros((WALK_TILE,), dtype=tl.int32)
+    walked = Walked(
+        tl.zeros((D_PAD, G_PAD), dtype=tl.float32),
+        threshold,
+        tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32),
+        tl.zeros((WALK_TILE, G_PAD), dtype=tl.float32),
+        tl.zeros((WALK_TILE,), dtype=tl.int32),
+    )
     keys_read = tl.zeros((), dtype=tl.int32)
     # what the merge reads of the open page, for the mean
     first_open = tl.maximum(start, open_start)
@@ -189,34 +244,15 @@ def attend_candidates(
             tl.debug_barrier()
             num_listed = tl.sum(list_length, axis=0)
             keys_read += num_listed
-            offs_w = tl.arange(0, WALK_TILE)
-            slot = tl.load(order_ptr + offs_w, mask=offs_w < num_listed, other=0)
-            for first in tl.range(0, num_listed, WALK_TILE, num_stages=tiling.GATHER_STAGES):
-                listed = first + offs_w < num_listed
-                block = slot // BLOCK_SIZE
-                row = block.to(tl.int64) * tokens.stride_block + slot % BLOCK_SIZE * tokens.stride_token
-                # a tile ahead, so that the loads of keys wait for nothing
-                ahead = first + WALK_TILE + offs_w
-                slot = tl.load(order_ptr + ahead, mask=ahead < num_listed, other=0)
-                scores = tile_scores(query, key_base, row, listed, scale, soft_cap, shape)
-                keep = listed[:, None] & (scores >= threshold[None, :])
-                survives = tl.max(keep.to(tl.int32), axis=1) > 0
-                value = load_values(value_base, row, survives, query.dtype, shape)
-                scores = tl.where(listed[:, None], scores, DISCARDED)
-                new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-                exponentials = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
-                weights = tl.where(keep, exponentials, 0.0)
-                rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
-                lane_kept = lane_kept * rescale[None, :] + weights
-                lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
-                lane_read += (survives & (block != open_block)).to(tl.int32)
-                output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
-                maximum = new_maximum
+            walked = walk_listed(
+                query, threshold, tokens, group, order_ptr, num_listed, open_block, soft_cap, walked, shape, tiling
+            )
             list_length = tl.zeros((TILE,), dtype=tl.int32)
             # the next scan writes over what this walk reads
             tl.debug_barrier()
     num_unread = (end - start - keys_read).to(tl.float32)
-    lost_sum = tl.sum(lane_lost, axis=0) + ratio * num_unread * tl.exp2((threshold - maximum) * LOG2_E)
-    rows_read += tl.sum(lane_read, axis=0)
-    no_copies = tl.zeros((), dtype=tl.int32)
-    return Piece(output, maximum, tl.sum(lane_kept, axis=0), lost_sum, rows_read, keys_read, no_copies)
+    lost_sum = tl.sum(walked.lane_lost, axis=0)
+    lost_sum += ratio * num_unread * tl.exp2((threshold - walked.maximum) * LOG2_E)
+    rows_read += tl.sum(walked.lane_read, axis=0)
+    kept_sum, no_copies = tl.sum(walked.lane_kept, axis=0), tl.zeros((), dtype=tl.int32)
+    return Piece(walked.output, walked.maximum, kept_sum, lost_sum, rows_read, keys_read, no_copies)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.codec import NUM_LEVELS
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.filled_pages import filled_pages
 from vllm_toptheta.kernels.gpu.records import Shadow, Tokens, next_power_of_2
 
 _LAST_LEVEL = tl.constexpr(NUM_LEVELS - 1.0)
@@ -90,10 +91,8 @@ def _write_codes_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(tokens.seq_lens + seq)
-    query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
-    start = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE * BLOCK_SIZE
-    end = seq_len // BLOCK_SIZE * BLOCK_SIZE
+    first_page, end_page = filled_pages(tokens, query_start_loc_ptr, seq, BLOCK_SIZE)
+    start, end = first_page * BLOCK_SIZE, end_page * BLOCK_SIZE
     for first in range(start + tl.program_id(2) * TOKENS, end, tl.num_programs(2) * TOKENS):
         block_row = tokens.block_table + seq * stride_table_seq
         encode_tokens(

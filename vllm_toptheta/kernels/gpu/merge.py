@@ -13,8 +13,10 @@ from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.launches import Choice, Launches
 from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.schedule import (
+    ANY_LENGTH,
     dense_length,
     load_lengths,
+    new_tokens,
     reads_all_keys,
     units_of_piece,
     work_of_step,
@@ -29,16 +31,20 @@ def _count_tokens(totals_ptr, tokens, num_seqs, max_dense_len, SEQ_BLOCK: tl.con
     """Add a step to `Counters.totals`; one program does."""
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
-    decoded = seq_lens > 0
+    decoded = (seq_lens > 0).to(tl.int64)
+    if tokens.query_start_loc is not None:
+        start = tokens.query_start_loc + index
+        is_seq = index < num_seqs
+        decoded *= tl.load(start + 1, mask=is_seq, other=0) - tl.load(start, mask=is_seq, other=0)
     is_common = offset_of(tokens, index, num_seqs) == 0.0
-    dense = decoded & is_common & (seq_lens <= max_dense_len)
-    asked = decoded & (is_common == 0)
+    dense = tl.where(is_common & (seq_lens <= max_dense_len), decoded, 0)
+    asked = tl.where(is_common, 0, decoded)
     field = tl.arange(0, 8)
-    count = tl.where(field == 0, tl.sum(decoded.to(tl.int64), axis=0), 0)
-    count += tl.where(field == 1, tl.sum(dense.to(tl.int64), axis=0), 0)
+    count = tl.where(field == 0, tl.sum(decoded, axis=0), 0)
+    count += tl.where(field == 1, tl.sum(dense, axis=0), 0)
     count += tl.where(field == 2, tl.sum(seq_lens.to(tl.int64), axis=0), 0)
-    count += tl.where(field == 3, tl.max(decoded.to(tl.int64), axis=0), 0)
-    count += tl.where(field == 4, tl.sum(asked.to(tl.int64), axis=0), 0)
+    count += tl.where(field == 3, tl.max((seq_lens > 0).to(tl.int64), axis=0), 0)
+    count += tl.where(field == 4, tl.sum(asked, axis=0), 0)
     # nobody adds to these at the same time, but an addition by the memory is not waited for
     tl.atomic_add(totals_ptr + field, count, mask=field < 5, sem="relaxed")
 
@@ -52,16 +58,18 @@ def _bucket(lost_mass, NUM_BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _fills(block, tokens, num_seqs, stride_table_seq, BLOCK_SIZE: tl.constexpr, SEQ_BLOCK: tl.constexpr):
-    """Whether a sequence of the step fills a block with its token.
+def _fills(block, tokens, num_seqs, stride_table_seq, shape, SEQ_BLOCK: tl.constexpr):
+    """Whether a sequence of the step fills a block with one of its new tokens.
 
     vLLM shares a page as soon as the token that fills it is scheduled, so a prompt of which one token is left may stand
     on it in the same step.
     """
     index = tl.arange(0, SEQ_BLOCK)
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
-    is_filling = (seq_lens > 0) & (seq_lens % BLOCK_SIZE == 0)
-    last = tokens.block_table + index.to(tl.int64) * stride_table_seq + seq_lens // BLOCK_SIZE - 1
+    num_full = seq_lens // shape.BLOCK_SIZE
+    # a page that was full before may pass for one that is being filled; its sum is made anew then, for nothing
+    is_filling = (num_full > 0) & (seq_lens % shape.BLOCK_SIZE < shape.QUERY_LEN)
+    last = tokens.block_table + index.to(tl.int64) * stride_table_seq + num_full - 1
     return tl.max((tl.load(last, mask=is_filling, other=-1) == block).to(tl.int32), axis=0) > 0
 
 
@@ -83,10 +91,11 @@ def merge_kernel(
     tokens,  # Tokens
     pieces,  # Pieces
     counts,  # Counts
-    output_ptr,  # [num_seqs, num_heads, head_size]
+    output_ptr,  # [num_tokens, num_heads, head_size]
     value_sum_ptr,  # [num_blocks, num_kv_heads, head_size] float32
     v_scale_ptr,  # [1] float32, or None
     sinks_ptr,  # [num_heads] float, or None
+    head_programs_ptr,  # [num_kv_heads] int32, or None if each has as many programs
     stride_output_seq,
     stride_output_head,
     stride_sum_block,
@@ -118,17 +127,24 @@ def merge_kernel(
     SEQ_BLOCK: tl.constexpr = schedule.SEQ_BLOCK
     head = tl.program_id(0).to(tl.int64) // NUM_PARTS
     part = tl.program_id(0) % NUM_PARTS
-    seq = tl.program_id(1)
-    row = seq.to(tl.int64)
-    kv_head = head // GROUP
-    group_index = head % GROUP
+    seq = tl.program_id(1) // shape.QUERY_LEN
+    heads = GROUP // shape.QUERY_LEN
+    kv_head = head // heads
+    query = head % heads
     offs_d = part * WIDTH + tl.arange(0, WIDTH)
     mask_d = offs_d < HEAD_SIZE
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK)
-    output_row = output_ptr + row * stride_output_seq + head * stride_output_head + offs_d
-    if counts.totals is not None and (tl.program_id(0) == 0) & (seq == 0):
+    if counts.totals is not None and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         _count_tokens(counts.totals, tokens, num_seqs, max_dense_len, SEQ_BLOCK)
     seq_len = tl.load(tokens.seq_lens + seq)
+    token, num_seen = seq, seq_len
+    if shape.QUERY_LEN > 1:
+        number = tl.program_id(1) % shape.QUERY_LEN
+        token, num_seen, exists = new_tokens(tokens, seq, seq_len, number)
+        if not exists:
+            return
+        query += number * heads
+    output_row = output_ptr + token.to(tl.int64) * stride_output_seq + head * stride_output_head + offs_d
     if seq_len <= 0:
         tl.store(output_row, tl.zeros((WIDTH,), dtype=output_ptr.dtype.element_ty), mask=mask_d)
         return
@@ -136,11 +152,11 @@ def merge_kernel(
     is_dense = keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len)
     if shape.VALUE_MEAN:
         # issued first: nothing of this waits for the pieces
-        last_page = (seq_len - 1) // BLOCK_SIZE
-        num_open = seq_len - last_page * BLOCK_SIZE
+        last_page = (num_seen - 1) // BLOCK_SIZE
+        num_open = num_seen - last_page * BLOCK_SIZE
         closes = num_open == BLOCK_SIZE
         num_rows = tl.where(is_dense & (num_open < BLOCK_SIZE), 0, num_open)
-        table = tokens.block_table + row * stride_table_seq + last_page
+        table = tokens.block_table + seq.to(tl.int64) * stride_table_seq + last_page
         block = tl.load(table).to(tl.int64)
         previous = tl.load(table - 1, mask=last_page > 0, other=0).to(tl.int64)
         value_sum_row = value_sum_ptr + kv_head * stride_sum_head + offs_d
@@ -154,7 +170,7 @@ def merge_kernel(
             other=0.0,
         )
         num_summed = last_page
-        if (last_page > 0) & _fills(previous, tokens, num_seqs, stride_table_seq, BLOCK_SIZE, SEQ_BLOCK):
+        if (last_page > 0) & _fills(previous, tokens, num_seqs, stride_table_seq, shape, SEQ_BLOCK):
             # its sum is being written, and what was read of it means nothing; that of the page before was there in time
             num_summed -= 1
             before = tl.load(table - 2, mask=num_summed > 0, other=0).to(tl.int64)
@@ -182,6 +198,8 @@ def merge_kernel(
         min_work = tl.where(reads_all, values_schedule.MIN_WORK, schedule.MIN_WORK)
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
         piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
+    if head_programs_ptr is not None:
+        num_programs = tl.where(max_dense_len == ANY_LENGTH, num_programs, tl.load(head_programs_ptr + kv_head))
     work, share, _ = work_of_step(
         tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
     )
@@ -203,12 +221,12 @@ def merge_kernel(
         )
         mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head
-        stats = pieces.stats + piece * 3 * GROUP + group_index
+        stats = pieces.stats + piece * 3 * GROUP + query
         maxima = tl.load(stats, mask=mask_p, other=DISCARDED)
         kept = tl.load(stats + GROUP, mask=mask_p, other=0.0)
         lost = tl.load(stats + 2 * GROUP, mask=mask_p, other=0.0)
         partial = tl.load(
-            pieces.output + (piece * GROUP + group_index)[:, None] * HEAD_SIZE + offs_d[None, :],
+            pieces.output + (piece * GROUP + query)[:, None] * HEAD_SIZE + offs_d[None, :],
             mask=mask_p[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -239,8 +257,8 @@ def merge_kernel(
         known_lost = tl.where(kept_sum > 0.0, 0.0, 1.0)
         result = weighted / tl.where(kept_sum > 0.0, kept_sum, 1.0)
     if shape.VALUE_MEAN:
-        result += known_lost * (value_sum / seq_len)
-        if closes & (group_index == 0):
+        result += known_lost * (value_sum / num_seen)
+        if closes & (head % heads == 0):
             tl.store(value_sum_row + block * stride_sum_block, value_sum, mask=mask_d)
     if v_scale_ptr is not None:
         result *= tl.load(v_scale_ptr)
@@ -257,11 +275,11 @@ def launch_merge(
 ) -> None:
     """Join what the programs of `launches` have left, or those of another kernel by `choice`."""
     output, cache, counters = call.output, call.cache, call.layer.counters
-    num_seqs, num_heads, _ = output.shape
+    num_seqs, num_heads = len(step.seq_lens), output.shape[1]
     num_programs, schedule = launches.num_programs, launches.schedule
     chosen = choice or Choice(0, 0, num_programs, schedule)
     piece_block, num_parts, merge_warps = _merge_shape(num_programs / num_seqs)
-    merge_kernel[(num_heads * num_parts, num_seqs)](
+    merge_kernel[(num_heads * num_parts, num_seqs * step.max_query_len)](
         Tokens.of(step, cache),
         pieces,
         Counts.of(counters),
@@ -269,6 +287,7 @@ def launch_merge(
         cache.value_sum,
         cache.v_scale,
         call.layer.sinks,
+        launches.head_programs,
         output.stride(0),
         output.stride(1),
         0 if cache.value_sum is None else cache.value_sum.stride(0),
@@ -282,7 +301,7 @@ def launch_merge(
         step.min_step_tokens,
         chosen.few_tokens,
         chosen.short_length,
-        Shape.of(call),
+        Shape.of(call, step.max_query_len),
         schedule,
         chosen.schedule,
         PIECE_BLOCK=piece_block,
@@ -301,5 +320,5 @@ def _merge_shape(programs_per_seq: float) -> tuple[int, int, int]:
 
     All of a sequence's pieces, where lengths are even. Few sequences have many pieces, and few programs to join them.
     """
-    shapes = ((4, 1, 1), (16, 1, 2), (64, 4, 4))
-    return next((shape for shape in shapes if programs_per_seq + 2 <= shape[0]), (256, 4, 4))
+    shapes = {3: (4, 1, 1), 8: (16, 1, 2), 16: (16, 2, 2), 32: (32, 4, 4), 64: (64, 4, 4)}
+    return next((shape for most, shape in shapes.items() if programs_per_seq <= most), (256, 4, 4))

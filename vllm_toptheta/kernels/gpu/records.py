@@ -9,7 +9,7 @@ gives a name to what it makes tensors of.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ class Tokens(NamedTuple):
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
         threshold_offset: [num_seqs] float32, or None.
+        query_start_loc: [num_seqs + 1] int32, None where sequences have one new token each.
         stride_block, stride_head, stride_token: Of the cache, elements.
     """
 
@@ -31,6 +32,7 @@ class Tokens(NamedTuple):
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     threshold_offset: torch.Tensor | None
+    query_start_loc: torch.Tensor | None
     stride_block: int
     stride_head: int
     stride_token: int
@@ -38,18 +40,18 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, step: DecodeStep | TailStep, cache: LayerCache) -> Tokens:
         """Those of a step in a layer's pages."""
-        offset = step.threshold_offset if isinstance(step, DecodeStep) else None
+        offset, starts = (step.threshold_offset, step.query_start_loc) if isinstance(step, DecodeStep) else (None, None)
         strides = cache.kv_cache.stride()
-        return cls(cache.kv_cache, step.block_table, step.seq_lens, offset, *strides[:3])
+        return cls(cache.kv_cache, step.block_table, step.seq_lens, offset, starts, *strides[:3])
 
 
 class Queries(NamedTuple):
     """Queries, and what makes scores and thresholds of them.
 
     Attributes:
-        query: [num_seqs, num_heads, head_size].
+        query: [num_tokens, num_heads, head_size].
         coefficients: [num_heads, NUM_COEFFICIENTS] float32.
-        thresholds: [num_seqs, num_heads] float32, to be written before they are read.
+        thresholds: [num_tokens, num_heads] float32, to be written before they are read.
         anchor_lse: The same, of the anchors' scores; None where nobody asks.
         sinks: [num_heads] float of any size, or None.
         q_scale, k_scale: [1] float32, or None.
@@ -74,7 +76,7 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(cls, call: LayerCall, thresholds: torch.Tensor, anchor_lse: torch.Tensor | None = None) -> Queries:
-        """Those of a call to a layer with thresholds, and scratch memory for what these are in its sequences."""
+        """Those of a call to a layer with thresholds, and scratch memory for what these are of its tokens."""
         layer, query = call.layer, call.query
         if layer.thresholds is None:
             raise ValueError("thresholds: None, and dense layers are not decoded here")
@@ -140,24 +142,6 @@ class Counts(NamedTuple):
         return cls() if counters is None else cls(*counters)
 
 
-class Piece(NamedTuple):
-    """A piece of a sequence, in registers.
-
-    Attributes:
-        output: [D_PAD, G_PAD] float32, weighted values.
-        maximum, kept_sum, lost_sum: [G_PAD] float32.
-        value_rows_read, keys_read, copies_read: int32.
-    """
-
-    output: Any
-    maximum: Any
-    kept_sum: Any
-    lost_sum: Any
-    value_rows_read: Any
-    keys_read: Any
-    copies_read: Any
-
-
 class Shadow(NamedTuple):
     """Shadow keys of a layer, and what a step compares them with.
 
@@ -188,12 +172,10 @@ class Shadow(NamedTuple):
         cls,
         layer: ShadowLayer,
         codes: torch.Tensor,
-        *,
-        query_codes: torch.Tensor | None = None,
-        floors: torch.Tensor | None = None,
+        compared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Shadow:
-        """Those of a layer; without scratch memory for what is compared with codes, to be written only."""
-        codec = layer.codec
+        """Those of a layer; without scratch memory for `query_codes` and `floors`, to be written only."""
+        codec, (query_codes, floors) = layer.codec, compared or (None, None)
         return cls(
             codes,
             query_codes,
@@ -235,12 +217,10 @@ class Copies(NamedTuple):
         cls,
         layer: TierLayer,
         codes: torch.Tensor,
-        *,
-        query_codes: torch.Tensor | None = None,
-        query_terms: torch.Tensor | None = None,
+        compared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Copies:
-        """Those of a layer; without scratch memory for what is compared with codes, to be written only."""
-        strides = codes.stride()
+        """Those of a layer; without scratch memory for `query_codes` and `query_terms`, to be written only."""
+        strides, (query_codes, query_terms) = codes.stride(), compared or (None, None)
         return cls(
             codes, codes.view(torch.float16), layer.codec.rotation, query_codes, query_terms, strides[0], strides[1]
         )
@@ -250,12 +230,14 @@ class Shape(NamedTuple):
     """A layer's sizes, and what is computed of it.
 
     Attributes:
-        BLOCK_SIZE, HEAD_SIZE, GROUP: Tokens of a page, channels of a head, query heads of a kv head.
+        BLOCK_SIZE, HEAD_SIZE: Tokens of a page, channels of a head.
+        GROUP: Queries of a sequence that share a kv head: its query heads, for each new token after the other.
         D_PAD: HEAD_SIZE up to a power of two.
         FLOAT16: Whether products are of float16 instead of bfloat16.
         RELATIVE: Whether thresholds follow the scores of anchors.
         VALUE_MEAN: Whether the lost mass is given to the mean value.
         CODE_BYTES: Bytes of a token's codes in a page's tail; 0 without.
+        QUERY_LEN: New tokens of a sequence, at most.
     """
 
     BLOCK_SIZE: int
@@ -266,9 +248,10 @@ class Shape(NamedTuple):
     RELATIVE: bool
     VALUE_MEAN: bool
     CODE_BYTES: int
+    QUERY_LEN: int = 1
 
     @classmethod
-    def of(cls, call: LayerCall) -> Shape:
+    def of(cls, call: LayerCall, max_query_len: int = 1) -> Shape:
         """Those of a call to a layer with thresholds."""
         _, num_heads, head_size = call.query.shape
         _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
@@ -276,12 +259,13 @@ class Shape(NamedTuple):
         return cls(
             block_size,
             head_size,
-            num_heads // num_kv_heads,
+            num_heads // num_kv_heads * max_query_len,
             next_power_of_2(head_size),
             call.output.dtype == torch.float16,
             thresholds is not None and thresholds.is_relative,
             call.cache.value_sum is not None,
             call.layer.code_bytes,
+            max_query_len,
         )
 
 

@@ -1,16 +1,18 @@
 """How a decode step is shared out among programs, decided on the device.
 
-The grid of a captured CUDA graph is fixed, the lengths are not. So every kv head gets a fixed number of programs, and
-each works out its own share from `seq_lens`: the keys of all sequences are laid end to end, in units of a few tokens,
-and program p takes the work from p * share to (p + 1) * share, wherever sequences begin and end in there. A unit of a
-sequence that keeps everything counts `dense_work` times, because more is read of it: twice where otherwise all keys are
-read and few values, more often where most keys are not read either. In mode `shadow`, a step may read all keys
-nevertheless, where that is faster (`reads_all_keys`); it is shared out as in mode `values` then.
+The grid of a captured CUDA graph is fixed, the lengths are not. So every kv head gets a number of programs (the same
+one, but in the kernel in CUDA C++ of mode `values`: `balance.py`), and each works out its own share from `seq_lens`:
+the keys of all sequences are laid end to end, in units of a few tokens, and program p takes the work from p * share
+to (p + 1) * share, wherever sequences begin and end in there. A unit of a sequence that keeps everything counts
+`dense_work` times, because more is read of it: twice where otherwise all keys are read and few values, more often
+where most keys are not read either. In mode `shadow`, a step may read all keys nevertheless, where that is faster
+(`reads_all_keys`); it is shared out as in mode `values` then. Kernels in CUDA C++ deal out the units of a sequence
+before it is laid there (`Spread` of schedule.cuh), so that no share has more than its part of a cluster.
 
-A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning of
-the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps are
-bound by memory, and equal shares are faster, unless a piece takes long beside its
-keys (`piece_work`) and few are wasted.
+A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning
+of the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps
+are bound by memory, and equal shares are faster, unless a piece takes long beside its keys (`piece_work`) and few are
+wasted.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -20,10 +22,12 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.records import Schedule, next_power_of_2
+from vllm_toptheta.kernels.gpu.registers import Group, Share, Span, Units
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all
+from vllm_toptheta.kernels.gpu.tiles import load_query, score_scale
 
 MIN_BLOCK_SIZE = 16
-_ANY_LENGTH = tl.constexpr(2**31 - 1)
+ANY_LENGTH = tl.constexpr(2**31 - 1)
 
 
 def unit_of(tile: int, block_size: int) -> int:
@@ -55,7 +59,7 @@ def load_lengths(seq_lens_ptr, num_seqs, SEQ_BLOCK: tl.constexpr):
 def dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, SEQ_BLOCK: tl.constexpr):
     """The longest sequence of a step that keeps every key: any, if the step has less than `min_step_tokens`."""
     num_tokens = tl.sum(load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK), axis=0)
-    return tl.where(num_tokens < min_step_tokens, _ANY_LENGTH, max_dense_len)
+    return tl.where(num_tokens < min_step_tokens, ANY_LENGTH, max_dense_len)
 
 
 @triton.jit
@@ -93,7 +97,7 @@ def work_of_step(
     equal = tl.cdiv(total, num_programs)
     # of large steps only where a piece less is worth more than what is wasted
     is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work)
-    is_rounded = tl.where(max_dense_len == _ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
+    is_rounded = tl.where(max_dense_len == ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple = tl.where(is_rounded, share, 1)
     return tl.cdiv(work, multiple) * multiple, share, multiple
@@ -129,8 +133,90 @@ def first_of_share(work, share, program):
 
 
 @triton.jit
-def store_piece(pieces, index, piece, shape, tiling):
-    """Leave `piece` to the merge, as number `index` (int64)."""
+def share_of_program(tokens, num_seqs, max_dense_len, min_step_tokens, schedule):
+    """Return this program's `Share`, the sequence in which it begins, and the work before that sequence.
+
+    Of a grid [num_kv_heads, num_programs].
+    """
+    kv_head = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1)
+    num_kv_heads = tl.num_programs(0)
+    max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
+    work, size, multiple = work_of_step(
+        tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
+        schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
+    )  # fmt: skip
+    seq, work_before, end = first_of_share(work, size, program)
+    return Share(kv_head, program, num_kv_heads, max_dense_len, size, multiple, end), seq, work_before
+
+
+@triton.jit
+def new_tokens(tokens, seq, seq_len, number):
+    """Return which tokens of the step numbers of a sequence's new ones are, how many keys they see, and if they exist.
+
+    Args:
+        tokens: `Tokens`, with starts of sequences.
+        seq: The sequence.
+        seq_len: Its tokens, all new ones included.
+        number: From 0 on, a scalar or a tensor; those behind the last new token are taken for it.
+    """
+    first = tl.load(tokens.query_start_loc + seq)
+    last = tl.load(tokens.query_start_loc + seq + 1) - first - 1
+    nearest = tl.minimum(number, last)
+    return first + nearest, seq_len - last + nearest, number <= last
+
+
+@triton.jit
+def group_of_share(tokens, queries, share, shape, tiling):
+    """The `Group` that a program has a share of."""
+    offs_g = tl.arange(0, tiling.G_PAD)
+    heads = shape.GROUP // shape.QUERY_LEN
+    return Group(
+        share.kv_head,
+        offs_g < shape.GROUP,
+        share.kv_head * heads + (offs_g if shape.QUERY_LEN == 1 else offs_g % heads),
+        offs_g // heads,
+        score_scale(queries),
+        tokens.kv_cache + share.kv_head * tokens.stride_head,
+        share.program.to(tl.int64) * share.num_kv_heads + share.kv_head,
+    )
+
+
+@triton.jit
+def units_of_share(tokens, share, seq, work_before, num_seqs, schedule):
+    """The `Units` of a sequence that lie in a share, where `work_before` is the work of all sequences before it."""
+    seq_len = tl.load(tokens.seq_lens + seq)
+    is_dense = keeps_all(tokens, seq, seq_len, num_seqs, share.max_dense_len)
+    first, end = units_of_piece(
+        share.program, share.size, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
+    )
+    return Units(seq, seq_len, is_dense, first, end)
+
+
+@triton.jit
+def load_piece(tokens, queries, group, units, stride_table_seq, shape, schedule):
+    """Return the queries of a piece, as of `load_query`, and its `Span`."""
+    start, end = units.first * schedule.UNIT, tl.minimum(units.end * schedule.UNIT, units.seq_len)
+    token, seen = units.seq, units.seq_len
+    if shape.QUERY_LEN > 1:
+        token, seen, _ = new_tokens(tokens, units.seq, units.seq_len, group.number)
+    query = load_query(queries, token, group.head, group.mask, shape)
+    return query, Span(tokens.block_table + units.seq.to(tl.int64) * stride_table_seq, start, end, token, seen)
+
+
+@triton.jit
+def open_page(seq_len, shape):
+    """Where the page begins that a sequence's next token goes to, whose rows the merge reads if it needs the mean."""
+    start = seq_len
+    if shape.VALUE_MEAN:
+        start = seq_len // shape.BLOCK_SIZE * shape.BLOCK_SIZE
+    return start
+
+
+@triton.jit
+def store_piece(pieces, share, seq, piece, shape, tiling):
+    """Leave the piece of a share and a sequence to the merge."""
+    index = (share.program + seq).to(tl.int64) * share.num_kv_heads + share.kv_head
     offs_g = tl.arange(0, tiling.G_PAD)
     offs_d = tl.arange(0, shape.D_PAD)
     mask_g = offs_g < shape.GROUP

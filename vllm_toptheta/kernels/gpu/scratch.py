@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_toptheta.kernels.gpu.balance import MOST_OF_A_HEAD
 from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.survivors import LIST_DEPTH
@@ -26,6 +27,7 @@ class Sizes(NamedTuple):
         max_num_seqs: Sequences of the largest batch.
         num_heads, num_kv_heads, head_size: Of a layer on this rank.
         code_bytes: Bytes of a shadow key; 0 in mode `values`.
+        max_query_len: New tokens of each sequence, as of `DecodeStep`.
     """
 
     max_num_seqs: int
@@ -33,6 +35,18 @@ class Sizes(NamedTuple):
     num_kv_heads: int
     head_size: int
     code_bytes: int = 0
+    max_query_len: int = 1
+
+    @property
+    def num_queries(self) -> int:
+        """Of a sequence, on a kv head."""
+        return self.num_heads // self.num_kv_heads * self.max_query_len
+
+    def config(self, usual: LaunchConfig, loader: ValueLoader | None) -> LaunchConfig:
+        """How mode `values` is launched, by what is usual for the heads, and the kernel that `loader` loads, if any."""
+        if loader is None and self.max_query_len > 1:
+            return usual.for_drafts(self.num_queries, self.head_size)
+        return usual.for_loader(loader)
 
 
 class Scratch(NamedTuple):
@@ -52,13 +66,13 @@ class Scratch(NamedTuple):
     @staticmethod
     def spec(sizes: Sizes, config: LaunchConfig, num_sms: int, *, loader: ValueLoader | None = None) -> Spec:
         """The buffers for a GPU of `num_sms` multiprocessors."""
-        num_kv_heads, group = sizes.num_kv_heads, sizes.num_heads // sizes.num_kv_heads
+        num_kv_heads, group = sizes.num_kv_heads, sizes.num_queries
         num_programs = config.num_programs(num_kv_heads, num_sms)
         # the kernel in CUDA C++ lists in shared memory
         num_lists = 0 if loader else num_programs * num_kv_heads
-        num_pieces = (num_programs + sizes.max_num_seqs) * num_kv_heads
+        num_pieces = (most_programs(num_programs, loader) + sizes.max_num_seqs) * num_kv_heads
         return (
-            ((sizes.max_num_seqs, sizes.num_heads), torch.float32),
+            ((sizes.max_num_seqs * sizes.max_query_len, sizes.num_heads), torch.float32),
             ((num_lists, LIST_DEPTH, config.tile, group + 1), torch.int32),
             ((num_lists, 2, LIST_DEPTH * config.tile), torch.int64),
             ((num_pieces, group, sizes.head_size), torch.float32),
@@ -76,7 +90,7 @@ class Scratch(NamedTuple):
         loader: ValueLoader | None = None,
     ) -> Scratch:
         """A scratch of its own, by the launch parameters of the table unless others are given."""
-        config = config or launch_config(sizes.head_size, kv_dtype.itemsize, device).for_loader(loader)
+        config = config or sizes.config(launch_config(sizes.head_size, kv_dtype.itemsize, device), loader)
         spec = cls.spec(sizes, config, num_multiprocessors(torch.device(device)), loader=loader)
         return cls(config, loader, *_allocate(spec, device))
 
@@ -127,7 +141,7 @@ class ShadowScratch(NamedTuple):
 
 
 class TierScratch(NamedTuple):
-    """Of copies of keys and values; see `tier_query.tier_query_kernel` and `tier_split.tier_split_kernel`.
+    """Of copies of keys and values; see `shadow_query.query_kernel` and `shadow_split.shadow_split_kernel`.
 
     Steps of which all keys are read need that of mode `values`, and `values_config` says how they are launched.
     `loader` loads the kernel in CUDA C++, which has no lists in memory; without it, the one in Triton is taken.
@@ -193,6 +207,11 @@ class TierScratch(NamedTuple):
         num_sms = num_multiprocessors(torch.device(device))
         spec = cls.spec(sizes, config, values_config, num_sms, loader=loader)
         return cls(config, values_config, loader, *_allocate(spec, device))
+
+
+def most_programs(num_programs: int, loader: ValueLoader | None) -> int:
+    """Programs that a kv head has at most, of `num_programs` on average: the kernel in CUDA C++ balances them."""
+    return num_programs * MOST_OF_A_HEAD if loader else num_programs
 
 
 def _allocate(spec: Spec, device: torch.device | str) -> Iterable[torch.Tensor]:

@@ -6,30 +6,12 @@ below its own score, and the softmax denominator knows keys that were not read b
 
 from __future__ import annotations
 
-import functools
-
-from vllm_toptheta.kernels.contract import DecodeStep, LayerCall, check
+from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.codes import TOKENS_PER_STEP
-from vllm_toptheta.kernels.gpu.launches import shadow_launches
 from vllm_toptheta.kernels.gpu.merge import launch_merge
-from vllm_toptheta.kernels.gpu.records import (
-    Counts,
-    Lists,
-    Pieces,
-    Queries,
-    Shadow,
-    Shape,
-    Tiling,
-    Tokens,
-    next_power_of_2,
-)
+from vllm_toptheta.kernels.gpu.records import Lists, Shadow
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
-from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
-from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
-from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
-from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
-from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_options
-from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of
+from vllm_toptheta.kernels.gpu.shadow_step import ShadowStep, launch_queries, launch_split
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 
@@ -59,87 +41,19 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
         ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
             name.
     """
-    check_kernels(call)
-    check(step, call)
-    num_seqs, num_heads, _ = call.query.shape
-    _, num_kv_heads, block_size, _ = call.cache.kv_cache.shape
+    given = ShadowStep.of(step, call, scratch)
     shadow, codes = call.layer.shadow, call.cache.codes
     if shadow is None or codes is None:
         raise ValueError("shadow: None, expected a layer with shadow keys")
-    row_tokens = max(1, MIN_ROW_BYTES // shadow.codec.code_bytes)
+    block_size, row_tokens = codes.shape[2], max(1, MIN_ROW_BYTES // shadow.codec.code_bytes)
     if codes.stride(0) % 16 or codes.data_ptr() % 16:
         raise ValueError(f"codes: strides {codes.stride()}, expected blocks at multiples of 16 bytes")
     if block_size % row_tokens:
         raise ValueError(f"codes: pages of {block_size} tokens, expected a multiple of {row_tokens}")
-    if num_seqs == 0:
+    if call.query.shape[0] == 0:
         return
-    config, values_config = scratch.config, scratch.values_config
-    launches, choice = shadow_launches(call, scratch)
-    early = launches.is_early
-    on_gpu = call.query.is_cuda
-    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
-    pieces = Pieces(scratch.partial_output, scratch.partial_stats)
-    shadows = Shadow.of(shadow, codes, query_codes=scratch.query_codes, floors=scratch.floors)
-    launch_thresholds(step, tokens, queries, shape, is_early=early)
-    query_kernel[(num_kv_heads, choice.num_programs)](
-        tokens,
-        queries,
-        shadows,
-        Lists(scratch.survivors, scratch.order),
-        pieces,
-        Counts.of(call.layer.counters),
-        num_seqs,
-        step.max_dense_len,
-        step.min_step_tokens,
-        step.block_table.stride(0),
-        choice.few_tokens,
-        choice.short_length,
-        shape,
-        choice.schedule,
-        tiling_of(values_config, shape.GROUP, on_gpu=on_gpu),
-        TOKENS=min(TOKENS_PER_STEP, next_power_of_2(block_size)),
-        EARLY_QUERY=early,
-        EARLY_SPLIT=early,
-        **launch_options(values_config.num_warps, values_config.max_registers, is_early=early),
-    )
-    shadow_split_kernel[(num_kv_heads, launches.num_programs)](
-        tokens,
-        queries,
-        shadows,
-        Lists(scratch.candidates, scratch.candidate_order),
-        pieces,
-        Counts.of(call.layer.counters),
-        num_seqs,
-        step.max_dense_len,
-        step.min_step_tokens,
-        *step.length_range,
-        step.block_table.stride(0),
-        choice.few_tokens,
-        choice.short_length,
-        shape,
-        launches.schedule,
-        scan_tiling(config, shape.GROUP, on_gpu=on_gpu),
-        ROW_TOKENS=row_tokens,
-        COLUMN_HEADS=max(next_power_of_2(shape.GROUP), MIN_COLUMNS // row_tokens),
-        EARLY_SPLIT=early,
-        EARLY_MERGE=early,
-        **launch_options(config.num_warps, config.max_registers, is_early=early),
-    )
-    launch_merge(step, call, pieces, launches, choice)
-
-
-@functools.cache
-def scan_tiling(config: ShadowConfig, group: int, *, on_gpu: bool) -> Tiling:
-    """The scan of shadow keys, and the walk of candidates, by `group` query heads."""
-    return Tiling(
-        TILE=config.tile,
-        SCAN_STAGES=config.scan_stages,
-        G_PAD=max(config.min_group, next_power_of_2(group)),
-        CHUNK_TILES=config.chunk_tiles,
-        LIST_DEPTH=config.list_depth,
-        DENSE_TILE=config.dense_tile,
-        DENSE_STAGES=config.dense_stages,
-        GATHER_TILE=config.walk_tile,
-        GATHER_STAGES=config.walk_stages,
-        ON_GPU=on_gpu,
-    )
+    keys = Shadow.of(shadow, codes, (scratch.query_codes, scratch.floors))
+    launch_queries(given, scratch, keys, tokens_at_once=TOKENS_PER_STEP)
+    candidates = Lists(scratch.candidates, scratch.candidate_order)
+    launch_split(given, scratch.config, keys, candidates, row_tokens=row_tokens)
+    launch_merge(step, call, given.split.pieces, given.launches, given.choice)

@@ -1,7 +1,8 @@
 """The Triton kernel of mode `shadow` that makes what the scan compares codes with, or does all work.
 
-With p = decoder @ q for a query head, one step per head turns p into integers of 8 bits, and the comparison of a shadow
-key's score with threshold minus margin becomes one of integers:
+Where keys and values have copies, `tier_query.py` says what that is. By shadow keys, with p = decoder @ q for a query
+head, one step per head turns p into integers of 8 bits, and the comparison of a shadow key's score with threshold minus
+margin becomes one of integers:
 
     step = max |p| / 127,  c = round(p / step)
     softmax_scale * (q . key_mean + step * c . (code - 7.5)) >= threshold - margin     <=>     c . code >= floor
@@ -12,7 +13,7 @@ A step of few tokens, or of short sequences, takes longer to scan and walk than 
 CUDA graph is captured, nobody knows which steps those will be, and one more launch would cost most of what is won. So
 this kernel does the whole work of mode `values` then (`split.py`), and the second one nothing.
 
-In passing, pages that new tokens fill get their codes.
+In passing, pages that new tokens fill get their codes, or their copies.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.gpu.codes import DEPTH, encode_tokens
+from vllm_toptheta.kernels.gpu.copies import copy_tokens
+from vllm_toptheta.kernels.gpu.query_codes import MIDDLE, quantized, store_query_codes
 from vllm_toptheta.kernels.gpu.schedule import dense_length, load_lengths, reads_all_keys
-from vllm_toptheta.kernels.gpu.split import split_step
+from vllm_toptheta.kernels.gpu.split import count_all_keys, split_step
 from vllm_toptheta.kernels.gpu.thresholds import keeps_all, load_thresholds
+from vllm_toptheta.kernels.gpu.tier_query import turn_queries
 
 NO_CODES = tl.constexpr(1 << 30)  # a floor above every sum of products of codes
-MIDDLE = tl.constexpr(7.5)
-QUERY_LEVELS = tl.constexpr(127.0)
 
 
 @triton.jit
@@ -62,14 +64,9 @@ def _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY: tl.const
         lower += tl.dot(query, tl.load(decoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
         decoder += CODE_BYTES * HEAD_SIZE
         upper += tl.dot(query, tl.load(decoder, mask=mask_d[:, None], other=0.0), input_precision="tf32x3")
-    step = tl.max(tl.maximum(tl.abs(lower), tl.abs(upper)), axis=1) / QUERY_LEVELS
-    step = tl.where(step > 0.0, step, 1.0)
-    lower = tl.floor(lower / step[:, None] + 0.5)
-    upper = tl.floor(upper / step[:, None] + 0.5)
+    step, lower, upper = quantized(lower, upper)
     target = query_codes_ptr + head[:, None] * 2 * CODE_BYTES + offs_c[None, :]
-    # by way of int32: a float that is converted to int8 saturates on some targets only
-    tl.store(target, lower.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
-    tl.store(target + CODE_BYTES, upper.to(tl.int32).to(tl.int8), mask=mask_g[:, None])
+    store_query_codes(target, lower, upper, mask_g, CODE_BYTES)
 
     if EARLY_QUERY:
         tl.extra.cuda.gdc_wait()
@@ -102,7 +99,7 @@ def _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY: tl.const
 def query_kernel(
     tokens,  # Tokens
     queries,  # Queries
-    shadow,  # Shadow, whose codes of queries and floors are written
+    keys,  # Shadow or Copies, of which what is compared with codes is written
     lists,  # Lists of survivors
     pieces,  # Pieces
     counts,  # Counts
@@ -115,13 +112,12 @@ def query_kernel(
     shape: tl.constexpr,  # Shape
     schedule: tl.constexpr,  # Schedule of a step of which all keys are read
     tiling: tl.constexpr,  # Tiling of the same
-    TOKENS: tl.constexpr,  # that are encoded at a time
+    BY_COPIES: tl.constexpr,  # whether most keys are read as copies, not as shadow keys
+    TOKENS: tl.constexpr,  # that are encoded or copied at a time; 0: queries and copies are another kernel's
     EARLY_QUERY: tl.constexpr,
     EARLY_SPLIT: tl.constexpr,
 ):
-    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
-    kv_head = tl.program_id(0).to(tl.int64)
-    program = tl.program_id(1)
+    kv_head, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if EARLY_SPLIT:
         tl.extra.cuda.gdc_launch_dependents()
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, schedule.SEQ_BLOCK)
@@ -130,25 +126,37 @@ def query_kernel(
             tokens, queries, lists, pieces, counts, num_seqs, max_dense_len, min_step_tokens, stride_table_seq, shape,
             schedule, tiling, EARLY_QUERY,
         )  # fmt: skip
-        if counts.keys_read is not None and program == 0:
-            tl.atomic_add(counts.keys_read + kv_head, tl.sum(seq_lens.to(tl.int64), axis=0), sem="relaxed")
-    else:
+        count_all_keys(counts, kv_head, program, seq_lens)
+    elif TOKENS > 0:
         max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
         seq = program
         while seq < num_seqs:
             seq_len = tl.load(tokens.seq_lens + seq)
             if keeps_all(tokens, seq, seq_len, num_seqs, max_dense_len) == 0:
-                _project_queries(queries, shadow, seq, kv_head, shape, EARLY_QUERY)
+                if BY_COPIES:
+                    block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
+                    turn_queries(tokens, queries, keys, block_row, seq, kv_head, shape)
+                else:
+                    _project_queries(queries, keys, seq, kv_head, shape, EARLY_QUERY)
             seq += tl.num_programs(1)
-    # from the other end, because the last programs have the least to do
-    seq = tl.num_programs(1) - 1 - program
-    while seq < num_seqs:
-        seq_len = tl.load(tokens.seq_lens + seq)
-        if (seq_len > 0) & (seq_len % BLOCK_SIZE == 0):
-            block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
-            for first in range(seq_len - BLOCK_SIZE, seq_len, TOKENS):
-                encode_tokens(
-                    tokens, shadow, queries.k_scale, block_row, kv_head, first, seq_len, BLOCK_SIZE, shape.HEAD_SIZE,
-                    shape.D_PAD, shape.CODE_BYTES, TOKENS,
-                )  # fmt: skip
-        seq += tl.num_programs(1)
+    if TOKENS > 0:
+        # from the other end, because the last programs have the least to do
+        seq = tl.num_programs(1) - 1 - program
+        while seq < num_seqs:
+            seq_len = tl.load(tokens.seq_lens + seq)
+            if (seq_len > 0) & (seq_len % shape.BLOCK_SIZE == 0):
+                block_row = tokens.block_table + seq.to(tl.int64) * stride_table_seq
+                for first in range(seq_len - shape.BLOCK_SIZE, seq_len, TOKENS):
+                    if BY_COPIES:
+                        copy_tokens(
+                            tokens, keys, block_row, kv_head, first, seq_len, shape.BLOCK_SIZE, shape.HEAD_SIZE, TOKENS
+                        )  # fmt: skip
+                    else:
+                        encode_tokens(
+                            tokens, keys, queries.k_scale, block_row, kv_head, first, seq_len, shape.BLOCK_SIZE,
+                            shape.HEAD_SIZE, shape.D_PAD, shape.CODE_BYTES, TOKENS,
+                        )  # fmt: skip
+            seq += tl.num_programs(1)
+    if BY_COPIES and EARLY_QUERY:
+        # whoever waits for this kernel relies on the thresholds of the one before it too
+        tl.extra.cuda.gdc_wait()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.records import Piece
+from vllm_toptheta.kernels.gpu.registers import Piece
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
@@ -29,21 +29,29 @@ ORDERED_AT_ONCE = tl.constexpr(16)  # layers of the lists that are ordered at a 
 
 
 @triton.jit
-def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling):
-    """The `Piece` of the keys from `start` to `end`, all of which are kept.
+def _sees(span, positions, valid, shape):
+    """Which keys queries see, [TILE, 1] or [TILE, G_PAD], of positions [TILE] that are in the piece where valid."""
+    if shape.QUERY_LEN == 1:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (positions[:, None] < span.seen[None, :])
+
+
+@triton.jit
+def attend_all(query, tokens, group, span, soft_cap, shape, tiling):
+    """The `Piece` of the keys of a span, all of which are kept.
 
     Args:
         query: [D_PAD, G_PAD].
-        tokens: `Tokens`.
-        key_base, block_row: Where the keys of the kv head, and the blocks of the sequence, start.
-        start, end: Positions in the sequence.
-        scale, soft_cap, shape: As for `tile_scores`.
+        tokens, group, span: `Tokens`, `Group`, `Span`.
+        soft_cap, shape: As for `tile_scores`.
         tiling: `Tiling`.
     """
     TILE: tl.constexpr = tiling.DENSE_TILE
     D_PAD: tl.constexpr = shape.D_PAD
     G_PAD: tl.constexpr = tiling.G_PAD
-    value_base = key_base + shape.HEAD_SIZE
+    block_row, start, end = span.block_row, span.start, span.end
+    value_base = group.key_base + shape.HEAD_SIZE
     output = tl.zeros((D_PAD, G_PAD), dtype=tl.float32)
     maximum = tl.full((G_PAD,), DISCARDED, dtype=tl.float32)
     kept_sum = tl.zeros((G_PAD,), dtype=tl.float32)
@@ -57,9 +65,9 @@ def attend_all(query, tokens, key_base, block_row, start, end, scale, soft_cap, 
         # a tile ahead, so that the loads of keys wait for nothing
         blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
         # behind the end this reads block 0 or the rest of a page: any keys do
-        scores = tile_scores(query, key_base, row, None, scale, soft_cap, shape)
+        scores = tile_scores(query, group.key_base, row, None, group.scale, soft_cap, shape)
         value = load_values(value_base, row, valid, query.dtype, shape)
-        scores = tl.where(valid[:, None], scores, DISCARDED)
+        scores = tl.where(_sees(span, positions, valid, shape), scores, DISCARDED)
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
         weights = tl.exp2((scores - new_maximum[None, :]) * LOG2_E)
         rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
@@ -104,18 +112,14 @@ def _order_survivors(
 
 
 @triton.jit
-def attend_survivors(
-    query, threshold, tokens, key_base, block_row, lists, list_index, start, end, open_start, scale, soft_cap, shape,
-    tiling,
-):  # fmt: skip
+def attend_survivors(query, threshold, tokens, group, span, lists, open_start, soft_cap, shape, tiling):
     """Like `attend_all`, but of keys that reach the threshold; rows from `open_start` on count as read.
 
     Args:
-        query, tokens, key_base, block_row, start, end, scale, soft_cap, shape, tiling: As for `attend_all`.
+        query, tokens, group, span, soft_cap, shape, tiling: As for `attend_all`.
         threshold: [G_PAD].
-        lists: `Lists`, of which number `list_index` (int64) is this program's.
-        list_index: Which.
-        open_start: Where the page begins that the sequence's next token goes to.
+        lists: `Lists`, one of which is this program's.
+        open_start: As `schedule.open_page` has it.
     """
     TILE: tl.constexpr = tiling.TILE
     D_PAD: tl.constexpr = shape.D_PAD
@@ -124,9 +128,10 @@ def attend_survivors(
     CHUNK: tl.constexpr = tiling.CHUNK_TILES * tiling.TILE
     ENTRY: tl.constexpr = shape.GROUP + 1
     LAYER: tl.constexpr = TILE * ENTRY
-    list_ptr = lists.entries + list_index * LIST_DEPTH * LAYER
-    order_ptr = lists.order + list_index * 2 * LIST_DEPTH * TILE
-    value_base = key_base + shape.HEAD_SIZE
+    block_row, start, end = span.block_row, span.start, span.end
+    list_ptr = lists.entries + group.list_index * LIST_DEPTH * LAYER
+    order_ptr = lists.order + group.list_index * 2 * LIST_DEPTH * TILE
+    value_base = group.key_base + shape.HEAD_SIZE
     offs_g = tl.arange(0, G_PAD)
     lane = tl.arange(0, TILE)
     list_row = list_ptr + (lane * ENTRY)[:, None] + offs_g[None, :]
@@ -148,8 +153,8 @@ def attend_survivors(
             # a tile ahead, so that the loads of keys wait for nothing
             blocks = load_blocks(block_row, tile_start + TILE, end, shape.BLOCK_SIZE, TILE)
             # behind the end this reads block 0 or the rest of a page: any keys do
-            scores = tile_scores(query, key_base, row, None, scale, soft_cap, shape)
-            scores = tl.where(valid[:, None], scores, DISCARDED)
+            scores = tile_scores(query, group.key_base, row, None, group.scale, soft_cap, shape)
+            scores = tl.where(_sees(span, positions, valid, shape), scores, DISCARDED)
             keep = scores >= threshold[None, :]
             lane_lost += tl.where(keep, 0.0, tl.exp2(scores * LOG2_E + exponent_offset[None, :]))
             lane_maximum = tl.maximum(lane_maximum, scores)

@@ -36,15 +36,15 @@ def log_length_of(seq_len, min_length, max_length):
 
 
 @triton.jit
-def load_thresholds(queries, seq, head, mask_g):
-    """Thresholds of a sequence as `threshold_kernel` left them, [G_PAD] float32; none reach those behind the last head.
+def load_thresholds(queries, token, head, mask_g):
+    """Thresholds of new tokens as `threshold_kernel` left them, [G_PAD] float32; none reach those behind the last head.
 
     Args:
         queries: `Queries`.
-        seq: The sequence.
+        token: The token of the step, a scalar or [G_PAD].
         head, mask_g: [G_PAD], query heads of a kv head, and which of them there are.
     """
-    return tl.load(queries.thresholds + seq.to(tl.int64) * queries.num_heads + head, mask=mask_g, other=HIGHEST)
+    return tl.load(queries.thresholds + token.to(tl.int64) * queries.num_heads + head, mask=mask_g, other=HIGHEST)
 
 
 @triton.jit

@@ -13,23 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.gpu.candidates import halves, order_lists
+from vllm_toptheta.kernels.gpu.candidates import first_recent_of, halves, order_lists, walk_listed
 from vllm_toptheta.kernels.gpu.copies import VALUE_MIDDLE
-from vllm_toptheta.kernels.gpu.records import Piece
+from vllm_toptheta.kernels.gpu.registers import Piece, Walked
 from vllm_toptheta.kernels.gpu.thresholds import HIGHEST
 from vllm_toptheta.kernels.gpu.tiles import (
     DISCARDED,
     LOG2_E,
     load_blocks,
-    load_values,
     store_where,
     tile_rows,
-    tile_scores,
 )
-from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
+from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
 _FIRST_ANCHORS = tl.constexpr(NUM_FIRST_ANCHORS)
-_LAST_ANCHORS = tl.constexpr(NUM_LAST_ANCHORS)
 # light weights times a step: far from the least number of float16, and from the largest
 _SCALE_UP = tl.constexpr(256.0)
 
@@ -99,22 +96,20 @@ def _turn_back(rotation_ptr, acc, offset, first_channel, output, HEAD_SIZE: tl.c
 
 @triton.jit
 def attend_by_tiers(
-    query, tokens, queries, copies, heavy, light, list_index, seq, kv_head, start, end, log_heavy, open_start,
-    block_row, scale, shape, tiling, COLUMNS: tl.constexpr,
+    query, tokens, queries, copies, heavy, light, group, span, seq, log_heavy, open_start, shape, tiling,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The `Piece` of a sequence's keys from `start` to `end` by their copies.
+    """The `Piece` of the keys of a span by their copies.
 
     Args:
         query: [D_PAD, G_PAD].
         tokens, queries, copies: `Tokens`, `Queries`, `Copies`.
-        heavy, light: `Lists`, of which number `list_index` (int64) is this program's.
-        list_index: Which.
-        seq, kv_head: int64.
-        start, end: Positions in the sequence.
+        heavy, light: `Lists`, one of each of which is this program's.
+        group, span: `Group`, `Span`.
+        seq: int64, the sequence.
         log_heavy: As of `TierLayer`.
-        open_start: Where the page begins that the sequence's next token goes to; rows from there on count as read.
-        block_row: Where the blocks of the sequence start.
-        scale, shape: As for `tile_scores`.
+        open_start: As `schedule.open_page` has it; rows from there on count as read.
+        shape: As for `tile_scores`.
         tiling: `Tiling`.
         COLUMNS: Of the products with codes.
     """
@@ -129,24 +124,21 @@ def attend_by_tiers(
     ROOM: tl.constexpr = tiling.LIST_DEPTH * TILE
     CHUNK: tl.constexpr = tiling.CHUNK_TILES * TILE
     ENTRY: tl.constexpr = GROUP + 1
-    heavy_ptr = heavy.entries + list_index * ROOM
-    heavy_order_ptr = heavy.order + list_index * ROOM
-    light_ptr = light.entries + list_index * ROOM * ENTRY
-    light_order_ptr = light.order + list_index * 2 * ROOM
-    key_base = tokens.kv_cache + kv_head * tokens.stride_head
-    value_base = key_base + HEAD_SIZE
-    code_base = copies.codes + kv_head * copies.stride_head
-    step_base = copies.steps + kv_head * (copies.stride_head // 2) + BLOCK_SIZE * (HALF + QUARTER) // 2
+    block_row, start, end = span.block_row, span.start, span.end
+    heavy_ptr = heavy.entries + group.list_index * ROOM
+    heavy_order_ptr = heavy.order + group.list_index * ROOM
+    light_ptr = light.entries + group.list_index * ROOM * ENTRY
+    light_order_ptr = light.order + group.list_index * 2 * ROOM
+    code_base = copies.codes + group.kv_head * copies.stride_head
+    step_base = copies.steps + group.kv_head * (copies.stride_head // 2) + BLOCK_SIZE * (HALF + QUARTER) // 2
     soft_cap = queries.logits_soft_cap
-    # the page of the last token has no copies yet, or only since this step
-    seq_len = tl.load(tokens.seq_lens + seq)
-    first_recent = tl.minimum(seq_len - _LAST_ANCHORS, (seq_len - 1) // BLOCK_SIZE * BLOCK_SIZE)
+    first_recent = first_recent_of(tl.load(tokens.seq_lens + seq), BLOCK_SIZE)
 
     lane = tl.arange(0, TILE)
     byte = tl.arange(0, HALF)
     column = tl.arange(0, COLUMNS)
     mask_c = column < GROUP
-    first_head = seq * queries.num_heads + kv_head * GROUP
+    first_head = seq * queries.num_heads + group.kv_head * GROUP
     query_row = copies.query_codes + (first_head + column[None, :]) * HEAD_SIZE + byte[:, None]
     lower_query = tl.load(query_row, mask=mask_c[None, :], other=0)
     upper_query = tl.load(query_row + HALF, mask=mask_c[None, :], other=0)
@@ -258,28 +250,12 @@ def attend_by_tiers(
             before = maximum
             num_listed = tl.sum(heavy_length, axis=0)
             keys_read += num_listed
-            slot = tl.load(heavy_order_ptr + offs_w, mask=offs_w < num_listed, other=0)
-            for first in tl.range(0, num_listed, WALK_TILE, num_stages=tiling.GATHER_STAGES):
-                listed = first + offs_w < num_listed
-                block = slot // BLOCK_SIZE
-                row = block.to(tl.int64) * tokens.stride_block + slot % BLOCK_SIZE * tokens.stride_token
-                # a tile ahead, so that the loads of keys wait for nothing
-                ahead = first + WALK_TILE + offs_w
-                slot = tl.load(heavy_order_ptr + ahead, mask=ahead < num_listed, other=0)
-                exact = tile_scores(query, key_base, row, listed, scale, soft_cap, shape)
-                survives = listed[:, None] & (exact >= threshold[None, :])
-                is_read = tl.max(survives.to(tl.int32), axis=1) > 0
-                value = load_values(value_base, row, is_read, query.dtype, shape)
-                exact = tl.where(listed[:, None], exact, DISCARDED)
-                new_maximum = tl.maximum(maximum, tl.max(exact, axis=0))
-                exponentials = tl.exp2((exact - new_maximum[None, :]) * LOG2_E)
-                weights = tl.where(survives, exponentials, 0.0)
-                rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
-                lane_kept = lane_kept * rescale[None, :] + weights
-                lane_lost = lane_lost * rescale[None, :] + (exponentials - weights)
-                lane_read += (is_read & (block != open_block)).to(tl.int32)
-                output = tl.dot(value, weights.to(query.dtype), acc=output * rescale[None, :])
-                maximum = new_maximum
+            walked = walk_listed(
+                query, threshold, tokens, group, heavy_order_ptr, num_listed, open_block, soft_cap,
+                Walked(output, maximum, lane_kept, lane_lost, lane_read), shape, tiling,
+            )  # fmt: skip
+            output, maximum, lane_kept = walked.output, walked.maximum, walked.lane_kept
+            lane_lost, lane_read = walked.lane_lost, walked.lane_read
             rescale = tl.exp2((before - maximum) * LOG2_E)[None, :]
             first_quarter *= rescale
             second_quarter *= rescale

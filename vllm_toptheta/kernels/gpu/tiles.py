@@ -37,11 +37,12 @@ def tile_scores(query, key_base, row, valid, scale, soft_cap, shape):
 
 
 @triton.jit
-def load_query(queries, seq, head, mask_g, shape):
-    """The queries of a sequence's group, [D_PAD, G_PAD], in the dtype of products."""
+def load_query(queries, token, head, mask_g, shape):
+    """The queries of new tokens, a scalar or [G_PAD], in a group's heads: [D_PAD, G_PAD], in the dtype of products."""
     offs_d = tl.arange(0, shape.D_PAD)
+    row = token.to(tl.int64) * queries.stride_seq + head * queries.stride_head
     query = tl.load(
-        queries.query + seq.to(tl.int64) * queries.stride_seq + head[None, :] * queries.stride_head + offs_d[:, None],
+        queries.query + row[None, :] + offs_d[:, None],
         mask=mask_g[None, :] & (offs_d < shape.HEAD_SIZE)[:, None],
         other=0.0,
     )

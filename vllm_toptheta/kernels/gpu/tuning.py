@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
-from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
+from vllm_toptheta.kernels.gpu.cuda.value_split import DENSE_STEP_TOKENS, ValueLoader
 
 TABLE = Path(__file__).with_name("launch_table.json")
 TUNED_CARD = "sm90"
+MOST_OF_FOUR_WARPS = 2048  # channels of all queries of a kv head, whose sums fit into their registers
 _INTERPRETER_SMS = 2  # there is no GPU to ask; a few splits exercise the merge
 
 
@@ -41,6 +42,7 @@ class _Parameters:
         early_launch: Launch each kernel while its predecessor runs (programmatic dependent launch).
         dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
         dense_tokens: Likewise, the tokens for each program up to which a step does.
+        dense_step_tokens: Those of a step, where they do not depend on the programs; None where they do.
     """
 
     tile: int
@@ -56,6 +58,7 @@ class _Parameters:
     early_launch: bool = True
     dense_length: int = 2048
     dense_tokens: int
+    dense_step_tokens: int | None = None
 
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
         """Programs of each kv head."""
@@ -63,6 +66,8 @@ class _Parameters:
 
     def min_step_tokens(self, num_kv_heads: int, num_sms: int) -> int:
         """Tokens of a step, over its sequences, below which it is no slower if every key is kept."""
+        if self.dense_step_tokens is not None:
+            return self.dense_step_tokens
         return self.dense_tokens * self.num_programs(num_kv_heads, num_sms)
 
 
@@ -81,16 +86,18 @@ class LaunchConfig(_Parameters):
     programs_per_sm: int = 3
     dense_tokens: int = 640
 
+    def for_drafts(self, num_queries: int, head_size: int) -> LaunchConfig:
+        """The same, for sequences of several new tokens, which together have so many queries on a kv head."""
+        # their sums do not fit into the registers that a third program leaves, and if there are many, only into those
+        # of twice the threads
+        warps, programs = (4, 2) if num_queries * head_size <= MOST_OF_FOUR_WARPS else (8, 1)
+        return replace(self, max_registers=None, num_warps=warps, programs_per_sm=min(self.programs_per_sm, programs))
+
     def for_loader(self, loader: ValueLoader | None) -> LaunchConfig:
         """The same, for the kernel that `loader` loads, if there is one."""
         if loader is None:
             return self
-        resident, measured = loader.sizes.resident, loader.sizes.dense_tokens
-        return replace(
-            self,
-            programs_per_sm=resident,
-            dense_tokens=measured or self.dense_tokens * self.programs_per_sm // resident,
-        )
+        return replace(self, programs_per_sm=loader.sizes.resident, dense_step_tokens=DENSE_STEP_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.contract import LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.filled_pages import filled_pages
 from vllm_toptheta.kernels.gpu.records import Tokens, next_power_of_2
 
 TOKENS_PER_STEP = 128
@@ -64,10 +65,7 @@ def _write_value_sums_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(tokens.seq_lens + seq)
-    query_len = tl.load(query_start_loc_ptr + seq + 1) - tl.load(query_start_loc_ptr + seq)
-    first_page = tl.maximum(seq_len - query_len, 0) // BLOCK_SIZE
-    end_page = seq_len // BLOCK_SIZE
+    first_page, end_page = filled_pages(tokens, query_start_loc_ptr, seq, BLOCK_SIZE)
     if first_page >= end_page:
         return
 

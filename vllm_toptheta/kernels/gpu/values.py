@@ -1,4 +1,4 @@
-"""Top-Theta attention of one new token per sequence over the paged KV cache, on the GPU: mode `values`."""
+"""Top-Theta attention of new tokens of sequences over the paged KV cache, on the GPU: mode `values`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vllm_toptheta.kernels.gpu.records import (
     Tokens,
     next_power_of_2,
 )
+from vllm_toptheta.kernels.gpu.schedule import ANY_LENGTH
 from vllm_toptheta.kernels.gpu.scratch import Scratch
 from vllm_toptheta.kernels.gpu.split import split_kernel
 from vllm_toptheta.kernels.gpu.survivors import CHUNK_TILES, LIST_DEPTH
@@ -31,7 +32,7 @@ from vllm_toptheta.limits import HEAD_SIZES, MAX_QUERIES_PER_KV
 
 
 def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
-    """One new token per sequence: score every cached key, read only the value rows that some head of the group keeps.
+    """New tokens of sequences: score every cached key, read only the value rows that some head of the group keeps.
 
     Three launches whose grids depend on shapes only; nothing is allocated and the host waits for nothing, so the call
     can be captured in a CUDA graph. Lengths are read on the device. Bits of the output do not depend on what `scratch`
@@ -50,18 +51,24 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
     check(step, call)
     if scratch.loader is not None:
         check_cuda(call)
-    num_seqs = len(call.query)
+    num_seqs = len(step.seq_lens)
     if num_seqs == 0:
         return
-    config, launches = scratch.config, values_launches(call, scratch)
+    # so that all new tokens of a sequence keep every key where the first of them does
+    step = step._replace(max_dense_len=min(step.max_dense_len + step.max_query_len - 1, ANY_LENGTH.value))
+    config, launches = scratch.config, values_launches(step, call, scratch)
     early = launches.is_early
     pieces = Pieces(scratch.partial_output, scratch.partial_stats)
-    tokens, queries, shape = Tokens.of(step, call.cache), Queries.of(call, scratch.thresholds), Shape.of(call)
+    tokens, queries, shape = (
+        Tokens.of(step, call.cache),
+        Queries.of(call, scratch.thresholds),
+        Shape.of(call, step.max_query_len),
+    )
     counts = Counts.of(call.layer.counters)
     launch_thresholds(step, tokens, queries, shape, is_early=early)
     if scratch.loader is not None:
         given = SplitStep(step, tokens, queries, pieces, counts, shape, launches.schedule, launches.num_programs)
-        launch_value_split(scratch.loader, given, is_early=early)
+        launch_value_split(scratch.loader, given, launches.head_programs, is_early=early)
     else:
         split_kernel[(call.cache.kv_cache.shape[1], launches.num_programs)](
             tokens,
@@ -85,7 +92,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: Scratch) -> None:
 
 @functools.cache
 def tiling_of(config: LaunchConfig, group: int, *, on_gpu: bool) -> Tiling:
-    """The loops over keys all of which are read, by `group` query heads."""
+    """The loops over keys all of which are read, by `group` queries."""
     return Tiling(
         TILE=config.tile,
         SCAN_STAGES=config.scan_stages,

@@ -120,11 +120,11 @@ class SplitStep(NamedTuple):
 
     @property
     def num_seqs(self) -> int:
-        return len(self.queries.query)
+        return len(self.step.seq_lens)
 
     @property
     def num_kv_heads(self) -> int:
-        return self.queries.num_heads // self.shape.GROUP
+        return self.queries.num_heads // (self.shape.GROUP // self.shape.QUERY_LEN)
 
     @property
     def has_soft_cap(self) -> bool:

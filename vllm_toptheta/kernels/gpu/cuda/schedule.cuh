@@ -3,9 +3,16 @@
 // All lanes of a warp call `step_of` and `walk_of` together, with `Args` that hold the fields they name.
 
 struct ScheduleArgs {
-    int num_programs;  // of a kv head
+    int num_programs;  // of a kv head, where all have as many
     int unit;          // tokens
     int min_work, dense_work, piece_work;
+};
+
+constexpr int ANY_LENGTH = 0x7fffffff;
+
+struct StepTokens {
+    int num_tokens, num_decoded;
+    bool all_dense;  // because the step is small, or any length is
 };
 
 struct Step {
@@ -27,14 +34,21 @@ __device__ __forceinline__ int work_of(const ScheduleArgs& s, int seq_len, bool 
 }
 
 template <class Args>
-__device__ __forceinline__ Step step_of(const Args& a, int lane) {
-    const ScheduleArgs& s = a.schedule;
-    Step step;
+__device__ __forceinline__ StepTokens tokens_of(const Args& a, int lane) {
     int num_tokens = 0, num_decoded = 0;
     for (int seq = lane; seq < a.num_seqs; seq += 32) num_tokens += a.seq_lens[seq], num_decoded += a.seq_lens[seq] > 0;
-    step.num_tokens = __reduce_add_sync(ALL, num_tokens), step.num_decoded = __reduce_add_sync(ALL, num_decoded);
-    bool all_dense = step.num_tokens < a.min_step_tokens;
-    step.max_dense_len = all_dense ? 0x7fffffff : a.max_dense_len;
+    num_tokens = __reduce_add_sync(ALL, num_tokens);
+    bool all_dense = num_tokens < a.min_step_tokens || a.max_dense_len == ANY_LENGTH;
+    return {num_tokens, int(__reduce_add_sync(ALL, num_decoded)), all_dense};
+}
+
+// of a kv head that has `num_programs`
+template <class Args>
+__device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens, int num_programs, int lane) {
+    const ScheduleArgs& s = a.schedule;
+    Step step;
+    step.num_tokens = tokens.num_tokens, step.num_decoded = tokens.num_decoded;
+    step.max_dense_len = tokens.all_dense ? ANY_LENGTH : a.max_dense_len;
     int total = 0, most = 0;
     for (int seq = lane; seq < a.num_seqs; seq += 32) {
         int len = a.seq_lens[seq], work = work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), 1);
@@ -42,12 +56,12 @@ __device__ __forceinline__ Step step_of(const Args& a, int lane) {
     }
     total = __reduce_add_sync(ALL, total);
     for (int m = 16; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
-    num_decoded = max(step.num_decoded, 1);
-    int even = divide_up(most, max(s.num_programs / num_decoded, 1));
-    int rounded = min(even, divide_up(total, max(s.num_programs - num_decoded, 1)));
-    int equal = divide_up(total, s.num_programs);
-    bool is_worth = num_decoded <= s.num_programs && rounded < equal + s.piece_work;
-    bool is_rounded = all_dense ? 2 * num_decoded <= s.num_programs : is_worth;
+    int num_decoded = max(step.num_decoded, 1);
+    int even = divide_up(most, max(num_programs / num_decoded, 1));
+    int rounded = min(even, divide_up(total, max(num_programs - num_decoded, 1)));
+    int equal = divide_up(total, num_programs);
+    bool is_worth = num_decoded <= num_programs && rounded < equal + s.piece_work;
+    bool is_rounded = tokens.all_dense ? 2 * num_decoded <= num_programs : is_worth;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
     step.multiple = is_rounded ? step.share : 1;
     step.total = total;
@@ -68,6 +82,30 @@ struct PieceTokens {
     bool is_dense;
 };
 
+// Which of `count` sizes in a row, given by their numbers, ends behind `target`, and what those before it come to; `count`,
+// of size 0, if none does.
+struct Found {
+    int index, before, size;
+};
+
+template <class SizeOf>
+__device__ __forceinline__ Found find(int count, int target, int lane, SizeOf size_of) {
+    int before = 0;
+    for (int first = 0; first < count; first += 32) {
+        int size = first + lane < count ? size_of(first + lane) : 0, ends = size;
+        for (int d = 1; d < 32; d *= 2) {
+            int other = __shfl_up_sync(ALL, ends, d);
+            if (lane >= d) ends += other;
+        }
+        uint32_t behind = __ballot_sync(ALL, before + ends > target);
+        int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, size, index);
+        int end_of_index = __shfl_sync(ALL, ends, index);
+        if (behind) return {first + index, before + end_of_index - of_index, of_index};
+        before += __shfl_sync(ALL, ends, 31);
+    }
+    return {count, before, 0};
+}
+
 // Where a program is in its share.
 struct Walk {
     int begin, end;  // of the share
@@ -76,24 +114,13 @@ struct Walk {
 
 template <class Args>
 __device__ __forceinline__ Walk walk_of(const Args& a, const Step& step, int program, int lane) {
-    Walk walk{program * step.share, min((program + 1) * step.share, step.total), a.num_seqs, 0};
+    int begin = program * step.share;
     // the first sequence whose work ends behind the beginning of the share
-    int before = 0;
-    bool found = false;
-    for (int first = 0; first < a.num_seqs && !found; first += 32) {
-        int one = first + lane, len = one < a.num_seqs ? a.seq_lens[one] : 0;
-        bool is_dense = one < a.num_seqs && keeps_all(a, one, len, step.max_dense_len);
-        int work = one < a.num_seqs ? work_of(a.schedule, len, is_dense, step.multiple) : 0, ends = work;
-        for (int d = 1; d < 32; d *= 2) {
-            int other = __shfl_up_sync(ALL, ends, d);
-            if (lane >= d) ends += other;
-        }
-        uint32_t behind = __ballot_sync(ALL, one < a.num_seqs && before + ends > walk.begin);
-        int index = behind ? __ffs(behind) - 1 : 0, of_index = __shfl_sync(ALL, ends - work, index);
-        if (behind) walk.seq = first + index, walk.work_before = before + of_index, found = true;
-        before += __shfl_sync(ALL, ends, 31);
-    }
-    return walk;
+    Found first = find(a.num_seqs, begin, lane, [&](int seq) {
+        int len = a.seq_lens[seq];
+        return work_of(a.schedule, len, keeps_all(a, seq, len, step.max_dense_len), step.multiple);
+    });
+    return {begin, min(begin + step.share, step.total), first.index, first.before};
 }
 
 // The next piece of the share; false behind the last one.
@@ -114,3 +141,19 @@ __device__ __forceinline__ bool next_piece(const Args& a, const Step& step, Walk
     }
     return false;
 }
+
+// Survivors stand close together, in the newest tokens for instance. So that pieces have as many of them, each takes its
+// units from all over the sequence: the units are dealt out to `SPREAD` parts, and pieces go through the parts in turn.
+constexpr uint32_t SPREAD = 63;  // odd, so that no warp has the same parts in every turn
+
+struct Spread {
+    uint32_t part_units, longer_parts;  // units of a part, and how many parts have one more
+
+    static __device__ __forceinline__ Spread of(uint32_t num_units) { return {num_units / SPREAD, num_units % SPREAD}; }
+
+    // where number `index` of a sequence's units stands in it
+    __device__ __forceinline__ uint32_t unit_of(uint32_t index) const {
+        uint32_t turn = index / SPREAD, part = index % SPREAD;
+        return part * part_units + min(part, longer_parts) + turn;
+    }
+};

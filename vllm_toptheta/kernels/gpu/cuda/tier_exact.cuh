@@ -137,14 +137,31 @@ __device__ __forceinline__ uint32_t exact_index(uint32_t head, uint32_t channel)
 }
 
 // ---- a warp's part of a piece ----
+// Where the tokens of a piece stand in their sequence. It is seldom asked, so it is no use to a register.
+struct Place {
+    Spread spread;
+    uint32_t unit_bits, end;  // of the number of sixteens in a unit; of the piece
+    int seq_len, open_start;  // `open_start` is of the page that the next token goes to
+    uint32_t open_rows;       // tokens of that page that were scanned
+    uint32_t specials[4];     // of 32 sixteens each: those with positions that have no copy
+
+    // where sixteen tokens begin, by their number in the piece's order; the end of the sequence behind the end of the piece
+    __device__ __forceinline__ int position_of(uint32_t sixteen) const {
+        uint32_t in_unit = sixteen & ((1u << unit_bits) - 1);
+        return 16 * sixteen < end ? 16 * ((spread.unit_of(sixteen >> unit_bits) << unit_bits) + in_unit) : seq_len;
+    }
+};
+static_assert(sizeof(Place) <= PLACE_BYTES, "room of a place");
+
 struct Warp {
     uint32_t at;                // where the warp's shared memory is
     uint32_t warp, lane, g, t;  // a lane is number t of quad g
-    uint32_t start, end;
+    uint32_t start, end;  // of the piece; tokens in their order where every key is kept, else in that of `Spread`
     int first_recent;
     const int* blocks;
 
     __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
+    __device__ __forceinline__ Place& place() const { return *reinterpret_cast<Place*>(mine() + PLACE_AT); }
     __device__ __forceinline__ uint32_t* heavy() const { return reinterpret_cast<uint32_t*>(mine() + HEAVY_AT); }
 
     // by warp: how many keys it has listed, and IS_DONE if it has scanned all of its stages

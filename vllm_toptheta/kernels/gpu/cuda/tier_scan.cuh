@@ -5,6 +5,7 @@ struct Scan : Warp {
     uint32_t code_stride;
     uint32_t keys_at, weights_at;  // of the lane
     uint32_t leader_bit, below;    // of the lane's token among the bits of a warp, and all bits before it
+    uint32_t first_sixteen;  // of the warp's first stage
     int first_special;
     float logits_soft_cap;
     // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
@@ -24,7 +25,8 @@ struct Scan : Warp {
         keys_at = at + g * HALF + t * KEY_WORDS * 4;
         weights_at = at + WEIGHTS_AT + first_head() * LIGHT_STRIDE * 4;
         leader_bit = 1u << (lane & (ROW_TOKENS == 2 ? ~1u : ~3u)), below = leader_bit - 1;
-        first_special = min(first_recent, int(end)) - int(STEP);
+        first_sixteen = start / 16 + STAGE_SLOTS * warp.warp;
+        first_special = first_recent - 16;
         // as values that the compiler cannot work out again in every step
         opaque(code_base), opaque(keys_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
         logits_soft_cap = a.logits_soft_cap;
@@ -65,16 +67,23 @@ struct Scan : Warp {
     __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
 
     // ---- codes arrive ----
+    // position of the first of sixteen tokens of a stage
+    __device__ __forceinline__ int start_of(uint32_t stage, uint32_t slot) const {
+        return place().position_of(first_sixteen + STAGE_SLOTS * WARPS * stage + slot);
+    }
+
     // slots of the first tokens of each 16 in the stages from `stage` on
-    __device__ __forceinline__ uint32_t load_ids(uint32_t stage) const {
-        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (stage + lane / STAGE_SLOTS)) + 16 * (lane % STAGE_SLOTS);
+    __device__ __forceinline__ void load_ids(uint32_t stage) {
+        int position = start_of(stage + lane / STAGE_SLOTS, lane % STAGE_SLOTS);
         // behind the end block 0 is read: any bytes do
-        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+        next_ids = position < place().seq_len ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+        uint32_t specials = __ballot_sync(ALL, position < NUM_FIRST_ANCHORS || position > first_special);
+        if (lane == 0) place().specials[stage / FETCH_STAGES % 4] = specials;
     }
 
     __device__ __forceinline__ void keep_ids(uint32_t stage) {
         ids()[stage % (2 * FETCH_STAGES) * STAGE_SLOTS + lane] = next_ids;
-        next_ids = load_ids(stage + FETCH_STAGES);
+        load_ids(stage + FETCH_STAGES);
         __syncwarp();
     }
 
@@ -213,7 +222,7 @@ struct Scan : Warp {
     // Step `step` of the stage in `buffer`. `SPECIAL` steps, of which there are few, hold positions without a copy, whose
     // score may be anything.
     template <bool SPECIAL>
-    __device__ __forceinline__ void scan(uint32_t first, const uint32_t* slots_of_stage, uint32_t buffer, uint32_t step) {
+    __device__ __forceinline__ void scan(uint32_t stage, const uint32_t* slots_of_stage, uint32_t buffer, uint32_t step) {
         const uint8_t* keys = dynamic_shared() + (keys_at + buffer + step * STEP * HALF);
         bool is_leader = (lane & (ROW_TOKENS == 2 ? 1 : 3)) == 0;
 #pragma unroll
@@ -226,12 +235,12 @@ struct Scan : Warp {
             const uint8_t* steps = mine() + (buffer + STEPS_AT + 64 * step + 32 * half + 2 * g);
 #pragma unroll
             for (uint32_t r = 0; r < 2; ++r) {
-                uint32_t position = first + 16 * half + g + 8 * r;
+                int position = SPECIAL ? start_of(stage, 2 * step + half) + g + 8 * r : 0;
                 float key_step = half_to_float(*reinterpret_cast<const uint16_t*>(steps + 16 * r));
                 float score[COLUMNS][2];
                 bool is_heavy = false, is_light = false, keep[COLUMNS][2];
-                bool always = SPECIAL && (position < NUM_FIRST_ANCHORS || int(position) >= first_recent);
-                bool is_inside = !SPECIAL || position < end;
+                bool always = SPECIAL && (position < NUM_FIRST_ANCHORS || position >= first_recent);
+                bool is_inside = !SPECIAL || position < place().seq_len;
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
@@ -273,10 +282,18 @@ struct Scan : Warp {
         }
     }
 
+    // the merge reads the rows of the open page, of which a step may have some
+    __device__ __forceinline__ void count_open_rows(uint32_t stage, uint32_t step) const {
+        int position = start_of(stage, 2 * step + lane % 2);
+        int rows = max(min(position + 16, place().seq_len) - max(position, place().open_start), 0);
+        rows += __shfl_xor_sync(ALL, rows, 1);
+        if (lane == 0) place().open_rows += rows;
+    }
+
     // ask for the first stages from `stage` on
     __device__ __forceinline__ void begin(uint32_t stage, uint32_t num_stages) {
         uint32_t fetched = stage / FETCH_STAGES * FETCH_STAGES;
-        next_ids = load_ids(fetched);
+        load_ids(fetched);
         keep_ids(fetched);
         if (stage - fetched + STAGES - 1 > FETCH_STAGES) keep_ids(fetched + FETCH_STAGES);
 #pragma unroll
@@ -289,7 +306,6 @@ struct Scan : Warp {
     // stages from `stage` on, until all are done or the list has no room for another; returns the next
     __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
         uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
-        uint32_t first = start + STAGE_TOKENS * (warp + WARPS * stage);
         for (; stage < num_stages && heavy_count <= HEAVY_ROOM - STAGE_TOKENS; ++stage) {
             async_wait<STAGES - 2>();
             __syncwarp();
@@ -299,20 +315,21 @@ struct Scan : Warp {
             if (ahead < num_stages) request(ahead, free_buffer);
             async_commit();
             const uint32_t* slots_of_stage = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
+            uint32_t specials = place().specials[stage / FETCH_STAGES % 4] >> stage % FETCH_STAGES * STAGE_SLOTS;
 #pragma unroll 1
             for (uint32_t step = 0; step < STAGE_STEPS; ++step) {
-                uint32_t position = first + STEP * step;
-                if (position < NUM_FIRST_ANCHORS || int(position) > first_special)
-                    scan<true>(position, slots_of_stage, buffer, step);
-                else
-                    scan<false>(position, slots_of_stage, buffer, step);
+                if (specials >> 2 * step & 3) {
+                    scan<true>(stage, slots_of_stage, buffer, step);
+                    count_open_rows(stage, step);
+                } else {
+                    scan<false>(stage, slots_of_stage, buffer, step);
+                }
                 __syncwarp();
                 while (light_end - light_begin >= 16) {
                     if (light_begin) weigh_light();
                     request_light();
                 }
             }
-            first += STAGE_TOKENS * WARPS;
             free_buffer = buffer;
             buffer = buffer == (STAGES - 1) * STAGE_BYTES ? 0 : buffer + STAGE_BYTES;
         }

@@ -205,7 +205,15 @@ __device__ __forceinline__ void attend_piece(
     uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);  // [WARPS, 4]
     uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP, keys = 0, copies = 0;
     float* saved = a.saved + (uint64_t)((blockIdx.y * gridDim.x + blockIdx.x) * WARPS + w.warp) * SAVED * 32 + w.lane;
-    int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;  // of the page that the next token goes to
+    int open_start = VALUE_MEAN ? seq_len / BLOCK_SIZE * BLOCK_SIZE : seq_len;
+    if (w.lane == 0) {
+        Place& place = w.place();
+        uint32_t unit = a.schedule.unit;
+        place.spread = Spread::of(divide_up(seq_len, unit)), place.end = w.end;
+        place.unit_bits = __ffs(unit / 16) - 1;  // units are tiles, or pages that tiles consist of
+        place.seq_len = seq_len, place.open_start = open_start, place.open_rows = 0;
+    }
+    __syncwarp();
     if (threadIdx.x == 0) {
         Piece& common = piece_of(shared);
         common.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
@@ -213,7 +221,7 @@ __device__ __forceinline__ void attend_piece(
         common.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
         common.logits_soft_cap = a.logits_soft_cap;
         common.stride_block = a.stride_block, common.stride_token = a.stride_token;
-        common.open_block = max(int(w.start), open_start) < int(w.end) ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
+        common.open_block = open_start < seq_len ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
         common.is_dense = is_dense;
     }
     Exact exact;
@@ -291,7 +299,8 @@ __device__ __forceinline__ void attend_piece(
         } while (!all_done);
     }
     uint32_t rows = __reduce_add_sync(ALL, uint32_t(exact.rows_read));
-    if (w.lane == 0) counts[4 * w.warp] = rows, counts[4 * w.warp + 1] = copies;
+    // the merge reads those of the open page, for the mean
+    if (w.lane == 0) counts[4 * w.warp] = rows + w.place().open_rows, counts[4 * w.warp + 1] = copies;
     __syncthreads();
     add_up(is_dense);
     __syncthreads();
@@ -299,11 +308,7 @@ __device__ __forceinline__ void attend_piece(
     if (threadIdx.x == 0 && a.value_rows_read) {
         copies = rows = 0;
         for (int warp = 0; warp < WARPS; ++warp) rows += counts[4 * warp], copies += counts[4 * warp + 1];
-        // what the merge reads of the open page, for the mean
-        if (is_dense)
-            rows = keys;
-        else
-            rows += max(int(w.end) - max(int(w.start), open_start), 0);
+        if (is_dense) rows = keys;
         atomic_add(a.keys_read + kv_head, keys);
         atomic_add(a.value_rows_read + kv_head, rows);
         atomic_add(a.copies_read + kv_head, copies);
@@ -316,14 +321,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
     int kv_head = blockIdx.x, program = blockIdx.y;
     wait_for_predecessor();
     allow_successor();
-    Step step = step_of(a, lane);
+    Step step = step_of(a, tokens_of(a, lane), a.schedule.num_programs, lane);
     // the kernel in front has read all keys then
     if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
     Walk walk = walk_of(a, step, program, lane);
     PieceTokens piece;
     while (next_piece(a, step, walk, piece)) {
-        w.start = piece.start, w.end = piece.end;
+        uint32_t unit = a.schedule.unit;
+        w.start = piece.start, w.end = piece.is_dense ? piece.end : divide_up(piece.end, unit) * unit;
         w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
         // the page of the last token has no copies yet, or only since this step
         w.first_recent = min(piece.seq_len - NUM_LAST_ANCHORS, (piece.seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);

@@ -73,7 +73,7 @@ def split_sizes(head_size: int, group: int) -> SplitSizes:
     heads = 4 if row_tokens == 2 else 8 * columns
     stage_tokens = 64 if head_size <= 128 else 32
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
-    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4
+    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4 + 48
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
     common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common

@@ -1,7 +1,7 @@
 // What `split.py` does in Triton, nearer to the limit of the memory: every key is scored, and values of survivors read.
 //
-// A program has a share of a kv head's keys (`schedule.py`). Its warps take stages of 16 tokens in turn, so that clustered
-// survivors are everybody's, and need no other until the end of a piece:
+// A program has a share of a kv head's keys (`schedule.py`), from all over a sequence (`Spread`), and its warps take stages of
+// 16 tokens in turn, so that clustered survivors are everybody's. A warp needs no other until the end of a piece:
 //
 //   scan    keys arrive in a ring of stages in shared memory. Tokens are the rows of products, heads the columns. Keys
 //           that reach the threshold of a head go to a ring of 64, with the scores of the group's heads.
@@ -10,7 +10,9 @@
 //
 // Where a sequence keeps every key, values are asked for before their keys are scored. A product may take channels in any
 // order if both sides take the same, so every lane reads 16 bytes in a row. Sums are added in an order that depends on
-// lengths and scores only.
+// lengths, scores and `head_programs` only.
+//
+// New tokens of a sequence are columns beside each other, and each sees the keys up to its own.
 //
 // What `macros_of` in value_split.py names is defined when it is compiled; `device.cuh` stands in front.
 
@@ -20,30 +22,62 @@
 #include "value_sums.cuh"
 #include "value_warp.cuh"
 
-__device__ __forceinline__ void load_queries(const Args& a, int seq, int kv_head) {
-    const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
+struct Place {
+    int kv_head, program, num_programs;
+};
+
+// Heads that keep many keys have more programs than others, but for small steps, in which all keep every key.
+// `first_programs` are those of the first heads, one a lane.
+__device__ __forceinline__ Place place_of(const Args& a, bool all_dense, int first_programs, int lane) {
+    if (!a.head_programs || all_dense) return {int(blockIdx.x), int(blockIdx.y), a.schedule.num_programs};
+    int index = blockIdx.x + gridDim.x * blockIdx.y;
+    Found head = find(a.num_kv_heads, index, lane, [&](int kv_head) {
+        return kv_head < 32 ? first_programs : a.head_programs[kv_head];
+    });
+    return {head.index, index - head.before, head.size};
+}
+
+__device__ __forceinline__ NewTokens new_tokens(const Args& a, int seq) {
+    if (QUERY_LEN == 1) return {seq, 1};
+    int first = a.query_start_loc[seq];
+    return {first, uint32_t(a.query_start_loc[seq + 1] - first)};
+}
+
+__device__ __forceinline__ void load_queries(const Args& a, const NewTokens& tokens, int kv_head) {
+    const uint8_t* query =
+        a.query + (uint64_t)tokens.first * a.query_stride_seq + (uint64_t)kv_head * QUERY_HEADS * a.query_stride_head;
     for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
-        uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
-        *reinterpret_cast<uint4*>(dynamic_shared() + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
-            head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
+        uint32_t column = i / CHUNKS, chunk = i % CHUNKS;
+        uint32_t at = tokens.number_of(column) * a.query_stride_seq + head_of(column) * a.query_stride_head;
+        *reinterpret_cast<uint4*>(dynamic_shared() + QUERY_AT + column * QUERY_STRIDE + 16 * chunk) =
+            column < GROUP ? load16(query + at + 16 * chunk) : make_uint4(0, 0, 0, 0);
     }
 }
 
 // Ask for what a piece needs first: keys and queries, and its thresholds, which may not be there yet if `is_first`.
 __device__ __forceinline__ void begin_piece(const Args& a, Warp& w, const PieceTokens& piece, int kv_head, bool is_first) {
-    w.start = piece.start, w.end = piece.end, w.is_dense = piece.is_dense;
-    uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS);
+    uint32_t unit = a.schedule.unit;
+    NewTokens tokens = new_tokens(a, piece.seq);
+    w.is_dense = piece.is_dense, w.seq_len = piece.seq_len;
+    w.tokens = tokens;
+    // units are tiles, or pages that tiles consist of
+    w.unit_bits = __ffs(unit / STAGE_TOKENS) - 1, w.first_stage = piece.start / STAGE_TOKENS;
+    w.spread = Spread::of(divide_up(piece.seq_len, unit));
+    uint32_t total = divide_up(piece.end, unit) * (unit / STAGE_TOKENS) - w.first_stage;
     w.num_stages = total > w.warp ? divide_up(total - w.warp, WARPS) : 0;
-    w.open_start = VALUE_MEAN ? piece.seq_len / BLOCK_SIZE * BLOCK_SIZE : piece.seq_len;
+    uint32_t seen = tokens.seen_by(0, piece.seq_len);  // by the first of them
+    w.open_start = VALUE_MEAN ? seen / BLOCK_SIZE * BLOCK_SIZE : piece.seq_len;
+    w.special_start = VALUE_MEAN ? w.open_start : seen;
     w.blocks = a.block_table + (long long)piece.seq * a.table_stride;
     w.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
     w.parity ^= 1;
     w.begin();
-    load_queries(a, piece.seq, kv_head);
+    load_queries(a, tokens, kv_head);
     if (is_first) wait_for_predecessor();
     if (threadIdx.x < 16) {
-        const float* thresholds = a.thresholds + ((long long)piece.seq * a.num_kv_heads + kv_head) * GROUP;
-        float threshold = piece.is_dense ? -HIGHEST : threadIdx.x < GROUP ? thresholds[threadIdx.x] : HIGHEST;
+        const float* thresholds = a.thresholds + ((long long)tokens.first * a.num_kv_heads + kv_head) * QUERY_HEADS;
+        uint32_t at = tokens.number_of(threadIdx.x) * a.num_kv_heads * QUERY_HEADS + head_of(threadIdx.x);
+        float threshold = piece.is_dense ? -HIGHEST : threadIdx.x < GROUP ? thresholds[at] : HIGHEST;
         w.thresholds()[threadIdx.x] = threadIdx.x < GROUP ? threshold : HIGHEST;
     }
 }
@@ -108,19 +142,21 @@ __device__ __forceinline__ void write_piece(const Args& a, long long piece, cons
 }
 
 // rows of values that a piece has read, with those of the open page, which the merge reads for the mean
-__device__ __forceinline__ uint32_t rows_of(const PieceTokens& piece, uint32_t open_start) {
-    if (piece.is_dense) return piece.end - piece.start;
+__device__ __forceinline__ uint32_t rows_of_piece() {
     const uint32_t* counts = reinterpret_cast<const uint32_t*>(dynamic_shared() + COUNTS_AT);
-    uint32_t rows = max(piece.end - max(piece.start, int(open_start)), 0);
+    uint32_t rows = 0;
     for (int warp = 0; warp < WARPS; ++warp) rows += counts[warp];
     return rows;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    int kv_head = blockIdx.x, program = blockIdx.y;
     allow_successor();
-    Step step = step_of(a, lane);
+    // with the lengths, not behind them
+    int first_programs = a.head_programs && lane < a.num_kv_heads ? a.head_programs[lane] : 0;
+    StepTokens tokens = tokens_of(a, lane);
+    auto [kv_head, program, num_programs] = place_of(a, tokens.all_dense, first_programs, lane);
+    Step step = step_of(a, tokens, max(num_programs, 1), lane);
     Warp w;
     w.at = warp * WARP_BYTES, w.warp = warp, w.lane = lane, w.g = lane / 4, w.t = lane % 4, w.parity = 0;
     w.stride_block = a.stride_block, w.stride_token = a.stride_token;
@@ -128,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
     w.logits_soft_cap = a.logits_soft_cap;
     PieceTokens piece;
     Walk walk = walk_of(a, step, program, lane);
-    bool has_piece = next_piece(a, step, walk, piece);
+    bool has_piece = num_programs && next_piece(a, step, walk, piece);  // a program of no head has none
     if (has_piece)
         begin_piece(a, w, piece, kv_head, true);
     else
@@ -142,8 +178,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
         else
             w.run_sparse();
         __syncthreads();
-        PieceTokens done = piece;
-        uint32_t open_start = w.open_start;
+        int done = piece.seq;
         const float* thresholds = w.thresholds();
         async_wait<0>();
         // the next keys are on their way while the last values of these arrive, and sums are written
@@ -152,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(c
         w.finish();
         share_sums(w);
         __syncthreads();
-        write_piece(a, (long long)(program + done.seq) * a.num_kv_heads + kv_head, thresholds);
-        if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of(done, open_start));
+        write_piece(a, (long long)(program + done) * a.num_kv_heads + kv_head, thresholds);
+        if (threadIdx.x == 0 && a.value_rows_read) atomic_add(a.value_rows_read + kv_head, rows_of_piece());
     }
 }

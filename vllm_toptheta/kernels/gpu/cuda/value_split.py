@@ -15,6 +15,7 @@ from vllm_toptheta.kernels.gpu.cuda.launching import (
     SplitStep,
     fields,
     macros_for,
+    pointer,
     working_loader,
 )
 from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
@@ -22,6 +23,9 @@ from vllm_toptheta.kernels.gpu.records import Shape
 
 SPLIT = "value_split"
 SOURCE = "value_split.cu"
+# of a step that is no slower if every key is kept: measured with 8 kv heads of 128. With 1, 2 and 4, and heads of 64
+# and 256, it is below 32K tokens too: thresholds cost a time that does not depend on the number of programs
+DENSE_STEP_TOKENS = 20_000
 
 
 class ValueSizes(NamedTuple):
@@ -32,26 +36,25 @@ class ValueSizes(NamedTuple):
         stages: Of the ring in which a warp's keys arrive.
         resident: Programs that a multiprocessor runs at a time.
         shared_bytes: Shared memory of a program.
-        dense_tokens: As of `LaunchConfig`, where it was measured.
     """
 
     warps: int
     stages: int
     resident: int
     shared_bytes: int
-    dense_tokens: int | None = None
 
     @classmethod
     def of(cls, head_size: int, group: int) -> ValueSizes:
-        """Those for heads of a size in groups of `group` queries.
+        """Those for heads of a size in groups of `group` queries, of all new tokens of a sequence together.
 
         Two programs leave room for the merge, which is then there before they end: of small steps it is a fifth.
         """
         if head_size == 64:
             return cls.made(head_size, group, warps=4, stages=6, resident=3 if group <= 8 else 2)
+        if head_size == 96:
+            return cls.made(head_size, group, warps=4, stages=5 if group <= 8 else 4, resident=2)
         if head_size == 128:
-            sizes = cls.made(head_size, group, warps=4, stages=4 if group <= 8 else 3, resident=2)
-            return sizes._replace(dense_tokens=600)
+            return cls.made(head_size, group, warps=4, stages=4 if group <= 8 else 3, resident=2)
         return cls.made(head_size, group, warps=4, stages=3, resident=2 if group <= 4 else 1)
 
     @classmethod
@@ -64,7 +67,8 @@ class ValueSizes(NamedTuple):
         stage = 16 * row_bytes
         ring = (stages - 1) * stage + max(stage, columns * head_size // 16 * 8 * quad * 16)
         warp_bytes = ring + heads * 72 * 4 + 64 * 4
-        common = 8 * columns * (row_bytes + 64) + 64 + 2 * 16 * 4
+        query_stride = row_bytes + (0 if row_bytes % 128 else 64)
+        common = 8 * columns * query_stride + 64 + 2 * 16 * 4
         return cls(warps, stages, resident, warps * (warp_bytes + 3 * 16 * 4) + common)
 
 
@@ -77,7 +81,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *fields(
             ctypes.c_void_p,
-            *("kv_cache", "block_table", "seq_lens", "threshold_offset", "query", "thresholds"),
+            *("kv_cache", "block_table", "seq_lens", "head_programs", "threshold_offset", "query", "thresholds"),
             *("q_scale", "k_scale", "piece_output", "piece_stats", "value_rows_read"),
         ),
         *fields(
@@ -86,6 +90,7 @@ class Arguments(ctypes.Structure):
         *fields(ctypes.c_int32, "table_stride", "num_seqs", "num_kv_heads", "max_dense_len", "min_step_tokens"),
         ("schedule", ScheduleArguments),
         *fields(ctypes.c_float, "softmax_scale", "logits_soft_cap"),
+        ("query_start_loc", ctypes.c_void_p),
     ]
 
 
@@ -94,6 +99,7 @@ def macros_of(shape: Shape, sizes: ValueSizes, *, has_soft_cap: bool) -> tuple[s
     return macros_for(
         shape,
         has_soft_cap=has_soft_cap,
+        QUERY_LEN=shape.QUERY_LEN,
         WARPS=sizes.warps,
         STAGES=sizes.stages,
         RESIDENT=sizes.resident,
@@ -104,9 +110,10 @@ def macros_of(shape: Shape, sizes: ValueSizes, *, has_soft_cap: bool) -> tuple[s
 def is_made_for(head_size: int, group: int, element_bytes: int) -> bool:
     """Whether there is a kernel for heads of a size in groups of `group` queries, and a cached number of so many bytes.
 
-    Rows of other heads are no power of two of 16 bytes; the sums of large groups do not fit into the registers.
+    The sums of large groups, as several new tokens of a sequence make them, do not fit into the registers.
     """
-    return element_bytes == 2 and (head_size in (64, 128) or (head_size == 256 and group <= 8))
+    most = {64: 16, 96: 16, 128: 16, 256: 8}
+    return element_bytes == 2 and group <= most.get(head_size, 0)
 
 
 def loader_for(device: torch.device, head_size: int, group: int) -> ValueLoader:
@@ -143,11 +150,14 @@ def _loaded(loader: ValueLoader, shape: Shape, has_soft_cap: bool) -> Launcher:
     return loader.load(SPLIT, macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap), loader.sizes.shared_bytes)
 
 
-def launch_value_split(loader: ValueLoader, given: SplitStep, *, is_early: bool) -> None:
+def launch_value_split(
+    loader: ValueLoader, given: SplitStep, head_programs: torch.Tensor | None, *, is_early: bool
+) -> None:
     """Enqueue what `split.split_kernel` does in Triton.
 
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
+        head_programs: As of `contract.Layer`.
 
     Raises:
         ValueError: Rows of queries do not start at multiples of 16 bytes.
@@ -155,6 +165,7 @@ def launch_value_split(loader: ValueLoader, given: SplitStep, *, is_early: bool)
         DriverError: The driver refuses a kernel or a launch.
     """
     sizes, grid = loader.sizes, (given.num_kv_heads, given.num_programs, 1)
-    arguments = Arguments(**given.arguments())
+    starts = pointer(given.tokens.query_start_loc)
+    arguments = Arguments(**given.arguments(), query_start_loc=starts, head_programs=pointer(head_programs))
     split = _loaded(loader, given.shape, given.has_soft_cap)
     split.launch(grid, 32 * sizes.warps, sizes.shared_bytes, arguments, given.stream, is_early)

@@ -1,15 +1,21 @@
 // What a warp of value_split.cu does: the scan and the gather.
 
-// where part `chunk` of a row stands in it, so that lanes find theirs in different banks
-__device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) { return 16 * (chunk ^ (row & 6) ^ (row & 1) << 2); }
+// where part `chunk` of a row stands in it, so that lanes find theirs in different banks, as they do in rows with a half
+__device__ __forceinline__ uint32_t place_of(uint32_t row, uint32_t chunk) {
+    return 16 * (HAS_HALF ? chunk : chunk ^ (row & 6) ^ (row & 1) << 2);
+}
 
 // A warp's part of a piece. A lane is number t of quad g. In the scan it has tokens g and g + 8 of a stage, and heads
 // 8 c + 2 t + e; in the gather keys 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of sixteen, and head 8 c + g.
 struct Warp {
     uint32_t at;  // where the warp's shared memory is
     uint32_t warp, lane, g, t;
-    uint32_t start, end, num_stages;
-    uint32_t open_start;  // where the page begins that the sequence's next token goes to
+    uint32_t first_stage, unit_bits, num_stages;  // of the piece, of the number of a unit's stages, and the warp's stages
+    Spread spread;
+    NewTokens tokens;
+    uint32_t seq_len;
+    uint32_t open_start;     // where the page begins that the token behind the first new one goes to
+    uint32_t special_start;  // where keys begin that are of that page, or that not all columns see
     uint32_t parity;      // which of the two sets of thresholds is the piece's
     bool is_dense;
     const int* blocks;
@@ -22,6 +28,7 @@ struct Warp {
     uint4 pending[4][VALUE_PARTS];
     uint32_t ring_begin, ring_end, rows_read;
     int slots_before, slots, next_slots;  // of the first tokens of 32 stages, one a lane
+    uint32_t specials_before, specials, next_specials;  // which of these stages have tokens of the open page, or none
 
     __device__ __forceinline__ uint8_t* mine() const { return dynamic_shared() + at; }
     __device__ __forceinline__ float* ring_scores() const { return reinterpret_cast<float*>(mine() + SCORES_AT); }
@@ -63,19 +70,34 @@ struct Warp {
     }
 
     // ---- keys arrive ----
-    __device__ __forceinline__ int load_slots(uint32_t first_stage) const {
-        uint32_t position = start + STAGE_TOKENS * (warp + WARPS * (first_stage + lane));
-        return position < end ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+    // of the first token of a stage
+    __device__ __forceinline__ uint32_t position_of(uint32_t stage) const {
+        uint32_t index = first_stage + warp + WARPS * stage, in_unit = index & ((1u << unit_bits) - 1);
+        return STAGE_TOKENS * ((spread.unit_of(index >> unit_bits) << unit_bits) + in_unit);
+    }
+
+    __device__ __forceinline__ void load_slots(uint32_t from) {
+        if (from >= num_stages) return;
+        uint32_t position = from + lane < num_stages ? position_of(from + lane) : seq_len;
+        // a stage without tokens has those of the last page, which are finite, as 0 times a value has to be
+        uint32_t page = min(position, seq_len - 1) / BLOCK_SIZE;
+        next_slots = blocks[page] * BLOCK_SIZE + (position < seq_len ? position % BLOCK_SIZE : 0);
+        next_specials = __ballot_sync(ALL, position + STAGE_TOKENS > special_start);
+    }
+
+    __device__ __forceinline__ void take_slots() {
+        slots_before = slots, slots = next_slots;
+        specials_before = specials, specials = next_specials;
     }
 
     __device__ __forceinline__ void request_keys(uint32_t stage) {
-        if (stage % 32 == 0 && stage) slots_before = slots, slots = next_slots, next_slots = load_slots(stage + 32);
+        if (stage % 32 == 0 && stage) take_slots(), load_slots(stage + 32);
         if (stage < num_stages) {
             const uint8_t* from = row_of(__shfl_sync(ALL, slots, stage % 32));
             uint8_t* to = mine() + stage % STAGES * STAGE_BYTES;
 #pragma unroll
             for (uint32_t k = 0; k < CHUNKS / 2; ++k) {
-                uint32_t row = (32 * k + lane) / CHUNKS, chunk = lane % CHUNKS;
+                uint32_t row = (32 * k + lane) / CHUNKS, chunk = (32 * k + lane) % CHUNKS;
                 async_copy16(to + row * ROW_BYTES + place_of(row, chunk), from + row * stride_token + 16 * chunk);
             }
         }
@@ -87,8 +109,12 @@ struct Warp {
         return __shfl_sync(ALL, requested / 32 == stage / 32 ? slots : slots_before, stage % 32);
     }
 
+    __device__ __forceinline__ bool is_special(uint32_t stage, uint32_t requested) const {
+        return (requested / 32 == stage / 32 ? specials : specials_before) >> stage % 32 & 1;
+    }
+
     __device__ __forceinline__ void begin() {
-        slots_before = 0, slots = load_slots(0), next_slots = load_slots(32);
+        load_slots(0), take_slots(), load_slots(32);
 #pragma unroll
         for (uint32_t stage = 0; stage < STAGES - 1; ++stage) request_keys(stage);
     }
@@ -101,7 +127,11 @@ struct Warp {
         for (int k = 0; k < 4; ++k) {
             const uint8_t* value = row_of(slot_at(2 * t + (k & 1) + 8 * (k >> 1))) + (ROW_BYTES + 16 * g);
 #pragma unroll
-            for (int i = 0; i < VALUE_PARTS; ++i) pending[k][i] = load16(value + 128 * i);
+            for (int i = 0; i < VALUE_PARTS - HAS_HALF; ++i) pending[k][i] = load16(value + 128 * i);
+            if constexpr (HAS_HALF) {
+                uint2 half = load8(value + (128 * (VALUE_PARTS - 1) - 8 * g));
+                pending[k][VALUE_PARTS - 1].x = half.x, pending[k][VALUE_PARTS - 1].y = half.y;
+            }
         }
         ring_begin += 16;
     }
@@ -153,7 +183,10 @@ struct Warp {
     }
 
     // channel of row g of a tile; row g + 8 has the next one
-    static __device__ __forceinline__ uint32_t channel_of(uint32_t tile, uint32_t g) { return tile / 4 * 64 + 8 * g + tile % 4 * 2; }
+    static __device__ __forceinline__ uint32_t channel_of(uint32_t tile, uint32_t g) {
+        uint32_t of_lane = HAS_HALF && tile / 4 == VALUE_PARTS - 1 ? 4 : 8;
+        return tile / 4 * 64 + of_lane * g + tile % 4 * 2;
+    }
 
     // ---- 16 tokens ----
     __device__ __forceinline__ uint4 query_part(uint32_t c, uint32_t i) const {
@@ -181,21 +214,28 @@ struct Warp {
         return capped((products[0][2 * r + e] + products[1][2 * r + e]) * scale, logits_soft_cap);
     }
 
-    // `SPECIAL` stages hold positions behind the end, or of the open page.
+    __device__ __forceinline__ bool sees(uint32_t column, uint32_t position) const {
+        return position < tokens.seen_by(column, seq_len);
+    }
+
+    // `SPECIAL` stages hold positions that not all columns see, or of the open page, all rows of which the merge reads.
     template <bool SPECIAL>
-    __device__ __forceinline__ void scan(uint32_t stage, uint32_t first) {
+    __device__ __forceinline__ void scan(uint32_t stage) {
+        uint32_t first = SPECIAL ? position_of(stage) : 0;
+        if (SPECIAL) rows_read += max(int(min(first + STAGE_TOKENS, seq_len)) - int(max(first, open_start)), 0);
         float products[COLUMNS][2][4] = {};
         multiply(stage, products);
         uint32_t slot = slot_of(stage, stage + STAGES - 1);
 #pragma unroll
         for (uint32_t r = 0; r < 2; ++r) {
             uint32_t position = first + g + 8 * r;
-            bool is_inside = !SPECIAL || position < end, survives = false, keep[COLUMNS][2];
+            bool survives = false, keep[COLUMNS][2];
             float score[COLUMNS][2];
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
+                    bool is_inside = !SPECIAL || sees(8 * c + 2 * t + e, position);
                     float s = score_of(products[c], r, e);
                     score[c][e] = s;
                     keep[c][e] = is_inside && s >= threshold[c][e];
@@ -231,16 +271,15 @@ struct Warp {
 
     // the stages of a piece; in the end some values are pending, or not even asked for
     __device__ __forceinline__ void run_sparse() {
-        uint32_t first = start + STAGE_TOKENS * warp, special = min(end, open_start);
-        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+        for (uint32_t stage = 0; stage < num_stages; ++stage) {
             async_wait<STAGES - 2>();
             __syncwarp();
             // what is written to was read in the stage before
             request_keys(stage + STAGES - 1);
-            if (first + STAGE_TOKENS > special)
-                scan<true>(stage, first);
+            if (is_special(stage, stage + STAGES - 1))
+                scan<true>(stage);
             else
-                scan<false>(stage, first);
+                scan<false>(stage);
             __syncwarp();
             if (ring_end - ring_begin >= 16) {
                 if (ring_begin) weigh_values();
@@ -263,13 +302,21 @@ struct Warp {
 
     // Where every key is kept, values are asked for before their keys are scored.
     __device__ __forceinline__ void run_dense() {
-        uint32_t first = start + STAGE_TOKENS * warp;
-        auto request = [&](uint32_t stage, uint32_t from, uint32_t requested) {
-            uint32_t slot = slot_of(stage, requested), last = min(STAGE_TOKENS, end - from) - 1;
+        uint32_t num_tokens = 0, first = 0;  // of the stage whose values are pending
+        auto request = [&](uint32_t stage, uint32_t requested) {
+            uint32_t slot = slot_of(stage, requested);
+            num_tokens = STAGE_TOKENS;
+            first = 0;
+            if (is_special(stage, requested)) {
+                first = position_of(stage);
+                num_tokens = min(max(int(seq_len - first), 0), int(STAGE_TOKENS));
+            }
+            uint32_t last = max(num_tokens, 1u) - 1;
             request_values([&](uint32_t index) { return slot + min(index, last); });
+            rows_read += num_tokens;
         };
-        if (num_stages) request(0, first, 0);
-        for (uint32_t stage = 0; stage < num_stages; ++stage, first += STAGE_TOKENS * WARPS) {
+        if (num_stages) request(0, 0);
+        for (uint32_t stage = 0; stage < num_stages; ++stage) {
             async_wait<STAGES - 2>();
             __syncwarp();
             request_keys(stage + STAGES - 1);
@@ -284,11 +331,14 @@ struct Warp {
                     for (uint32_t r = 0; r < 2; ++r)
                         if (8 * c + 2 * t + e < HEADS)
                             of_stage[(8 * c + 2 * t + e) * SCORE_STRIDE + 8 * r] =
-                                first + g + 8 * r < end ? score_of(products[c], r, e) : DISCARDED;
+                                g + 8 * r < num_tokens &&
+                                        (QUERY_LEN == 1 || sees(8 * c + 2 * t + e, first + g + 8 * r))
+                                    ? score_of(products[c], r, e)
+                                    : DISCARDED;
             __syncwarp();
             if (stage + 1 == num_stages) break;
             weigh_values();
-            request(stage + 1, first + STAGE_TOKENS * WARPS, stage + STAGES - 1);
+            request(stage + 1, stage + STAGES - 1);
         }
     }
 
