@@ -130,29 +130,42 @@ class Harness:
         threshold = torch.full((len(query), NUM_HEADS), -torch.inf)
         if layer > 0:
             for row, (new, prefilling) in enumerate(zip(step.query_lens, step.is_prefilling, strict=True)):
-                if new == 1 and not prefilling:
-                    threshold[starts[row]] = self.threshold(step, query, layer, row)
+                if new <= self.builder.most_tokens and not prefilling:
+                    for token in range(new):
+                        threshold[starts[row] + token] = self.threshold(step, query, layer, row, token)
+        return self.reference(step, query, layer, threshold).output
+
+    def reference(self, step: Step, query: torch.Tensor, layer: int, threshold: torch.Tensor) -> Any:
+        """What the reference makes of a layer's pages.
+
+        Args:
+            step: The last one.
+            query: [num_tokens, num_heads, head_size].
+            layer: Index of the layer.
+            threshold: [num_tokens, num_heads].
+        """
         return paged_top_theta_attention(
             query,
             torch.cat(split_cache(self.caches[layer]), dim=-1),
             self.block_table,
             torch.tensor(step.seq_lens),
-            starts,
+            torch.tensor([0, *step.query_lens]).cumsum(0),
             threshold=threshold,
             target_k=self.builder.plan.dense_rule.max_len,
             softmax_scale=SCALE,
             sinks=self.sinks,
-        ).output
+        )
 
-    def threshold(self, step: Step, query: torch.Tensor, layer: int, row: int) -> torch.Tensor:
-        """[num_heads]: the reference's threshold of a decoding sequence."""
-        length, floor = step.seq_lens[row], self.builder.plan.thresholds.weight_floor
+    def threshold(self, step: Step, query: torch.Tensor, layer: int, row: int, token: int = 0) -> torch.Tensor:
+        """[num_heads]: the reference's threshold of one of a decoding sequence's new tokens."""
+        length = step.seq_lens[row] - step.query_lens[row] + 1 + token
+        floor = self.builder.plan.thresholds.weight_floor
         if floor is None:  # those of `conftest.STORED`
             return torch.full((NUM_HEADS,), 0.4 + 0.1 * math.log(max(length, 129)))
         cache = torch.cat(split_cache(self.caches[layer]), dim=-1)
         key, _ = gather_sequence(cache, self.block_table[row], length)
-        token = query[sum(step.query_lens[:row])][None]
-        scores = causal_scores(token.float(), key.float(), softmax_scale=SCALE)
+        asked = query[sum(step.query_lens[:row]) + token][None]
+        scores = causal_scores(asked.float(), key.float(), softmax_scale=SCALE)
         return relative_threshold(scores, torch.tensor([length]), floor, sinks=self.sinks)[0]
 
 

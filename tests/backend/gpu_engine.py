@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_toptheta.backend.pages import with_tail_rows
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.backend.requests import RequestOffsets
+from vllm_toptheta.kernels.contract import Counters
 from vllm_toptheta.limits import NUM_ANCHORS
 from vllm_toptheta.reference import (
     causal_scores,
@@ -83,8 +85,10 @@ class Engine:
         plan: Plan | None = None,
         sinks: torch.Tensor | None = None,
         tail_rows: str | None = None,
+        num_drafts: int = 0,
     ) -> None:
         """Build it; `tail_rows` names the inner axes of pages with rows behind their tokens, outermost first."""
+        monkeypatch.setattr(gpu, "max_verified", lambda vllm_config: 1 + num_drafts)
         self.float8, self.sinks = float8, sinks
         ones = SimpleNamespace(_q_scale=None, _k_scale=None, _v_scale=None)
         scales = {name: torch.tensor(value, device=DEVICE) for name, value in SCALES.items()}
@@ -145,9 +149,18 @@ class Engine:
             self.kv_cache = self.pages[:, :, :-1]
 
     def step(
-        self, rows: list[int], seq_lens: list[int], query_lens: list[int], offsets: list[float] | None = None
+        self,
+        rows: list[int],
+        seq_lens: list[int],
+        query_lens: list[int],
+        offsets: list[float] | None = None,
+        prompts: Collection[int] = (),
     ) -> torch.Tensor:
-        """Run one step over the sequences in `rows`; largest error against the reference's rows."""
+        """Run one step over the sequences in `rows`, some of which are in their prompts.
+
+        Returns:
+            [num_tokens], the largest error of each against the reference's.
+        """
         lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int()
         block_table = self.block_table[rows]
@@ -168,6 +181,7 @@ class Engine:
             max_seq_len=max(seq_lens),
             block_table_tensor=block_table,
             slot_mapping=torch.zeros(len(query), dtype=torch.int64, device=DEVICE),
+            is_prefilling=torch.tensor([row in prompts for row in rows]),
         )
         self.dense_rows = []
         output = torch.full_like(query, torch.nan, dtype=torch.float16)
@@ -176,8 +190,10 @@ class Engine:
         for row, (start, new, offset) in enumerate(
             zip(starts.tolist()[:-1], query_lens, offsets or [0.0] * len(rows), strict=True)
         ):
-            if new == 1 and not self.builder.is_verifying:
-                threshold[start] = self.threshold(query[start], block_table[row], seq_lens[row]) + offset
+            if new <= self.builder.max_query_len and not self.builder.is_verifying and rows[row] not in prompts:
+                for token in range(start, start + new):
+                    length = seq_lens[row] - (start + new - 1 - token)
+                    threshold[token] = self.threshold(query[token], block_table[row], length) + offset
         expected = self.reference(query, block_table, lens, starts, threshold)
         return (output.float() - expected).abs().amax(dim=(1, 2))
 
@@ -247,9 +263,59 @@ class Engine:
         return sum(buffer.numel() for buffer in self.manager._current_workspaces if buffer is not None)
 
 
+class ShadowModeEngine(Engine):
+    """The engine in mode `shadow`; what is expected of decoding rows, and of full pages, its subclasses say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_lens: list[int], *, plan: Plan, float8: bool) -> None:
+        super().__init__(monkeypatch, max_lens, plan=plan, float8=float8)
+        self.keys_read = 0
+
+    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
+        output = super().reference(query, block_table, lens, starts, threshold)
+        for row, (length, start, end) in enumerate(
+            zip(lens.tolist(), starts.tolist()[:-1], starts.tolist()[1:], strict=True)
+        ):
+            if end - start == 1 and bool(threshold[start].isfinite().all()):
+                output[start] = self.decoded(query[start:end], block_table[row], length, threshold[start].cpu())
+            elif end - start == 1:
+                self.keys_read += length
+        return output
+
+    def decoded(
+        self, query: torch.Tensor, block_row: torch.Tensor, length: int, threshold: torch.Tensor
+    ) -> torch.Tensor:
+        """[num_heads, head_size]: what a sequence's new token should get; its keys are added to `keys_read`."""
+        raise NotImplementedError
+
+    def check_tails(self, row: int, length: int) -> None:
+        """What the tails of a sequence's full pages hold is the reference's."""
+        raise NotImplementedError
+
+    def run_mixed_steps(self, tolerance: float) -> Counters:
+        """Prefill sequences of up to 310, 390 and 90 tokens, decode two beside the rest of the third, then all."""
+        assert self.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
+        assert self.dense_rows == [703]
+        self.check_tails(1, 370)
+        # decoding sequences stand in front
+        assert self.step([0, 1, 2], [301, 371, 53], [1, 1, 20]).max() < tolerance
+        assert self.dense_rows == [20]
+        for step in range(1, 5):  # across the ends of pages: 304 and 56
+            lens = [301 + step, 371 + step, 53 + step]
+            assert self.step([0, 1, 2], lens, [1, 1, 1]).max() < tolerance, lens
+            assert self.dense_rows == []
+        self.check_tails(0, 305)
+        self.check_tails(1, 375)
+        counters = self.impl.layer_plan.counters.buffers
+        decoded, dense, cached, steps, asked = counters.totals.tolist()
+        assert (decoded, dense, steps, asked) == (2 + 3 * 4, 4, 1 + 4, 0)
+        assert 0 < int(counters.value_rows_read[0]) <= int(counters.keys_read[0]) < cached
+        assert float(counters.lost_mass.min()) > 0
+        return counters
+
+
 def flash_attention_builder(
     builder: Any, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
 ) -> None:
     """What our builder needs of its parent's constructor, which asks for a GPU's FlashAttention."""
     AttentionMetadataBuilder.__init__(builder, kv_cache_spec, layer_names, vllm_config, device)
-    builder._init_reorder_batch_threshold = lambda threshold: None
+    builder._init_reorder_batch_threshold = lambda threshold: setattr(builder, "reorder_batch_threshold", threshold)

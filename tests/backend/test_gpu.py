@@ -11,20 +11,26 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, Engine, asking, make_plan
-from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
-from vllm_toptheta.backend import gpu
+from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, TARGET_K, Engine, asking, make_plan
+from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Shape, cuda_loader
+from vllm_toptheta.backend import gpu, program_balance
 from vllm_toptheta.backend.gpu import GpuTopThetaBackend
 from vllm_toptheta.backend.hooks import warm_up
+from vllm_toptheta.backend.kernel_choice import max_verified
 from vllm_toptheta.backend.pages import with_tail_rows
 from vllm_toptheta.backend.support_checks import check_split
 from vllm_toptheta.errors import UnsupportedError
+from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
+from vllm_toptheta.limits import ALLOW_UNTESTED, MAX_QUERY_LEN
+from vllm_toptheta.selection import ServedThresholds
+from vllm_toptheta.store import ThresholdCurve
 
 pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 
@@ -68,6 +74,28 @@ def test_a_server_with_few_kv_heads_is_told_so(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(gpu, "FEW_CHANNELS", most)
         Engine(monkeypatch, [60])
         assert any("longer than with FlashAttention-3" in warning for warning in warnings) is is_said
+
+
+def test_heads_that_keep_more_keys_get_more_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel in CUDA C++, whose outputs are right before and after."""
+    loader = cuda_loader(Shape((1,), NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE))
+    monkeypatch.setattr(value_split, "find_loader", lambda *_: loader)
+    monkeypatch.setattr(program_balance, "WINDOW_STEPS", 4)
+    monkeypatch.setattr(program_balance, "MIN_ROWS", 1)
+    plan = make_plan()
+    theta = np.array([-10.0] * (NUM_HEADS // 2) + [2.0] * (NUM_HEADS // 2), np.float32)
+    curve = ThresholdCurve(TARGET_K, np.stack([theta, theta])[..., None], TARGET_K + 1, 4096, label="k:8")
+    engine = Engine(monkeypatch, [400], plan=replace(plan, thresholds=ServedThresholds.calibrated(curve)))
+    monkeypatch.setattr(engine, "threshold", lambda *_: torch.from_numpy(theta))
+    engine.step([0], [380], [380])
+    programs = engine.impl.layer.head_programs
+    first, second = programs.tolist()
+    assert first == second
+    for length in range(381, 393):
+        assert engine.step([0], [length], [1]).max() < 2e-3
+    many, few = programs.tolist()
+    assert many > first > few
+    assert many + few == first + second
 
 
 def test_requests_have_floors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +190,86 @@ def test_float8_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("in_cuda", [False, True])
+def test_drafts_are_verified_by_thresholds(monkeypatch: pytest.MonkeyPatch, in_cuda: bool) -> None:
+    if in_cuda:
+        group = NUM_HEADS // NUM_KV_HEADS
+        monkeypatch.setattr(
+            value_split,
+            "find_loader",
+            lambda device, size, queries, bytes_: cuda_loader(
+                Shape((1,), queries // group * NUM_HEADS, NUM_KV_HEADS, size)
+            ),
+        )
+    engine = Engine(monkeypatch, [190, 160], plan=make_plan(3.0), num_drafts=4)
+    assert engine.builder.reorder_batch_threshold == 5
+    reserved = engine.reserved_bytes
+    assert engine.step([0, 1], [158, 146], [158, 146]).max() < 2e-3
+    assert engine.step([0, 1], [163, 151], [5, 5]).max() < 2e-3  # over the end of a page at 160
+    assert engine.dense_rows == []
+    # all drafts are rejected of one, so that 160 is filled once more, and two of the other's
+    assert engine.step([0, 1], [164, 150], [5, 1]).max() < 2e-3
+    assert engine.step([1, 0], [153, 165], [3, 5]).max() < 2e-3
+    assert engine.step([0, 1], [164, 154], [1, 1]).max() < 2e-3
+    # behind them, a prompt, the last tokens of which are as few as drafts are
+    assert engine.step([0, 1], [167, 160], [3, 6]).max() < 2e-3
+    assert engine.dense_rows == [6]
+    assert engine.step([0, 1], [169, 158], [2, 4], prompts=[1]).max() < 2e-3
+    assert engine.dense_rows == [4]
+    counters = engine.impl.layer_plan.counters.buffers
+    decoded = 10 + 6 + 8 + 2 + 3 + 2
+    assert counters.totals[[0, 3]].tolist() == [decoded, 6]
+    assert counters.lost_mass_histogram.sum(dim=1).tolist() == [decoded - int(counters.totals[1])] * NUM_HEADS
+    assert engine.reserved_bytes == reserved  # nothing grows while steps run
+
+
+def test_levels_of_requests_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, [180, 190], plan=make_plan(4.0), num_drafts=3)
+    requests, lower = engine.impl.requests, -math.log(4.0)
+    requests.step(asking(dense="dense", one="floor:1"), {"dense", "one"}, ["dense", "one"])
+    engine.step([0, 1], [160, 170], [160, 170])
+    assert engine.step([0, 1], [164, 172], [4, 2], [-torch.inf, lower]).max() < 2e-3
+    requests.step([], {"dense", "one"}, ["one", "dense"])
+    assert engine.step([1, 0], [176, 165], [4, 1], [lower, -torch.inf]).max() < 2e-3
+    assert engine.impl.layer_plan.counters.buffers.totals.tolist()[4] == 4 + 2 + 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "changes", "heads", "expected"),
+    [
+        (None, {}, 8, 1),
+        (1, {}, 8, 2),
+        (MAX_QUERY_LEN - 1, {}, 8, MAX_QUERY_LEN),
+        (MAX_QUERY_LEN - 1, {}, 16, 1),
+        (3, {}, 16, 4),
+        (MAX_QUERY_LEN, {}, 1, 1),
+        (3, {"mode": "shadow"}, 1, 1),
+        (3, {"lossless": True}, 1, 1),
+    ],
+)
+def test_where_drafts_are_verified_by_thresholds(
+    monkeypatch: pytest.MonkeyPatch, num_drafts: int | None, changes: dict[str, Any], heads: int, expected: int
+) -> None:
+    speculative = None if num_drafts is None else SimpleNamespace(num_speculative_tokens=num_drafts)
+    model = SimpleNamespace(get_num_attention_heads=lambda _: heads, get_num_kv_heads=lambda _: 1)
+    config = SimpleNamespace(
+        speculative_config=speculative,
+        additional_config={"toptheta": changes},
+        model_config=model,
+        parallel_config=None,
+    )
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    assert max_verified(config) == expected
+    is_uniform = expected > 1 or "lossless" in changes
+    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    support = AttentionCGSupport.UNIFORM_BATCH if is_uniform else single
+    assert gpu.GpuMetadataBuilder.get_cudagraph_support(config, None) == support
+    most = gpu.GpuMetadataBuilder.get_varlen_cudagraph_max_query_len(config, None)
+    assert most == (expected if expected > 1 else None)
+    monkeypatch.delenv(ALLOW_UNTESTED)
+    assert max_verified(config) == 1  # no card has run it
+
+
 def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch, [90, 60])
     engine.step([0, 1], [44, 30], [44, 30])
@@ -195,18 +303,6 @@ def test_what_verifies_is_dense_and_what_drafts_is_sparse(monkeypatch: pytest.Mo
         assert engine.dense_rows == [10]
     # what is counted are drafts
     assert totals[0] == 3 * 4 * 2
-
-
-@pytest.mark.parametrize(
-    ("options", "support"),
-    [
-        ({}, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
-        ({"lossless": True}, AttentionCGSupport.UNIFORM_BATCH),
-    ],
-)
-def test_steps_that_graphs_may_capture(options: dict[str, Any], support: AttentionCGSupport) -> None:
-    config = SimpleNamespace(additional_config={"toptheta": options})
-    assert gpu.GpuMetadataBuilder.get_cudagraph_support(config, None) == support
 
 
 def test_what_warm_up_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from tests.backend.gpu_engine import (
     NUM_HEADS,
     NUM_KV_HEADS,
     SCALE,
-    Engine,
+    ShadowModeEngine,
     asking,
 )
-from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from tests.kernels.decode_case import DEVICE, MARKS
 from tests.shadow_store import make_shadow_store, projection_of
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
@@ -38,17 +38,13 @@ from vllm_toptheta.selection import ServedThresholds
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.store import ThresholdStore
 
-pytestmark = [
-    pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT),
-    # of a key that survives, which is selected away
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
-]
+pytestmark = MARKS
 
 LAYER, CODE_BYTES = 1, 16
 WEIGHT_FLOOR = 6.0
 
 
-class ShadowEngine(Engine):
+class ShadowEngine(ShadowModeEngine):
     """The engine in mode `shadow`; what its reference expects of decoding rows has candidates."""
 
     def __init__(
@@ -83,19 +79,7 @@ class ShadowEngine(Engine):
             shadow=self.store.shadow,
         )
         super().__init__(monkeypatch, max_lens, plan=plan, float8=float8)
-        self.keys_read = 0
         codes_view(self.kv_cache, CODE_BYTES).fill_(0xA5)
-
-    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
-        output = super().reference(query, block_table, lens, starts, threshold)
-        for row, (length, start, end) in enumerate(
-            zip(lens.tolist(), starts.tolist()[:-1], starts.tolist()[1:], strict=True)
-        ):
-            if end - start == 1 and bool(threshold[start].isfinite().all()):
-                output[start] = self.decoded(query[start:end], block_table[row], length, threshold[start].cpu())
-            elif end - start == 1:
-                self.keys_read += length
-        return output
 
     def decoded(
         self, query: torch.Tensor, block_row: torch.Tensor, length: int, threshold: torch.Tensor
@@ -134,7 +118,7 @@ class ShadowEngine(Engine):
         )
         return result.output[0].to(query.device)
 
-    def check_codes(self, row: int, length: int) -> None:
+    def check_tails(self, row: int, length: int) -> None:
         """The codes of a sequence's full pages are the reference's, and its open page has none."""
         num_full = length // BLOCK_SIZE
         key, _ = gather_sequence(self.scaled_cache(), self.block_table[row], num_full * BLOCK_SIZE)
@@ -147,23 +131,9 @@ class ShadowEngine(Engine):
 @pytest.mark.parametrize("float8", [False, True])
 def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, float8: bool) -> None:
     engine = ShadowEngine(monkeypatch, tmp_path, [310, 390, 90], float8=float8)
-    assert engine.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
-    assert engine.dense_rows == [703]
-    engine.check_codes(1, 370)
-    assert engine.step([0, 1, 2], [301, 371, 53], [1, 1, 20]).max() < 3e-3  # decoding sequences stand in front
-    assert engine.dense_rows == [20]
-    for step in range(1, 5):  # across the ends of pages: 304 and 56
-        lens = [301 + step, 371 + step, 53 + step]
-        assert engine.step([0, 1, 2], lens, [1, 1, 1]).max() < 3e-3, lens
-        assert engine.dense_rows == []
-    engine.check_codes(0, 305)
-    engine.check_codes(1, 375)
-    counters = engine.impl.layer_plan.counters.buffers
-    decoded, dense, cached, steps, asked = counters.totals.tolist()
-    assert (decoded, dense, steps, asked) == (2 + 3 * 4, 4, 1 + 4, 0)
+    counters = engine.run_mixed_steps(3e-3)
     assert int(counters.keys_read[0]) == engine.keys_read
-    assert 0 < int(counters.value_rows_read[0]) < int(counters.keys_read[0]) < cached
-    assert float(counters.lost_mass.min()) > 0
+    assert int(counters.value_rows_read[0]) < engine.keys_read
 
 
 @pytest.mark.parametrize("compensation", ["sdc", "none"])
@@ -179,7 +149,7 @@ def test_requests_may_ask_for_dense_decoding(monkeypatch: pytest.MonkeyPatch, tm
     engine.impl.requests.step(asking(plain=None, dense="dense"), {"plain", "dense"}, ["plain", "dense"])
     engine.step([0, 1], [300, 303], [300, 303])
     assert engine.step([0, 1], [301, 304], [1, 1], [0.0, -torch.inf]).max() < 3e-3
-    engine.check_codes(1, 304)  # also a dense sequence leaves them behind, for whoever shares the page
+    engine.check_tails(1, 304)  # also a dense sequence leaves them behind, for whoever shares the page
     # another order
     engine.impl.requests.step([], {"plain", "dense"}, ["dense", "plain"])
     assert engine.step([1, 0], [305, 302], [1, 1], [-torch.inf, 0.0]).max() < 3e-3
@@ -217,7 +187,7 @@ def test_a_page_that_another_sequence_fills_in_the_same_step(
     else:
         assert engine.step([0, 1], [192, 195], [1, 1]).max() < 3e-3
     assert int(engine.impl.layer_plan.counters.buffers.keys_read[0]) == engine.keys_read
-    engine.check_codes(0, 192)
+    engine.check_tails(0, 192)
 
 
 def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,10 +196,10 @@ def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_pat
     # four drafts are attended to densely, over the end of a page at 208; then all of them are rejected
     assert engine.step([0], [209], [5]).max() < 3e-3
     assert engine.dense_rows == [5]
-    engine.check_codes(0, 209)
+    engine.check_tails(0, 209)
     for length in range(206, 211):  # 208 is filled once more, with another token
         assert engine.step([0], [length], [1]).max() < 3e-3
-    engine.check_codes(0, 210)
+    engine.check_tails(0, 210)
 
 
 def test_warm_up_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

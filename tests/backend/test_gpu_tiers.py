@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backend.gpu_engine import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, SCALES, Engine
+from tests.backend.gpu_engine import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, SCALES, ShadowModeEngine
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
 from tests.kernels.tier_case import scaled
-from vllm_toptheta.backend.gpu import FLOAT8, shadow_config
+from vllm_toptheta.backend.gpu import FLOAT8
+from vllm_toptheta.backend.kernel_choice import shadow_config
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import tier_bytes
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(not RUNS_HERE, reason=WHY_NOT)
 WEIGHT_FLOOR, HEAVY = 2.0, 0.02
 
 
-class TierEngine(Engine):
+class TierEngine(ShadowModeEngine):
     """The engine in mode `shadow` without a store; its reference decodes rows by tiers."""
 
     def __init__(
@@ -57,29 +58,21 @@ class TierEngine(Engine):
             heavy=HEAVY,
         )
         super().__init__(monkeypatch, max_lens, plan=plan, float8=float8)
-        self.keys_read = 0
         self.codes = codes_view(self.kv_cache, tier_bytes(HEAD_SIZE))
         self.codes.fill_(0x7F)
 
-    def reference(self, query: torch.Tensor, block_table: Any, lens: Any, starts: Any, threshold: Any) -> torch.Tensor:
-        output = super().reference(query, block_table, lens, starts, threshold)
-        for row, (length, start, end) in enumerate(
-            zip(lens.tolist(), starts.tolist()[:-1], starts.tolist()[1:], strict=True)
-        ):
-            if end - start == 1 and bool(threshold[start].isfinite().all()):
-                tokens = gather_sequence(self.scaled_cache(), block_table[row], length)
-                key, value = (part.float().cpu() for part in tokens)
-                scales = (SCALES["_k_scale"], SCALES["_v_scale"]) if self.float8 else (1.0, 1.0)
-                keys, values = scaled(*self.copies(block_table[row], length), *scales)
-                result = tiered_attention(
-                    self.scaled(query[start:end]).float().cpu(), key, value, weight_floor=WEIGHT_FLOOR, heavy=HEAVY,
-                    block_size=BLOCK_SIZE, softmax_scale=SCALE, keys=keys, values=values,
-                )  # fmt: skip
-                self.keys_read += int(result.exact[0, 0].sum())
-                output[start] = result.output[0].to(query.device)
-            elif end - start == 1:
-                self.keys_read += length
-        return output
+    def decoded(
+        self, query: torch.Tensor, block_row: torch.Tensor, length: int, threshold: torch.Tensor
+    ) -> torch.Tensor:
+        key, value = (part.float().cpu() for part in gather_sequence(self.scaled_cache(), block_row, length))
+        scales = (SCALES["_k_scale"], SCALES["_v_scale"]) if self.float8 else (1.0, 1.0)
+        keys, values = scaled(*self.copies(block_row, length), *scales)
+        result = tiered_attention(
+            self.scaled(query).float().cpu(), key, value, weight_floor=WEIGHT_FLOOR, heavy=HEAVY,
+            block_size=BLOCK_SIZE, softmax_scale=SCALE, keys=keys, values=values,
+        )  # fmt: skip
+        self.keys_read += int(result.exact[0, 0].sum())
+        return result.output[0].to(query.device)
 
     def copies(self, block_row: torch.Tensor, length: int) -> tuple[KeyCopies, ValueCopies]:
         """What the reference makes of a sequence as it is stored, scales left out."""
@@ -87,7 +80,7 @@ class TierEngine(Engine):
         key, value = (part.float().cpu() for part in gather_sequence(stored, block_row, length))
         return copy_keys(key, key_centre(key)), copy_values(value)
 
-    def check_copies(self, row: int, length: int) -> None:
+    def check_tails(self, row: int, length: int) -> None:
         """The copies of a sequence's full pages are the reference's."""
         num_full = length // BLOCK_SIZE
         views = CopyViews.of(self.codes, HEAD_SIZE)
@@ -106,24 +99,10 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, float8:
     engine = TierEngine(monkeypatch, [310, 390, 90], float8=float8)
     # float8 is read by the kernels in Triton, and on CPUs there are no others
     assert engine.impl.loaders.tiers is None or not float8
-    assert engine.step([0, 1, 2], [300, 370, 33], [300, 370, 33]).max() < 3e-3
-    assert engine.dense_rows == [703]
-    engine.check_copies(1, 370)
-    assert engine.step([0, 1, 2], [301, 371, 53], [1, 1, 20]).max() < 6e-3  # decoding sequences stand in front
-    assert engine.dense_rows == [20]
-    for step in range(1, 5):  # across the ends of pages: 304 and 56
-        lens = [301 + step, 371 + step, 53 + step]
-        assert engine.step([0, 1, 2], lens, [1, 1, 1]).max() < 6e-3, lens
-        assert engine.dense_rows == []
-    engine.check_copies(0, 305)
-    engine.check_copies(1, 375)
-    counters = engine.impl.layer_plan.counters.buffers
-    decoded, dense, cached, steps, asked = counters.totals.tolist()
-    assert (decoded, dense, steps, asked) == (2 + 3 * 4, 4, 1 + 4, 0)
+    counters = engine.run_mixed_steps(6e-3)
     assert abs(int(counters.keys_read[0]) - engine.keys_read) <= 4
-    assert 0 < int(counters.value_rows_read[0]) <= int(counters.keys_read[0]) < cached
-    assert 0 < int(counters.copies_read[0]) < cached
-    assert float(counters.lost_mass.min()) > 0
+    assert counters.copies_read is not None
+    assert 0 < int(counters.copies_read[0]) < int(counters.totals[2])
     assert engine.impl.layer_plan.guard is not None  # what is lost is measured
 
 

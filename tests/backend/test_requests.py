@@ -214,7 +214,10 @@ class Batches(RuleBasedStateMachine):
         others = [req_id for req_id in self.known if req_id not in first]
         chosen = first + others[: data.draw(st.integers(0, ROWS - len(first)))]
         self.rows = data.draw(st.permutations(chosen))
-        self.requests.step(new, self.known.keys(), self.rows)
+        resumed = data.draw(st.sets(st.sampled_from(self.rows))) if self.rows else set()
+        self.requests.step(new, self.known.keys(), self.rows, resumed)
+        arrived = resumed.union(request.req_id for request in new)
+        assert self.requests.arrived_rows == [row for row, req_id in enumerate(self.rows) if req_id in arrived]
         self.new = []
         offsets = [
             UNVERIFIED.parse(self.known[req_id]) if self.known[req_id] is not None else COMMON for req_id in self.rows

@@ -36,8 +36,8 @@ def test_the_plain_configuration_is_accepted(make_config: MakeConfig) -> None:
     [
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         (
-            {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
-            "KV connectors",
+            {"kv_transfer_config": KVTransferConfig(kv_connector="NixlPushConnector", kv_role="kv_both")},
+            "^--kv-transfer-config NixlPushConnector: only ExampleConnector",
         ),
         ({"runner": "pooling"}, "only generation"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
@@ -176,7 +176,6 @@ def test_hybrids_are_for_cpus_without_prefixes(monkeypatch: pytest.MonkeyPatch, 
         ("use_non_causal", True, "non-causal"),
         ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype"),
         ("block_size", 24, "block_size"),
-        ("use_kv_connector", True, "KV connector"),
         ("dtype", torch.float64, "dtype"),
     ],
 )

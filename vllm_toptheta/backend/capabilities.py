@@ -27,7 +27,6 @@ REFUSED = {
     "supports_rswa": "windows that a model moves are not followed",
     "supports_batch_invariance": "how a sequence is split depends on the batch",
     "supports_per_head_quant_scales": "kernels take one scale for all heads",
-    "supports_kv_connector": "connectors copy pages without their tails",
     "supports_device_cpu_query_lens_mismatch": "steps are divided by the lengths on the host",
 }
 
@@ -52,6 +51,11 @@ class BackendCapabilities:
     @classmethod
     def supports_sliding_window(cls) -> bool:
         """Yes: layers with a window are dense."""
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Yes: which of them, `support.connectors` says."""
         return True
 
 

@@ -30,21 +30,24 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.cpu_native import NativeAttention, NativeStep
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
+from vllm_toptheta.backend.hooks import nixl_pages
 from vllm_toptheta.backend.layers import choose_tail_writers
 from vllm_toptheta.backend.pages import more_memory
 from vllm_toptheta.backend.plan import ALWAYS_SPARSE, DenseRule, Plan
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
-from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing
+from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing, connector_of
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
-from vllm_toptheta.kernels.cpu import shadow, tiers, values
+from vllm_toptheta.kernels.cpu import values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode, prepare_tails
 from vllm_toptheta.kernels.cpu.cache import write_kv
+from vllm_toptheta.kernels.cpu.decode_step import decode
 from vllm_toptheta.kernels.cpu.prefill import prefill
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 from vllm_toptheta.kernels.cpu.tails import write_tails
-from vllm_toptheta.limits import BLOCK_MULTIPLE
+from vllm_toptheta.limits import BLOCK_MULTIPLE, MAX_QUERY_LEN
+from vllm_toptheta.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -101,6 +104,10 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         check_sharing(layers, vllm_config)
         dtype = vllm_config.model_config.dtype
         self.native = NativeAttention.of(kv_cache_spec, layers, dtype)
+        connector = connector_of(vllm_config)
+        self.has_connector = connector is not None
+        if connector is not None and connector.is_nixl:
+            nixl_pages.install()
         plan = Plan.resolve(vllm_config)
         self.plan = replace(plan, automatic=self._best_dense(plan, kv_cache_spec))
         rank = get_tensor_model_parallel_rank()
@@ -108,6 +115,7 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             self.plan.log(more_memory=more_memory(kv_cache_spec, self.plan.code_bytes))
             if self.plan.code_bytes:
                 logger.warning_once("toptheta: mode shadow is for trying on CPUs, where it is slower than mode values")
+        self.most_tokens = _verified_tokens(plan.settings, vllm_config)
         self.requests = request_offsets(self.plan.choices, vllm_config, vllm_config.scheduler_config.max_num_seqs)
         layer_plans = []
         for name, layer in layers.items():
@@ -143,10 +151,10 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             # what is answered is dense, except where a request does without; drafts are asked for below
             is_lossy = torch.zeros_like(is_decode)
             is_lossy[self.requests.lossy_rows] = True
-            is_decode &= is_lossy & (query_lens <= 1 + self.plan.settings.most_draft_tokens)
+            is_decode &= is_lossy
         else:
             self.guard_monitor.step()
-            is_decode &= query_lens == 1
+        is_decode &= query_lens <= (1 if common.is_prefilling is None else self.most_tokens)
         if common.is_prefilling is not None:
             # the last token of a prompt is dense too, also when it is the only one left to compute
             is_decode &= ~common.is_prefilling[: common.num_reqs]
@@ -184,6 +192,8 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
             tails=prepare_tails(
                 TailStep(block_table, seq_lens, starts, max_query_len=common.max_query_len),
                 self.kv_cache_spec.block_size,
+                # connectors bring keys and values, and no tails
+                self.requests.arrived_rows if self.has_connector else (),
             ),
         )
 
@@ -215,15 +225,32 @@ class CpuMetadataBuilder(BuilderCapabilities, AttentionMetadataBuilder[StepMetad
         """
         if not len(rows):
             return None
+        rule = self.plan.dense_rule
+        per_row = 1 if self.plan.settings.lossless else len(rows) / len(rows.unique())
         step = DecodeStep(
             block_table,
             seq_lens,
-            max_dense_len=self.plan.dense_rule.max_len,
-            min_step_tokens=self.plan.dense_rule.min_step_tokens,
+            max_dense_len=rule.max_len,
+            # vLLM's own attention reads a sequence's keys for all of its tokens at once
+            min_step_tokens=round(rule.min_step_tokens * per_row**2),
             length_range=self.plan.length_range,
             threshold_offset=self.requests.offsets[rows],
         )
         return prepare_decode(step, self.kv_cache_spec.block_size)
+
+
+def _verified_tokens(settings: Settings, vllm_config: Any) -> int:
+    """Tokens of a sequence, drafts included, that are decoded in one step, each as if it were the last.
+
+    Args:
+        settings: The options in force.
+        vllm_config: The engine's.
+    """
+    if settings.lossless:
+        return 1 + settings.most_draft_tokens
+    speculative = vllm_config.speculative_config
+    # with more drafts, a sequence is verified densely
+    return MAX_QUERY_LEN if speculative is not None else 1
 
 
 class CpuTopThetaBackend(BackendCapabilities, AttentionBackend):
@@ -347,8 +374,7 @@ class CpuTopThetaImpl(SparseLayer, ImplCapabilities, AttentionImpl[StepMetadata]
         if step.decode is not None:
             tokens, decoded = step.decode_tokens, query[step.decode_tokens]
             target = output[tokens] if isinstance(tokens, slice) else torch.empty_like(decoded, dtype=output.dtype)
-            kernels = shadow if self.layer.shadow else tiers if self.layer.tiers else values
-            kernels.decode(step.decode, LayerCall(decoded, target, self._cache, self.layer), scratch)
+            decode(step.decode, LayerCall(decoded, target, self._cache, self.layer), scratch)
             if not isinstance(tokens, slice):
                 output[tokens] = target
         if step.rest is not None:

@@ -7,6 +7,7 @@ decode run in FULL CUDA graphs, so there everything that depends on lengths is d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,30 +30,25 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from vllm_toptheta.backend.capabilities import BackendCapabilities, BuilderCapabilities, ImplCapabilities
 from vllm_toptheta.backend.guard_monitor import GuardMonitor
 from vllm_toptheta.backend.hooks import sleep, warm_up
+from vllm_toptheta.backend.kernel_choice import Loaders, best_dense, max_verified, shadow_config
 from vllm_toptheta.backend.layers import choose_tail_writers
 from vllm_toptheta.backend.pages import more_memory, tokens_of_row
-from vllm_toptheta.backend.plan import DenseRule, Plan, logger
+from vllm_toptheta.backend.plan import Plan, logger
+from vllm_toptheta.backend.program_balance import ProgramBalance
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing, check_split
 from vllm_toptheta.backend.versions import without_decodes
-from vllm_toptheta.kernels.contract import DecodeStep, LayerCache, LayerCall, TailStep
+from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
-from vllm_toptheta.kernels.gpu.cuda import tier_split, value_split
-from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
-from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import (
-    ShadowConfig,
-    launch_config,
-    num_multiprocessors,
-    tier_config,
-)
+from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
 from vllm_toptheta.limits import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, HEAD_SIZES
 from vllm_toptheta.settings import Settings
 
-# channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured
+# channels of the kv heads on a GPU up to which thresholds were slower than FlashAttention-3 in every step measured,
+# with the kernel in Triton
 FEW_CHANNELS = 128
 
 FLOAT8 = torch.float8_e4m3fn  # what vLLM stores for `FLOAT8_CACHE_DTYPES`
@@ -63,53 +59,16 @@ class StepSplit:
     """How a step is divided; decoding sequences stand in front of the batch.
 
     Attributes:
-        num_decodes: Sequences with one new token, and as many tokens.
+        num_decode_tokens: New tokens of sequences that decode: the last one of each, and drafts.
         decode: Those sequences.
         tails: All sequences.
         prefill: FlashAttention's metadata of everything behind those that decode, or None.
     """
 
-    num_decodes: int
+    num_decode_tokens: int
     decode: DecodeStep
     tails: TailStep
     prefill: FlashAttentionMetadata | None
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """What loads kernels in CUDA C++; None where those in Triton are taken.
-
-    Attributes:
-        values: Of mode `values`.
-        tiers: Of copies of keys and values.
-    """
-
-    values: ValueLoader | None = None
-    tiers: TierLoader | None = None
-
-    @classmethod
-    def find(cls, plan: Plan, spec: AttentionSpec, group: int, device: torch.device) -> Loaders:
-        """Those that a plan needs, for `group` query heads on a kv head."""
-        arguments = device, spec.head_size, group, spec.dtype.itemsize
-        if plan.heavy is not None:
-            return cls(tiers=tier_split.find_loader(*arguments))
-        return cls() if plan.code_bytes else cls(values=value_split.find_loader(*arguments))
-
-
-def best_dense(plan: Plan, spec: AttentionSpec, device: torch.device, loaders: Loaders) -> DenseRule:
-    """Which sequences of a rank are decoded no faster by thresholds, as the launch parameters say."""
-    config = (
-        shadow_config(plan, loaders.tiers)
-        if plan.code_bytes
-        else launch_config(spec.head_size, spec.dtype.itemsize, device).for_loader(loaders.values)
-    )
-    return DenseRule(config.dense_length, config.min_step_tokens(spec.num_kv_heads, num_multiprocessors(device)))
-
-
-def shadow_config(plan: Plan, loader: TierLoader | None) -> ShadowConfig:
-    """Launch parameters of mode `shadow`; `loader` loads kernels of copies in CUDA C++."""
-    config = ShadowConfig() if plan.heavy is None else tier_config(loader)
-    return config.scanning if plan.settings.always_shadow else config
 
 
 class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
@@ -119,7 +78,9 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         plan: The model's.
         requests: What the rank's requests ask for.
         guard_monitor: Sees what layers lose.
+        program_balance: Sees what kv heads read.
         is_verifying: Whether all of a step is dense, because drafts are verified in it.
+        max_query_len: New tokens of a sequence that thresholds decode in a step, as of `max_verified`.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -127,9 +88,15 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
         """Which steps graphs may capture: those that verify drafts have several tokens a sequence."""
-        if Settings.of_engine(vllm_config).lossless:
+        if Settings.of_engine(vllm_config).lossless or max_verified(vllm_config) > 1:
             return AttentionCGSupport.UNIFORM_BATCH
         return cls._cudagraph_support
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> int | None:
+        """New tokens of sequences that graphs may capture where their numbers differ; asked since vLLM 0.33."""
+        most = max_verified(vllm_config)
+        return most if most > 1 else None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -137,14 +104,16 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # FlashAttention's, which the instance says again
         self.supports_draft_decode_metadata_update = False
-        self._init_reorder_batch_threshold(1)
+        self.max_query_len = max_verified(vllm_config)
+        self._init_reorder_batch_threshold(self.max_query_len)
         plan = Plan.resolve(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_no_chunks(layers)
         check_sharing(layers, vllm_config)
         check_split(kv_cache_spec)
         impl = next(iter(layers.values())).impl
-        loaders = Loaders.find(plan, kv_cache_spec, impl.num_heads // impl.num_kv_heads, device)
+        group = impl.num_heads // impl.num_kv_heads
+        loaders = Loaders.find(plan, kv_cache_spec, group, device, max_query_len=self.max_query_len)
         self.plan = replace(plan, automatic=best_dense(plan, kv_cache_spec, device, loaders))
         self.is_verifying = plan.settings.lossless  # what drafts has builders of its own
         max_num_seqs = vllm_config.scheduler_config.max_num_seqs
@@ -156,7 +125,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 more_memory=more_memory(kv_cache_spec, self.plan.code_bytes),
                 scans=config.scans(max_num_seqs, vllm_config.model_config.max_model_len, num_programs=num_programs),
             )
-            is_small = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size <= FEW_CHANNELS
+            is_small = kv_cache_spec.num_kv_heads * kv_cache_spec.head_size <= FEW_CHANNELS and not loaders.values
             if is_small and self.plan.settings.mode == "values" and self.plan.thresholds is not None:
                 logger.warning_once(
                     "toptheta: %d kv heads of size %d on each GPU leave little to save: with thresholds, every step "
@@ -169,7 +138,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         # a captured graph may have more rows than there can be sequences
         max_num_rows = max(max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self.requests = request_offsets(self.plan.choices, vllm_config, max_num_rows, device)
-        layer_plans = []
+        sparse: list[GpuTopThetaImpl] = []
         for name, layer in layers.items():
             impl = layer.impl
             if isinstance(impl, GpuTopThetaImpl):
@@ -177,10 +146,13 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 layer_idx = extract_layer_index(name)
                 impl.bind(self.plan, layer_idx, self.requests, rank=rank, sliding_window=window, device=device)
                 impl.loaders, impl.has_tail_row = loaders, tokens_of_row(kv_cache_spec) is not None
-                impl.reserve(max_num_seqs, device)
-                layer_plans += [impl.layer_plan] if impl.layer_plan else []
+                impl.reserve(max_num_seqs, device, max_query_len=self.max_query_len)
+                sparse += [impl] if impl.layer_plan else []
         choose_tail_writers(layers)
+        layer_plans = [impl.layer_plan for impl in sparse if impl.layer_plan is not None]
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
+        # the kernels in Triton give as many programs to each
+        self.program_balance = balance_of(sparse if loaders.values else [], device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -188,12 +160,15 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         common = common_attn_metadata
         metadata = super().build(0, common, fast_build)
         if self.is_verifying:
-            num_decodes, prefill = 0, metadata
+            num_decodes, num_decode_tokens, prefill = 0, 0, metadata
         else:
             self.guard_monitor.step()
-            num_decodes, prefill = self._divide(common, metadata)
+            self.program_balance.step()
+            num_decodes, num_decode_tokens, prefill = self._divide(common, metadata)
+        # kernels of few new tokens are one: each number of them would be compiled
+        has_drafts = self.max_query_len > 1 and common.max_query_len > 1
         metadata.toptheta = StepSplit(
-            num_decodes,
+            num_decode_tokens,
             DecodeStep(
                 metadata.block_table[:num_decodes],
                 metadata.seq_lens[:num_decodes],
@@ -201,6 +176,8 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
                 min_step_tokens=self.plan.dense_rule.min_step_tokens,
                 length_range=self.plan.length_range,
                 threshold_offset=self.requests.offsets if self.plan.choices.refusal is None else None,
+                query_start_loc=metadata.query_start_loc[: num_decodes + 1] if has_drafts else None,
+                max_query_len=self.max_query_len if has_drafts else 1,
             ),
             TailStep(metadata.block_table, metadata.seq_lens, metadata.query_start_loc, metadata.max_query_len),
             prefill,
@@ -209,18 +186,33 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
 
     def _divide(
         self, common: CommonAttentionMetadata, metadata: FlashAttentionMetadata
-    ) -> tuple[int, FlashAttentionMetadata | None]:
-        """How many sequences decode, and FlashAttention's metadata of those behind them, None without any."""
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
+    ) -> tuple[int, int, FlashAttentionMetadata | None]:
+        """How many sequences decode, and their tokens; FlashAttention's metadata of those behind, None without any."""
+        num_decodes, num_prefills, num_tokens, _ = split_decodes_and_prefills(
+            common,
+            decode_threshold=self.max_query_len,
+            # as many tokens may be the end of a prompt
+            treat_short_extends_as_decodes=self.max_query_len == 1 or common.is_prefilling is None,
+        )
         if num_decodes and num_prefills:
             # fast_build: a second ahead-of-time schedule in the same step would overwrite the first one's buffer
-            return num_decodes, super().build(
-                0, without_decodes(common, num_decodes, num_decode_tokens), fast_build=True
-            )
-        return num_decodes, metadata if num_prefills else None
+            behind = super().build(0, without_decodes(common, num_decodes, num_tokens), fast_build=True)
+            return num_decodes, num_tokens, behind
+        return num_decodes, num_tokens, metadata if num_prefills else None
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
+
+
+def balance_of(impls: Sequence[GpuTopThetaImpl], device: torch.device) -> ProgramBalance:
+    """Of layers whose values are read by the kernel in CUDA C++."""
+    return ProgramBalance(
+        [
+            (impl.layer_plan.counters, impl.head_programs(impl.layer, device))
+            for impl in impls
+            if impl.layer_plan is not None and impl.layer is not None
+        ]
+    )
 
 
 class GpuTopThetaBackend(BackendCapabilities, FlashAttentionBackend):
@@ -267,10 +259,20 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         FlashAttentionImpl.__init__(self, *args, **kwargs)
         self.prepare({"ALiBi": self.alibi_slopes is not None})
 
-    def reserve(self, max_num_seqs: int, device: torch.device) -> None:
+    def reserve(self, max_num_seqs: int, device: torch.device, *, max_query_len: int = 1) -> None:
         """Have vLLM's scratch memory grow to what a batch of `max_num_seqs` sequences needs."""
-        if self.layer_plan is not None:
-            self._scratch(max_num_seqs, 1 if self._is_quantized else 2, device)
+        for query_len in {1, max_query_len} if self.layer_plan is not None else ():
+            self._scratch(max_num_seqs, 1 if self._is_quantized else 2, device, max_query_len=query_len)
+
+    def head_programs(self, layer: Layer, device: torch.device) -> torch.Tensor:
+        """The layer's `Layer.head_programs`, the same for each kv head until others are written there."""
+        programs = layer.head_programs
+        if programs is None:
+            config = launch_config(self.head_size, 2, device).for_loader(self.loaders.values)
+            num_programs = config.num_programs(self.num_kv_heads, num_multiprocessors(device))
+            programs = torch.full((self.num_kv_heads,), num_programs, dtype=torch.int32, device=device)
+            self.layer = layer._replace(head_programs=programs)
+        return programs
 
     @property
     def _is_quantized(self) -> bool:
@@ -312,7 +314,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
                 layer, query, key, value, pages, attn_metadata, output, output_scale, output_block_scale
             )
         split: StepSplit = attn_metadata.toptheta
-        decodes = split.num_decodes
+        decodes = split.num_decode_tokens
         # FlashAttention and vLLM's own kernels get the bytes, as always
         cache = LayerCache.of(
             kv_cache.view(FLOAT8) if self._is_quantized else kv_cache,
@@ -342,7 +344,8 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         return output
 
     def _decode(self, step: DecodeStep, call: LayerCall) -> None:
-        scratch = self._scratch(len(call.query), call.cache.kv_cache.element_size(), call.query.device)
+        num_seqs, element_bytes = len(step.seq_lens), call.cache.kv_cache.element_size()
+        scratch = self._scratch(num_seqs, element_bytes, call.query.device, max_query_len=step.max_query_len)
         if isinstance(scratch, TierScratch):
             tiers.decode(step, call, scratch)
         elif isinstance(scratch, ShadowScratch):
@@ -351,7 +354,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
             values.decode(step, call, scratch)
 
     def _scratch(
-        self, num_seqs: int, element_bytes: int, device: torch.device
+        self, num_seqs: int, element_bytes: int, device: torch.device, *, max_query_len: int = 1
     ) -> Scratch | ShadowScratch | TierScratch:
         """vLLM's shared scratch memory; it grows while the engine warms up and is fixed from then on."""
         plan, layer = self.plan, self.layer
@@ -360,8 +363,9 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         config = launch_config(self.head_size, element_bytes, device)
         sizes = Sizes(num_seqs, self.num_heads, self.num_kv_heads, self.head_size)
         if plan is None or layer is None or not layer.code_bytes:
-            loader = self.loaders.values
-            config = config.for_loader(loader)
+            loader = self.loaders.of_values(max_query_len)
+            sizes = sizes._replace(max_query_len=max_query_len)
+            config = sizes.config(config, loader)
             return Scratch(config, loader, *share(*Scratch.spec(sizes, config, num_sms, loader=loader)))
         chosen = shadow_config(plan, self.loaders.tiers)
         if layer.tiers is not None:

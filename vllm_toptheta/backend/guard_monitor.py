@@ -3,8 +3,7 @@
 What the evidence of a promise knew of lost mass is compared with the same windows, whether there is a guard or not.
 
 The kernels count lost masses in histograms on the device, and read thresholds from tensors that captured graphs refer
-to. So the guard needs nothing from a step: it copies the histograms to the host now and then, without waiting for the
-copy, and writes into those tensors.
+to. So the guard needs nothing from a step: it looks at copies of the histograms, and writes into those tensors.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_toptheta.backend.guard import LayerGuard
+from vllm_toptheta.backend.host_copies import HostCopies, counted_since
 from vllm_toptheta.backend.loss_watch import LossWatch
 from vllm_toptheta.backend.plan import LayerPlan
 from vllm_toptheta.limits import first_bucket_above
@@ -49,42 +49,30 @@ class GuardMonitor:
             _monitored(plan) for plan in layer_plans if plan.guard is not None or plan.known_p99 is not None
         ]
         self._watch = next((plan.watch for plan in layer_plans if plan.watch is not None), None)
-        self._steps = 0
-        self._copy: torch.Tensor | None = None  # [num_layers, num_heads, num_buckets] int64, on its way to the host
-        self._copied: torch.cuda.Event | None = None
+        self._copies = HostCopies(self._histograms)
 
     def step(self) -> None:
         """Called before every step; does nothing in most of them."""
         if not self._layers:
             return
-        self._steps += 1
-        if self._copy is None:
-            if self._steps >= WINDOW_STEPS:
-                self._start_copy()
-        elif self._copied is None or self._copied.query():
-            histograms, self._copy, self._steps = self._copy, None, 0
-            shares: dict[int, float] = {}
-            for layer, histogram in zip(self._layers, histograms, strict=True):
-                window = _window(layer, histogram)
-                if window is None:
-                    continue
-                if layer.plan.guard is not None:
-                    self._observe(layer.plan, layer.plan.guard, window)
-                if layer.plan.known_p99 is not None:
-                    shares[layer.plan.counters.layer] = _share(window, first_bucket_above(layer.plan.known_p99))
-            if shares and self._watch is not None and self._watch.observe(shares):
-                _report(self._watch)
+        histograms = self._copies.step(WINDOW_STEPS)
+        if histograms is None:
+            return
+        shares: dict[int, float] = {}
+        for layer, histogram in zip(self._layers, histograms, strict=True):
+            window = _window(layer, histogram)
+            if window is None:
+                continue
+            if layer.plan.guard is not None:
+                self._observe(layer.plan, layer.plan.guard, window)
+            if layer.plan.known_p99 is not None:
+                shares[layer.plan.counters.layer] = _share(window, first_bucket_above(layer.plan.known_p99))
+        if shares and self._watch is not None and self._watch.observe(shares):
+            _report(self._watch)
 
-    @torch.inference_mode()
-    def _start_copy(self) -> None:
-        histograms = torch.stack([layer.plan.counters.settled().lost_mass_histogram for layer in self._layers])
-        if not histograms.is_cuda:
-            self._copy = histograms
-        elif not torch.cuda.is_current_stream_capturing():
-            self._copy = torch.empty(histograms.shape, dtype=histograms.dtype, pin_memory=True)
-            self._copy.copy_(histograms, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+    def _histograms(self) -> torch.Tensor:
+        """[num_layers, num_heads, num_buckets] int64."""
+        return torch.stack([layer.plan.counters.settled().lost_mass_histogram for layer in self._layers])
 
     @torch.inference_mode()
     def _observe(self, plan: LayerPlan, guard: LayerGuard, window: torch.Tensor) -> None:
@@ -110,9 +98,7 @@ def _monitored(plan: LayerPlan) -> _MonitoredLayer:
 
 def _window(layer: _MonitoredLayer, histogram: torch.Tensor) -> torch.Tensor | None:
     """The layer's histogram since the last window; None while too few tokens are in it."""
-    window = histogram - layer.seen
-    if bool((window < 0).any()):  # the counters were zeroed
-        window = histogram
+    window = counted_since(layer.seen, histogram)
     if int(window.sum()) < MIN_TOKENS * len(window):
         return None
     layer.seen = histogram.clone()

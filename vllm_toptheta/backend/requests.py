@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def request_offsets(
     for impl in our_impls(vllm_config):
         if impl.requests is not None:
             return impl.requests
-    if choices.refusal is None:
+    if choices.refusal is None or vllm_config.kv_transfer_config is not None:
         batch_rows.install(vllm_config)
     return RequestOffsets(choices, max_num_rows, device)
 
@@ -52,6 +52,8 @@ class RequestOffsets:
     Attributes:
         offsets: [max_num_rows] float32, what is added to the thresholds of each row of the next step.
         lossy_rows: Rows of the next step whose answers are not verified; empty where none are.
+        arrived_rows: Rows of the next step whose requests are scheduled for the first time, or again: a connector may
+            have brought what they stand on.
         counts: Requests that asked for something, by its kind.
     """
 
@@ -61,19 +63,29 @@ class RequestOffsets:
         self._asked: dict[str, float] = {}  # requests that are decoded as the server does are left out
         self._lossy: set[str] = set()
         self.lossy_rows: list[int] = []
+        self.arrived_rows: list[int] = []
         self._rows = [COMMON] * max_num_rows
         self.offsets = torch.tensor(self._rows, device=device)
 
-    def step(self, new_requests: Iterable[Any], running: Collection[str], req_ids: Sequence[str]) -> None:
+    def step(
+        self,
+        new_requests: Collection[Any],
+        running: Collection[str],
+        req_ids: Sequence[str],
+        resumed: Collection[str] = (),
+    ) -> None:
         """Take in what changed, and put the offsets of the next step's requests into their rows.
 
         Args:
             new_requests: vLLM's `NewRequestData` of requests that this rank sees for the first time, or again.
             running: Ids of all requests that the rank knows of.
             req_ids: Requests of the next step, in the order of the batch's rows.
+            resumed: Those among them that were preempted, where vLLM does not count them as new.
         """
         for request in new_requests:
             self._add(request)
+        arrived = {request.req_id for request in new_requests}.union(resumed)
+        self.arrived_rows = [row for row, req_id in enumerate(req_ids) if req_id in arrived] if arrived else []
         for req_id in self._asked.keys() - running:
             del self._asked[req_id]
         self._lossy.intersection_update(running)

@@ -6,24 +6,31 @@ What is refused, and why, stands in `vllm_toptheta.support`; here is what vLLM's
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.capabilities import NAME
 from vllm_toptheta.backend.pages import tokens_of_row
 from vllm_toptheta.backend.versions import check_version
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.store import Architecture
 from vllm_toptheta.support import (
     CHUNKED,
     KV_SHARING,
     MLA,
     NOT_THIS_HYBRID,
+    Connector,
+    Draft,
     Engine,
     Reason,
     engine_reasons,
+    has_nixl,
+    has_torchvision,
     hybrid_type,
     image_modalities,
     image_reason,
@@ -44,9 +51,13 @@ if TYPE_CHECKING:
 
 def is_selected(vllm_config: Any) -> bool:
     """Whether any layer kind of `vllm_config` is to run on our backend."""
-    config = vllm_config.attention_config
-    backends = (config.backend, *(getattr(config, "backend_per_kind", None) or {}).values())
+    backends = (vllm_config.attention_config.backend, *_kinds(vllm_config).values())
     return vllm_config.model_config is not None and any(getattr(one, "name", None) == NAME for one in backends)
+
+
+def _kinds(vllm_config: Any) -> Mapping[str, Any]:
+    """Backends of some kinds of layers."""
+    return getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -113,6 +124,27 @@ def check_no_chunks(layers: Mapping[str, Any]) -> None:
             refuse([Reason(f"layer {name}", CHUNKED, "Serve this model without --attention-backend toptheta")])
 
 
+def check_no_draft(layer: Any, vllm_config: Any) -> None:
+    """Refuse thresholds in a layer that drafts: they would be those of a layer of the served model.
+
+    Args:
+        layer: One of vLLM's attention layers with our backend.
+        vllm_config: The engine's.
+
+    Raises:
+        UnsupportedError: It drafts.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    name, served = layer.layer_name, Architecture.from_hf_config(vllm_config.model_config.hf_text_config.to_dict())
+    is_draft = getattr(layer, "is_draft_layer", False) or name.startswith("draft_model.")
+    if is_draft or extract_layer_index(name) >= served.num_layers:
+        why = "it drafts, and layers that draft have no thresholds"
+        remedy = "Give attention_backend in --speculative-config, or leave that out"
+        refuse([Reason(f"layer {name}", why, remedy)])
+
+
 def check_sharing(layers: Mapping[str, Any], vllm_config: Any) -> None:
     """Refuse layers that read the keys and values of others in a model that is not known for it.
 
@@ -175,20 +207,44 @@ def _engine(vllm_config: Any) -> Engine:
         num_ranks=parallel.tensor_parallel_size,
         num_context_ranks=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size),
         generates=model.runner_type == "generate",
-        # vLLM makes a connector of the size only when the configuration has been checked
-        moves_pages=vllm_config.kv_transfer_config is not None
-        or getattr(cache, "kv_offloading_size", None) is not None,
+        connector=connector_of(vllm_config),
         sleeps=model.enable_sleep_mode,
         wakes_up_whole=wakes_up_whole(),
         splits_pages=splits_pages(),
-        draft=None if speculative is None or is_own else str(speculative.method),
+        has_nixl=has_nixl(),
+        has_torchvision=has_torchvision(),
+        draft=None if is_own else draft_of(vllm_config),
         drafts_itself=drafts_itself,
         num_stages=parallel.pipeline_parallel_size,
         adapts=vllm_config.lora_config is not None,
         num_replicas=parallel.data_parallel_size,
-        runs_on_v2=not drafts_itself or vllm_config.use_v2_model_runner,
+        runs_on_v2=speculative is None or vllm_config.use_v2_model_runner,
         sees=model.is_multimodal_model,
     ).of_checkpoint(model.hf_config.to_dict())
+
+
+def draft_of(vllm_config: Any) -> Draft | None:
+    """What guesses tokens, as vLLM's configuration says; None where nothing does."""
+    speculative = vllm_config.speculative_config
+    draft = Draft.of({} if speculative is None else vars(speculative))
+    if draft is None or speculative.draft_model_config is None or not draft.is_by_model:
+        return draft
+    if any(getattr(one, "name", None) == NAME for one in _kinds(vllm_config).values()):
+        draft = replace(draft, backend=NAME)  # layers that draft inherit those
+    if draft.method == "mtp":
+        return draft  # its layers are those of the served model, whose config says of which kind
+    return draft.of_checkpoint(speculative.draft_model_config.hf_config.to_dict())
+
+
+def connector_of(vllm_config: Any) -> Connector | None:
+    """What copies pages out of an engine and into it, as vLLM's configuration says; None where nothing does."""
+    transfer, cache = vllm_config.kv_transfer_config, vllm_config.cache_config
+    # vLLM makes a connector of the size only when the configuration has been checked
+    return Connector.of(
+        {} if transfer is None else vars(transfer),
+        offloads=getattr(cache, "kv_offloading_size", None) is not None,
+        offloading_backend=getattr(cache, "kv_offloading_backend", None),
+    )
 
 
 def _file(model_config: Any) -> Path | None:

@@ -43,7 +43,8 @@ def install(vllm_config: Any) -> None:
             inputs = prepare(runner, scheduler_output, *args, **kwargs)
             requests = _requests_of(runner)
             if requests is not None:
-                requests.step(scheduler_output.scheduled_new_reqs, *requests_and_rows(runner, inputs))
+                resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+                requests.step(scheduler_output.scheduled_new_reqs, *requests_and_rows(runner, inputs), resumed)
             return inputs
 
         return prepare_and_follow

@@ -30,6 +30,19 @@ def _checking(check_and_update_config: Callable[..., Any]) -> Callable[..., Any]
             support_checks.check_engine(vllm_config)
             plan = Plan.resolve(vllm_config)
             support_checks.check_plan(plan, vllm_config)
+            _leave_drafts_alone(vllm_config)
             request_validation.install()
 
     return check
+
+
+def _leave_drafts_alone(vllm_config: Any) -> None:
+    """Have layers that draft attend by vLLM's own backend: its V2 runner gives them the served model's by itself."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if current_platform.is_cpu():
+        return
+    draft = support_checks.draft_of(vllm_config)
+    if draft is not None and draft.is_by_model and draft.backend is None:
+        vllm_config.speculative_config.attention_backend = AttentionBackendEnum.FLASH_ATTN
