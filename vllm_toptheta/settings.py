@@ -58,96 +58,97 @@ class Settings(BaseSettings):
 
     mode: Literal["values", "shadow"] = Field(
         "values",
-        description="What is skipped: value rows below the threshold; with shadow also keys, by copies in few bits.",
+        description="What is skipped: values skips value rows below the threshold; shadow skips keys too, by copies in "
+        "few bits.",
     )
     shadow_values: bool | None = Field(
         None,
-        description="In mode shadow, also keep copies of values: keys of little weight are weighed by copies, and "
-        "nothing is calibrated. Off, keys are screened by what toptheta calibrate --mode shadow made for the model, in "
-        "less memory. If not given, on, unless thresholds names a store of shadow keys.",
+        description="In mode shadow, also keep copies of values. On: copies stand in for keys and values of little "
+        "weight, and nothing is calibrated. Off: the shadow keys of toptheta calibrate --mode shadow screen the keys, "
+        "in less memory. Default: on, unless thresholds names a store of shadow keys.",
     )
     heavy: float = Field(
         DEFAULT_HEAVY,
         ge=0.0,
         le=1.0,
-        description="In mode shadow with copies of values: a key is read exactly that weighs at least this many times "
-        "what the first 16 and last 128 keys weigh together; 0 reads every key.",
+        description="In mode shadow with copies of values: a key is read exactly if it weighs at least this many times "
+        "the total weight of the first 16 and last 128 keys; 0 reads every key.",
     )
     weight_floor: float | None = Field(
         None,
         ge=0.0,
         le=MAX_WEIGHT_FLOOR,
         allow_inf_nan=False,
-        description="No key is skipped whose softmax weight reaches this many times the average weight of its row; "
-        "0 is dense. If not given, what toptheta tune promised in the store of the model, else "
-        f"{DEFAULT_WEIGHT_FLOOR:g}; {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; with calibrated shadow keys, "
-        "what those were calibrated at.",
+        description="No key is skipped if its softmax weight is at least this many times the average weight of its "
+        "row; 0 is dense. Default: the floor that toptheta tune promised in the store of the model, else "
+        f"{DEFAULT_WEIGHT_FLOOR:g}, or {DEFAULT_TIER_WEIGHT_FLOOR:g} with shadow_values; with calibrated shadow keys, "
+        "the floor of their calibration.",
     )
     target: str | None = Field(
-        None, description="Calibrated thresholds instead, such as k:128, of a threshold store; in mode values only."
+        None, description="Calibrated thresholds of a store instead of a floor, such as k:128; in mode values only."
     )
     thresholds: Path | None = Field(
         None,
-        description="A threshold store, or a directory of stores, for target, for what toptheta tune promised, and "
-        "for mode shadow without shadow_values; the shipped ones if not given.",
+        description="A threshold store, or a directory of stores: for target, for promises of toptheta tune, and for "
+        "mode shadow without shadow_values. Default: the shipped stores.",
     )
     compensation: Literal["sdc+vmc", "sdc", "none"] = Field(
         "sdc+vmc",
-        description="Softmax denominator of all keys (sdc), by their scores or their copies', or estimated with "
-        "calibrated shadow keys; mean value for the lost mass (vmc).",
+        description="sdc: the softmax denominator sums over all keys, by their scores or the scores of their copies; "
+        "with calibrated shadow keys it is estimated. vmc: the mean value gets the lost mass.",
     )
     dense_layers: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None,
-        description="Layers that read everything, as a list or '0,1'. Without, none; with target, the store's.",
+        description="Layers that read everything, as a list or '0,1'. Default: none; with target, those of the store.",
     )
     min_context: int | None = Field(
         None,
         ge=0,
-        description="A sequence of at most this many tokens stays dense. Without, those that are no faster "
-        "otherwise: on GPUs short ones, and all while few tokens are cached, which depends on other requests; and with "
-        "a promise by toptheta tune those shorter than what was measured. In any case one "
-        f"of up to {NUM_ANCHORS} does, or too short for the target.",
+        description="A sequence of at most this many tokens stays dense. Default: dense where thresholds are no "
+        "faster: on GPUs short sequences, and all sequences of a step with few cached tokens, which depends on other "
+        "requests; with a promise of toptheta tune also sequences shorter than the measured ones. A sequence of up to "
+        f"{NUM_ANCHORS} tokens, or too short for the target, is always dense.",
     )
     guard: Literal["off", "warn", "relax"] = Field(
         "relax",
-        description="What to do in layers that lose more than max_lost_mass too often: lower thresholds, or say so. "
-        "Off with calibrated shadow keys, by which what is lost is only estimated.",
+        description="What to do in a layer that loses more than max_lost_mass too often: relax lowers its thresholds, "
+        "warn only logs it. Always off with calibrated shadow keys, because the lost mass is only an estimate.",
     )
     max_lost_mass: float = Field(
         DEFAULT_MAX_LOST_MASS,
         gt=0.0,
         lt=1.0,
         description="Share of the softmax that a token of a query head may lose to skipped values; counted in powers "
-        "of two. If not given, in layers of which toptheta tune measured less, what one token in a hundred lost more "
-        "than.",
+        "of two. Without a value, the 99th percentile that toptheta tune measured in a layer is its bound, if that is "
+        "less.",
     )
     guard_share: float = Field(
         0.1, gt=0.0, lt=1.0, description="Share of a layer's tokens that may lose more than max_lost_mass."
     )
     always_shadow: bool = Field(
         False,
-        description="Go by shadow keys in mode shadow also where reading all keys is faster, which depends on how many "
-        "tokens a step holds, and so on other requests.",
+        description="In mode shadow, scan the copies of keys in every step, also where reading all keys is faster. "
+        "Which is faster depends on the tokens of a step, and so on other requests.",
     )
     lossless: bool = Field(
         False,
         description="Draft tokens with thresholds, and verify them densely, several in one step: answers are those of "
-        "dense attention, and a floor decides how many drafts are accepted, not what is answered.",
+        "dense attention. A floor changes the acceptance of drafts, not the answers.",
     )
     draft_tokens: int | Literal["auto"] = Field(
         6,
-        description="With lossless, tokens that are drafted before they are verified; auto tries 8, 4 and none, and "
-        "keeps what is fastest.",
+        description="With lossless, tokens drafted before a verification, 1 to 32; auto tries 8, 4 and none, and keeps "
+        "the fastest.",
     )
     per_request: bool = Field(
         True,
-        description="Let requests ask for dense decoding, another floor or a promise by its name, and with lossless on "
-        "CPUs for answers that nothing verifies, in vllm_xargs.toptheta.",
+        description="Let requests choose in vllm_xargs.toptheta: dense decoding, another floor, a promise by its name, "
+        "and with lossless on CPUs answers without verification.",
     )
     strict: bool = Field(
         False,
-        description="Refuse to serve without a promise by toptheta tune, or where the model is not served as it was "
-        "measured: other weights, dtype or quantization, longer sequences. Off, warn.",
+        description="Refuse to serve without a promise of toptheta tune, or otherwise than measured: other weights, "
+        "dtype or quantization, longer sequences. Off: only warn.",
     )
     page: bool = Field(True, description="Show the page /toptheta on servers that have the route /toptheta/stats.")
 

@@ -7,6 +7,7 @@ from transformers import (
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
     GraniteSWAConfig,
@@ -17,6 +18,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -37,6 +39,13 @@ SHAPE = {
 SLIDING = ["sliding_attention", "full_attention"] * 2
 LINEAR = ["linear_attention", "full_attention"] * 2
 MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
+
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 
 def family_config(name: str) -> Any:
@@ -60,6 +69,10 @@ def family_config(name: str) -> Any:
             own = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
             sizes = {"vocab_size_per_layer_input": 256, "activation_sparsity_pattern": [0.0] * 4}
             return Gemma3nTextConfig(**SHAPE, **own, **sizes, sliding_window=20, layer_types=SLIDING)
+        case "gemma4":
+            own = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256}
+            larger = {"global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+            return Gemma4TextConfig(**SHAPE, **own, **larger, sliding_window=20, layer_types=SLIDING)
         case "phi3":
             return Phi3Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
         case "olmo2":
@@ -81,17 +94,18 @@ def family_config(name: str) -> Any:
         case "lfm2":
             return Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False)
         case "qwen3_next":
-            linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
-            sizes = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "moe_intermediate_size": 32}
-            experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
-            return Qwen3NextConfig(**SHAPE, **linear, **sizes, **experts, layer_types=LINEAR)
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            return Qwen3NextConfig(**SHAPE, **DELTA, **experts, shared_expert_intermediate_size=32, layer_types=LINEAR)
+        case "qwen3_5_text":
+            return Qwen3_5TextConfig(**SHAPE, **DELTA, layer_types=LINEAR)
     raise ValueError(name)
 
 
-HYBRIDS = ("granitemoehybrid", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next")
+HYBRIDS = ("granitemoehybrid", "falcon_h1", "nemotron_h", "lfm2", "qwen3_next", "qwen3_5_text")
 FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "phi3", "olmo2", "granite_swa", "gpt_oss"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4", "phi3", "olmo2", "granite_swa"),
+    "gpt_oss",
     *HYBRIDS,
 )
 # that have keys and values of all tokens in layers 1 and 3 only
-PARTLY_FULL = {"gemma2", "gemma3", "gemma3n", "granite_swa", "gpt_oss", *HYBRIDS} - {"falcon_h1"}
+PARTLY_FULL = {"gemma2", "gemma3", "gemma3n", "gemma4", "granite_swa", "gpt_oss", *HYBRIDS} - {"falcon_h1"}

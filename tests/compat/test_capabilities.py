@@ -28,12 +28,13 @@ BACKEND_ACCEPTED = {
     "supports_dtype": "by `supported_dtypes`",
     "supports_head_size": "those of `limits.HEAD_SIZES` that FlashAttention takes",
     "supports_kv_cache_dtype": "16 bits, and on GPUs float8 e4m3 with one scale",
+    "supports_kv_connector": "those that `support.connectors` names; tails are made again, or travel in rows of pages",
     "supports_sink": "kernels of decoding add them, and on GPUs FlashAttention for prompts, where it has them",
     "supports_sliding_window": "layers with a window are dense",
 }
 BACKEND_REFUSED = {
     *("is_mla", "is_sparse", "is_ssm", "supports_alibi_sqrt", "supports_batch_invariance", "supports_dcp"),
-    *("supports_device_cpu_query_lens_mismatch", "supports_kv_connector", "supports_mm_prefix", "supports_non_causal"),
+    *("supports_device_cpu_query_lens_mismatch", "supports_mm_prefix", "supports_non_causal"),
     *("supports_non_causal_dcp", "supports_pcp", "supports_per_head_quant_scales", "supports_rswa"),
     # attributes: keys and values are in the cache when a layer attends, and vLLM's own operation wrote them
     *("forward_includes_kv_cache_update", "supports_kv_cache_update_bypass"),

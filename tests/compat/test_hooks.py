@@ -88,13 +88,46 @@ def test_pages_have_tails(release: Release) -> None:
         "layer.kv_cache_torch_dtype = torch.bfloat16\n"
         "page_tails.install(); page_tails.install()\n"
         "Plan.code_bytes_of = lambda config: config.code_bytes\n"
-        "cache = S(block_size=16, cache_dtype='auto')\n"
-        "for name, code_bytes in (('TOPTHETA', 0), ('TOPTHETA', 32), ('FLASH_ATTN', 32)):\n"
-        "    layer.attn_backend = S(get_name=lambda: name, is_mla=lambda: False)\n"
-        "    padded = layer.get_kv_cache_spec(S(cache_config=cache, code_bytes=code_bytes))\n"
-        "    print(padded.page_size_bytes - plain.page_size_bytes, end=' ')\n"
+        "cache = S(block_size=16, cache_dtype='auto', skip_page_size_padded=None)\n"
+        "as_it_is = {'is_mla': lambda: False, 'customize_spec': lambda spec: spec}\n"
+        "blocks = {'get_supported_kernel_block_sizes': lambda *spec: [16]}\n"
+        "def bytes_of(name, kind, window, code_bytes):\n"
+        "    layer.attn_backend = S(get_name=lambda: name, **as_it_is, **blocks)\n"
+        "    layer.sliding_window = window\n"
+        "    model = S(hf_text_config=S(to_dict=lambda: {'model_type': kind}))\n"
+        "    config = S(cache_config=cache, model_config=model, code_bytes=code_bytes, speculative_config=None)\n"
+        "    return layer.get_kv_cache_spec(config).page_size_bytes - plain.page_size_bytes\n"
+        "kinds, windows, sizes = ('llama', 'gemma4_text'), (None, 48), (0, 32)\n"
+        "asked = [(kind, window, size) for kind in kinds for window in windows for size in sizes]\n"
+        "print([bytes_of('TOPTHETA', *one) for one in asked], bytes_of('FLASH_ATTN', 'llama', None, 32))\n"
     )
-    assert release.run(code) == f"{8 * 128 * 4} {8 * 128 * 4 + 8 * 16 * 32} 0"
+    tails = [8 * 128 * 4, 8 * 128 * 4 + 8 * 16 * 32]
+    # pages of layers with a window get the same length by vLLM where their heads are others
+    assert release.run(code) == f"{[*tails, *tails, *tails, 0, 0]} 0"
+
+
+def test_nixl_is_shown_whole_pages(release: Release) -> None:
+    code = (
+        "import inspect, torch\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector\n"
+        "from vllm_toptheta.backend.hooks import nixl_pages\n"
+        "theirs, shown = connector.NixlBaseConnector.register_kv_caches, {}\n"
+        "assert list(inspect.signature(theirs).parameters) == ['self', 'kv_caches']\n"
+        "nixl_pages.install(); nixl_pages.install()\n"
+        "assert connector.NixlBaseConnector.register_kv_caches.__wrapped__ is theirs\n"
+        "memory = torch.arange(2 * 5 * 40.)  # layers of 5 pages of 40 numbers, 8 of which nobody sees\n"
+        "layers = {i: memory.as_strided((5, 2, 4, 4), (40, 16, 4, 1), 200 * i) for i in range(2)}\n"
+        "nixl = connector.NixlConnector.__new__(connector.NixlConnector)\n"
+        "nixl.connector_worker = S(register_kv_caches=shown.update)\n"
+        "nixl.register_kv_caches(layers)\n"
+        "for i in layers:\n"
+        "    assert shown[i].data_ptr() == layers[i].data_ptr()\n"
+        "    assert torch.equal(shown[i].flatten(), memory[200 * i : 200 * i + 200])\n"
+        "    assert shown[i][0].is_contiguous()\n"
+        "print({tuple(pages.shape) for pages in shown.values()})\n"
+    )
+    assert release.run(code) == "{(5, 1, 1, 40)}"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -121,7 +154,8 @@ def test_a_layer_of_chunks_is_refused_whatever_config_json_says(release: Release
         "module.get_tensor_model_parallel_rank = lambda: 1\n"
         "module.request_offsets = lambda *_: None\n"
         "layers = {'model.layers.1.attn': layer}\n"
-        "config = S(compilation_config=S(static_forward_context=layers), scheduler_config=S(max_num_seqs=1))\n"
+        "config = S(compilation_config=S(static_forward_context=layers), scheduler_config=S(max_num_seqs=1),\n"
+        "           speculative_config=None)\n"
         "try:\n"
         "    builder(spec, list(layers), config, torch.device('cpu'))\n"
         "except UnsupportedError as error:\n"
@@ -237,6 +271,7 @@ def test_a_worker_that_sleeps_answers_what_it_had_counted(release: Release) -> N
 def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> None:
     code = CONFIG + (
         "import importlib, inspect\n"
+        "from vllm.v1.core.sched.output import CachedRequestData\n"
         "from vllm_toptheta.backend.hooks import batch_rows\n"
         "from vllm_toptheta.backend.request_choices import RequestChoices\n"
         "from vllm_toptheta.backend.requests import request_offsets\n"
@@ -247,20 +282,25 @@ def test_runners_tell_who_stands_in_which_row(release: Release, is_v2: bool) -> 
         "theirs = getattr(runner_class, method)\n"
         "assert list(inspect.signature(theirs).parameters)[:2] == ['self', 'scheduler_output']\n"
         "assert f'self.{method}(' in inspect.getsource(runner_class.execute_model)\n"
-        "setattr(runner_class, method, lambda self, scheduler_output, *_: S(req_ids=['b', 'a']) if is_v2 else ())\n"
+        "rows = ['b', 'c', 'a']\n"
+        "setattr(runner_class, method, lambda self, scheduler_output, *_: S(req_ids=rows) if is_v2 else ())\n"
         "impls = [S(requests=None), S(requests=None)]\n"
         "config = config_of(*impls, use_v2_model_runner=is_v2)\n"
         "with torch.inference_mode():\n"
         "    impls[1].requests = request_offsets(RequestChoices(None), config, 3)\n"
         "assert request_offsets(RequestChoices(None), config, 3) is impls[1].requests  # of another group of layers\n"
         "batch_rows.install(config)\n"
-        "runner = S(vllm_config=config, requests={'a': 1}, input_batch=S(req_ids=['b', 'a']),\n"
+        "runner = S(vllm_config=config, requests={'a': 1}, input_batch=S(req_ids=rows),\n"
         "           req_states=S(req_id_to_index={'a': 1}))\n"
         "new = S(req_id='a', prompt_token_ids=[1], sampling_params=S(extra_args={'toptheta': 'dense'}))\n"
-        "getattr(runner_class, method)(runner, S(scheduled_new_reqs=[new]), None)\n"
-        "print(impls[1].requests.offsets.tolist(), dict(impls[1].requests.counts))\n"
+        "cached = CachedRequestData.make_empty()\n"
+        "cached.resumed_req_ids.add('b')\n"
+        "step = S(scheduled_new_reqs=[new], scheduled_cached_reqs=cached)\n"
+        "getattr(runner_class, method)(runner, step, None)\n"
+        "found = impls[1].requests\n"
+        "print(found.offsets.tolist(), dict(found.counts), found.arrived_rows)\n"
     )
-    assert release.run(code) == "[0.0, -inf, 0.0] {'dense': 1}"
+    assert release.run(code) == "[0.0, 0.0, -inf] {'dense': 1} [0, 2]"
 
 
 def test_engines_draft_with_the_model_that_they_serve(release: Release) -> None:
@@ -402,6 +442,22 @@ def test_the_scheduler_drafts_as_many_as_were_fastest(release: Release) -> None:
     )
     told = [(2, 200, 4, True), (2, 100, 1, True), (1, 100, 0, False), (1, 100, 1, False), (0, 0, 0, True)]
     assert release.run(code) == str(told)
+
+
+def test_what_is_refused_of_drafts_has_the_names_and_values_of_vllms(release: Release) -> None:
+    code = (
+        "import dataclasses\n"
+        "from vllm.config import SpeculativeConfig\n"
+        "from vllm_toptheta.support.speculation import _UNTRIED, BY_MODELS, MODELLESS\n"
+        "from vllm.config.speculative import SpeculativeMethod\n"
+        "usual = {field.name: getattr(field.default, 'default', field.default)\n"
+        "         for field in dataclasses.fields(SpeculativeConfig)}\n"
+        "assert {'method', 'model', 'revision', 'attention_backend', 'draft_model_config'} <= set(usual)\n"
+        "assert all(usual[name] == value for name, value in _UNTRIED.items() if name in usual)\n"
+        "assert all(f\"'{method}'\" in str(SpeculativeMethod) for method in (*BY_MODELS, *MODELLESS))\n"
+        "print(set(_UNTRIED) - set(usual) <= {'disable_eagle_block_drop', 'enable_adaptive_verification'})\n"
+    )
+    assert release.run(code) == "True"
 
 
 def test_drafts_are_verified_by_the_options_of_their_requests(release: Release) -> None:

@@ -302,7 +302,7 @@ def test_what_cannot_work_is_refused(model: Any, folder: Path, store: ThresholdS
         Subject(folder / "tiny", {"": store}, device="nowhere")
 
 
-@pytest.mark.parametrize("family", ["gemma3n", *HYBRIDS])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4", *HYBRIDS])
 def test_layers_that_share_keys_or_keep_states(family: str) -> None:
     samples, variants = [Sample(random_tokens(200))], [Variant(target="floor:1e-6"), Variant(target="floor:5")]
     everything, some = compare_on_samples(tiny_model(family_config(family)), samples, {}, variants)

@@ -75,7 +75,7 @@ def test_windows_know_sliding_windows_and_soft_caps(variant: Variant | None) -> 
     assert float((expected - step_by_step(model, token_ids, None)).abs().max()) > (0.01 if variant else -1)
 
 
-@pytest.mark.parametrize("family", ["granite_swa", "gpt_oss", "gemma3n"])
+@pytest.mark.parametrize("family", ["granite_swa", "gpt_oss", "gemma3n", "gemma4"])
 @pytest.mark.parametrize(
     "variant",
     [

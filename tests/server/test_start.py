@@ -6,9 +6,12 @@ The other side is vLLM's own: its parser, its configuration, and the backend's c
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +80,27 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"format": "dense", "config_groups": {}, "kv_cache_scheme": FLOAT8},
 }
 DUMMY = ["--load-format", "dummy"]
+CONNECTOR = ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}']
 SERVED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
     "plain": ({}, [], {}),
     "dense": ({}, [], {"weight_floor": 0}),
     "copies": ({}, [], {"mode": "shadow"}),
+    "a connector": ({}, CONNECTOR, {}),
+    "copies and a connector": ({}, CONNECTOR, {"mode": "shadow"}),
+    "offloading by somebody's spec": (
+        {},
+        [
+            "--kv-transfer-config",
+            json.dumps(
+                {
+                    "kv_connector": "OffloadingConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"spec_name": "Mine", "spec_module_path": "mine"},
+                }
+            ),
+        ],
+        {},
+    ),
     **{f"heads of {size}": ({"head_dim": size}, [], {}) for size in (8, 72, 112, 192, 512)},
     "copies of heads of 72": ({"head_dim": 72}, [], {"mode": "shadow"}),
     "17 query heads on a kv head": ({"num_attention_heads": 34, "hidden_size": 34 * 64}, [], {}),
@@ -191,14 +211,37 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
         {},
         "architectures Llama.*: only generation",
     ),
-    "a draft": ({}, ["--spec-method", "eagle3", "--spec-model", "a/b"], {}, "--speculative-config eagle3: "),
+    "a draft": ({}, ["--spec-method", "medusa", "--spec-model", "a/b"], {}, "--speculative-config medusa: beside thr"),
     "a connector": (
         {},
-        ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
+        ["--kv-transfer-config", '{"kv_connector": "NixlPushConnector", "kv_role": "kv_both"}'],
         {},
-        "--kv-transfer-config, --kv-offloading-size: KV connectors",
+        "^--kv-transfer-config NixlPushConnector: only ExampleConnector, NixlConnector, and OffloadingConnector",
     ),
-    "offloading": ({}, ["--kv-offloading-size", "1"], {}, "KV connectors and offloading"),
+    "a connector of somebody's": (
+        {},
+        [
+            "--kv-transfer-config",
+            '{"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_module_path": "tests.server"}',
+        ],
+        {},
+        "^--kv-transfer-config ExampleConnector: only ExampleConnector, NixlConnector, and OffloadingConnector",
+    ),
+    "a connector without a name": (
+        {},
+        ["--kv-transfer-config", '{"kv_port": 14580}'],
+        {},
+        "^--kv-transfer-config: only ExampleConnector, NixlConnector, and OffloadingConnector",
+    ),
+    "a connector and ranks": ({}, [*CONNECTOR, "-tp", "2"], {}, "connectors were never run on several ranks"),
+    "a connector and drafts": ({}, CONNECTOR, {"lossless": True}, "connectors were never run where tokens are drafted"),
+    "offloading": ({}, ["--kv-offloading-size", "1"], {}, "^--kv-offloading-size: vLLM offloads pages from GPUs"),
+    "offloading to others": (
+        {},
+        ["--kv-offloading-size", "1", "--kv-offloading-backend", "lmcache"],
+        {},
+        "^--kv-offloading-size: only ExampleConnector, NixlConnector, and OffloadingConnector",
+    ),
     "sleep": ({}, ["--enable-sleep-mode"], {}, "--enable-sleep-mode: vLLM has no sleep mode on CPUs"),
     "three ranks": ({}, ["-tp", "3"], {}, "--tensor-parallel-size 3: ranks cannot share 4 query heads on 2 kv heads"),
     "ranks of a sequence": ({}, ["-tp", "4", "-dcp", "2"], {}, "context parallelism"),
@@ -232,6 +275,26 @@ def test_what_the_check_refuses_is_not(name: str, tmp_path: Path) -> None:
         assert refusal(build(folder, flags, **options))
 
 
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
+@pytest.mark.parametrize("spec", [ModuleSpec("nixl", None), None], ids=["installed", "not installed"])
+def test_nixl_is_served_where_it_is_installed(
+    spec: ModuleSpec | None, role: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "nixl", spec and module_from_spec(spec))
+    command = build(
+        write(tmp_path / "tiny", LLAMA),
+        ["--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": role})],
+    )
+    if spec is not None:
+        assert command.check("cpu")
+        assert refusal(command) == ""
+        return
+    words = "--kv-transfer-config NixlConnector: the package nixl is not installed"
+    with pytest.raises(TopThetaError, match=words):
+        command.check("cpu")
+    assert words in refusal(command)
+
+
 GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     **{f"heads of {size}": ({"head_dim": size}, [], {}, "") for size in HEAD_SIZES},
     **{f"heads of {size}": ({"head_dim": size}, [], {}, f"no GPU kernels for heads of {size}") for size in (72, 112)},
@@ -255,6 +318,14 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "as many drafts as are fastest": ({}, [], {"lossless": True, "draft_tokens": "auto"}, ""),
     "states": ({"model_type": "falcon_h1"}, [], {}, "model_type falcon_h1: no GPU has run layers that keep states"),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
+    "a connector": ({}, CONNECTOR, {}, "^--kv-transfer-config ExampleConnector: on GPUs it brings pages without"),
+    "pages by NIXL": (
+        {},
+        ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'],
+        {},
+        "^--kv-transfer-config NixlConnector: on GPUs it brings pages without",
+    ),
+    "offloading": ({}, ["--kv-offloading-size", "1"], {}, "^--kv-offloading-size: no GPU has run pages that were away"),
 }
 
 
@@ -307,8 +378,9 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
 
 def test_what_no_gpu_has_run_may_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    change, flags, options, _ = GPU["states"]
-    assert build(write(tmp_path / "tiny", LLAMA | change), flags, **options).check("gpu")
+    for name in ("states", "offloading"):
+        change, flags, options, _ = GPU[name]
+        assert build(write(tmp_path / name, LLAMA | change), flags, **options).check("gpu")
 
 
 def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

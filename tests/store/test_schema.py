@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from transformers import NemotronHConfig
+from transformers import Gemma4TextConfig, NemotronHConfig
 
 from tests.store_factory import make_draft
 from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
@@ -45,6 +46,50 @@ def test_fills_in_what_old_configs_leave_out() -> None:
 
 def test_reads_the_text_config_of_a_multimodal_model() -> None:
     assert Architecture.from_hf_config({"text_config": {**LLAMA, "head_dim": 128}, "hidden_size": 1}).head_size == 128
+
+
+GEMMA_4 = {
+    **LLAMA,
+    "model_type": "gemma4_text",
+    "head_dim": 64,
+    "num_key_value_heads": 3,
+    "layer_types": ["sliding_attention", "full_attention"] * 15,
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "heads"),
+    [
+        ({}, (3, 512)),
+        ({"global_head_dim": 128}, (3, 128)),
+        ({"global_head_dim": 128, "num_global_key_value_heads": 1}, (3, 128)),
+        ({"global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True}, (1, 128)),
+        ({"global_head_dim": 128, "num_global_key_value_heads": None, "attention_k_eq_v": True}, (3, 128)),
+        ({"model_type": "llama", "global_head_dim": 128}, (3, 64)),
+    ],
+)
+def test_heads_are_those_of_layers_without_a_window(own: dict[str, Any], heads: tuple[int, int]) -> None:
+    """As released, within a multimodal model too, and as transformers writes what it has made of it."""
+    config = {**GEMMA_4, **own}
+    made = Architecture.from_hf_config(config)
+    assert (made.num_kv_heads, made.head_size) == heads
+    assert Architecture.from_hf_config({"model_type": "gemma4", "text_config": config}) == made
+    if config["model_type"] == "gemma4_text":
+        nameless = {field: value for field, value in config.items() if field != "model_type"}
+        assert Architecture.from_hf_config({"model_type": "gemma4", "text_config": nameless}) == made
+        written = Gemma4TextConfig(**config).to_dict()
+        assert "global_head_dim" not in written
+        for again in (written, json.loads(json.dumps(written))):
+            read = Architecture.from_hf_config(again)
+            assert (read.num_kv_heads, read.head_size) == heads
+
+
+def test_layers_without_a_window_have_one_kind_of_heads() -> None:
+    own = {str(layer): {"head_dim": 128 if layer < 9 else 256} for layer in range(30)}
+    with pytest.raises(ModelConfigError, match="per_layer_config: layers that attend to all tokens have other heads"):
+        Architecture.from_hf_config({**GEMMA_4, "per_layer_config": own})
+    only_windows = {layer: heads for layer, heads in own.items() if int(layer) % 2 == 0}
+    assert Architecture.from_hf_config({**GEMMA_4, "per_layer_config": only_windows}).head_size == 64
 
 
 def test_layers_are_counted_where_only_their_kinds_are_named() -> None:

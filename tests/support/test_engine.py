@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.limits import ALLOW_UNTESTED
-from vllm_toptheta.support import Device, Engine, engine_reasons, kernel_reasons
+from vllm_toptheta.support import Connector, Device, Draft, Engine, engine_reasons, kernel_reasons
 
 CPU, GPU = Engine("cpu"), Engine("gpu")
+NGRAM = Draft("ngram")
+FILES = Connector.of({"kv_connector": "ExampleConnector"})
+HOST = Connector.of({}, offloads=True)
+NIXL = Connector.of({"kv_connector": "NixlConnector"})
 
 
 @pytest.mark.parametrize("engine", [CPU, GPU], ids=["cpu", "gpu"])
@@ -27,20 +31,41 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"dtype": "float32"}, ["cpu"]),
         ({"block_size": 16}, ["cpu", "gpu"]),
         ({"block_size": 8}, []),
-        ({"draft": "ngram"}, ["cpu", "gpu"]),
-        ({"draft": "eagle3"}, []),
+        ({"draft": NGRAM}, ["cpu", "gpu"]),
+        ({"draft": Draft("suffix")}, ["cpu", "gpu"]),
         ({"drafts_itself": True}, ["cpu", "gpu"]),
         *(
             ({"drafts_itself": True, **asked}, ["cpu"])
             for asked in ({"runs_on_v2": False}, {"sees": True}, {"num_replicas": 2})
         ),
         ({"runs_on_v2": False, "sees": True, "num_replicas": 2}, ["cpu", "gpu"]),
-        ({"drafts_itself": True, "draft": "ngram"}, []),
+        ({"drafts_itself": True, "draft": NGRAM}, []),
         ({"drafts_itself": True, "num_stages": 2}, []),
         ({"drafts_itself": True, "adapts": True}, []),
         ({"drafts_itself": True, "sleeps": True}, []),
         ({"num_stages": 2, "adapts": True}, ["cpu", "gpu"]),
-        ({"moves_pages": True}, []),
+        ({"connector": FILES}, ["cpu"]),
+        ({"connector": HOST}, []),
+        ({"connector": Connector.of({}, offloads=True, offloading_backend="lmcache")}, []),
+        ({"connector": NIXL}, ["cpu"]),
+        ({"connector": NIXL, "has_nixl": False}, []),
+        ({"has_nixl": False}, ["cpu", "gpu"]),
+        ({"connector": Connector.of({"kv_connector": "LMCacheConnectorV1"})}, []),
+        ({"connector": Connector.of({"kv_connector": "ExampleConnector", "kv_connector_module_path": "mine"})}, []),
+        *(
+            ({"connector": connector, **asked}, [])
+            for connector in (FILES, NIXL)
+            for asked in (
+                {"num_ranks": 2},
+                {"num_stages": 2},
+                {"num_replicas": 2},
+                {"draft": NGRAM},
+                {"drafts_itself": True},
+                {"adapts": True},
+                {"hybrid": "qwen3_next"},
+                {"sharing": "num_kv_shared_layers 4"},
+            )
+        ),
         ({"sleeps": True}, ["gpu"]),
         ({"sleeps": True, "wakes_up_whole": False}, []),
         ({"wakes_up_whole": False}, ["cpu", "gpu"]),
@@ -51,6 +76,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
         ({"sharing": "num_kv_shared_layers 15"}, ["cpu"]),
         ({"sharing": "num_kv_shared_layers 15", "num_ranks": 2}, []),
+        ({"mixed": "model_type gemma4_text", "num_ranks": 2}, ["cpu"]),
         ({"skips_rows": True}, []),
         ({"hybrid": "qwen3_next"}, ["cpu"]),
         ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu"]),
@@ -58,7 +84,10 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"hybrid": "falcon_h1"}, []),
         ({"hybrid": "falcon_h1", "caches_prefixes": False}, ["cpu"]),
         ({"hybrid": "lfm2", "caches_prefixes": False}, []),
-        ({"hybrid": "qwen3_next", "draft": "ngram"}, []),
+        ({"hybrid": "qwen3_5_text"}, ["cpu"]),
+        ({"hybrid": "qwen3_5_text", "has_torchvision": False}, []),
+        ({"hybrid": "qwen3_next", "has_torchvision": False}, ["cpu"]),
+        ({"hybrid": "qwen3_next", "draft": NGRAM}, []),
         ({"hybrid": "qwen3_next", "drafts_itself": True}, []),
         ({"hybrid": "qwen3_next", "splits_pages": False}, ["cpu"]),
     ],
@@ -83,7 +112,7 @@ def test_a_checkpoint_says_whether_there_are_sinks() -> None:
         ({}, ""),
         ({"splits_pages": False}, "model_type lfm2: this vLLM cannot split its pages"),
         ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8: pages of a lfm2 have room for sums of 16-bit values only"),
-        ({"draft": "ngram"}, "--speculative-config: drafts were never tried"),
+        ({"draft": NGRAM}, "--speculative-config: drafts were never tried"),
     ],
 )
 def test_hybrids_are_tried_on_gpus_where_somebody_asks_for_it(
@@ -106,12 +135,17 @@ def test_gpus_have_no_copies_of_hybrids(engine: Engine, mode: str, served: bool)
     assert (reasons == []) == served
 
 
-def test_layers_that_share_are_tried_on_gpus_where_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_share_or_differ_are_tried_on_gpus_where_somebody_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = GPU.of_checkpoint({"text_config": {"model_type": "gemma3n_text"}})
     (reason,) = engine_reasons(engine)
     assert str(reason) == ("num_kv_shared_layers 15: no GPU has run layers that read the keys and values of others yet")
+    mixed = GPU.of_checkpoint({"model_type": "gemma4", "text_config": {}})
+    (reason,) = engine_reasons(mixed)
+    assert str(reason) == "model_type gemma4_text: no GPU has run layers whose heads differ in size yet"
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    assert engine_reasons(engine) == []
+    assert engine_reasons(engine) == engine_reasons(mixed) == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.support import Reason, model_reasons, override_reasons, refuse, sharing_field, sinks_field
+from vllm_toptheta.support import (
+    Reason,
+    image_modalities,
+    model_reasons,
+    override_reasons,
+    refuse,
+    sharing_field,
+    sinks_field,
+)
 from vllm_toptheta.support.model import _REFUSED_FIELDS
 
 OTHERS = [
@@ -22,7 +30,7 @@ OTHERS = [
     "hidden_size",
 ]
 READ = st.sampled_from([*_REFUSED_FIELDS, *OTHERS, "text_config", "rope_parameters", "rope_theta"])
-TYPES = ["falcon_h1", "gemma3n_text", "LlamaModel"]
+TYPES = ["falcon_h1", "gemma3n_text", "gemma4_text", "LlamaModel"]
 VALUES = st.sampled_from([None, True, 0, -1, 7, 1.5, float("nan"), float("inf"), "x", "mamba", *TYPES, [], {}])
 SIX = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 ANY_JSON = VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(READ, VALUES, max_size=3)
@@ -49,7 +57,23 @@ def test_fields_that_change_attention_are_refused_where_they_are_set(field: str)
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 3, **SIX}, "num_kv_shared_layers 3"),
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 5, **SIX}, "num_kv_shared_layers 5"),
         ({"model_type": "gemma3n_text", "num_kv_shared_layers": 6, **SIX}, "num_kv_shared_layers 6"),
-        ({"model_type": "gemma4_text", "num_kv_shared_layers": 2, "global_head_dim": 0, **SIX}, "num_kv_shared_layers"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 3, "num_global_key_value_heads": 1, **SIX}, ""),
+        ({"model_type": "gemma4", "text_config": {"global_head_dim": 256, "head_dim": 128}}, ""),
+        ({"model_type": "gemma4_text", "per_layer_config": {"1": {"head_dim": 512}}, **SIX}, ""),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 5, **SIX}, "num_kv_shared_layers 5"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 7, **SIX}, "num_kv_shared_layers 7"),
+        ({"model_type": "gemma4", "text_config": {"use_bidirectional_attention": "vision"}}, ""),
+        (
+            {"model_type": "gemma4", "text_config": {"use_bidirectional_attention": "all"}},
+            "use_bidirectional_attention",
+        ),
+        (
+            {"model_type": "gemma4", "is_mm_prefix_lm": True, "text_config": {"use_bidirectional_attention": "all"}},
+            "use_bidirectional_attention",
+        ),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}, "use_bidirectional_attention"),
+        ({"model_type": "gemma4_unified_text"}, "global_head_dim 512"),
+        ({"model_type": "step3p7", "per_layer_config": {"1": {"head_dim": 512}}}, "per_layer_config"),
         ({"is_encoder_decoder": True, "text_config": {"head_dim": 64}}, "is_encoder_decoder"),
         ({"architectures": ["LlamaModel"]}, "architectures LlamaModel"),
         ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, ""),
@@ -62,6 +86,8 @@ def test_fields_that_change_attention_are_refused_where_they_are_set(field: str)
         ({"layer_types": ["mamba", "attention"], "model_type": "bamba"}, "layer_types attention"),
         ({"layer_types": ["mamba", "attention"], "model_type": "granitemoehybrid", "mamba_d_state": 128}, ""),
         ({"layer_types": ["linear_attention", "full_attention"], "model_type": "qwen3_next"}, ""),
+        ({"text_config": {"layer_types": ["linear_attention"], "model_type": "qwen3_5_text"}}, ""),
+        ({"full_attention_interval": 4, "linear_num_value_heads": 32, "model_type": "qwen3_5_moe_text"}, ""),
         ({"layer_types": ["conv", "full_attention"], "text_config": {"model_type": "lfm2"}}, ""),
         ({"layers_block_type": ["mamba", "attention"], "model_type": "nemotron_h", "ssm_state_size": 128}, ""),
         ({"hybrid_override_pattern": "M*-", "model_type": "nemotron_h"}, ""),
@@ -88,6 +114,7 @@ def test_nothing_that_json_can_say_is_a_surprise(config: dict[str, Any]) -> None
         ({"hidden_size": 64}, ["hidden_size"]),
         ({"hidden_size": 64, "head_dim": 16}, []),
         ({"text_config": {"rope_scaling": {}}}, ["rope_scaling"]),
+        ({"global_head_dim": 256, "text_config": {"per_layer_config": {}}}, ["global_head_dim", "per_layer_config"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1.0}}}, []),
     ],
@@ -113,6 +140,26 @@ def test_what_says_that_layers_have_sinks(config: dict[str, Any], field: str | N
     assert sinks_field(config) == field
 
 
+@pytest.mark.parametrize(
+    ("config", "modalities"),
+    [
+        ({"model_type": "gemma4", "text_config": {}}, ()),
+        ({"model_type": "gemma4", "text_config": {"use_bidirectional_attention": "all"}}, ()),
+        ({"model_type": "gemma4", "text_config": {"use_bidirectional_attention": "vision"}}, ("image", "video")),
+        (
+            {
+                "model_type": "gemma4",
+                "audio_config": {"hidden_size": 8},
+                "text_config": {"use_bidirectional_attention": "vision"},
+            },
+            ("image", "video", "audio"),
+        ),
+    ],
+)
+def test_what_a_gemma_4_reads_in_both_directions(config: dict[str, Any], modalities: tuple[str, ...]) -> None:
+    assert image_modalities(config) == modalities
+
+
 def test_every_reason_is_named_at_once_with_a_remedy() -> None:
     refuse([])
     with pytest.raises(UnsupportedError) as caught:
@@ -126,4 +173,6 @@ def test_layers_share_where_config_json_says_so_or_its_class() -> None:
         "num_kv_shared_layers 2"
     )
     assert sharing_field({"model_type": "gemma3n_text", "num_kv_shared_layers": 0}) is None
-    assert sharing_field({"model_type": "gemma4_text", "num_kv_shared_layers": 2}) is None
+    assert sharing_field({"model_type": "gemma4_text"}) is None
+    assert sharing_field({"model_type": "gemma4_text", "num_kv_shared_layers": 2}) == "num_kv_shared_layers 2"
+    assert sharing_field({"model_type": "llama", "num_kv_shared_layers": 2}) is None

@@ -64,8 +64,9 @@ def calibrate_command(
         int | None, typer.Option(help="Directions of a shadow key, 4 bits each; default: half of the head size.")
     ] = None,
     weight_floor: Annotated[
-        float, typer.Option(help="Of the relative thresholds that shadow keys will be served with.")
-    ] = 3.0,
+        float | None,
+        typer.Option(help="Of the relative thresholds that shadow keys will be served with; default: the backend's."),
+    ] = None,
     candidate_mass: Annotated[
         float, typer.Option(help="Share of the survivors' softmax that candidates hold in every head.")
     ] = 0.99,
@@ -101,7 +102,11 @@ def calibrate_command(
         top_k=top_k,
         dense_layers=tuple(integers("--dense-layers", dense_layers)),
         placement=placement,
-        shadow={"num_channels": channels, "weight_floor": weight_floor, "candidate_mass": candidate_mass}
+        shadow={
+            "num_channels": channels,
+            **({} if weight_floor is None else {"weight_floor": weight_floor}),
+            "candidate_mass": candidate_mass,
+        }
         if mode == "shadow"
         else None,
     )

@@ -11,7 +11,17 @@ from typing import Any
 from vllm_toptheta.server import flags
 from vllm_toptheta.server.flags import Flag
 from vllm_toptheta.store import Serving
-from vllm_toptheta.support import Device, Engine, drafts_on_v2, splits_pages, wakes_up_whole
+from vllm_toptheta.support import (
+    Connector,
+    Device,
+    Draft,
+    Engine,
+    drafts_on_v2,
+    has_nixl,
+    has_torchvision,
+    splits_pages,
+    wakes_up_whole,
+)
 
 _DTYPES = {"auto": None, "half": "float16", "float": "float32"}  # vLLM's other names
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
@@ -74,12 +84,15 @@ class EngineFlags:
                 "num_context_ranks": max(flags.integer(given, *names) or 1 for names in context_ranks),
                 "generates": flags.value_of(given, "--runner") in (None, "auto", "generate")
                 and flags.value_of(given, "--convert") in (None, "auto", "none"),
-                "moves_pages": flags.find(given, "--kv-offloading-size") is not None
-                or bool(flags.json_object(given, "--kv-transfer-config")),
+                "connector": Connector.of(
+                    flags.json_object(given, "--kv-transfer-config"),
+                    offloads=flags.find(given, "--kv-offloading-size") is not None,
+                    offloading_backend=flags.value_of(given, "--kv-offloading-backend"),
+                ),
                 "skips_rows": flags.is_on(given, "--kv-sharing-fast-prefill"),
                 "caches_prefixes": flags.is_on(given, "--enable-prefix-caching", by_itself=True),
                 "sleeps": flags.is_on(given, "--enable-sleep-mode"),
-                "draft": _draft(given),
+                "draft": Draft.of(_draft_fields(given)),
                 "num_stages": flags.integer(given, "--pipeline-parallel-size", "-pp") or 1,
                 "adapts": flags.is_on(given, "--enable-lora"),
                 "num_replicas": flags.integer(given, "--data-parallel-size", "-dp") or 1,
@@ -103,18 +116,17 @@ class EngineFlags:
             runs_on_v2=drafts_on_v2() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0",
             wakes_up_whole=wakes_up_whole(),
             splits_pages=splits_pages(),
+            has_nixl=has_nixl(),
+            has_torchvision=has_torchvision(),
             **self.engine,
         )
 
 
-def _draft(given: list[Flag]) -> str | None:
+def _draft_fields(given: list[Flag]) -> dict[str, Any]:
+    """Fields of vLLM's speculative configuration."""
     config = flags.json_object(given, "--speculative-config", "-sc")
-    method = flags.value_of(given, "--spec-method") or config.get("method")
-    model = flags.value_of(given, "--spec-model") or config.get("model")
-    if method or model:
-        # vLLM takes the name of a method for a model's too
-        return str(method or model).strip("[]")
-    return "draft_model" if config else None
+    named = {name: flags.value_of(given, f"--spec-{name}") for name in ("method", "model")}
+    return {**config, **{name: value for name, value in named.items() if value is not None}}
 
 
 def _length(value: str | None) -> int | None:

@@ -17,6 +17,7 @@ from vllm_toptheta.server.model_config import ServedConfig
 from vllm_toptheta.settings import Settings
 from vllm_toptheta.support import (
     Device,
+    Draft,
     Reason,
     engine_reasons,
     image_modalities,
@@ -124,6 +125,8 @@ def _check_engine(
     reasons: dict[Device, list[Reason]] = {}
     for one in (device,) if device else _DEVICES:
         engine = flags.on(one, drafts_itself=settings.lossless)
+        if engine.draft is not None:
+            engine = replace(engine, draft=_checked_draft(engine.draft))
         if config is not None:
             engine = engine.of_checkpoint(config.fields)
         reasons[one] = engine_reasons(engine)
@@ -145,6 +148,21 @@ def _check_engine(
             return f"; on {_DEVICES[served[0]]} only, because {because}"
         refuse(found)
     return ""
+
+
+def _checked_draft(draft: Draft) -> Draft:
+    """What drafts, with what is said by its config.json, if that is here."""
+    if draft.model is None or not draft.is_by_model:
+        return draft
+    try:
+        folder = find_model(draft.model, draft.revision).folder
+    except ModelConfigError as error:
+        raise ModelConfigError(
+            f"{draft.flag}: {error.message}",
+            file=draft.model,
+            remedy="Name a Hugging Face model directory, or org/name",
+        ) from None
+    return draft if folder is None else draft.of_checkpoint(store.read_config(folder))
 
 
 def _vllm_build() -> Device | None:

@@ -15,17 +15,16 @@ _HEAD = """# Configuration
 
 <!-- Written by `toptheta config docs` from vllm_toptheta/settings.py and vllm_toptheta/server; do not edit. -->
 
-One option can be set in four places. The first that sets it wins:
+An option can be set in four places. The first place that sets it wins:
 
-1. the command line: `toptheta serve MODEL --weight-floor 2`, or, which is how plain `vllm serve` takes it,
+1. the command line: `toptheta serve MODEL --weight-floor 2`, or, for plain `vllm serve`,
    `--additional-config '{"toptheta": {"weight_floor": 2}}'`;
 2. the file given as `toptheta serve --config FILE`;
 3. the environment: `TOPTHETA_WEIGHT_FLOOR=2`;
 4. the default.
 
-An option or variable that does not exist is an error that names those that do. `toptheta serve --check` reports a
-mistake in a second, with exit code 2, before anything of vLLM is loaded; `toptheta serve` checks the same before it
-starts.
+An unknown option or variable is an error that lists the known ones. `toptheta serve --check` reports a mistake in a
+second, with exit code 2, without loading vLLM; `toptheta serve` runs the same check before it starts.
 
 ## Options of the backend
 """
@@ -33,7 +32,7 @@ starts.
 _FILE = """
 ## The configuration file
 
-A YAML file: the options above at its root, and beside them
+A YAML file has the options above at its root, and these fields:
 
 """
 
@@ -55,33 +54,33 @@ vllm:
 
     toptheta serve --config serve.yaml --port 8123
 
-The file is checked, the thresholds are compared with the model's config.json, the plain `vllm serve` command is printed
-(keys as `***`), and the process becomes that command. `VLLM_PLUGINS` gets `toptheta` added to what it names, or to all
-plugins that vLLM finds installed where it is not set. A hub id is looked up in the local cache of Hugging Face; if its
-config.json is not there, vLLM compares once it has downloaded it.
+`toptheta serve` checks the file, compares the thresholds with the model's config.json, prints the plain `vllm serve`
+command (keys as `***`), and becomes that command. It adds `toptheta` to `VLLM_PLUGINS`; if that is not set, to all
+plugins that vLLM finds installed. A hub id is looked up in the local cache of Hugging Face. If its config.json is not
+there, vLLM compares after it has downloaded it.
 
 ## What the check answers for
 
-The options, the thresholds, config.json, and these flags of vLLM, in any spelling that vLLM takes: `--hf-overrides`,
-`--hf-config-path`, `--revision`, `--dtype`, `--quantization`, `--kv-cache-dtype`, `--block-size`, `--max-model-len`,
-`--tensor-parallel-size`, both context parallel sizes, `--runner`, `--convert`, `--speculative-config`, `--spec-method`,
-`--spec-model`, `--kv-transfer-config`, `--kv-offloading-size`, `--enable-sleep-mode`, `--load-format`,
-`--limit-mm-per-prompt`, `--language-model-only`, `--enable-mm-embeds`. What it refuses does not start with plain
-`vllm serve` either.
+The check covers the options, the thresholds, config.json, and these flags of vLLM, in any spelling that vLLM takes:
+`--hf-overrides`, `--hf-config-path`, `--revision`, `--dtype`, `--quantization`, `--kv-cache-dtype`, `--block-size`,
+`--max-model-len`, `--tensor-parallel-size`, both context parallel sizes, `--runner`, `--convert`,
+`--speculative-config`, `--spec-method`, `--spec-model`, `--kv-transfer-config`, `--kv-offloading-size`,
+`--kv-offloading-backend`, `--enable-sleep-mode`, `--load-format`, `--limit-mm-per-prompt`, `--language-model-only`,
+`--enable-mm-embeds`. A server that it refuses does not start with plain `vllm serve` either.
 
-It answers for the device that the installed vLLM is for; `--device cpu` and `--device gpu` name another. Where there is
-no vLLM, it says so if the model is served on one of the two only.
+The check is for the device of the installed vLLM; `--device cpu` and `--device gpu` name another. Without vLLM, it says
+so if the model is served on only one of the two.
 
-Left to vLLM: whether it knows the class of the model, flags that are not named here, files of weights and tokenizers,
-and memory. `--hf-overrides` that change heads, layers or other sizes need `--load-format dummy`, because weights would
-not fit. Positions are changed by `rope_parameters`, whole, because vLLM goes by nothing else.
+The check leaves to vLLM: whether it knows the class of the model, all other flags, files of weights and tokenizers, and
+memory. `--hf-overrides` that change heads, layers or other sizes need `--load-format dummy`, because weights would not
+fit. To change positions, override `rope_parameters` as a whole: vLLM reads nothing else.
 
 ## Other variables
 
 | variable | meaning |
 | --- | --- |
-| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | try what nobody has run: other versions of vLLM, and what a refusal names it for |
-| `VLLM_API_KEY` | as `--api-key`: a key that `/v1` and `/toptheta/stats` ask for |
+| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | allow what was never run: other versions of vLLM, kernels, what a refusal names |
+| `VLLM_API_KEY` | like `--api-key`: the key for `/v1` and `/toptheta/stats` |
 """
 
 _NAMES = {"object": "mapping", "boolean": "true or false", "integer": "integer", "number": "number", "string": "string"}

@@ -20,20 +20,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from vllm_toptheta.errors import FingerprintMismatch, ModelConfigError
 from vllm_toptheta.limits import MAX_WEIGHT_FLOOR
-from vllm_toptheta.store.fields import (
-    MAX_HEADS,
-    MAX_LAYERS,
-    Command,
-    Count,
-    Seed,
-    Sha256,
-    Share,
-    ShortText,
-    StrictModel,
-    TextSource,
-    Tokens,
-    Versions,
-)
+from vllm_toptheta.store import fields
+from vllm_toptheta.store.heads import heads_of_full_layers
 from vllm_toptheta.store.quality import Evidence
 from vllm_toptheta.store.rope import normalise_rope, rope_problems
 from vllm_toptheta.store.target import Target
@@ -42,10 +30,10 @@ SCHEMA_VERSION: Final = 5
 READABLE_VERSIONS: Final = (4, 5)  # 4 knew no measured quality, and is otherwise the same
 
 # the most precise type first, so that true stays a bool; YAML and JSON write tuples as lists, hence not strict
-RopeValue = bool | float | ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
+RopeValue = bool | float | fields.ShortText | Annotated[tuple[float, ...], Field(strict=False, max_length=4096)]
 
 
-class ModelIdentity(StrictModel):
+class ModelIdentity(fields.StrictModel):
     """The model that was calibrated."""
 
     id: str = Field(
@@ -55,14 +43,19 @@ class ModelIdentity(StrictModel):
     )
 
 
-class Architecture(StrictModel):
-    """The fingerprint: what must be equal for thresholds of one model to fit another."""
+class Architecture(fields.StrictModel):
+    """The fingerprint: what must be equal for thresholds of one model to fit another.
 
-    num_layers: int = Field(ge=1, le=MAX_LAYERS)
-    num_heads: int = Field(ge=1, le=MAX_HEADS, description="Query heads of a layer.")
-    num_kv_heads: int = Field(ge=1, le=MAX_HEADS)
+    Heads are those of layers that attend to all tokens, the ones with thresholds; layers with a window may have others.
+    """
+
+    num_layers: int = Field(ge=1, le=fields.MAX_LAYERS)
+    num_heads: int = Field(ge=1, le=fields.MAX_HEADS, description="Query heads of a layer.")
+    num_kv_heads: int = Field(ge=1, le=fields.MAX_HEADS)
     head_size: int = Field(ge=1, le=1024)
-    rope: dict[ShortText, RopeValue] = Field(max_length=256, description="As store.rope.normalise_rope spells it.")
+    rope: dict[fields.ShortText, RopeValue] = Field(
+        max_length=256, description="As store.rope.normalise_rope spells it."
+    )
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -85,6 +78,11 @@ class Architecture(StrictModel):
         text_config, prefix = (nested, "text_config.") if isinstance(nested, Mapping) else (config, "")
         for field, message in rope_problems(text_config):
             raise ModelConfigError(message, file=file, field=prefix + field, remedy=_CONFIG_REMEDY)
+        heads, *others = heads_of_full_layers(config)
+        if others:
+            message = f"layers that attend to all tokens have other heads than each other: {clip([heads, *others])}"
+            raise ModelConfigError(message, file=file, field=f"{prefix}per_layer_config", remedy=_ONE_KIND_REMEDY)
+        text_config = {**text_config, **heads}
         num_heads = text_config.get("num_attention_heads")
         head_size = text_config.get("head_dim")
         hidden_size = text_config.get("hidden_size")
@@ -139,47 +137,47 @@ class Architecture(StrictModel):
                 )
 
     def _flat(self) -> dict[str, Any]:
-        fields = self.model_dump()
-        rope = fields.pop("rope")
-        return {**fields, **{f"rope.{name}": value for name, value in rope.items()}}
+        dumped = self.model_dump()
+        rope = dumped.pop("rope")
+        return {**dumped, **{f"rope.{name}": value for name, value in rope.items()}}
 
 
-class Provenance(StrictModel):
+class Provenance(fields.StrictModel):
     """How the thresholds were made: enough to make them again. Left out is what an imported file does not say."""
 
-    text: Annotated[tuple[TextSource, ...], Field(strict=False, min_length=1, max_length=1024)]
-    num_sequences: Count | None = None
-    max_length: Tokens
+    text: Annotated[tuple[fields.TextSource, ...], Field(strict=False, min_length=1, max_length=1024)]
+    num_sequences: fields.Count | None = None
+    max_length: fields.Tokens
     row_fraction: float | None = Field(
         default=None, gt=0.0, le=1.0, description="Rows of a sequence that were observed."
     )
-    seed: Seed | None = None
+    seed: fields.Seed | None = None
     top_k_at_calibration: bool | None = None
-    shared_k: Tokens | None = Field(
+    shared_k: fields.Tokens | None = Field(
         default=None,
         description="The k of top-k attention where one pass served all targets; None where each had its own.",
     )
     beta: float | None = Field(
         default=None, ge=-100.0, le=100.0, description="theta = mean + beta * std of the k-th largest score."
     )
-    dtype: ShortText | None = Field(default=None, description="Of the weights and activations.")
-    versions: Versions
-    command: Command
+    dtype: fields.ShortText | None = Field(default=None, description="Of the weights and activations.")
+    versions: fields.Versions
+    command: fields.Command
     date: datetime.date
 
 
-class Measurement(StrictModel):
+class Measurement(fields.StrictModel):
     """How `Expectations` were measured: thresholds were applied to calibration text, as served."""
 
-    num_sequences: Count
+    num_sequences: fields.Count
 
 
-class ThresholdSection(StrictModel):
+class ThresholdSection(fields.StrictModel):
     """What is said of calibrated thresholds."""
 
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1, max_length=64)]
     dense_layers: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...], Field(strict=False, max_length=MAX_LAYERS)
+        tuple[Annotated[int, Field(ge=0, lt=fields.MAX_LAYERS)], ...], Field(strict=False, max_length=fields.MAX_LAYERS)
     ]
     placement: Literal["pre_softmax", "post_softmax"]
     degree: int = Field(ge=0, le=4, description="Of the polynomial in ln n.")
@@ -202,7 +200,7 @@ class ThresholdSection(StrictModel):
         return self
 
 
-class ShadowSection(StrictModel):
+class ShadowSection(fields.StrictModel):
     """What is said of shadow keys: what keys are projected on, and which of them are candidates.
 
     They serve thresholds relative to the row; a row's anchors are always candidates.
@@ -210,15 +208,15 @@ class ShadowSection(StrictModel):
 
     num_channels: int = Field(ge=2, le=1024, multiple_of=2, description="Directions that a key is projected on.")
     weight_floor: float = Field(gt=0.0, le=MAX_WEIGHT_FLOOR, description="Of the relative thresholds calibrated for.")
-    min_length: Tokens = Field(description="Shortest calibrated row, in tokens.")
-    max_length: Tokens = Field(description="Longest calibrated row, in tokens.")
-    block_size: Tokens = Field(
+    min_length: fields.Tokens = Field(description="Shortest calibrated row, in tokens.")
+    max_length: fields.Tokens = Field(description="Longest calibrated row, in tokens.")
+    block_size: fields.Tokens = Field(
         description="Page of the calibration: keys in that of the newest token are candidates. A larger one keeps more."
     )
     candidate_mass: float = Field(
         gt=0.0, le=1.0, description="Share of the survivors' softmax that candidates hold, in every head."
     )
-    candidate_share: Share = Field(description="Expected candidates over keys, mean of layers and kv heads.")
+    candidate_share: fields.Share = Field(description="Expected candidates over keys, mean of layers and kv heads.")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -227,13 +225,13 @@ class ShadowSection(StrictModel):
         return self
 
 
-class TensorsDigest(StrictModel):
+class TensorsDigest(fields.StrictModel):
     """The checksum of thresholds.safetensors."""
 
-    sha256: Sha256
+    sha256: fields.Sha256
 
 
-class ManifestDraft(StrictModel):
+class ManifestDraft(fields.StrictModel):
     """A manifest before its tensors are written; `save` adds the checksums."""
 
     schema_version: Literal[4, 5] = SCHEMA_VERSION
@@ -307,14 +305,16 @@ class Manifest(ManifestDraft):
     """The content of manifest.yaml."""
 
     tensors: TensorsDigest
-    content_sha256: Sha256 = Field(description="Of everything above, so that no edit or lost bit goes unnoticed.")
+    content_sha256: fields.Sha256 = Field(
+        description="Of everything above, so that no edit or lost bit goes unnoticed."
+    )
 
     @classmethod
     def from_draft(cls, draft: ManifestDraft, *, tensors_sha256: str) -> Self:
         """Return the manifest of a store whose tensors have this checksum."""
-        fields = draft.model_dump(exclude={"schema_version"})
-        fields |= {"tensors": {"sha256": tensors_sha256}, "content_sha256": "0" * 64}
-        manifest = cls.model_validate(fields)
+        dumped = draft.model_dump(exclude={"schema_version"})
+        dumped |= {"tensors": {"sha256": tensors_sha256}, "content_sha256": "0" * 64}
+        manifest = cls.model_validate(dumped)
         return manifest.model_copy(update={"content_sha256": manifest.digest()})
 
     def digest(self) -> str:
@@ -355,4 +355,5 @@ _CONFIG_NAMES = {
     "(the whole)": "num_key_value_heads",
 }
 _OUR_NAMES = re.compile("|".join(re.escape(name) for name in _CONFIG_NAMES))
+_ONE_KIND_REMEDY = "Top-Theta needs heads of one number and size there: serve this model without it"
 _CONFIG_REMEDY = "Top-Theta needs a decoder's config.json with num_hidden_layers, num_attention_heads and head_dim"

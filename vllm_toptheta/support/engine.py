@@ -14,14 +14,22 @@ from vllm_toptheta.limits import (
     HEAD_SIZES,
     gpus_lack,
 )
-from vllm_toptheta.support.hybrids import STATES, hybrid_type
-from vllm_toptheta.support.model import NO_GENERATION, checkpoint_cache_dtype, sharing_field, sinks_field, text_config
+from vllm_toptheta.support.connectors import Connector
+from vllm_toptheta.support.hybrids import NEED_TORCHVISION, STATES, hybrid_type
+from vllm_toptheta.support.model import (
+    NO_GENERATION,
+    checkpoint_cache_dtype,
+    mixed_field,
+    sharing_field,
+    sinks_field,
+    text_config,
+)
 from vllm_toptheta.support.refusal import WITHOUT_US, Reason
+from vllm_toptheta.support.speculation import PAGE_MULTIPLE, Draft
 from vllm_toptheta.support.untested import TRY, allows_untested
 
 Device = Literal["cpu", "gpu"]
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
-MODELLESS_DRAFTS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,10 @@ class Engine:
         num_ranks: GPUs or processes that share a layer's heads.
         num_context_ranks: Those that share a sequence.
         generates: Whether it generates text.
-        moves_pages: Whether pages are copied out of it, or into it.
+        connector: What copies pages out of it and into it; None where nothing does.
         sleeps: Whether it can give its memory back.
         wakes_up_whole: Whether it then gets back what an attention backend keeps there (`installed.wakes_up_whole`).
-        draft: How tokens are guessed; None where they are not, or by the served model itself.
+        draft: What guesses tokens; None where nothing does, or the served model by thresholds.
         drafts_itself: Whether the served model drafts.
         num_stages: Ranks that share the layers.
         adapts: Whether it loads adapters.
@@ -50,9 +58,12 @@ class Engine:
         sinks: What of config.json says that its layers have attention sinks; None where nothing does.
         hybrid: The model_type of a model some of whose layers keep states (`hybrids.STATES`); None of others.
         sharing: What of config.json says that layers read the keys and values of others; None where nothing does.
+        mixed: What of config.json says that layers with a window have other heads than the rest; None of most models.
         skips_rows: Whether prompts leave out rows of layers that share.
         caches_prefixes: Whether what prompts have in common is computed once.
         splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`).
+        has_nixl: Whether the package nixl is installed (`installed.has_nixl`).
+        has_torchvision: Whether vLLM can import models that need it (`installed.has_torchvision`).
     """
 
     device: Device
@@ -63,10 +74,10 @@ class Engine:
     num_ranks: int = 1
     num_context_ranks: int = 1
     generates: bool = True
-    moves_pages: bool = False
+    connector: Connector | None = None
     sleeps: bool = False
     wakes_up_whole: bool = True
-    draft: str | None = None
+    draft: Draft | None = None
     drafts_itself: bool = False
     num_stages: int = 1
     adapts: bool = False
@@ -76,9 +87,12 @@ class Engine:
     sinks: str | None = None
     hybrid: str | None = None
     sharing: str | None = None
+    mixed: str | None = None
     skips_rows: bool = False
     caches_prefixes: bool = True
     splits_pages: bool = True
+    has_nixl: bool = True
+    has_torchvision: bool = True
 
     def of_checkpoint(self, config: Mapping[str, Any]) -> Engine:
         """The same, with what a checkpoint says: what it takes, and the KV cache's dtype where no flag names one.
@@ -93,6 +107,8 @@ class Engine:
             sinks=sinks_field(config),
             hybrid=hybrid_type(text_config(config)),
             sharing=sharing_field(config),
+            mixed=mixed_field(config),
+            draft=None if self.draft is None else self.draft.of_target(config),
         )
         found = checkpoint_cache_dtype(config)
         if found is None or self.cache_dtype != "auto":
@@ -121,9 +137,6 @@ def engine_reasons(engine: Engine) -> list[Reason]:
         ),
         Reason("--dtype float32", "GPUs take bfloat16 and float16"): engine.device == "gpu"
         and engine.dtype == "float32",
-        Reason(
-            "--kv-transfer-config, --kv-offloading-size", "KV connectors and offloading move pages without their tails"
-        ): engine.moves_pages,
         Reason("--enable-sleep-mode", "vLLM has no sleep mode on CPUs", "Leave it out"): engine.sleeps
         and engine.device == "cpu",
         Reason(
@@ -134,11 +147,6 @@ def engine_reasons(engine: Engine) -> list[Reason]:
         Reason(str(engine.sinks), "FlashAttention takes attention sinks in bfloat16 only", "Give --dtype bfloat16"): (
             engine.sinks is not None and engine.device == "gpu" and engine.dtype == "float16"
         ),
-        Reason(
-            f"--speculative-config {engine.draft}",
-            f"speculative decoding is supported with {' and '.join(MODELLESS_DRAFTS)} only; other methods have layers "
-            "of their own, for which there are no thresholds",
-        ): engine.draft is not None and engine.draft not in MODELLESS_DRAFTS,
         Reason(
             "--decode-context-parallel-size, --prefill-context-parallel-size",
             "context parallelism splits a sequence's scores over ranks",
@@ -158,8 +166,12 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "no GPU has run layers that read the keys and values of others yet",
             f"{WITHOUT_US}, or {TRY}",
         ): engine.sharing is not None and engine.device == "gpu" and not allows_untested(),
+        Reason(
+            str(engine.mixed), "no GPU has run layers whose heads differ in size yet", f"{WITHOUT_US}, or {TRY}"
+        ): engine.mixed is not None and engine.device == "gpu" and not allows_untested(),
     }
-    checks |= {**_hybrid_reasons(engine), **_drafting_reasons(engine)}
+    checks |= {**_hybrid_reasons(engine), **_connector_reasons(engine)}
+    checks |= {**_draft_reasons(engine), **_drafting_reasons(engine)}
     return [reason for reason, applies in checks.items() if applies]
 
 
@@ -187,6 +199,11 @@ def _hybrid_reasons(engine: Engine) -> dict[Reason, bool]:
             f"on CPUs, vLLM does not keep the states of a {engine.hybrid} within a prompt as they were",
             "Give --no-enable-prefix-caching",
         ): state == "mamba2" and on_cpu and engine.caches_prefixes,
+        Reason(
+            model_type,
+            "vLLM cannot import it without torchvision, which is not installed",
+            "Install a torchvision that was built for the installed torch",
+        ): engine.hybrid in NEED_TORCHVISION and on_cpu and not engine.has_torchvision,
         Reason(model_type, "on CPUs, vLLM's answers depend on where a prompt is divided into steps", WITHOUT_US): (
             state == "conv" and on_cpu
         ),
@@ -199,6 +216,84 @@ def _hybrid_reasons(engine: Engine) -> dict[Reason, bool]:
         Reason("lossless", "drafts would change the states that answers are made of"): (
             state is not None and engine.drafts_itself
         ),
+    }
+
+
+def _connector_reasons(engine: Engine) -> dict[Reason, bool]:
+    """Why no connector can copy pages out of an engine and into it, or not this one, and whether that is so."""
+    connector = engine.connector
+    if connector is None:
+        return {}
+    on_cpu, flag = engine.device == "cpu", connector.flag
+    on_gpu = connector.stays_on_the_host and not on_cpu
+    return {
+        Reason(
+            flag,
+            "vLLM offloads pages from GPUs to the host, and has nothing to copy them with on CPUs",
+            "Leave it out, and raise VLLM_CPU_KVCACHE_SPACE, which takes the same memory",
+        ): on_cpu and connector.needs_gpus,
+        Reason(
+            flag,
+            "only ExampleConnector, NixlConnector, and OffloadingConnector with a spec of CPUs were run on them",
+            "Take one of these, or leave it out",
+        ): on_cpu and not (connector.needs_gpus or connector.was_run_on_cpus),
+        Reason(flag, "the package nixl is not installed", "Install it (pip install nixl), or leave this out"): (
+            on_cpu and connector.is_nixl and not engine.has_nixl
+        ),
+        Reason(
+            flag,
+            "on GPUs it brings pages without the sums of values that belong to them, or from engines that write none",
+            "Leave it out, or offload to the host by --kv-offloading-size",
+        ): not (on_cpu or on_gpu),
+        Reason(flag, "no GPU has run pages that were away yet", f"Leave it out, or {TRY}"): (
+            on_gpu and not allows_untested()
+        ),
+        Reason(flag, "this vLLM has no pages with rows for sums of values", "Install vLLM 0.32 or 0.33"): (
+            on_gpu and not engine.splits_pages
+        ),
+        Reason(
+            f"{engine.cache_dtype_of} {engine.cache_dtype}",
+            "pages that a connector copies have room for sums of 16-bit values only",
+            "Give --kv-cache-dtype bfloat16",
+        ): on_gpu and engine.cache_dtype in FLOAT8_CACHE_DTYPES,
+        Reason(
+            flag,
+            "connectors were never run with layers that keep states, share keys and values, or have heads of their own",
+            "Leave it out",
+        ): any(field is not None for field in (engine.hybrid, engine.sharing, engine.mixed)),
+        Reason(flag, "connectors were never run on several ranks, which write the same files", "Leave it out"): (
+            engine.num_ranks > 1 or engine.num_stages > 1 or engine.num_replicas > 1
+        ),
+        Reason(flag, "connectors were never run where tokens are drafted", "Leave it out"): (
+            engine.draft is not None or engine.drafts_itself
+        ),
+        Reason(flag, "pages that arrive do not say which adapter they were computed with", "Leave it out"): (
+            engine.adapts
+        ),
+    }
+
+
+def _draft_reasons(engine: Engine) -> dict[Reason, bool]:
+    """Why no model can draft in an engine, or not this one, and whether that is so."""
+    draft = engine.draft
+    if draft is None or not draft.is_by_model:
+        return {}
+    on_cpu, flag = engine.device == "cpu", draft.flag
+    return draft.reasons(on_cpu=on_cpu, runs_on_v2=engine.runs_on_v2) | {
+        Reason(
+            f"--block-size {engine.block_size}",
+            f"layers that draft have vLLM's own attention, on CPUs in pages of multiples of {PAGE_MULTIPLE}",
+            f"Give a multiple of {PAGE_MULTIPLE}, or leave it out",
+        ): on_cpu and engine.block_size is not None and engine.block_size % PAGE_MULTIPLE != 0,
+        Reason(flag, "models have not drafted yet beside layers that share keys and values, or differ in heads"): (
+            engine.sharing is not None or engine.mixed is not None
+        ),
+        Reason(flag, "models have not drafted yet for one that takes images or sounds"): engine.sees,
+        Reason(flag, "models have not drafted yet on several ranks"): (
+            max(engine.num_ranks, engine.num_stages, engine.num_replicas) > 1
+        ),
+        Reason("--enable-lora", "models have not drafted yet for one with adapters"): engine.adapts,
+        Reason("--enable-sleep-mode", "models have not drafted yet in an engine that slept"): engine.sleeps,
     }
 
 
@@ -219,8 +314,10 @@ def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
         and engine.sleeps,
         Reason("--data-parallel-size", "lossless drafts were never tried on ranks that wait for each other"): on_gpu
         and engine.num_replicas > 1,
-        Reason("lossless", f"the served model drafts, and so does --speculative-config {engine.draft}"): drafts
-        and engine.draft is not None,
+        Reason(
+            "lossless",
+            f"the served model drafts, and so does --speculative-config {engine.draft and engine.draft.method}",
+        ): drafts and engine.draft is not None,
         Reason("--pipeline-parallel-size", "lossless drafts need all layers on each rank"): drafts
         and engine.num_stages > 1,
         Reason("--enable-lora", "lossless drafts do not know which adapter a request has"): drafts and engine.adapts,
@@ -254,8 +351,9 @@ def kernel_reasons(
         remedy = "Choose a number of ranks that divides both"
         text = f"ranks cannot share {num_heads} query heads on {num_kv_heads} kv heads evenly"
         reasons.append(Reason(f"--tensor-parallel-size {ranks}", text, remedy))
-    if mode == "shadow" and engine.hybrid is not None and engine.device == "gpu":
-        text = f"on GPUs, pages of a {engine.hybrid} have no room for shadow keys or copies"
+    if mode == "shadow" and engine.device == "gpu" and (engine.hybrid or engine.connector) is not None:
+        pages = f"pages of a {engine.hybrid}" if engine.hybrid is not None else "pages that a connector copies"
+        text = f"on GPUs, {pages} have no room for shadow keys or copies"
         reasons.append(Reason("mode shadow", text, "Serve in mode values"))
     if mode == "shadow" and is_sparse and not has_copies and engine.sharing is not None:
         text = "layers that share keys have calibrated shadow keys of their own, and a page has room for one layer's"

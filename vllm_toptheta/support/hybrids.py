@@ -17,8 +17,12 @@ STATES: dict[str, State] = {
     "granitemoehybrid": "mamba2",
     "lfm2": "conv",
     "nemotron_h": "mamba2",
+    "qwen3_5_moe_text": "delta",
+    "qwen3_5_text": "delta",
     "qwen3_next": "delta",
 }
+# those whose file in vLLM imports what reads images
+NEED_TORCHVISION = {"qwen3_5_moe_text", "qwen3_5_text"}
 # fields of config.json that say that a model is one
 HYBRID_FIELDS = (
     "layers_block_type",

@@ -26,6 +26,9 @@ def image_modalities(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     model_type = config.get("model_type")
     known = _MODALITIES.get(model_type, ()) if isinstance(model_type, str) else ()
+    text = config.get("text_config")
+    if model_type == "gemma4" and isinstance(text, Mapping) and text.get("use_bidirectional_attention") == "vision":
+        known = ("image", "video", "audio") if config.get("audio_config") else ("image", "video")
     states = config.get("is_mm_prefix_lm")
     if states is None:
         return known

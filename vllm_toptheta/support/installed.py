@@ -49,6 +49,20 @@ def splits_pages() -> bool:
     return _has("v1/kv_cache_interface.py", "tokens_per_state: int | Fraction")
 
 
+def has_nixl() -> bool:
+    """Whether there is the package nixl, which vLLM does without until a connector asks for it."""
+    return importlib.util.find_spec("nixl") is not None
+
+
+def has_torchvision() -> bool:
+    """Whether torchvision is there, without which vLLM cannot import some models, even where they read text alone.
+
+    Returns:
+        True also where no vLLM is installed.
+    """
+    return importlib.util.find_spec("vllm") is None or importlib.util.find_spec("torchvision") is not None
+
+
 @functools.cache
 def _has(file: str, words: str) -> bool:
     found = importlib.util.find_spec("vllm")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_toptheta.support.hybrids import HYBRID_FIELDS, HYBRID_LAYERS, hybrid_type
+from vllm_toptheta.support.images import image_modalities
 from vllm_toptheta.support.refusal import Reason
 
 MLA = "multi-head latent attention (MLA) has no per-head values to skip"
@@ -25,6 +26,7 @@ _REFUSED_FIELDS = {
     "num_key_value_heads_per_layer": _PER_LAYER,
     "num_attention_heads_per_layer": _PER_LAYER,
     "num_global_key_value_heads": _PER_LAYER,
+    "per_layer_config": _PER_LAYER,
     "swa_num_attention_heads": _PER_LAYER,
     "swa_num_key_value_heads": _PER_LAYER,
     "swa_head_dim": _PER_LAYER,
@@ -42,9 +44,14 @@ _HEAD_SIZES = {
     "global_head_dim": _PER_LAYER,
     "v_head_dim": "values of another size than keys are not supported",
 }
+# whose layers with a window may have other heads than the rest, and the fields that say so
+_MIXED_TYPES = {"gemma4_text"}
+_MIXED_FIELDS = ("num_global_key_value_heads", "per_layer_config", "global_head_dim")
+# which --hf-overrides do not reach, because the config of each layer is made of them before
+_BEFORE_OVERRIDES = (*_MIXED_FIELDS, "attention_k_eq_v")
 # whose last layers may read the keys and values of earlier ones
-_SHARING_TYPES = {"gemma3n_text"}
-# which layers vLLM has them share with, counted from the first that shares
+_SHARING_TYPES = {"gemma3n_text", "gemma4_text"}
+# which layers vLLM has them share with in a Gemma 3n, counted from the first that shares
 _SHARED_BY_KIND = {"sliding_attention": -2, "full_attention": -1}
 # whose layers have attention sinks, and fields by which others say so
 _SINK_TYPES = {"gpt_oss", "granite_swa", "granitemoe_swa"}
@@ -53,7 +60,6 @@ _SINK_FIELDS = ("attention_sinks", "swa_attention_sink_enabled", "add_swa_attent
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 8192},
     "gemma3n_text": {"num_kv_shared_layers": 15},
-    "gemma4_text": {"global_head_dim": 512},
     "gemma4_unified_text": {"global_head_dim": 512},
 }
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -85,12 +91,17 @@ def model_reasons(config: Mapping[str, Any]) -> list[Reason]:
     if sharing_field(config) is not None:
         served += ("num_kv_shared_layers",)
         reasons += _sharing_reasons(text)
+    if mixed_field(config) is not None:
+        served += _MIXED_FIELDS
+        if text.get("use_bidirectional_attention") == "vision" and image_modalities(config):
+            # of images alone, which are left out
+            served += ("use_bidirectional_attention",)
     reasons += [Reason(field, why) for field, why in _REFUSED_FIELDS.items() if text.get(field) and field not in served]
     head_size = text.get("head_dim")
     reasons += [
         Reason(f"{field} {text[field]}", why)
         for field, why in _HEAD_SIZES.items()
-        if text.get(field) and text[field] != head_size
+        if text.get(field) and text[field] != head_size and field not in served
     ]
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and all(_pools(name) for name in architectures):
@@ -122,6 +133,16 @@ def sharing_field(config: Mapping[str, Any]) -> str | None:
     return f"num_kv_shared_layers {number}" if number and text["model_type"] in _SHARING_TYPES else None
 
 
+def mixed_field(config: Mapping[str, Any]) -> str | None:
+    """What says that layers with a window have other heads than the rest, in a model that may be served; None of most.
+
+    Args:
+        config: As for `model_reasons`.
+    """
+    model_type = _with_defaults(config)["model_type"]
+    return f"model_type {model_type}" if model_type in _MIXED_TYPES else None
+
+
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part with its type, and with the fields that config.json leaves out."""
     text = text_config(config)
@@ -148,16 +169,25 @@ def _layer_type_reasons(text: Mapping[str, Any], known: set[str]) -> list[Reason
 
 
 def _sharing_reasons(text: Mapping[str, Any]) -> list[Reason]:
-    """Why layers cannot share: vLLM would have them share with layers of another kind, or with none."""
+    """Why layers cannot share: vLLM would have them share with layers of another kind, or there is none of theirs."""
     kinds, number, num_layers = (
         text.get(name) for name in ("layer_types", "num_kv_shared_layers", "num_hidden_layers")
     )
     if not (isinstance(kinds, list | tuple) and isinstance(number, int) and isinstance(num_layers, int)):
         return []  # the class's own, which are right
     first = num_layers - number
+    before, sharing = kinds[: max(first, 0)], kinds[max(first, 0) :]
     for kind, offset in _SHARED_BY_KIND.items():
-        if kind in kinds[max(first, 0) :] and (first + offset < 0 or kinds[first + offset] != kind):
+        if kind not in sharing:
+            continue
+        if text["model_type"] != "gemma3n_text":
+            # the last one of the same kind
+            why = None if kind in before else f"no layer of {kind} is left whose keys and values others could read"
+        elif first + offset < 0 or kinds[first + offset] != kind:
             why = f"vLLM has a layer of {kind} share with layer {first + offset}, which is no such layer"
+        else:
+            why = None
+        if why:
             return [Reason(f"num_kv_shared_layers {number}", why)]
     return []
 
@@ -201,6 +231,9 @@ def override_reasons(overrides: Mapping[str, Any]) -> list[Reason]:
         if rope := [field for field in _ROPE_FIELDS if field in changed]:
             remedy = "Give rope_parameters instead, with rope_type, rope_theta and all that belongs to them"
             reasons.append(Reason(f"--hf-overrides {rope[0]}", "vLLM goes by rope_parameters", remedy))
+        if heads := [field for field in _BEFORE_OVERRIDES if field in changed]:
+            text = "vLLM has read by then which heads each layer has"
+            reasons.append(Reason(f"--hf-overrides {heads[0]}", text, "Change it in config.json"))
         parameters = changed.get("rope_parameters")
         if isinstance(parameters, Mapping) and not _has_theta(parameters):
             remedy = "Give rope_parameters with rope_type and rope_theta"
