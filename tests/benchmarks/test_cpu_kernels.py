@@ -17,10 +17,13 @@ from vllm_toptheta.errors import BenchmarkError
 WORKLOAD = KernelWorkload(specs=[], num_heads=6, num_kv_heads=2, head_size=64, block_size=16)
 
 
-def test_both_answer_the_same_where_every_key_survives() -> None:
-    step = cpu_kernels.CpuStep.of(WORKLOAD, [300, 170], [torch.ones(2, 3, n, dtype=torch.bool) for n in (300, 170)])
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_both_answer_the_same_where_every_key_survives(query_len: int) -> None:
+    kept = [torch.ones(2, 3, n, dtype=torch.bool) for n in (300, 170)]
+    step = cpu_kernels.CpuStep.of(WORKLOAD, [300, 170], kept, query_len)
     ours, dense = cpu_kernels.toptheta(step)[0]().float(), cpu_kernels.cpu_attn(step)().float()
     assert float(dense.abs().max()) > 0.1
+    assert len(ours) == 2 * query_len
     torch.testing.assert_close(ours, dense, rtol=2e-2, atol=2e-3)
 
 
@@ -30,6 +33,9 @@ def test_survivors_are_those_of_the_pattern() -> None:
     _, share = cpu_kernels.toptheta(cpu_kernels.CpuStep.of(WORKLOAD, [400], [kept]))
     # 40 rows of the first kv head, and the last token of each
     assert share == pytest.approx((41 + 1) / 800)
+    _, of_two = cpu_kernels.toptheta(cpu_kernels.CpuStep.of(WORKLOAD, [400], [kept], query_len=2))
+    # for the first of the two a page of 15 tokens is open, for the second none
+    assert of_two == pytest.approx((40 + 15 + 15 + 42 + 2) / (2 * (399 + 400)))
 
 
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

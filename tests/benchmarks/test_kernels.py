@@ -2,7 +2,8 @@
 
 import pytest
 
-from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, layers_of, parse_shape, parse_spec
+from vllm_toptheta.benchmarks.kernels import DEFAULT_SPECS, layers_of, parse_shape
+from vllm_toptheta.benchmarks.specs import parse_batch, parse_spec
 from vllm_toptheta.benchmarks.tune import gain_begins
 from vllm_toptheta.errors import BenchmarkError
 
@@ -12,12 +13,20 @@ def test_batches() -> None:
     assert parse_spec("3q1s100") == [100] * 3
     assert parse_spec("2q1s4k_1q1s7") == [4096, 4096, 7]
     assert [len(parse_spec(spec)) for spec in DEFAULT_SPECS] == [32, 8, 4, 32, 1, 64]
+    assert parse_batch("2q4s1k") == ([1024, 1024], 4)
+    assert parse_batch("2q1s1k") == ([1024, 1024], 1)
 
 
 @pytest.mark.parametrize("spec", ["", "32", "q2s1k", "q1ks1k", "1q1s0", "0q1s1k", "q1s1k_", "q1s1m"])
 def test_other_batches_are_refused(spec: str) -> None:
     with pytest.raises(BenchmarkError):
         parse_spec(spec)
+
+
+@pytest.mark.parametrize("spec", ["2q9s1k", "2q0s1k", "2q4ks1k", "1q4s1k_1q1s1k"])
+def test_as_are_new_tokens_that_kernels_do_not_take(spec: str) -> None:
+    with pytest.raises(BenchmarkError, match="new tokens"):
+        parse_batch(spec)
 
 
 @pytest.mark.parametrize(

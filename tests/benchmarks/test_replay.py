@@ -7,10 +7,12 @@ import torch
 
 from tests.benchmarks.test_patterns import recorded
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
+from vllm_toptheta.benchmarks import registry
 from vllm_toptheta.benchmarks.inputs import Anchors, Inputs
 from vllm_toptheta.benchmarks.patterns import Batch
 from vllm_toptheta.benchmarks.registry import toptheta, toptheta_by_tiers
 from vllm_toptheta.kernels.codec import tier_bytes
+from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.pages import padded_page_bytes
 
 pytestmark = [
@@ -22,7 +24,7 @@ pytestmark = [
 LENS, NUM_KV_HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = [304, 290], 2, 2, 64, 16
 
 
-def random_inputs(code_bytes: int = 0) -> Inputs:
+def random_inputs(code_bytes: int = 0, query_len: int = 1) -> Inputs:
     """A step on random pages, as `Inputs.random` makes them on GPUs."""
     pages = [-(-length // BLOCK_SIZE) for length in LENS]
     width, content = 2 * HEAD_SIZE, NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_SIZE
@@ -37,13 +39,14 @@ def random_inputs(code_bytes: int = 0) -> Inputs:
     for row, blocks in enumerate((torch.randperm(sum(pages)) + 1).int().split(pages)):
         table[row, : len(blocks)] = blocks
     return Inputs(
-        query=torch.randn(2, NUM_KV_HEADS * GROUP, HEAD_SIZE, device=DEVICE).half(),
+        query=torch.randn(2 * query_len, NUM_KV_HEADS * GROUP, HEAD_SIZE, device=DEVICE).half(),
         kv_cache=cache,
         block_table=table,
         seq_lens=torch.tensor(LENS, dtype=torch.int32, device=DEVICE),
         max_seq_len=max(LENS),
         absolute=torch.zeros(NUM_KV_HEADS * GROUP, 4, device=DEVICE),
         relative=torch.zeros(NUM_KV_HEADS * GROUP, 4, device=DEVICE),
+        query_len=query_len,
     )
 
 
@@ -65,6 +68,34 @@ def test_the_kernel_reads_what_a_pattern_keeps(anchors: Anchors) -> None:
     rows = rows_of(kept)
     assert counters.value_rows_read.tolist() == rows.tolist()
     assert 0 < int(rows.sum()) < NUM_KV_HEADS * sum(LENS) / 2
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_what_servers_do_not_take_is_not_timed(monkeypatch: pytest.MonkeyPatch, is_served: bool) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(registry, "allows_heads", lambda head_size: is_served)
+    monkeypatch.setattr(value_split, "find_loader", lambda device, head_size, *_: asked.append(head_size))
+    toptheta(random_inputs())
+    assert asked == ([HEAD_SIZE] if is_served else [])
+
+
+def test_so_it_does_for_several_new_tokens() -> None:
+    kept = recorded((304, 290)).survivors(0, Batch(LENS, NUM_KV_HEADS, GROUP))
+    # of the second sequence no anchor, so that its last keys are kept, by each new token its own and those before
+    kept[1][..., :16] = kept[1][..., -131:] = False
+    replayed = random_inputs(query_len=4).replay(kept)
+    replayed.write_tails()
+    call, counters = toptheta(replayed)
+    call()
+    kept[1][..., -4:] = True
+    rows = rows_of(kept)
+    # the first new token of the second sequence opens the page before
+    rows += 290 // BLOCK_SIZE * BLOCK_SIZE - 287 // BLOCK_SIZE * BLOCK_SIZE
+    # of the first one, the page before is open too
+    rows += 16 - torch.stack([kept[0][head, :, 288:304].any(dim=0).sum() for head in range(NUM_KV_HEADS)])
+    rows -= torch.stack([kept[1][head, :, 272:288].any(dim=0).sum() for head in range(NUM_KV_HEADS)])
+    assert counters.value_rows_read.tolist() == rows.tolist()
+    assert int(counters.totals[0]) == 8
 
 
 @pytest.mark.parametrize("heavy_share", [0.0, 0.3, 1.0])

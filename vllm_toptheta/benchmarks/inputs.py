@@ -49,13 +49,14 @@ class Inputs:
     """A decode step on random keys and values in pages as vLLM lays them out.
 
     Attributes:
-        query: [num_seqs, num_heads, head_size].
+        query: [num_seqs * query_len, num_heads, head_size], sequence by sequence.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], token first in memory, with page tails.
         block_table: [num_seqs, max_blocks] int32.
         seq_lens: [num_seqs] int32.
         max_seq_len: The longest of them.
         absolute, relative: [num_heads, 4] float32, coefficients of thresholds calibrated on these very scores: the same
             threshold for every sequence, or relative to its anchors, as it is served.
+        query_len: New tokens of each sequence, the last ones of it.
     """
 
     query: torch.Tensor
@@ -65,6 +66,7 @@ class Inputs:
     max_seq_len: int
     absolute: torch.Tensor
     relative: torch.Tensor
+    query_len: int = 1
 
     @classmethod
     def random(
@@ -74,6 +76,7 @@ class Inputs:
         *,
         code_bytes: int = 0,
         key_scales: torch.Tensor | None = None,
+        query_len: int = 1,
     ) -> Inputs:
         """Normally distributed queries, keys and values; thresholds at the `target_k`-th largest scores.
 
@@ -106,13 +109,14 @@ class Inputs:
         for row, blocks in enumerate(order.split(pages)):
             block_table[row, : len(blocks)] = blocks
         inputs = cls(
-            query=torch.randn(len(lens), num_heads, head_size, device="cuda").to(dtype),
+            query=torch.randn(len(lens) * query_len, num_heads, head_size, device="cuda").to(dtype),
             kv_cache=kv_cache,
             block_table=block_table,
             seq_lens=torch.tensor(lens, dtype=torch.int32, device="cuda"),
             max_seq_len=max(lens),
             absolute=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
             relative=torch.zeros(num_heads, NUM_COEFFICIENTS, device="cuda"),
+            query_len=query_len,
         )
         rows = range(min(len(lens), CALIBRATION_SEQUENCES))
         scores = [inputs.scores(row) for row in rows]
@@ -126,24 +130,27 @@ class Inputs:
         """The step with other queries and keys, written over these, so that just the keys of a pattern survive.
 
         Query head i of a group looks at channel i of the keys alone, which scores 0 if it survives and `BELOW` if not.
-        A sequence in which a head keeps no anchor keeps its last key too, as real ones do.
+        A sequence in which a head keeps no anchor keeps its last key too, as real ones do. New tokens of a sequence
+        keep the same keys.
 
         Args:
             survivors: Of each sequence, [num_kv_heads, group, seq_len] bool.
             heavy_share: Of a head's survivors; the others score `LIGHT`. Which is chance.
         """
         torch.manual_seed(0)
-        num_seqs, num_heads, head_size = self.query.shape
+        num_tokens, num_heads, head_size = self.query.shape
         _, num_kv_heads, block_size, _ = self.kv_cache.shape
         group = num_heads // num_kv_heads
         members = torch.arange(num_heads, device=self.query.device) % group
         one_hot = torch.nn.functional.one_hot(members, head_size) / self.softmax_scale
-        self.query.copy_(one_hot.expand(num_seqs, -1, -1))
+        self.query.copy_(one_hot.expand(num_tokens, -1, -1))
         for row, of_sequence in enumerate(survivors):
             kept = of_sequence.to(self.query.device, copy=True)
             length = kept.shape[2]
-            anchors = torch.cat([kept[..., :NUM_FIRST_ANCHORS], kept[..., -NUM_LAST_ANCHORS:]], dim=2)
-            kept[..., -1] |= ~anchors.any(dim=2)
+            # those of all new tokens
+            last_anchors = kept[..., -NUM_LAST_ANCHORS : length - self.query_len + 1]
+            anchors = torch.cat([kept[..., :NUM_FIRST_ANCHORS], last_anchors], dim=2)
+            kept[..., -self.query_len :] |= ~anchors.any(dim=2, keepdim=True)
             position = torch.arange(length, device=kept.device)
             blocks = self.block_table[row, position // block_size].long()
             is_heavy = torch.rand(kept.shape, device=kept.device) < heavy_share
@@ -168,9 +175,10 @@ class Inputs:
         return key, value
 
     def scores(self, row: int) -> torch.Tensor:
-        """[num_heads, seq_len] float32, scaled logits of a sequence."""
+        """[num_heads, seq_len] float32, scaled logits of a sequence's last token."""
         keys, _ = self.sequence(row)
-        return causal_scores(self.query[row : row + 1].float(), keys, softmax_scale=self.softmax_scale)[0]
+        query = self.query.unflatten(0, (-1, self.query_len))[row, -1:]
+        return causal_scores(query.float(), keys, softmax_scale=self.softmax_scale)[0]
 
     def anchor_lse(self, row: int) -> torch.Tensor:
         """[num_heads] float32, that of a sequence."""
@@ -195,7 +203,15 @@ class Inputs:
             min_step_tokens,
             length_range=(1, LONGEST),
             threshold_offset=torch.zeros(len(self.seq_lens), device=self.query.device) if per_request else None,
+            query_start_loc=self.query_start_loc if self.query_len > 1 else None,
+            max_query_len=self.query_len,
         )
+
+    @property
+    def query_start_loc(self) -> torch.Tensor:
+        """[num_seqs + 1] int32."""
+        starts = torch.arange(len(self.seq_lens) + 1, dtype=torch.int32, device=self.query.device)
+        return starts * self.query_len
 
     def write_tails(self, shadow: ShadowLayer | None = None, tiers: TierLayer | None = None) -> None:
         """Write the value sums of all full pages, and their codes if there is a codec."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field
 from rich.table import Table
 
+from vllm_toptheta.benchmarks.specs import parse_batch
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.limits import gpus_lack
 
@@ -48,13 +49,14 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 _SHAPE = re.compile(r"([1-9]\d*),([1-9]\d*),([1-9]\d*)")
-_SPEC = re.compile(r"(\d*)q(\d+)(k?)(?:s(\d+)(k?))?")
 
 
 class KernelWorkload(BaseModel):
     """The attention of a layer, and what is decoded with it."""
 
-    specs: list[str] = Field(description="Batches in vLLM's grammar: 32q1s32k is 32 requests, 1 new token, 32K cached.")
+    specs: list[str] = Field(
+        description="Batches in vLLM's grammar: 32q1s32k is 32 requests of 32K, one new token each; 32q4s32k, four."
+    )
     num_heads: int = 32
     num_kv_heads: int = 8
     head_size: int = 128
@@ -126,27 +128,6 @@ def layers_of(num_layers: int, most: int | None) -> range:
     return range(0, num_layers, 1 if most is None else -(-num_layers // most))
 
 
-def parse_spec(spec: str) -> list[int]:
-    """Context lengths of a batch in vLLM's grammar, parts joined by underscores: 2q1s32k_30q1s1k.
-
-    Raises:
-        BenchmarkError: It is malformed, or a request has more than one new token.
-    """
-    lens: list[int] = []
-    for part in spec.split("_"):
-        match = _SPEC.fullmatch(part)
-        if match is None:
-            raise BenchmarkError(f"{spec!r} is no batch", remedy="Write <requests>q1s<context>, as in 32q1s32k")
-        requests, query, query_unit, context, context_unit = match.groups()
-        if int(query) != 1 or query_unit:
-            raise BenchmarkError(f"{spec!r} has requests of several new tokens; only decoding is measured")
-        length = int(context or query) * (1024 if context_unit else 1)
-        if not length or requests == "0":
-            raise BenchmarkError(f"{spec!r} has no requests or no context")
-        lens += [length] * int(requests or 1)
-    return lens
-
-
 def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] = lambda _: None) -> KernelReport:
     """Measure every kernel on every batch.
 
@@ -158,15 +139,17 @@ def compare(workload: KernelWorkload, *, report_progress: Callable[[str], None] 
     from vllm_toptheta.benchmarks.patterns import pattern_of
     from vllm_toptheta.benchmarks.registry import versions
 
-    batches = [(spec, parse_spec(spec)) for spec in workload.specs]
+    batches = [(spec, *parse_batch(spec)) for spec in workload.specs]
+    if workload.heavy_share is not None and any(query_len > 1 for _, _, query_len in batches):
+        raise BenchmarkError("copies are read for one new token of a request only", field="--heavy-share")
     patterns = [pattern_of(name, target_k=workload.target_k) for name in workload.patterns]
     if not torch.cuda.is_available():
         raise BenchmarkError("the kernels run on NVIDIA GPUs only, and there is none")
     copy_tb_per_s = _copy_tb_per_s()
     reports = []
-    for spec, lens in batches:
+    for spec, lens, query_len in batches:
         report_progress(spec)
-        reports.append(_measure(workload, spec, lens, patterns))
+        reports.append(_measure(workload, spec, inputs_of(workload, lens, query_len), patterns))
         torch.cuda.empty_cache()
     return KernelReport(
         # a report is shown to others, whom folders of this machine do not concern
@@ -246,11 +229,11 @@ def _copy_tb_per_s() -> float:
     return 2e-6 * COPY_BYTES / time_in_graph([lambda: target.copy_(source)])
 
 
-def _measure(workload: KernelWorkload, spec: str, lens: list[int], patterns: Sequence[Pattern]) -> BatchReport:
+def _measure(workload: KernelWorkload, spec: str, copies: Sequence[Inputs], patterns: Sequence[Pattern]) -> BatchReport:
     from vllm_toptheta.benchmarks.patterns import Batch, Spread
     from vllm_toptheta.benchmarks.registry import DENSE, toptheta
 
-    copies = inputs_of(workload, lens)
+    lens = copies[0].seq_lens.tolist()
     times: dict[str, tuple[float, float]] = {}
     slowest: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -371,14 +354,14 @@ def step_shape(workload: KernelWorkload) -> StepShape:
     )
 
 
-def inputs_of(workload: KernelWorkload, lens: list[int]) -> list[Any]:
-    """Random steps, as many as it takes to outgrow the L2 cache."""
+def inputs_of(workload: KernelWorkload, lens: list[int], query_len: int = 1) -> list[Any]:
+    """Random steps of `query_len` new tokens a request, as many as it takes to outgrow the L2 cache."""
 
     from vllm_toptheta.benchmarks.inputs import Inputs
     from vllm_toptheta.kernels.codec import tier_bytes
 
     code_bytes = 0 if workload.heavy_share is None else tier_bytes(workload.head_size)
-    first = Inputs.random(lens, step_shape(workload), code_bytes=code_bytes)
+    first = Inputs.random(lens, step_shape(workload), code_bytes=code_bytes, query_len=query_len)
     # by tiers, an eighth or so of the bytes is read
     count = max(1, -(-CACHE_BYTES * (1 if workload.heavy_share is None else 6) // first.kv_bytes))
     return [first, *(_copy(first) for _ in range(count - 1))]

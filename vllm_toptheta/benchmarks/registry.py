@@ -11,6 +11,7 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
+from vllm_toptheta.kernels.gpu.balance import balance
 from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.tier_split import find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
@@ -18,6 +19,7 @@ from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
+from vllm_toptheta.support import allows_heads
 
 Call = Callable[[], Any]
 Dense = Literal["never", "served", "always"]
@@ -33,6 +35,7 @@ def toptheta(
     count: bool = True,
     config: LaunchConfig | None = None,
     in_triton: bool = False,
+    is_balanced: bool = True,
 ) -> tuple[Call, Counters]:
     """Our kernel, and what it adds to.
 
@@ -45,14 +48,17 @@ def toptheta(
         count: Whether it counts.
         config: Launch parameters instead of the table's.
         in_triton: Take no kernel in CUDA C++.
+        is_balanced: Whether kv heads have programs by what they read, after one step that is not timed.
     """
-    num_seqs, num_heads, head_size = inputs.query.shape
+    num_seqs, (_, num_heads, head_size) = len(inputs.seq_lens), inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
     device = inputs.query.device
     counters = Counters.allocate(num_heads, num_kv_heads, device)
-    sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size)
-    group, element_bytes = num_heads // num_kv_heads, inputs.kv_cache.element_size()
-    loader = None if in_triton else value_split.find_loader(device, head_size, group, element_bytes)
+    sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size, max_query_len=inputs.query_len)
+    group, element_bytes = num_heads // num_kv_heads * inputs.query_len, inputs.kv_cache.element_size()
+    # as a server reads them
+    in_cuda = not in_triton and allows_heads(head_size)
+    loader = value_split.find_loader(device, head_size, group, element_bytes) if in_cuda else None
     scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     layer = Layer(
         inputs.softmax_scale,
@@ -62,7 +68,15 @@ def toptheta(
     longest = {"never": NUM_ANCHORS, "served": scratch.config.dense_length, "always": KEEPS_EVERYTHING}[dense]
     fewest = scratch.config.min_step_tokens(num_kv_heads, num_multiprocessors(device)) if dense == "served" else 0
     step = inputs.step(max_dense_len=longest, min_step_tokens=fewest, per_request=per_request)
-    call = LayerCall(inputs.query, torch.empty_like(inputs.query), LayerCache.of(inputs.kv_cache, layer), layer)
+    cache, output = LayerCache.of(inputs.kv_cache, layer), torch.empty_like(inputs.query)
+    if loader is not None and is_balanced:
+        decode(step, LayerCall(inputs.query, output, cache, layer._replace(counters=counters)), scratch)
+        rows_read, rows_cached = counters.value_rows_read.tolist(), int(counters.totals[2])
+        num_programs = scratch.config.num_programs(num_kv_heads, num_multiprocessors(device))
+        programs = balance(rows_read, rows_cached, num_programs)
+        layer = layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
+        counters.zero_()
+    call = LayerCall(inputs.query, output, cache, layer)
     return lambda: decode(step, call, scratch), counters
 
 
@@ -102,13 +116,13 @@ def flash_attention_3(inputs: Inputs, *, num_splits: int = 0) -> Call:
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    num_seqs, num_heads, head_size = inputs.query.shape
+    num_seqs, (_, num_heads, head_size) = len(inputs.seq_lens), inputs.query.shape
     keys, values = (half.transpose(1, 2) for half in inputs.kv_cache.split(head_size, dim=3))
     query = inputs.query if keys.dtype.itemsize > 1 else inputs.query.to(keys.dtype)
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
+    starts = inputs.query_start_loc
     schedule = get_scheduler_metadata(
         batch_size=num_seqs,
-        max_seqlen_q=1,
+        max_seqlen_q=inputs.query_len,
         max_seqlen_k=inputs.max_seq_len,
         num_heads_q=num_heads,
         num_heads_kv=keys.shape[2],
@@ -127,7 +141,7 @@ def flash_attention_3(inputs: Inputs, *, num_splits: int = 0) -> Call:
         v=values,
         out=output,
         cu_seqlens_q=starts,
-        max_seqlen_q=1,
+        max_seqlen_q=inputs.query_len,
         seqused_k=inputs.seq_lens,
         max_seqlen_k=inputs.max_seq_len,
         softmax_scale=inputs.softmax_scale,
@@ -147,21 +161,21 @@ def vllm_triton(inputs: Inputs) -> Call:
     """
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    num_seqs, num_heads, head_size = inputs.query.shape
+    num_seqs, (_, num_heads, head_size) = len(inputs.seq_lens), inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
     keys, values = (half.transpose(1, 2) for half in inputs.kv_cache.split(head_size, dim=3))
     splits, max_seqs = 16, 128 // num_kv_heads  # the backend's constants
     scratch = torch.empty(max_seqs, num_heads, splits, 1 << (head_size - 1).bit_length(), device="cuda")
     scale = torch.ones(num_seqs, num_kv_heads, device="cuda")
     output = torch.empty_like(inputs.query)
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
+    starts = inputs.query_start_loc
     return lambda: unified_attention(
         q=inputs.query,
         k=keys,
         v=values,
         out=output,
         cu_seqlens_q=starts,
-        max_seqlen_q=1,
+        max_seqlen_q=inputs.query_len,
         seqused_k=inputs.seq_lens,
         max_seqlen_k=inputs.max_seq_len,
         softmax_scale=inputs.softmax_scale,
@@ -185,7 +199,10 @@ def flashinfer(inputs: Inputs) -> Call:
 
     Raises:
         ImportError: FlashInfer is not installed.
+        ValueError: Sequences have several new tokens, which it has no plan for.
     """
+    if inputs.query_len != 1:
+        raise ValueError("decodes one new token of a sequence")
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper  # type: ignore[import-not-found]
 
     num_seqs, num_heads, head_size = inputs.query.shape

@@ -19,8 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from vllm_toptheta.benchmarks.kernels import CACHE_BYTES, KernelWorkload, parse_spec, time_in_graph
+from vllm_toptheta.benchmarks.kernels import CACHE_BYTES, KernelWorkload, time_in_graph
 from vllm_toptheta.benchmarks.shadow_inputs import ShadowInputs, message, moved, random_inputs, wrong
+from vllm_toptheta.benchmarks.specs import parse_spec
 from vllm_toptheta.errors import BenchmarkError
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_toptheta.benchmarks.kernels import KernelWorkload, parse_spec, step_shape
+from vllm_toptheta.benchmarks.kernels import KernelWorkload, step_shape
+from vllm_toptheta.benchmarks.specs import parse_spec
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
 from vllm_toptheta.limits import NUM_ANCHORS, NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 

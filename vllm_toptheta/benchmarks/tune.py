@@ -12,10 +12,10 @@ from vllm_toptheta.benchmarks.kernels import (
     KernelWorkload,
     inputs_of,
     layers_of,
-    parse_spec,
     time_in_graph,
     time_layer,
 )
+from vllm_toptheta.benchmarks.specs import parse_spec
 from vllm_toptheta.errors import BenchmarkError
 
 if TYPE_CHECKING:
