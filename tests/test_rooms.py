@@ -44,7 +44,6 @@ SAME_NAME: dict[str, str] = {
     "subject.py": "evaluation: a model in transformers; engine: the same in vLLM",
     "tails.py": "of the kernels of each device",
     "thresholds.py": "thresholds in that room, and in cli the command",
-    "tier_split.py": "in Triton, and in CUDA C++",
     "tiers.py": "copies of keys and values in that room",
     "tune.py": "evaluation finds a floor, benchmarks launch parameters; in cli the command",
     "values.py": "of the kernels of each device",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,8 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
     Args:
         calls: What it is asked.
         environment: Added to `ENVIRONMENT`.
-        config: `model`, optionally `backend`, `options` (the backend's) and `engine` (further engine arguments).
+        config: `model`, optionally `backend`, `options` (the backend's), `engine` (further engine arguments) and
+            `prefill`, the options of a second engine that reads the prompts and passes their pages on by NIXL.
 
     Returns:
         Of each call
@@ -83,6 +85,7 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
         `stats`: what the workers counted during the call, None on another backend; the first call's include whatever
         the engine counted before it; `asleep`: what they answered while they slept, None if they did not;
         `preemptions`: how often a sequence was preempted; `prefix_hits`: prompt tokens found in the cache;
+        `brought`: prompt tokens that a connector brought;
         `accepted`, `drafted`: speculated tokens; `verifications`: how often those of a sequence were verified;
         `block_size`: tokens of a page, which vLLM raises for some models;
         `python_decodes`: calls of the GPU backend's decode step from Python instead of a graph, and `graph_mode`:
@@ -116,30 +119,40 @@ def main() -> None:
     from vllm_toptheta.telemetry.reader import STATS_RPC
 
     config = json.load(sys.stdin)
-    # contexts are short here, and those are dense on GPUs unless told otherwise
-    options = {"min_context": 0} | (config.get("options") or {})
-    llm = LLM(
-        model=config["model"],
-        attention_backend=config.get("backend"),
-        additional_config={"toptheta": options},
-        **{
-            "max_model_len": 4096,
-            "max_num_seqs": 8,
-            "disable_log_stats": False,
-            **ENGINE,
-            **config.get("engine", {}),
-        },
-    )
+
+    def start(options: dict[str, Any] | None, **engine: Any) -> LLM:
+        return LLM(
+            model=config["model"],
+            attention_backend=config.get("backend"),
+            # contexts are short here, and those are dense on GPUs unless told otherwise
+            additional_config={"toptheta": {"min_context": 0} | (options or {})},
+            **{
+                "max_model_len": 4096,
+                "max_num_seqs": 8,
+                "disable_log_stats": False,
+                **ENGINE,
+                **config.get("engine", {}),
+                **engine,
+            },
+        )
+
+    reader = None
+    if config.get("prefill") is None:
+        llm = start(config.get("options"))
+    else:
+        reader = start(config["prefill"], **_by_nixl("kv_producer"))
+        llm = start(config.get("options"), **_by_nixl("kv_consumer"))
     python_decodes = _count_python_decodes() if ON_GPU else []
     results: list[dict[str, Any]] = []
     stats, counters = None, {"python_decodes": 0}
     for call in (Call(*fields) for fields in config["calls"]):
         asleep = _sleep(llm, call.slept, STATS_RPC) if call.slept else None
-        answer = _answer(llm, call)
+        answer = _answer(llm, call, _read(reader, call) if reader else [])
         metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
         now = {
             "preemptions": metrics["vllm:num_preemptions"],
             "prefix_hits": metrics["vllm:prefix_cache_hits"],
+            "brought": metrics.get("vllm:external_prefix_cache_hits", 0),
             "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
             "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
             "verifications": metrics.get("vllm:spec_decode_num_drafts", 0),
@@ -192,7 +205,32 @@ def _since_of_head(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     }
 
 
-def _answer(llm: Any, call: Call) -> dict[str, Any]:
+def _by_nixl(role: str) -> dict[str, Any]:
+    """The arguments of an engine that passes pages on to another one, or takes them, by NIXL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        # the engine, a process that starts next, is told by its environment where others ask it for its pages
+        os.environ |= {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free.getsockname()[1]),
+        }
+    # machines that are busy take longer than pages are kept for
+    extra = {"kv_lease_duration": 600}
+    return {
+        "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": role, "kv_connector_extra_config": extra}
+    }
+
+
+def _read(reader: Any, call: Call) -> list[dict[str, Any]]:
+    """Have an engine read the prompts of a call; where another one finds the pages of each."""
+    from vllm import SamplingParams
+
+    asks = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {"do_remote_decode": True}})
+    answers = reader.generate([{"prompt_token_ids": ids} for ids in call.prompts], asks, use_tqdm=False)
+    return [answer.kv_transfer_params for answer in answers]
+
+
+def _answer(llm: Any, call: Call, transfers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -204,10 +242,16 @@ def _answer(llm: Any, call: Call) -> dict[str, Any]:
             logprobs=2,
             # the end of what follows a grammar
             ignore_eos=structure is None,
-            extra_args={"toptheta": asked} if asked else None,
+            extra_args={
+                **({"toptheta": asked} if asked else {}),
+                **({"kv_transfer_params": transfer} if transfer else {}),
+            }
+            or None,
             structured_outputs=StructuredOutputsParams(**structure) if structure else None,
         )
-        for asked, structure in zip(call.asked or nothing, call.structures or nothing, strict=True)
+        for asked, structure, transfer in zip(
+            call.asked or nothing, call.structures or nothing, transfers or nothing, strict=True
+        )
     ]
     try:
         answers = llm.generate([{"prompt_token_ids": ids} for ids in call.prompts], sampling, use_tqdm=False)

@@ -33,6 +33,7 @@ SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SERVED)
 def test_what_the_check_accepts_answers(name: str, tmp_path: Path) -> None:
     change, flags = SERVED[name]

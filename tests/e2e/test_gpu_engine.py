@@ -12,6 +12,7 @@ from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 from tests.shadow_store import make_shadow_store
+from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
@@ -114,6 +115,25 @@ def test_without_graphs_the_decode_step_is_called(eager: list[dict[str, Any]]) -
 def test_synchronous_scheduling(synchronous: list[dict[str, Any]], eager: list[dict[str, Any]], demo: Subject) -> None:
     assert synchronous[1]["stats"][0]["requests"] == {"floor": len(LENGTHS)}
     assert_same_text(synchronous[1]["outputs"], eager[0]["outputs"])
+
+
+@graphs
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1 runner", "V2 runner"])
+def test_drafts_go_through_thresholds(
+    demo: Subject, prompts: list[list[int]], eager: list[dict[str, Any]], runner: str
+) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    (drafted,) = demo.sparse(
+        [Call(prompts, MAX_TOKENS)],
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner, ALLOW_UNTESTED: "1"},
+        speculative_config=ngram,
+        **FULL_AND_PIECEWISE,
+    )
+    assert_same_text(drafted["outputs"], eager[0]["outputs"])
+    (stats,) = drafted["stats"]
+    # a dense step of verification counts no token
+    assert {head["decode_tokens"] >= len(LENGTHS) * (MAX_TOKENS - 1) for head in stats["layers"]} == {True}
+    assert stats["decode_steps"] < MAX_TOKENS - 1
 
 
 @pytest.mark.xdist_group("float8")

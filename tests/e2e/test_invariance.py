@@ -19,7 +19,7 @@ from tests.e2e.texts import assert_same_text, cut
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-LENGTHS = [700, 1500, 160, 2500]  # prompt tokens
+LENGTHS = [500, 1200, 160, 1800]  # prompt tokens
 # such a prompt fills 20 of 84 blocks and grows to 22: all four start, and not all of them can end
 TIGHT_LENGTHS = [305] * 4
 RANKS_LENGTHS = [40, 300, 300]

@@ -96,6 +96,7 @@ def test_texts_are_those_of_dense_attention(
         assert 0 < one["accepted"] < 0.98 * one["drafted"]
 
 
+@pytest.mark.nightly
 def test_as_many_drafts_as_are_fastest(
     drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
 ) -> None:
@@ -123,6 +124,7 @@ def windowed(drafting: Subject, tmp_path_factory: pytest.TempPathFactory) -> Sub
     return drafting._replace(model=folder)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", ["values", "shadow"])
 def test_layers_with_windows(windowed: Subject, prompts: list[list[int]], mode: str) -> None:
     options = {"mode": mode, **({"always_shadow": True} if mode == "shadow" else {})}
@@ -140,7 +142,9 @@ def test_layers_with_windows(windowed: Subject, prompts: list[list[int]], mode: 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"mode": "shadow", "shadow_values": True, "always_shadow": True}, id="copies"),
+        pytest.param(
+            {"mode": "shadow", "shadow_values": True, "always_shadow": True}, id="copies", marks=pytest.mark.nightly
+        ),
         pytest.param(
             {"weight_floor": 900.0, "compensation": "none"}, id="next to nothing is read", marks=pytest.mark.nightly
         ),
@@ -169,6 +173,7 @@ def test_preemption(drafting: Subject, prompts: list[list[int]], dense: list[dic
     assert_same_text(answer["outputs"], dense[tight])
 
 
+@pytest.mark.nightly
 def test_up_to_the_longest_sequence(drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]) -> None:
     (answer,) = lossless(
         drafting, [Call(prompts[:2], MAX_TOKENS)], draft_tokens=7, max_model_len=LENGTHS[0] + MAX_TOKENS
@@ -190,6 +195,7 @@ def speaking(drafting: Subject, tmp_path_factory: pytest.TempPathFactory) -> Sub
     return drafting._replace(model=model, engine={})
 
 
+@pytest.mark.nightly
 def test_texts_follow_grammars(speaking: Subject, prompts: list[list[int]]) -> None:
     person = {"name": {"type": "string", "maxLength": 20}, "ages": {"type": "array", "items": {"type": "integer"}}}
     schema = {"type": "object", "properties": person, "required": list(person), "additionalProperties": False}
@@ -201,6 +207,7 @@ def test_texts_follow_grammars(speaking: Subject, prompts: list[list[int]]) -> N
     assert 0 < answer["accepted"] < 0.98 * answer["drafted"]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(ON_GPU, reason="GPUs refuse it")
 def test_requests_that_are_not_verified(
     drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]
@@ -243,6 +250,7 @@ def test_drafts_of_dense_requests_are_all_accepted(
     assert answer["accepted"] > 0.9 * answer["drafted"]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks(drafting: Subject, prompts: list[list[int]], dense: list[dict[str, Any]]) -> None:
     short = [1, 3]
@@ -299,12 +307,29 @@ WINDOWED = {"sliding_window": 48, "layer_types": ["sliding_attention", "full_att
 COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
 
 
+def random_requests(chance: random.Random) -> list[dict[str, Any]]:
+    """Prompts of which many begin alike, that stop early or late, and some of which are left."""
+    vocabulary, beginning = TINY["vocab_size"], [chance.randrange(512) for _ in range(400)]
+    return [
+        {
+            "prompt": [
+                *beginning[: chance.choice([0, 64, 333, 400])],
+                *(chance.randrange(vocabulary) for _ in range(chance.randrange(1, 200))),
+            ],
+            "max_tokens": chance.randrange(1, 60),
+            "stop": [chance.randrange(vocabulary) for _ in range(chance.choice([0, 0, 30]))],
+            "left": chance.choice([None, None, None, 1, 7]),
+        }
+        for _ in range(24)
+    ]
+
+
 @pytest.mark.skipif(ON_GPU, reason="random models part from themselves in float16")
 @pytest.mark.parametrize(
     ("seed", "has_windows", "options"),
     [
         pytest.param(0, False, {}, id="values"),
-        pytest.param(1, True, {}, id="windows and sinks"),
+        pytest.param(1, True, {}, id="windows and sinks", marks=pytest.mark.nightly),
         pytest.param(2, False, COPIES, id="copies", marks=pytest.mark.nightly),
         pytest.param(3, True, COPIES, id="windows, sinks and copies", marks=pytest.mark.nightly),
     ],
@@ -323,19 +348,7 @@ def test_requests_that_come_stop_and_are_left(
         GraniteSWAConfig(**fields, **WINDOWED, attention_multiplier=0.125) if has_windows else LlamaConfig(**fields)
     )
     model = write_model(family, tmp_path)
-    vocabulary, beginning = TINY["vocab_size"], [chance.randrange(512) for _ in range(400)]
-    requests = [
-        {
-            "prompt": [
-                *beginning[: chance.choice([0, 64, 333, 400])],
-                *(chance.randrange(vocabulary) for _ in range(chance.randrange(1, 200))),
-            ],
-            "max_tokens": chance.randrange(1, 60),
-            "stop": [chance.randrange(vocabulary) for _ in range(chance.choice([0, 0, 30]))],
-            "left": chance.choice([None, None, None, 1, 7]),
-        }
-        for _ in range(24)
-    ]
+    requests = random_requests(chance)
     config = {"model": str(model), "requests": requests, "seed": seed, "preempted": 0}
     engine = {"max_model_len": 700, "block_size": 32}
     whole = [{**request, "left": None} for request in requests]
@@ -401,6 +414,7 @@ def sampled(folder: Path, **config: Any) -> dict[str, Any]:
     )
 
 
+@pytest.mark.nightly
 def test_samples_have_the_distribution_of_dense_attention(tmp_path: Path) -> None:
     dense = sampled(tmp_path, seed=1)
     lossy = sampled(tmp_path, options=FLOOR, seed=2)

@@ -32,6 +32,7 @@ def shares(stats: dict[str, Any]) -> tuple[float, float]:
     return tuple(sum(head[name] for head in stats["layers"]) / cached for name in ("keys_read", "rows_read"))
 
 
+@pytest.mark.nightly
 @pytest.mark.xdist_group("stock")
 def test_thresholds_below_every_score_give_the_stock_backends_text(
     model: Path, low_shadow_thresholds: Path, stock: Stock
@@ -48,6 +49,7 @@ def test_thresholds_below_every_score_give_the_stock_backends_text(
     assert_same_text(ours["outputs"], stock.answers["few"]["outputs"])
 
 
+@pytest.mark.nightly
 def test_chunks_small_blocks_and_the_prefix_cache(subject: Subject) -> None:
     call = Call(cut(subject.text, LENGTHS), MAX_TOKENS)
     (undisturbed,) = subject.sparse(

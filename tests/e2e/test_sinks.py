@@ -81,7 +81,7 @@ def every_key(model: Model) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", ["dense", "values", pytest.param("copies", marks=pytest.mark.nightly)])
 def test_where_every_key_is_kept_the_text_is_the_stock_backends(
     model: Model, every_key: dict[str, Any], kind: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_the_default_is_near_the_stock_backend(model: Model) -> None:
     # the first token is the prompt's, which is dense; the second has lost what thresholds skip
     differences = [abs(one["top2"][1][0] - other["top2"][1][0]) for one, other in pairs]
     assert all(one["token_ids"][0] == other["token_ids"][0] for one, other in pairs)
-    assert max(differences) < 0.1 + ROUNDED, differences
+    assert float(torch.tensor(differences).max()) < 0.1 + ROUNDED, differences
 
 
 def test_the_text_is_that_of_transformers(model: Model, every_key: dict[str, Any]) -> None:
