@@ -155,12 +155,22 @@ class Engine:
         query_lens: list[int],
         offsets: list[float] | None = None,
         prompts: Collection[int] = (),
+        num_padded: int = 0,
     ) -> torch.Tensor:
         """Run one step over the sequences in `rows`, some of which are in their prompts.
+
+        Args:
+            rows: Sequences.
+            seq_lens, query_lens: Their tokens, and how many of them are new.
+            offsets: What the thresholds of each are shifted by.
+            prompts: Those in their prompts.
+            num_padded: Rows without tokens behind them, as in a graph of more sequences.
 
         Returns:
             [num_tokens], the largest error of each against the reference's.
         """
+        known = torch.tensor([row in prompts for row in rows])
+        rows, seq_lens, query_lens = ([*one, *[0] * num_padded] for one in (rows, seq_lens, query_lens))
         lens, news = torch.tensor(seq_lens), torch.tensor(query_lens)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), news.cumsum(0)]).int()
         block_table = self.block_table[rows]
@@ -181,7 +191,8 @@ class Engine:
             max_seq_len=max(seq_lens),
             block_table_tensor=block_table,
             slot_mapping=torch.zeros(len(query), dtype=torch.int64, device=DEVICE),
-            is_prefilling=torch.tensor([row in prompts for row in rows]),
+            # the V2 model runner knows nothing of rows that are padded
+            is_prefilling=known,
         )
         self.dense_rows = []
         output = torch.full_like(query, torch.nan, dtype=torch.float16)

@@ -57,9 +57,10 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("lens", [[60, 90], [2048, 2300]])
 def test_what_is_no_faster_otherwise_is_dense(monkeypatch: pytest.MonkeyPatch, lens: list[int]) -> None:
     engine = Engine(monkeypatch, lens, plan=make_plan(2.0, min_context=None))
-    rule, config = engine.builder.plan.dense_rule, launch_config(HEAD_SIZE, 2, DEVICE)
-    num_programs = config.num_programs(NUM_KV_HEADS, num_multiprocessors(torch.device(DEVICE)))
-    assert rule == (config.dense_length, config.dense_tokens * num_programs)
+    rule = engine.builder.plan.dense_rule
+    config = launch_config(HEAD_SIZE, 2, DEVICE).for_loader(engine.impl.loaders.values)
+    num_sms = num_multiprocessors(torch.device(DEVICE))
+    assert rule == (config.dense_length, config.min_step_tokens(NUM_KV_HEADS, num_sms))
     prompts = [length - 1 for length in lens]
     engine.step([0, 1], prompts, prompts)
     engine.step([0, 1], lens, [1, 1])
@@ -68,6 +69,8 @@ def test_what_is_no_faster_otherwise_is_dense(monkeypatch: pytest.MonkeyPatch, l
 
 
 def test_a_server_with_few_kv_heads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the kernel in Triton is at hand."""
+    monkeypatch.setattr(value_split, "find_loader", lambda *arguments: None)
     for most, is_said in ((NUM_KV_HEADS * HEAD_SIZE, True), (NUM_KV_HEADS * HEAD_SIZE - 1, False)):
         warnings: list[str] = []
         monkeypatch.setattr(gpu.logger, "warning_once", lambda message, *_, said=warnings: said.append(message))
@@ -201,11 +204,12 @@ def test_drafts_are_verified_by_thresholds(monkeypatch: pytest.MonkeyPatch, in_c
                 Shape((1,), queries // group * NUM_HEADS, NUM_KV_HEADS, size)
             ),
         )
-    engine = Engine(monkeypatch, [190, 160], plan=make_plan(3.0), num_drafts=4)
+    engine = Engine(monkeypatch, [190, 160, 16], plan=make_plan(3.0), num_drafts=4)
     assert engine.builder.reorder_batch_threshold == 5
     reserved = engine.reserved_bytes
     assert engine.step([0, 1], [158, 146], [158, 146]).max() < 2e-3
-    assert engine.step([0, 1], [163, 151], [5, 5]).max() < 2e-3  # over the end of a page at 160
+    # over the end of a page at 160, in a graph of three sequences
+    assert engine.step([0, 1], [163, 151], [5, 5], num_padded=1).max() < 2e-3
     assert engine.dense_rows == []
     # all drafts are rejected of one, so that 160 is filled once more, and two of the other's
     assert engine.step([0, 1], [164, 150], [5, 1]).max() < 2e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_toptheta.backend import program_balance
@@ -39,6 +39,7 @@ class Layer:
         return self.head_programs.tolist()
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # long lists, beside other tests
 @given(
     # more than all: counters that were zeroed between two looks
     st.lists(st.integers(0, 100_000), min_size=1, max_size=128),

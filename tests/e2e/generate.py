@@ -125,7 +125,11 @@ def main() -> None:
             model=config["model"],
             attention_backend=config.get("backend"),
             # contexts are short here, and those are dense on GPUs unless told otherwise
-            additional_config={"toptheta": {"min_context": 0} | (options or {})},
+            additional_config={
+                "toptheta": {"min_context": 0} | (options or {}),
+                # of hybrids; FlashInfer is not everywhere
+                "gdn_prefill_backend": "triton",
+            },
             **{
                 "max_model_len": 4096,
                 "max_num_seqs": 8,

@@ -1,8 +1,8 @@
 """Pages that leave an engine and come back: what stands on them is answered as if they had stayed.
 
-Three of vLLM's connectors run on CPUs. ExampleConnector writes the pages of whole prompts to files. OffloadingConnector
-keeps pages elsewhere that an engine has no room for; here, `host_offloading` does the copying. By NixlConnector, an
-engine takes the pages of prompts from another one that has read them.
+OffloadingConnector keeps pages elsewhere that an engine has no room for; on GPUs vLLM does the copying, on CPUs
+`host_offloading` does. Two more of vLLM's connectors run on CPUs: ExampleConnector writes the pages of whole prompts to
+files, and by NixlConnector, an engine takes the pages of prompts from another one that has read them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import pytest
 
 from tests.e2e.conftest import TINY
 from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call, generate
-from tests.e2e.texts import ON_GPU, assert_same_text
+from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text
 from vllm_toptheta.support import has_nixl
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
     pytest.mark.xdist_group("connectors"),
-    pytest.mark.skipif(ON_GPU, reason="no GPU has run pages that were away"),
 ]
+only_on_cpus = pytest.mark.skipif(ON_GPU, reason="GPUs refuse it")
 
 BLOCK = 32  # the smallest that vLLM's own attention takes
 KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
 COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
 ENGINE = {"skip_tokenizer_init": True, "block_size": BLOCK}
+ROUNDED = 0.1 if ON_GPU else ROUNDING
+# in float16 a text may part from itself, and then other rows are read
+PARTED = 0.05 if ON_GPU else 1e-3
 LONGEST = {"max_model_len": 640, "max_num_batched_tokens": 272}
 # room for two sequences; one that is preempted answers otherwise, whoever keeps its pages, because what it has decoded
 # by thresholds is computed again as a prompt
@@ -61,6 +64,8 @@ def trace(seed: int, num_calls: int = 8) -> list[Call]:
 
 def to_host(num_bytes: int) -> dict[str, Any]:
     """The engine's arguments by which pages go to the host, where there is room for so many bytes."""
+    if ON_GPU:
+        return {"kv_offloading_size": num_bytes / (1 << 30)}
     extra = {
         "spec_name": "HostOffloadingSpec",
         "spec_module_path": "tests.e2e.host_offloading",
@@ -114,11 +119,11 @@ def assert_as_if_they_had_stayed(
     assert sum(answer["brought"] for answer in answers) > 300
     assert sum(answer["brought"] for answer in stayed) == 0
     for answer, other in zip(answers, stayed, strict=True):
-        assert_same_text(answer["outputs"], other["outputs"])
+        assert_same_text(answer["outputs"], other["outputs"], ROUNDED)
         one, another = read(answer), read(other)
-        assert one.rows_read == pytest.approx(another.rows_read, rel=1e-3)
-        assert one.copies_read == pytest.approx(another.copies_read, rel=1e-3)
-        assert one.lost_mass == pytest.approx(another.lost_mass, rel=1e-3, abs=1e-6)
+        assert one.rows_read == pytest.approx(another.rows_read, rel=PARTED)
+        assert one.copies_read == pytest.approx(another.copies_read, rel=PARTED)
+        assert one.lost_mass == pytest.approx(another.lost_mass, rel=PARTED, abs=1e-6)
     assert loses == any(read(answer).lost_mass > 0.01 for answer in answers)
 
 
@@ -127,7 +132,7 @@ def assert_as_if_they_had_stayed(
     [
         ({}, 0),
         *(pytest.param({}, seed, marks=pytest.mark.nightly) for seed in (1, 2)),
-        *(pytest.param(COPIES, seed, marks=pytest.mark.nightly) for seed in (0, 1)),
+        *(pytest.param(COPIES, seed, marks=[pytest.mark.nightly, only_on_cpus]) for seed in (0, 1)),
     ],
 )
 def test_a_prefix_that_was_offloaded(tiny_llama: Path, options: dict[str, Any], seed: int) -> None:
@@ -147,9 +152,10 @@ def test_where_every_key_is_kept_the_text_is_the_stock_backends(tiny_llama: Path
     assert sum(answer["brought"] for answer in answers) > 100
     assert sum(answer["preemptions"] for answer in answers) > 0
     for answer, other in zip(answers, stock, strict=True):
-        assert_same_text(answer["outputs"], other["outputs"])
+        assert_same_text(answer["outputs"], other["outputs"], ROUNDED)
 
 
+@only_on_cpus
 @pytest.mark.nightly
 @pytest.mark.parametrize("options", [{}, COPIES], ids=["values", "copies"])
 def test_a_prompt_from_files(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -182,6 +188,7 @@ def decoded_elsewhere(
     )
 
 
+@only_on_cpus
 @needs_nixl
 @pytest.mark.nightly
 @pytest.mark.parametrize(
@@ -200,8 +207,9 @@ def test_a_prompt_that_another_engine_read(tiny_llama: Path, options: dict[str, 
     assert_as_if_they_had_stayed(answers, ours(tiny_llama, calls, options, LONGEST))
 
 
-@pytest.mark.nightly
+@only_on_cpus
 @needs_nixl
+@pytest.mark.nightly
 def test_where_every_key_is_kept_the_text_behind_another_engine_is_the_stock_backends(tiny_llama: Path) -> None:
     calls = trace(4)
     answers = decoded_elsewhere(tiny_llama, calls, KEEPS_ALL, KEEPS_ALL)
@@ -212,6 +220,7 @@ def test_where_every_key_is_kept_the_text_behind_another_engine_is_the_stock_bac
         assert_same_text(answer["outputs"], other["outputs"])
 
 
+@only_on_cpus
 @needs_nixl
 @pytest.mark.nightly
 def test_no_token_is_answered_from_pages_of_another_mode(tiny_llama: Path) -> None:

@@ -13,23 +13,26 @@ import pytest
 
 from tests.e2e.conftest import TINY
 from tests.e2e.draft_models import Models, write_models
-from tests.e2e.generate import Call, generate
+from tests.e2e.generate import GPU_ENGINE, Call, generate
 from tests.e2e.test_lossless import random_requests, run
-from tests.e2e.texts import ON_GPU, assert_same_text, cut
+from tests.e2e.texts import ON_GPU, ROUNDING, assert_same_text, cut
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
     pytest.mark.xdist_group("drafts"),
-    pytest.mark.skipif(ON_GPU, reason="GPUs refuse drafts by models"),
 ]
 
 NUM_LAYERS, NUM_KV_HEADS = TINY["num_hidden_layers"], TINY["num_key_value_heads"]
 KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
 COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
 # chunks of prompts beside what decodes; pages that the smallest number of drafts may fill and leave again
-ENGINE = {"skip_tokenizer_init": True, "max_num_batched_tokens": 256, "block_size": 32}
+ENGINE: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 256, "block_size": 32}
 DRAFTS = 3
+ROUNDED = 0.1 if ON_GPU else ROUNDING
+V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+if ON_GPU:  # with graphs of four sequences that are verified
+    ENGINE["compilation_config"] = GPU_ENGINE["compilation_config"] | {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,26 @@ def drafting(models: Models, who: str) -> dict[str, Any]:
     return {"speculative_config": asked}
 
 
-def ours(folder: Path, calls: list[Call], options: dict[str, Any] | None = None, **engine: Any) -> list[dict[str, Any]]:
-    return generate(calls, model=str(folder), backend="toptheta", options=options or {}, engine={**ENGINE, **engine})
+def runner(who: str) -> dict[str, str]:
+    """The environment of the model runner that a draft needs: vLLM's V2 gives layers of a `draft_model` our backend."""
+    return V1 if ON_GPU and who in ("served", "other", "small") else {}
+
+
+def ours(
+    folder: Path,
+    calls: list[Call],
+    options: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    **engine: Any,
+) -> list[dict[str, Any]]:
+    return generate(
+        calls,
+        environment,
+        model=str(folder),
+        backend="toptheta",
+        options=options or {},
+        engine={**ENGINE, **engine},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +116,14 @@ def assert_only_its_layers(answers: list[dict[str, Any]]) -> None:
 def test_drafts_change_no_text_of_thresholds(
     models: Models, calls: list[Call], sparse: list[dict[str, Any]], who: str, share: tuple[float, float]
 ) -> None:
-    answers = ours(models.served, calls, **drafting(models, who))
+    answers = ours(models.served, calls, environment=runner(who), **drafting(models, who))
     assert_only_its_layers(answers)
     for answer, plain in zip(answers, sparse, strict=True):
-        assert_same_text(answer["outputs"], plain["outputs"])
+        assert_same_text(answer["outputs"], plain["outputs"], ROUNDED)
         assert share[0] * answer["drafted"] <= answer["accepted"] <= share[1] * answer["drafted"]
         assert answer["drafted"] > 0
         stats = answer["stats"][0]
-        if who != "ngram":  # which guesses seldom
+        if who != "ngram" and not ON_GPU:  # which guesses seldom; where steps overlap, texts end behind drafts
             # every token that is verified is counted, accepted or not
             assert stats["decode_tokens"] == answer["drafted"] + answer["verifications"]
         if share[0] > 0:
@@ -120,14 +141,14 @@ def test_drafts_change_no_text_of_thresholds(
 def test_where_nothing_is_skipped_the_text_is_that_of_the_stock_backend(
     models: Models, calls: list[Call], who: str
 ) -> None:
-    stock = generate(calls, model=str(models.served), engine={**ENGINE, **drafting(models, who)})
-    for answer, other in zip(
-        ours(models.served, calls, {"weight_floor": 0}, **drafting(models, who)), stock, strict=True
-    ):
-        assert_same_text(answer["outputs"], other["outputs"])
+    stock = generate(calls, runner(who), model=str(models.served), engine={**ENGINE, **drafting(models, who)})
+    answers = ours(models.served, calls, {"weight_floor": 0}, runner(who), **drafting(models, who))
+    for answer, other in zip(answers, stock, strict=True):
+        assert_same_text(answer["outputs"], other["outputs"], ROUNDED)
         assert answer["drafted"] > 0
-        assert answer["accepted"] == other["accepted"]
-        assert (answer["accepted"] == answer["drafted"]) == (who == "served")
+        if not ON_GPU:
+            assert answer["accepted"] == other["accepted"]
+            assert (answer["accepted"] == answer["drafted"]) == (who == "served")
 
 
 @pytest.mark.nightly
@@ -136,18 +157,21 @@ def test_layers_of_the_model_itself_draft(models: Models, calls: list[Call]) -> 
     answers = ours(models.mimo, calls, **drafting(models, "mimo"))
     assert_only_its_layers(answers)
     for answer, other in zip(answers, plain, strict=True):
-        assert_same_text(answer["outputs"], other["outputs"])
+        assert_same_text(answer["outputs"], other["outputs"], ROUNDED)
         assert answer["drafted"] > 0
 
 
+@pytest.mark.skipif(ON_GPU, reason="there, drafts are verified densely beside copies")
 @pytest.mark.nightly
 def test_copies(models: Models, calls: list[Call]) -> None:
     plain = ours(models.served, calls, COPIES)
-    for answer, other in zip(ours(models.served, calls, COPIES, **drafting(models, "other")), plain, strict=True):
+    answers = ours(models.served, calls, COPIES, **drafting(models, "other"))
+    for answer, other in zip(answers, plain, strict=True):
         assert_same_text(answer["outputs"], other["outputs"])
         assert 0 < answer["accepted"] < answer["drafted"]
 
 
+@pytest.mark.skipif(ON_GPU, reason="random models part from themselves in float16")
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("seed", "who", "is_preempted"), [(0, "other", False), (1, "eagle", True)], ids=["thresholds", "preempted"]

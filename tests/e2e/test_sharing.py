@@ -66,7 +66,9 @@ MARKED = [
 ]
 SPARSE_LAYERS = {1, 3, 5, 7}
 TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
-ENGINE = {"skip_tokenizer_init": True}
+ENGINE: dict[str, Any] = {"skip_tokenizer_init": True}
+if ON_GPU:  # as thresholds' layers have it; by itself vLLM takes the fourth for a Gemma 4
+    ENGINE["attention_config"] = {"flash_attn_version": 3}
 ROUNDED = 0.1 if ON_GPU else ROUNDING
 KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
 # nothing is weighed by a copy

@@ -38,7 +38,7 @@ from vllm_toptheta.backend.program_balance import ProgramBalance
 from vllm_toptheta.backend.requests import request_offsets
 from vllm_toptheta.backend.sparse_layer import SparseLayer
 from vllm_toptheta.backend.support_checks import check_no_chunks, check_sharing, check_split
-from vllm_toptheta.backend.versions import without_decodes
+from vllm_toptheta.backend.versions import with_all_rows, without_decodes
 from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall, TailStep
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
@@ -188,6 +188,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         self, common: CommonAttentionMetadata, metadata: FlashAttentionMetadata
     ) -> tuple[int, int, FlashAttentionMetadata | None]:
         """How many sequences decode, and their tokens; FlashAttention's metadata of those behind, None without any."""
+        common = with_all_rows(common)
         num_decodes, num_prefills, num_tokens, _ = split_decodes_and_prefills(
             common,
             decode_threshold=self.max_query_len,

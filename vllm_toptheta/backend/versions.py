@@ -35,6 +35,16 @@ def check_version(version: str) -> None:
         )
 
 
+def with_all_rows(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """The same, if need be with the rows that a graph is padded with, of which vLLM's V2 runner does not say that they
+    are no prompts.
+    """
+    known = common.is_prefilling
+    if known is None or len(known) == common.num_reqs:
+        return common
+    return replace(common, is_prefilling=torch.nn.functional.pad(known, (0, common.num_reqs - len(known))))
+
+
 def without_decodes(common: CommonAttentionMetadata, num_decodes: int, num_decode_tokens: int) -> Any:
     """The part of a batch behind its decoding sequences, which stand in front.
 

@@ -65,33 +65,26 @@ def _load_light(
 
 @triton.jit
 def _quarter(codes, weights, acc, SHIFT: tl.constexpr):
-    """Weigh a quarter of the channels of light values, each of which is more by `_code_offset` than what it stands for.
+    """Weigh a quarter of the channels of light values, as 1 + code / 4.
 
-    The code becomes the lowest bits of a number of 16 bits: no conversion, of which a GPU does few at a time.
+    The code becomes the upper bits of a mantissa: no conversion, of which a GPU does few at a time. Beside a larger
+    number than 1, a GPU's sums of products, which it cuts off, would lose what the codes say.
     """
     code = ((codes >> SHIFT) & 3).to(tl.int16)
     if weights.dtype == tl.float16:
-        level = (code | 0x6400).to(tl.float16, bitcast=True)  # 1024 and the code
+        level = (code << 8 | 0x3C00).to(tl.float16, bitcast=True)
     else:
-        level = (code | 0x4300).to(tl.bfloat16, bitcast=True)  # 128 and the code
+        level = (code << 5 | 0x3F80).to(tl.bfloat16, bitcast=True)
     return tl.dot(level, weights, acc=acc)
 
 
 @triton.jit
-def _code_offset(dtype: tl.constexpr):
-    if dtype == tl.float16:
-        return 1024.0 + VALUE_MIDDLE
-    else:
-        return 128.0 + VALUE_MIDDLE
-
-
-@triton.jit
 def _turn_back(rotation_ptr, acc, offset, first_channel, output, HEAD_SIZE: tl.constexpr, QUARTER: tl.constexpr):
-    """Add R^T (acc - offset) to the output, of the rotated channels from `first_channel` on."""
+    """Add R^T 4 (acc - offset) to the output, of the rotated channels from `first_channel` on."""
     offs_d = tl.arange(0, HEAD_SIZE)
     offs_c = first_channel + tl.arange(0, QUARTER)
     part = tl.load(rotation_ptr + offs_c[None, :] * HEAD_SIZE + offs_d[:, None])
-    return tl.dot(part, (acc - offset[None, :]) * (1.0 / _SCALE_UP), acc=output, input_precision="tf32x3")
+    return tl.dot(part, (acc - offset[None, :]) * (4.0 / _SCALE_UP), acc=output, input_precision="tf32x3")
 
 
 @triton.jit
@@ -297,7 +290,7 @@ def attend_by_tiers(
             # the next scan writes over what this one reads
             tl.debug_barrier()
     if copies_read > 0:
-        shift = tl.sum(lane_weights, axis=0) * _code_offset(query.dtype)
+        shift = tl.sum(lane_weights, axis=0) * (1.0 + VALUE_MIDDLE / 4.0)
         output = _turn_back(copies.rotation, first_quarter, shift, 0, output, HEAD_SIZE, QUARTER)
         output = _turn_back(copies.rotation, second_quarter, shift, QUARTER, output, HEAD_SIZE, QUARTER)
         output = _turn_back(copies.rotation, third_quarter, shift, 2 * QUARTER, output, HEAD_SIZE, QUARTER)
