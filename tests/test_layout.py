@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"errors", "store", "calibration", "evaluation"},
     "soak": {"errors"},
     "benchmarks": {
-        *("errors", "limits", "whole_file", "reference", "store", "support", "selection", "kernels", "telemetry"),
+        *("errors", "limits", "whole_file", "reference", "store", "selection", "kernels", "telemetry"),
         *("calibration", "evaluation"),
     },
     "gguf_model": {"errors"},

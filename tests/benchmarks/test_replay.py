@@ -7,12 +7,10 @@ import torch
 
 from tests.benchmarks.test_patterns import recorded
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
-from vllm_toptheta.benchmarks import registry
 from vllm_toptheta.benchmarks.inputs import Anchors, Inputs
 from vllm_toptheta.benchmarks.patterns import Batch
 from vllm_toptheta.benchmarks.registry import toptheta, toptheta_by_tiers
 from vllm_toptheta.kernels.codec import tier_bytes
-from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.pages import padded_page_bytes
 
 pytestmark = [
@@ -68,15 +66,6 @@ def test_the_kernel_reads_what_a_pattern_keeps(anchors: Anchors) -> None:
     rows = rows_of(kept)
     assert counters.value_rows_read.tolist() == rows.tolist()
     assert 0 < int(rows.sum()) < NUM_KV_HEADS * sum(LENS) / 2
-
-
-@pytest.mark.parametrize("is_served", [False, True])
-def test_what_servers_do_not_take_is_not_timed(monkeypatch: pytest.MonkeyPatch, is_served: bool) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(registry, "allows_heads", lambda head_size: is_served)
-    monkeypatch.setattr(value_split, "find_loader", lambda device, head_size, *_: asked.append(head_size))
-    toptheta(random_inputs())
-    assert asked == ([HEAD_SIZE] if is_served else [])
 
 
 def test_so_it_does_for_several_new_tokens() -> None:

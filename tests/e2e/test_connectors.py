@@ -30,6 +30,8 @@ KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below
 COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True}
 ENGINE = {"skip_tokenizer_init": True, "block_size": BLOCK}
 ROUNDED = 0.1 if ON_GPU else ROUNDING
+# tokens behind a prefix that is in the cache; a GPU decodes one by thresholds, and several densely
+FEW_MORE = (2, 2, 2) if ON_GPU else (0, 1, 1)
 # in float16 a text may part from itself, and then other rows are read
 PARTED = 0.05 if ON_GPU else 1e-3
 LONGEST = {"max_model_len": 640, "max_num_batched_tokens": 272}
@@ -55,7 +57,7 @@ def trace(seed: int, num_calls: int = 8) -> list[Call]:
                 begin = chance.choice(asked)
             else:
                 begin = chance.choice(texts)[: BLOCK * chance.randint(4, 18)]
-            more = chance.choice([0, 1, 1, chance.randint(2, 60)])
+            more = chance.choice([*FEW_MORE, chance.randint(2, 60)])
             prompts.append((begin + [chance.randrange(TINY["vocab_size"]) for _ in range(more)])[:600])
         asked += prompts
         calls.append(Call(prompts, chance.choice([4, 20, 40])))

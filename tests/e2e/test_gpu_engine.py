@@ -12,7 +12,6 @@ from tests.e2e.conftest import STORED, Subject, architecture
 from tests.e2e.generate import IN_THIS_PROCESS, Call, generate
 from tests.e2e.texts import ON_GPU, assert_same_text, cut
 from tests.shadow_store import make_shadow_store
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import wakes_up_whole
 
 pytestmark = [
@@ -125,7 +124,7 @@ def test_drafts_go_through_thresholds(
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     (drafted,) = demo.sparse(
         [Call(prompts, MAX_TOKENS)],
-        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner, ALLOW_UNTESTED: "1"},
+        {**IN_THIS_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": runner},
         speculative_config=ngram,
         **FULL_AND_PIECEWISE,
     )

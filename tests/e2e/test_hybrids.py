@@ -28,7 +28,6 @@ from tests.e2e.generate import IN_PROCESSES_OF_THEIR_OWN, Call, generate
 from tests.e2e.texts import LEAST_COMPARED, ON_GPU, ROUNDING, assert_same_text
 from tests.e2e.torchvision import with_torchvision
 from vllm_toptheta.errors import UnsupportedError
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 
@@ -148,7 +147,6 @@ MARKED = [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in ALWAYS else [pytest.mark.nightly])])
     for name in FAMILIES
 ]
-TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
 KEEPS_ALL = {"weight_floor": 1e-300}  # sparse, and no score lies that far below the others
 COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy": 0, **KEEPS_ALL}
 
@@ -235,7 +233,7 @@ def ours(
 ) -> list[dict[str, Any]]:
     return generate(
         calls,
-        {**TRIED, **model.environment, **(environment or {})},
+        {**model.environment, **(environment or {})},
         model=str(model.folder),
         engine={**model.engine, **engine},
         backend="toptheta",
@@ -324,14 +322,4 @@ def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch) -> None
         else:
             with pytest.raises(UnsupportedError, match="--enable-prefix-caching: .* Give --no-enable-prefix-caching"):
                 check("cpu")
-    with pytest.raises(UnsupportedError, match=f"model_type {model.type}: no GPU has run layers that keep states yet"):
-        check("gpu")
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     assert check("gpu").startswith("thresholds floor:2")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-def test_a_gpu_engine_refuses_them_unless_somebody_wants_to_try(model: Model) -> None:
-    with pytest.raises(RuntimeError, match=f"UnsupportedError: model_type {model.type}: no GPU has run layers"):
-        generate(TWICE, model.environment, model=str(model.folder), engine=model.engine, backend="toptheta")

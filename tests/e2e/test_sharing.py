@@ -24,7 +24,6 @@ from tests.shadow_store import make_shadow_store
 from vllm_toptheta.calibration.model import hidden_states, load_model
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.evaluation.losses import next_token_logits
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 
@@ -37,6 +36,8 @@ SHAPE: dict[str, Any] = {
     "sliding_window": 48,
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": TINY["vocab_size"],
+    # an embedding of zeros becomes NaN in vLLM, of which GPUs that warm up sample tokens that there are not
+    "pad_token_id": None,
 }
 FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma3n": Gemma3nTextConfig(
@@ -44,7 +45,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     # the answers of one whose first and last matrix are the same would be its prompts' last tokens
     "gemma4": Gemma4TextConfig(
-        **SHAPE, head_dim=32, global_head_dim=64, num_kv_shared_layers=4, tie_word_embeddings=False
+        **SHAPE, head_dim=64, global_head_dim=128, num_kv_shared_layers=4, tie_word_embeddings=False
     ),
     # heads as released, whose values are keys
     "gemma4 without sharing": Gemma4TextConfig(
@@ -65,7 +66,6 @@ MARKED = [
     for name in (list(FAMILIES)[:2] if ON_GPU else FAMILIES)
 ]
 SPARSE_LAYERS = {1, 3, 5, 7}
-TRIED = {ALLOW_UNTESTED: "1"} if ON_GPU else {}
 ENGINE: dict[str, Any] = {"skip_tokenizer_init": True}
 if ON_GPU:  # as thresholds' layers have it; by itself vLLM takes the fourth for a Gemma 4
     ENGINE["attention_config"] = {"flash_attn_version": 3}
@@ -76,10 +76,10 @@ COPIES = {"mode": "shadow", "shadow_values": True, "always_shadow": True, "heavy
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    """Random tokens, the same ones at every call; 0 is padding, of whose embedding of zeros vLLM makes NaN."""
+    """Random tokens, the same ones at every call."""
     chances = [random.Random(length) for length in lengths]  # noqa: S311 - nothing is secret
     return [
-        [chance.randrange(1, TINY["vocab_size"]) for _ in range(length)]
+        [chance.randrange(TINY["vocab_size"]) for _ in range(length)]
         for chance, length in zip(chances, lengths, strict=True)
     ]
 
@@ -124,7 +124,7 @@ def ours(
 ) -> list[dict[str, Any]]:
     return generate(
         calls,
-        {**TRIED, **(environment or {})},
+        environment,
         model=str(model.folder),
         engine={**ENGINE, **engine},
         backend="toptheta",
@@ -241,7 +241,7 @@ def test_speculation_changes_no_text(model: Model, options: dict[str, Any], engi
         assert_same_text(answer["outputs"], stock["outputs"], rounding=ROUNDED)
 
 
-def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_check_agrees(model: Model, tmp_path: Path) -> None:
     def check(device: str, *flags: str, **options: Any) -> str:
         return ServeCommand.build([str(model.folder), *flags], options, ServerConfig()).check(device)
 
@@ -254,14 +254,9 @@ def test_the_check_agrees(model: Model, monkeypatch: pytest.MonkeyPatch, tmp_pat
         make_shadow_store(tmp_path / "acme--tiny", margin=1.0, **STORED, **architecture(model.folder))
         with pytest.raises(UnsupportedError, match="num_kv_shared_layers 4: layers that share keys have calibrated"):
             check("cpu", mode="shadow", thresholds=str(tmp_path))
-        with pytest.raises(UnsupportedError, match="num_kv_shared_layers 4: no GPU has run layers that read"):
-            check("gpu")
     if model.name != "gemma3n":
-        with pytest.raises(UnsupportedError, match="model_type gemma4_text: no GPU has run layers whose heads differ"):
-            check("gpu")
         with pytest.raises(UnsupportedError, match="--hf-overrides global_head_dim: vLLM has read by then"):
             check("cpu", "--hf-overrides", '{"global_head_dim": 128}')
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     if model.shares:
         assert check("gpu").startswith("thresholds floor:2")
     else:
@@ -302,7 +297,7 @@ def test_a_released_gemma_4_serves_its_text_alone(tmp_path: Path) -> None:
     vision = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2}
     tokens = {f"{name}_token_id": 500 + index for index, name in enumerate(("image", "video", "audio"))}
     folder = write_model(Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens), tmp_path)
-    environment = {**TRIED, **with_torchvision(tmp_path / "torchvision")}
+    environment = with_torchvision(tmp_path / "torchvision")
     engine = {**ENGINE, "limit_mm_per_prompt": {"image": 0, "video": 0}}
     asked: dict[str, Any] = {"model": str(folder), "engine": engine}
     stock = generate(CALLS[:2], environment, **asked)

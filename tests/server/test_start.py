@@ -22,7 +22,7 @@ from transformers import NemotronHConfig
 
 from tests.server.start import refusal
 from vllm_toptheta.errors import TopThetaError
-from vllm_toptheta.limits import ALLOW_UNTESTED, HEAD_SIZES
+from vllm_toptheta.limits import HEAD_SIZES
 from vllm_toptheta.server.command import ServeCommand
 from vllm_toptheta.server.config import ServerConfig
 from vllm_toptheta.support import Device
@@ -316,7 +316,7 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
     "sinks": ({"attention_sinks": True}, [], {}, ""),
     "sinks of float16": ({"attention_sinks": True}, ["--dtype", "half"], {}, "attention_sinks: .* in bfloat16 only"),
     "as many drafts as are fastest": ({}, [], {"lossless": True, "draft_tokens": "auto"}, ""),
-    "states": ({"model_type": "falcon_h1"}, [], {}, "model_type falcon_h1: no GPU has run layers that keep states"),
+    "states": ({"model_type": "falcon_h1"}, [], {}, ""),
     "pages of 8": ({}, ["--block-size", "8"], {}, "--block-size 8: "),
     "a connector": ({}, CONNECTOR, {}, "^--kv-transfer-config ExampleConnector: on GPUs it brings pages without"),
     "pages by NIXL": (
@@ -325,7 +325,13 @@ GPU: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
         {},
         "^--kv-transfer-config NixlConnector: on GPUs it brings pages without",
     ),
-    "offloading": ({}, ["--kv-offloading-size", "1"], {}, "^--kv-offloading-size: no GPU has run pages that were away"),
+    "offloading": ({}, ["--kv-offloading-size", "1"], {}, ""),
+    "offloading of copies": (
+        {},
+        ["--kv-offloading-size", "1"],
+        {"mode": "shadow"},
+        "mode shadow: on GPUs, pages that a connector copies have no room for shadow keys or copies",
+    ),
 }
 
 
@@ -374,13 +380,6 @@ def test_text_alone_of_a_model_whose_images_attend_to_themselves(
     with pytest.raises(TopThetaError, match="--limit-mm-per-prompt: tokens of one image see each other") as caught:
         command.check("gpu")
     assert caught.value.remedy == f"{remedy} to serve its text alone"
-
-
-def test_what_no_gpu_has_run_may_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    for name in ("states", "offloading"):
-        change, flags, options, _ = GPU[name]
-        assert build(write(tmp_path / name, LLAMA | change), flags, **options).check("gpu")
 
 
 def test_a_vllm_that_does_not_wake_up_whole_must_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

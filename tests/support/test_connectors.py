@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import Connector, Engine, engine_reasons, kernel_reasons
 
 
@@ -89,8 +88,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("connector", OTHERS, ids=lambda one: one.name)
-def test_all_others_are_refused(monkeypatch: pytest.MonkeyPatch, connector: Connector) -> None:
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+def test_all_others_are_refused(connector: Connector) -> None:
     (reason,) = engine_reasons(Engine("cpu", connector=connector))
     assert str(reason).startswith(f"--kv-transfer-config {connector.name}: only ExampleConnector, NixlConnector, and")
     (reason,) = engine_reasons(Engine("gpu", connector=connector))
@@ -98,22 +96,17 @@ def test_all_others_are_refused(monkeypatch: pytest.MonkeyPatch, connector: Conn
 
 
 @pytest.mark.parametrize("connector", [FILES, BY_A_SPEC, TIERS, DISK, *NIXL])
-def test_gpus_get_no_sums_from_files_and_other_engines(monkeypatch: pytest.MonkeyPatch, connector: Connector) -> None:
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+def test_gpus_get_no_sums_from_files_and_other_engines(connector: Connector) -> None:
     (reason,) = engine_reasons(Engine("gpu", connector=connector))
     assert "without the sums of values" in reason.text
 
 
 @pytest.mark.parametrize("connector", [OFFLOADING, SIMPLE])
-def test_gpus_offload_to_the_host_if_somebody_wants_to_try(
-    monkeypatch: pytest.MonkeyPatch, connector: Connector
-) -> None:
+def test_gpus_offload_to_the_host(connector: Connector) -> None:
     def reasons(**asked: Any) -> list[str]:
         engine = Engine("gpu", connector=connector, **asked)
         return [reason.text for reason in engine_reasons(engine)]
 
-    assert reasons() == ["no GPU has run pages that were away yet"]
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
     assert reasons() == []
     assert reasons(splits_pages=False) == ["this vLLM has no pages with rows for sums of values"]
     assert reasons(cache_dtype="fp8") == ["pages that a connector copies have room for sums of 16-bit values only"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from vllm_toptheta.limits import ALLOW_UNTESTED
 from vllm_toptheta.support import Connector, Device, Draft, Engine, engine_reasons, kernel_reasons
 
 CPU, GPU = Engine("cpu"), Engine("gpu")
@@ -74,19 +73,21 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"sinks": "model_type gpt_oss"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "bfloat16"}, ["cpu", "gpu"]),
         ({"sinks": "model_type gpt_oss", "dtype": "float16"}, ["cpu"]),
-        ({"sharing": "num_kv_shared_layers 15"}, ["cpu"]),
+        ({"sharing": "num_kv_shared_layers 15"}, ["cpu", "gpu"]),
         ({"sharing": "num_kv_shared_layers 15", "num_ranks": 2}, []),
-        ({"mixed": "model_type gemma4_text", "num_ranks": 2}, ["cpu"]),
+        ({"mixed": "model_type gemma4_text", "num_ranks": 2}, ["cpu", "gpu"]),
+        ({"mixed": "model_type gemma4_text", "window_head_size": 256}, ["cpu", "gpu"]),
+        ({"mixed": "model_type gemma4_text", "window_head_size": 32}, ["cpu"]),
         ({"skips_rows": True}, []),
-        ({"hybrid": "qwen3_next"}, ["cpu"]),
-        ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu"]),
-        ({"hybrid": "qwen3_next", "dtype": "float16"}, []),
-        ({"hybrid": "falcon_h1"}, []),
-        ({"hybrid": "falcon_h1", "caches_prefixes": False}, ["cpu"]),
-        ({"hybrid": "lfm2", "caches_prefixes": False}, []),
-        ({"hybrid": "qwen3_5_text"}, ["cpu"]),
-        ({"hybrid": "qwen3_5_text", "has_torchvision": False}, []),
-        ({"hybrid": "qwen3_next", "has_torchvision": False}, ["cpu"]),
+        ({"hybrid": "qwen3_next"}, ["cpu", "gpu"]),
+        ({"hybrid": "qwen3_next", "dtype": "bfloat16"}, ["cpu", "gpu"]),
+        ({"hybrid": "qwen3_next", "dtype": "float16"}, ["gpu"]),
+        ({"hybrid": "falcon_h1"}, ["gpu"]),
+        ({"hybrid": "falcon_h1", "caches_prefixes": False}, ["cpu", "gpu"]),
+        ({"hybrid": "lfm2", "caches_prefixes": False}, ["gpu"]),
+        ({"hybrid": "qwen3_5_text"}, ["cpu", "gpu"]),
+        ({"hybrid": "qwen3_5_text", "has_torchvision": False}, ["gpu"]),
+        ({"hybrid": "qwen3_next", "has_torchvision": False}, ["cpu", "gpu"]),
         ({"hybrid": "qwen3_next", "draft": NGRAM}, []),
         ({"hybrid": "qwen3_next", "drafts_itself": True}, []),
         ({"hybrid": "qwen3_next", "splits_pages": False}, ["cpu"]),
@@ -115,13 +116,8 @@ def test_a_checkpoint_says_whether_there_are_sinks() -> None:
         ({"draft": NGRAM}, "--speculative-config: drafts were never tried"),
     ],
 )
-def test_hybrids_are_tried_on_gpus_where_somebody_asks_for_it(
-    asked: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = replace(GPU, **asked).of_checkpoint({"text_config": {"model_type": "lfm2"}})
-    assert str(engine_reasons(engine)[0]) == "model_type lfm2: no GPU has run layers that keep states yet"
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    reasons = engine_reasons(engine)
+def test_hybrids_on_gpus(asked: dict[str, Any], words: str) -> None:
+    reasons = engine_reasons(replace(GPU, **asked).of_checkpoint({"text_config": {"model_type": "lfm2"}}))
     assert [str(reason)[: len(words)] for reason in reasons] == ([words] if words else [])
 
 
@@ -135,17 +131,14 @@ def test_gpus_have_no_copies_of_hybrids(engine: Engine, mode: str, served: bool)
     assert (reasons == []) == served
 
 
-def test_layers_that_share_or_differ_are_tried_on_gpus_where_somebody_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = GPU.of_checkpoint({"text_config": {"model_type": "gemma3n_text"}})
-    (reason,) = engine_reasons(engine)
-    assert str(reason) == ("num_kv_shared_layers 15: no GPU has run layers that read the keys and values of others yet")
-    mixed = GPU.of_checkpoint({"model_type": "gemma4", "text_config": {}})
+def test_a_checkpoint_says_what_heads_layers_with_a_window_have() -> None:
+    for model_type in ("gemma3n_text", "gemma4_text"):
+        assert engine_reasons(GPU.of_checkpoint({"text_config": {"model_type": model_type}})) == []
+    mixed = GPU.of_checkpoint({"model_type": "gemma4", "text_config": {"head_dim": 32}})
     (reason,) = engine_reasons(mixed)
-    assert str(reason) == "model_type gemma4_text: no GPU has run layers whose heads differ in size yet"
-    monkeypatch.setenv(ALLOW_UNTESTED, "1")
-    assert engine_reasons(engine) == engine_reasons(mixed) == []
+    assert str(reason) == "head_dim 32: on GPUs, layers with a window have heads of 64, 80, 96, 128, 256 only"
+    # of other models it is the size of all heads
+    assert engine_reasons(GPU.of_checkpoint({"model_type": "llama", "head_dim": 32})) == []
 
 
 @pytest.mark.parametrize(

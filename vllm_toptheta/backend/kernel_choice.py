@@ -15,7 +15,6 @@ from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors, tier_config
 from vllm_toptheta.limits import MAX_QUERY_LEN, MAX_VERIFIED_QUERIES
 from vllm_toptheta.settings import Settings
-from vllm_toptheta.support import allows_heads, allows_untested
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Loaders:
 
         if plan.heavy is not None:
             return cls(tiers=tier_split.find_loader(*arguments(group)))
-        if plan.code_bytes or not allows_heads(spec.head_size):
+        if plan.code_bytes:
             return cls()
         drafts = value_split.find_loader(*arguments(group * max_query_len)) if max_query_len > 1 else None
         return cls(value_split.find_loader(*arguments(group)), drafts)
@@ -72,11 +71,10 @@ def shadow_config(plan: Plan, loader: TierLoader | None) -> ShadowConfig:
 def max_verified(vllm_config: Any) -> int:
     """New tokens of a sequence that are decoded in one step, at most: the last one and drafts; 1 without drafts.
 
-    Drafts are attended to densely where no kernel takes as many tokens, in mode `shadow`, and, until a card has run
-    those kernels, where nobody asks for what is untested.
+    Drafts are attended to densely where no kernel takes as many tokens, and in mode `shadow`.
     """
     speculative = vllm_config.speculative_config
-    if speculative is None or not allows_untested():
+    if speculative is None:
         return 1
     settings = Settings.of_engine(vllm_config)
     if settings.lossless or settings.mode != "values":

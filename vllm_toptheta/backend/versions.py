@@ -5,6 +5,7 @@ Differences are found by looking for features, not for numbers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ import torch
 
 from vllm_toptheta.errors import UnsupportedError
 from vllm_toptheta.limits import ALLOW_UNTESTED
-from vllm_toptheta.support import allows_untested
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -27,7 +27,7 @@ def check_version(version: str) -> None:
         UnsupportedError: `version` is older or newer than the supported ones, and `ALLOW_UNTESTED` is not set.
     """
     minor = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    if not OLDEST <= minor <= NEWEST and not allows_untested():
+    if not OLDEST <= minor <= NEWEST and os.environ.get(ALLOW_UNTESTED) != "1":
         supported = " to ".join(".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
         raise UnsupportedError(
             f"attention backend toptheta supports vLLM {supported}, this is {version}",

@@ -19,7 +19,6 @@ from vllm_toptheta.kernels.gpu.tiers import decode as decode_by_tiers
 from vllm_toptheta.kernels.gpu.tuning import LaunchConfig, ShadowConfig, num_multiprocessors, tier_config
 from vllm_toptheta.kernels.gpu.values import decode
 from vllm_toptheta.limits import NUM_ANCHORS
-from vllm_toptheta.support import allows_heads
 
 Call = Callable[[], Any]
 Dense = Literal["never", "served", "always"]
@@ -57,8 +56,7 @@ def toptheta(
     sizes = Sizes(num_seqs, num_heads, num_kv_heads, head_size, max_query_len=inputs.query_len)
     group, element_bytes = num_heads // num_kv_heads * inputs.query_len, inputs.kv_cache.element_size()
     # as a server reads them
-    in_cuda = not in_triton and allows_heads(head_size)
-    loader = value_split.find_loader(device, head_size, group, element_bytes) if in_cuda else None
+    loader = None if in_triton else value_split.find_loader(device, head_size, group, element_bytes)
     scratch = Scratch.allocate(sizes, kv_dtype=inputs.kv_cache.dtype, device=device, config=config, loader=loader)
     layer = Layer(
         inputs.softmax_scale,

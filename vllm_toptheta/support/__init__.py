@@ -8,7 +8,6 @@ connectors  what copies pages out of an engine and into it
 speculation what guesses tokens that the served model then verifies
 engine      an engine and its device, as flags or vLLM's configuration say
 installed   what the installed vLLM can do
-untested    what nobody has run
 refusal     the reasons, as one error
 
 May import `errors`, `limits`.
@@ -42,7 +41,6 @@ from vllm_toptheta.support.model import (
 )
 from vllm_toptheta.support.refusal import Reason, refuse
 from vllm_toptheta.support.speculation import Draft
-from vllm_toptheta.support.untested import TRY, allows_heads, allows_untested
 
 __all__ = [
     "CHUNKED",
@@ -54,10 +52,7 @@ __all__ = [
     "Device",
     "Draft",
     "Engine",
-    "TRY",
     "Reason",
-    "allows_heads",
-    "allows_untested",
     "checkpoint_cache_dtype",
     "drafts_on_v2",
     "engine_reasons",

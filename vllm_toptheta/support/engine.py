@@ -23,10 +23,10 @@ from vllm_toptheta.support.model import (
     sharing_field,
     sinks_field,
     text_config,
+    window_head_size,
 )
 from vllm_toptheta.support.refusal import WITHOUT_US, Reason
 from vllm_toptheta.support.speculation import PAGE_MULTIPLE, Draft
-from vllm_toptheta.support.untested import TRY, allows_untested
 
 Device = Literal["cpu", "gpu"]
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
@@ -59,6 +59,7 @@ class Engine:
         hybrid: The model_type of a model some of whose layers keep states (`hybrids.STATES`); None of others.
         sharing: What of config.json says that layers read the keys and values of others; None where nothing does.
         mixed: What of config.json says that layers with a window have other heads than the rest; None of most models.
+        window_head_size: Numbers of a key there; None likewise.
         skips_rows: Whether prompts leave out rows of layers that share.
         caches_prefixes: Whether what prompts have in common is computed once.
         splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`).
@@ -88,6 +89,7 @@ class Engine:
     hybrid: str | None = None
     sharing: str | None = None
     mixed: str | None = None
+    window_head_size: int | None = None
     skips_rows: bool = False
     caches_prefixes: bool = True
     splits_pages: bool = True
@@ -108,6 +110,7 @@ class Engine:
             hybrid=hybrid_type(text_config(config)),
             sharing=sharing_field(config),
             mixed=mixed_field(config),
+            window_head_size=window_head_size(config),
             draft=None if self.draft is None else self.draft.of_target(config),
         )
         found = checkpoint_cache_dtype(config)
@@ -162,13 +165,10 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             "Give 1",
         ): engine.sharing is not None and engine.num_ranks > 1,
         Reason(
-            str(engine.sharing),
-            "no GPU has run layers that read the keys and values of others yet",
-            f"{WITHOUT_US}, or {TRY}",
-        ): engine.sharing is not None and engine.device == "gpu" and not allows_untested(),
-        Reason(
-            str(engine.mixed), "no GPU has run layers whose heads differ in size yet", f"{WITHOUT_US}, or {TRY}"
-        ): engine.mixed is not None and engine.device == "gpu" and not allows_untested(),
+            f"head_dim {engine.window_head_size}",
+            f"on GPUs, layers with a window have heads of {', '.join(map(str, HEAD_SIZES))} only",
+            WITHOUT_US,
+        ): engine.device == "gpu" and engine.window_head_size not in (None, *HEAD_SIZES),
     }
     checks |= {**_hybrid_reasons(engine), **_connector_reasons(engine)}
     checks |= {**_draft_reasons(engine), **_drafting_reasons(engine)}
@@ -181,9 +181,6 @@ def _hybrid_reasons(engine: Engine) -> dict[Reason, bool]:
     on_cpu, state = engine.device == "cpu", STATES.get(str(engine.hybrid))
     on_gpu = state is not None and not on_cpu
     return {
-        Reason(model_type, "no GPU has run layers that keep states yet", f"{WITHOUT_US}, or {TRY}"): (
-            on_gpu and not allows_untested()
-        ),
         Reason(
             model_type,
             "this vLLM cannot split its pages, which are as long as states and too long for kernels of GPUs",
@@ -245,9 +242,6 @@ def _connector_reasons(engine: Engine) -> dict[Reason, bool]:
             "on GPUs it brings pages without the sums of values that belong to them, or from engines that write none",
             "Leave it out, or offload to the host by --kv-offloading-size",
         ): not (on_cpu or on_gpu),
-        Reason(flag, "no GPU has run pages that were away yet", f"Leave it out, or {TRY}"): (
-            on_gpu and not allows_untested()
-        ),
         Reason(flag, "this vLLM has no pages with rows for sums of values", "Install vLLM 0.32 or 0.33"): (
             on_gpu and not engine.splits_pages
         ),

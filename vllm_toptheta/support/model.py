@@ -143,6 +143,15 @@ def mixed_field(config: Mapping[str, Any]) -> str | None:
     return f"model_type {model_type}" if model_type in _MIXED_TYPES else None
 
 
+def window_head_size(config: Mapping[str, Any]) -> int | None:
+    """Numbers of a key in layers with a window, where these have other heads than the rest; None of most models.
+
+    Args:
+        config: As for `model_reasons`.
+    """
+    return None if mixed_field(config) is None else _with_defaults(config).get("head_dim")
+
+
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part with its type, and with the fields that config.json leaves out."""
     text = text_config(config)

@@ -12,7 +12,6 @@ from typing import Any
 from vllm_toptheta.support.hybrids import hybrid_type
 from vllm_toptheta.support.model import mixed_field, model_reasons, sharing_field, sinks_field, text_config
 from vllm_toptheta.support.refusal import Reason
-from vllm_toptheta.support.untested import TRY, allows_untested
 
 MODELLESS = ("ngram", "ngram_gpu", "suffix")  # guess tokens from the text itself
 BY_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
@@ -103,9 +102,6 @@ class Draft:
                 f"beside thresholds only {', '.join((*MODELLESS, *BY_MODELS))} were run",
                 "Take one of these, or leave it out",
             ): self.method not in BY_MODELS,
-            Reason(self.flag, "no GPU has verified drafts of models yet", f"Leave it out, or {TRY}"): (
-                not on_cpu and not allows_untested()
-            ),
             Reason(
                 self.flag,
                 "vLLM's V2 model runner would have it draft with the served model's thresholds",
