@@ -13,7 +13,6 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_QUERIES_PER_KV = 16
 # likewise: tokens of a sequence that are decoded in one step, a token and drafts of those behind it
 MAX_QUERY_LEN = 8
-MAX_VERIFIED_QUERIES = 64  # likewise: of them, on a kv head
 # of the KV cache, as vLLM names them; float8 is for GPUs, and whether a card can is for FlashAttention to say
 CACHE_DTYPES = ("auto", "float16", "bfloat16")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3")

@@ -44,11 +44,13 @@ class Server:
         self.clock = Clock()
         self.length = DraftLength(CHOICES, self.clock)
         self.scheduled = [self.length[1]] * 3
+        self.before = 0.0  # when it last began to run
         self.chance = random.Random(0)  # noqa: S311 - nothing is secret
 
     def run(self, cost: Cost, steps: int, *, num_seqs: int = 12, context: int = 32_000, prompts: float = 0.0) -> float:
         """Tokens that a sequence gets in a second; a step holds a prompt, left out, with a chance of `prompts`."""
-        begin, waited, given = self.clock.now, 0.0, 0.0
+        begin = self.before = self.clock.now
+        waited, given = 0.0, 0.0
         for _ in range(steps):
             drafts = self.scheduled.pop(0)
             self.scheduled.append(self.length[num_seqs])
@@ -133,6 +135,27 @@ def test_a_load_that_is_new_begins_with_what_is_drafted() -> None:
     for num_seqs in (1, 3, 6, 12):  # as requests come
         server.run(cost, 2, num_seqs=num_seqs)
         assert server.length.current == 0
+
+
+@pytest.mark.parametrize(("sparse", "acceptance", "number"), [(0.5, 0.5, 0), (0.45, 0.98, 8)])
+def test_batches_whose_requests_end_one_after_the_other(sparse: float, acceptance: float, number: int) -> None:
+    """Each begins with prompts, and ends with a few steps of every smaller load."""
+    server, cost = Server(), engine(sparse, acceptance)
+
+    def batch() -> tuple[float, float]:
+        """Seconds, and those of none or all of the drafts."""
+        begin, expected = server.clock.now, 0.0
+        for num_seqs, steps in [(12, 100), *((num_seqs, 4) for num_seqs in range(11, 0, -1))]:
+            given = 0.0
+            while given < steps:
+                given += server.run(cost, 1, num_seqs=num_seqs) * (server.clock.now - server.before)
+            seconds, tokens = cost(number)
+            expected += given * seconds / tokens
+        return server.clock.now - begin, expected
+
+    batch()
+    taken, expected = map(sum, zip(*(batch() for _ in range(8)), strict=True))
+    assert taken < 1.03 * expected
 
 
 def test_loads() -> None:

@@ -243,9 +243,10 @@ def test_levels_of_requests_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (None, {}, 8, 1),
         (1, {}, 8, 2),
-        (MAX_QUERY_LEN - 1, {}, 8, MAX_QUERY_LEN),
-        (MAX_QUERY_LEN - 1, {}, 16, 1),
-        (3, {}, 16, 4),
+        (MAX_QUERY_LEN - 1, {}, 2, MAX_QUERY_LEN),
+        (MAX_QUERY_LEN - 1, {}, 4, 1),
+        (3, {}, 4, 4),
+        (3, {}, 5, 1),
         (MAX_QUERY_LEN, {}, 1, 1),
         (3, {"mode": "shadow"}, 1, 1),
         (3, {"lossless": True}, 1, 1),
@@ -255,11 +256,13 @@ def test_where_drafts_are_verified_by_thresholds(
     num_drafts: int | None, changes: dict[str, Any], heads: int, expected: int
 ) -> None:
     speculative = None if num_drafts is None else SimpleNamespace(num_speculative_tokens=num_drafts)
-    model = SimpleNamespace(get_num_attention_heads=lambda _: heads, get_num_kv_heads=lambda _: 1)
+    heads_of = {"get_num_attention_heads": lambda _: heads, "get_num_kv_heads": lambda _: 1}
+    model = SimpleNamespace(**heads_of, get_head_size=lambda: 128)
     config = SimpleNamespace(
         speculative_config=speculative,
         additional_config={"toptheta": changes},
         model_config=model,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=None,
     )
     assert max_verified(config) == expected
@@ -269,6 +272,9 @@ def test_where_drafts_are_verified_by_thresholds(
     assert gpu.GpuMetadataBuilder.get_cudagraph_support(config, None) == support
     most = gpu.GpuMetadataBuilder.get_varlen_cudagraph_max_query_len(config, None)
     assert most == (expected if expected > 1 else None)
+    for cache_dtype, head_size in (("fp8", 128), ("auto", 80)):  # of which there are kernels in Triton alone
+        config.cache_config.cache_dtype, model.get_head_size = cache_dtype, lambda size=head_size: size
+        assert max_verified(config) == 1
 
 
 def test_rejected_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

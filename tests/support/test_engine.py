@@ -44,7 +44,7 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"drafts_itself": True, "sleeps": True}, []),
         ({"num_stages": 2, "adapts": True}, ["cpu", "gpu"]),
         ({"connector": FILES}, ["cpu"]),
-        ({"connector": HOST}, []),
+        ({"connector": HOST}, ["gpu"]),
         ({"connector": Connector.of({}, offloads=True, offloading_backend="lmcache")}, []),
         ({"connector": NIXL}, ["cpu"]),
         ({"connector": NIXL, "has_nixl": False}, []),

@@ -13,7 +13,7 @@ from vllm_toptheta.kernels.gpu.cuda import tier_split, value_split
 from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors, tier_config
-from vllm_toptheta.limits import MAX_QUERY_LEN, MAX_VERIFIED_QUERIES
+from vllm_toptheta.limits import FLOAT8_CACHE_DTYPES, MAX_QUERY_LEN
 from vllm_toptheta.settings import Settings
 
 
@@ -71,7 +71,8 @@ def shadow_config(plan: Plan, loader: TierLoader | None) -> ShadowConfig:
 def max_verified(vllm_config: Any) -> int:
     """New tokens of a sequence that are decoded in one step, at most: the last one and drafts; 1 without drafts.
 
-    Drafts are attended to densely where no kernel takes as many tokens, and in mode `shadow`.
+    Drafts are attended to densely in mode `shadow`, and where there is no kernel in CUDA C++ for as many queries: that
+    in Triton takes longer than FlashAttention.
     """
     speculative = vllm_config.speculative_config
     if speculative is None:
@@ -82,4 +83,6 @@ def max_verified(vllm_config: Any) -> int:
     tokens = 1 + (speculative.num_speculative_tokens or 0)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    return tokens if tokens <= MAX_QUERY_LEN and group * tokens <= MAX_VERIFIED_QUERIES else 1
+    element_bytes = 1 if vllm_config.cache_config.cache_dtype in FLOAT8_CACHE_DTYPES else 2
+    is_fast = value_split.is_made_for(model.get_head_size(), group * tokens, element_bytes)
+    return tokens if tokens <= MAX_QUERY_LEN and is_fast else 1

@@ -79,7 +79,7 @@ fit. To change positions, override `rope_parameters` as a whole: vLLM reads noth
 
 | variable | meaning |
 | --- | --- |
-| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | allow what was never run: other versions of vLLM, kernels, what a refusal names |
+| `TOPTHETA_ALLOW_UNTESTED_VLLM=1` | allow versions of vLLM that were never run |
 | `VLLM_API_KEY` | like `--api-key`: the key for `/v1` and `/toptheta/stats` |
 """
 

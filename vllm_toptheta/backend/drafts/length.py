@@ -3,8 +3,11 @@
 What a draft gains depends on how many are accepted, and on how much less a sparse step costs than a dense one, which
 depends on the model, the card, the batch and its context. None of it has to be known: numbers of drafts are tried for a
 few steps each, the fastest one is kept, and the others are tried again from time to time, because texts change: the
-more seldom, the more time it took. None at all is among them, so a load that drafts would slow down goes without. A
-load that is new begins with what is drafted at that moment: many are passed through in a few steps only.
+more seldom, the more time it took. None at all is among them, so a load that drafts would slow down goes without.
+
+Many loads are passed through in a few steps only, as requests come and go. A load that is new begins with what is known
+of the one next to it, if that is where the engine comes from; and a number that is tried again when the load ends is
+not tried on when it comes back.
 
 Answers do not depend on it.
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 SETTLING = 3  # steps after a change that may still hold what was scheduled before it, and are not timed
@@ -39,6 +42,10 @@ class Load(NamedTuple):
     def of(cls, num_seqs: int, num_tokens: int) -> Load:
         """The load of so many sequences that hold so many tokens together."""
         return cls(num_seqs.bit_length(), (num_tokens // max(1, num_seqs)).bit_length())
+
+    def is_next_to(self, other: Load) -> bool:
+        """Whether what is known of one says something of the other."""
+        return abs(self.num_seqs - other.num_seqs) <= 1 and abs(self.length - other.length) <= 1
 
 
 @dataclass
@@ -67,6 +74,7 @@ class _Known:
         steps: Steps of the window that is open.
         taken: Seconds that they took.
         tokens: Tokens that a sequence got in them, in the mean.
+        is_borrowed: Whether what is timed is so of another load, the numbers of which stand in the same proportion.
     """
 
     choice: int
@@ -75,11 +83,37 @@ class _Known:
     steps: int = 0
     taken: float = 0.0
     tokens: float = 0.0
+    is_borrowed: bool = False
+
+    @property
+    def best(self) -> int:
+        """The fastest of what was timed."""
+        return min(self.timed, key=lambda choice: self.timed[choice].seconds)
+
+    def borrow(self, other: _Known) -> None:
+        """Begin with what is known of another load, all of it as if it had just been timed."""
+        if self.timed or not other.timed:
+            return
+        self.timed = {choice: replace(one, when=self.total) for choice, one in other.timed.items()}
+        self.choice, self.is_borrowed = self.best, True
+        self._open()
+
+    def leave(self) -> None:
+        """End what is tried again."""
+        if self.choice in self.timed and self.choice != self.best:
+            self.timed[self.choice].when = self.total
+            self.choice = self.best
+            self._open()
 
     def close(self, choices: Iterable[int]) -> None:
         """Take the open window into what is known, choose among `choices`, and open another."""
         seconds = self.taken / max(self.tokens, 1e-9)
-        if (before := self.timed.get(self.choice)) is not None:
+        before = self.timed.get(self.choice)
+        if before is not None and self.is_borrowed:
+            for one in self.timed.values():
+                one.seconds *= seconds / before.seconds
+                one.trial *= seconds / before.seconds
+        elif before is not None:
             if not before.seconds <= CHANGED * seconds <= CHANGED**2 * before.seconds:
                 # other texts, of which the other numbers say nothing
                 self.timed.clear()
@@ -88,9 +122,14 @@ class _Known:
         self.total += self.taken
         trial = self.taken * (WINDOW + SETTLING) / WINDOW
         self.timed[self.choice] = _Timed(seconds, trial, self.total)
-        self.steps, self.taken, self.tokens = 0, 0.0, 0.0
-        best = min(self.timed, key=lambda choice: self.timed[choice].seconds)
+        self.is_borrowed = False
+        self._open()
+        best = self.best
         self.choice = next((one for one in choices if self._is_due(one, best)), best)
+
+    def _open(self) -> None:
+        """Begin a window."""
+        self.steps, self.taken, self.tokens = 0, 0.0, 0.0
 
     def _is_due(self, choice: int, best: int) -> bool:
         if choice not in self.timed:
@@ -117,6 +156,7 @@ class DraftLength:
         self._choices = sorted(set(choices), reverse=True)
         self._clock = clock
         self._known: dict[Load, _Known] = {}
+        self._load: Load | None = None
         self._unsettled, self._last = SETTLING, clock()
         self.current = self._choices[0]
 
@@ -140,6 +180,12 @@ class DraftLength:
             return
         load = Load.of(num_seqs, num_cached)
         known = self._known.setdefault(load, _Known(self.current))
+        if self._load is not None and load != self._load:
+            before = self._known[self._load]
+            before.leave()
+            if load.is_next_to(self._load):
+                known.borrow(before)
+        self._load = load
         if known.choice != self.current:
             self._change(known.choice)
         elif self._unsettled:
