@@ -54,7 +54,8 @@ test-gpu: ## Run the kernels' tests on an NVIDIA GPU, in the environment at hand
 
 test-gpu-engine: ## Run engines on an NVIDIA GPU, several at a time with ARGS="-n 4 --dist loadgroup", two GPUs for all
 	$(PYTHON) -m pytest $(ARGS) tests/e2e/test_engine.py tests/e2e/test_invariance.py tests/e2e/test_shadow.py \
-	    tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py tests/e2e/test_sinks.py tests/e2e/test_hybrids.py
+	    tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_reference.py tests/e2e/test_sinks.py tests/e2e/test_hybrids.py \
+	    tests/e2e/test_sharing.py tests/e2e/test_drafts.py tests/e2e/test_connectors.py
 
 lint: install lint-deploy ## Check format, style and types, and deploy/
 	ruff format --check .
