@@ -158,6 +158,39 @@ def test_batches_whose_requests_end_one_after_the_other(sparse: float, acceptanc
     assert taken < 1.03 * expected
 
 
+def test_what_is_borrowed_keeps_its_proportions() -> None:
+    """So that no other number is tried where steps of a larger batch take thrice the time."""
+    server, cost = Server(), engine(0.45, 0.98)
+    server.run(cost, 400, num_seqs=6)
+    assert server.length.current == 8
+
+    def slower(drafts: int) -> tuple[float, float]:
+        seconds, tokens = cost(drafts)
+        return 3 * seconds, tokens
+
+    for _ in range(5 * WINDOW):
+        server.run(slower, 1, num_seqs=12)
+        assert server.length.current == 8
+
+
+def test_a_load_far_from_the_last_one_is_tried_on_its_own() -> None:
+    server = Server()
+    server.run(engine(1.0, 0.5), 400, context=500)
+    assert server.length.current == 0
+    server.run(engine(0.45, 0.98), 100)
+    assert server.length.current == 8
+
+
+def test_what_is_tried_again_is_not_tried_on_when_its_load_comes_back() -> None:
+    server, cost = Server(), engine(0.45, 0.3)
+    server.run(cost, 400)
+    while server.length.current == 0:  # after long
+        server.run(cost, 1)
+    server.run(cost, 1, num_seqs=100)
+    server.run(cost, SETTLING + 1)
+    assert server.length.current == 0
+
+
 def test_loads() -> None:
     assert Load.of(12, 12 * 32_000) == Load.of(15, 15 * 20_000)
     edges = [Load.of(count, count * 1000) for count in (1, 2, 4, 8, 16)]

@@ -110,9 +110,10 @@ class _Known:
         seconds = self.taken / max(self.tokens, 1e-9)
         before = self.timed.get(self.choice)
         if before is not None and self.is_borrowed:
+            ratio = seconds / before.seconds
             for one in self.timed.values():
-                one.seconds *= seconds / before.seconds
-                one.trial *= seconds / before.seconds
+                one.seconds *= ratio
+                one.trial *= ratio
         elif before is not None:
             if not before.seconds <= CHANGED * seconds <= CHANGED**2 * before.seconds:
                 # other texts, of which the other numbers say nothing
