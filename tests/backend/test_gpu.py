@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from tests.backend.gpu_engine import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, TARGET_K, Engine, asking, make_plan
 from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Shape, cuda_loader
-from vllm_toptheta.backend import gpu, program_balance
+from vllm_toptheta.backend import gpu, kernel_choice, program_balance
 from vllm_toptheta.backend.gpu import GpuTopThetaBackend
 from vllm_toptheta.backend.hooks import warm_up
 from vllm_toptheta.backend.kernel_choice import max_verified
@@ -253,7 +253,7 @@ def test_levels_of_requests_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_where_drafts_are_verified_by_thresholds(
-    num_drafts: int | None, changes: dict[str, Any], heads: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, num_drafts: int | None, changes: dict[str, Any], heads: int, expected: int
 ) -> None:
     speculative = None if num_drafts is None else SimpleNamespace(num_speculative_tokens=num_drafts)
     heads_of = {"get_num_attention_heads": lambda _: heads, "get_num_kv_heads": lambda _: 1}
@@ -272,6 +272,9 @@ def test_where_drafts_are_verified_by_thresholds(
     assert gpu.GpuMetadataBuilder.get_cudagraph_support(config, None) == support
     most = gpu.GpuMetadataBuilder.get_varlen_cudagraph_max_query_len(config, None)
     assert most == (expected if expected > 1 else None)
+    monkeypatch.setattr(kernel_choice, "splits_pages", lambda: False)
+    assert max_verified(config) == 1  # it has not run them
+    monkeypatch.undo()
     for cache_dtype, head_size in (("fp8", 128), ("auto", 80)):  # of which there are kernels in Triton alone
         config.cache_config.cache_dtype, model.get_head_size = cache_dtype, lambda size=head_size: size
         assert max_verified(config) == 1

@@ -92,6 +92,9 @@ def test_models_draft(method: str) -> None:
     words = "--speculative-config draft_model: vLLM's V2 model runner would have it draft with"
     assert [reason[: len(words)] for reason in tried] == ([words] if method == "draft_model" else [])
     assert engine_reasons(replace(GPU, draft=draft, runs_on_v2=False)) == []
+    assert engine_reasons(replace(CPU, draft=draft, splits_pages=False)) == []
+    (reason,) = engine_reasons(replace(GPU, draft=draft, runs_on_v2=False, splits_pages=False))
+    assert str(reason).endswith("on GPUs models have drafted with newer versions of vLLM only")
 
 
 @pytest.mark.parametrize("method", ["medusa", "mlp_speculator", "dflash", "dspark", "custom_class", "peagle"])

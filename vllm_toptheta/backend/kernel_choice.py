@@ -15,6 +15,7 @@ from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_config, num_multiprocessors, tier_config
 from vllm_toptheta.limits import FLOAT8_CACHE_DTYPES, MAX_QUERY_LEN
 from vllm_toptheta.settings import Settings
+from vllm_toptheta.support import splits_pages
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ def shadow_config(plan: Plan, loader: TierLoader | None) -> ShadowConfig:
 def max_verified(vllm_config: Any) -> int:
     """New tokens of a sequence that are decoded in one step, at most: the last one and drafts; 1 without drafts.
 
-    Drafts are attended to densely in mode `shadow`, and where there is no kernel in CUDA C++ for as many queries: that
-    in Triton takes longer than FlashAttention.
+    Drafts are attended to densely in mode `shadow`; where there is no kernel in CUDA C++ for as many queries, because
+    that in Triton takes longer than FlashAttention; and by versions of vLLM that have not run them by thresholds.
     """
     speculative = vllm_config.speculative_config
-    if speculative is None:
+    if speculative is None or not splits_pages():
         return 1
     settings = Settings.of_engine(vllm_config)
     if settings.lossless or settings.mode != "values":

@@ -29,6 +29,7 @@ from vllm_toptheta.support.refusal import WITHOUT_US, Reason
 from vllm_toptheta.support.speculation import PAGE_MULTIPLE, Draft
 
 Device = Literal["cpu", "gpu"]
+_NEWER = "Install vLLM 0.32 or 0.33"
 _WITHOUT_COPIES = "Serve in mode values, or with shadow_values off"
 
 
@@ -62,7 +63,8 @@ class Engine:
         window_head_size: Numbers of a key there; None likewise.
         skips_rows: Whether prompts leave out rows of layers that share.
         caches_prefixes: Whether what prompts have in common is computed once.
-        splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`).
+        splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`), and so is at
+            least as old as what GPUs have run drafts by models and layers that share or differ with.
         has_nixl: Whether the package nixl is installed (`installed.has_nixl`).
         has_torchvision: Whether vLLM can import models that need it (`installed.has_torchvision`).
     """
@@ -169,6 +171,11 @@ def engine_reasons(engine: Engine) -> list[Reason]:
             f"on GPUs, layers with a window have heads of {', '.join(map(str, HEAD_SIZES))} only",
             WITHOUT_US,
         ): engine.device == "gpu" and engine.window_head_size not in (None, *HEAD_SIZES),
+        Reason(
+            str(engine.sharing or engine.mixed),
+            "GPUs have run layers that share keys and values, or differ in heads, with newer versions of vLLM only",
+            _NEWER,
+        ): (engine.sharing or engine.mixed) is not None and engine.device == "gpu" and not engine.splits_pages,
     }
     checks |= {**_hybrid_reasons(engine), **_connector_reasons(engine)}
     checks |= {**_draft_reasons(engine), **_drafting_reasons(engine)}
@@ -184,7 +191,7 @@ def _hybrid_reasons(engine: Engine) -> dict[Reason, bool]:
         Reason(
             model_type,
             "this vLLM cannot split its pages, which are as long as states and too long for kernels of GPUs",
-            "Install vLLM 0.32 or 0.33",
+            _NEWER,
         ): on_gpu and not engine.splits_pages,
         Reason(
             f"{engine.cache_dtype_of} {engine.cache_dtype}",
@@ -242,7 +249,7 @@ def _connector_reasons(engine: Engine) -> dict[Reason, bool]:
             "on GPUs it brings pages without the sums of values that belong to them, or from engines that write none",
             "Leave it out, or offload to the host by --kv-offloading-size",
         ): not (on_cpu or on_gpu),
-        Reason(flag, "this vLLM has no pages with rows for sums of values", "Install vLLM 0.32 or 0.33"): (
+        Reason(flag, "this vLLM has no pages with rows for sums of values", _NEWER): (
             on_gpu and not engine.splits_pages
         ),
         Reason(
@@ -279,6 +286,9 @@ def _draft_reasons(engine: Engine) -> dict[Reason, bool]:
             f"layers that draft have vLLM's own attention, on CPUs in pages of multiples of {PAGE_MULTIPLE}",
             f"Give a multiple of {PAGE_MULTIPLE}, or leave it out",
         ): on_cpu and engine.block_size is not None and engine.block_size % PAGE_MULTIPLE != 0,
+        Reason(flag, "on GPUs models have drafted with newer versions of vLLM only", f"{_NEWER}, or leave it out"): (
+            not on_cpu and not engine.splits_pages
+        ),
         Reason(flag, "models have not drafted yet beside layers that share keys and values, or differ in heads"): (
             engine.sharing is not None or engine.mixed is not None
         ),
