@@ -299,7 +299,9 @@ def test_two_ranks_share_the_heads(model: Model) -> None:
 @pytest.mark.xdist_group("gemma4")
 def test_a_released_gemma_4_serves_its_text_alone(tmp_path: Path) -> None:
     """A decoder within a model that also reads images, which attend to themselves."""
-    text = FAMILIES["gemma4"].to_dict() | {"use_bidirectional_attention": "vision", "tie_word_embeddings": True}
+    # transformers puts padding where images are
+    others = {"use_bidirectional_attention": "vision", "tie_word_embeddings": True, "pad_token_id": 0}
+    text = FAMILIES["gemma4"].to_dict() | others
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
     vision = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2}
     tokens = {f"{name}_token_id": 500 + index for index, name in enumerate(("image", "video", "audio"))}
