@@ -63,8 +63,8 @@ class Engine:
         window_head_size: Numbers of a key there; None likewise.
         skips_rows: Whether prompts leave out rows of layers that share.
         caches_prefixes: Whether what prompts have in common is computed once.
-        splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`), and so is at
-            least as old as what GPUs have run drafts by models and layers that share or differ with.
+        splits_pages: Whether vLLM can split pages that are as long as states (`installed.splits_pages`). Such a
+            version is also new enough for drafts by models, and for layers that share or differ, on GPUs.
         has_nixl: Whether the package nixl is installed (`installed.has_nixl`).
         has_torchvision: Whether vLLM can import models that need it (`installed.has_torchvision`).
     """
@@ -313,6 +313,9 @@ def _drafting_reasons(engine: Engine) -> dict[Reason, bool]:
         ): on_gpu and not engine.runs_on_v2,
         Reason("lossless", "on GPUs, models that take images or sounds do not draft for themselves", "Leave it out"): (
             on_gpu and engine.sees
+        ),
+        Reason("lossless", "on GPUs, layers that share keys and values, or differ in heads, never drafted"): (
+            on_gpu and (engine.sharing or engine.mixed) is not None
         ),
         Reason("--enable-sleep-mode", "lossless drafts were never tried in an engine that slept"): drafts
         and engine.sleeps,
