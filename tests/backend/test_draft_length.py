@@ -212,3 +212,21 @@ def test_steps_that_give_nothing_are_no_error() -> None:
         server.length.step(2, 100, 0, is_plain=True)
         server.length.step(0, 0, 0, is_plain=True)
     assert server.length.current in CHOICES
+
+
+@pytest.mark.parametrize(("relative", "are_worth"), [(0.985, False), (0.93, True)])
+def test_drafts_have_to_be_worth_it(relative: float, are_worth: bool) -> None:
+    """What they gain in full steps is lost again where requests of a batch end one after the other."""
+    server, drafted = Server(), []
+
+    def cost(drafts: int) -> tuple[float, float]:
+        drafted.append(drafts)
+        seconds, tokens = engine(0.6, 0.98)(drafts)
+        return (relative * tokens if drafts else seconds), tokens
+
+    server.run(cost, 200)
+    drafted.clear()
+    server.run(cost, 4000)
+    # a step without drafts takes a fifth or a tenth of the time of others, so trials are many steps
+    share = sum(map(bool, drafted)) / len(drafted)
+    assert share > 0.75 if are_worth else share < 0.06
