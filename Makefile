@@ -29,8 +29,8 @@ serve: install ## Serve the demo model on a CPU: make serve [PORT=8123] [ARGS=".
 two_at_a_time = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python -m pytest -n 2
 # tests that share an engine or a server run in one process
 by_group = --dist loadgroup
-interpreted = tests/kernels/test_decode.py tests/kernels/test_value_sums.py tests/kernels/test_shadow.py \
-    tests/kernels/test_tiers.py tests/kernels/test_new_tokens.py tests/backend/test_gpu.py \
+interpreted = tests/kernels/test_schedule.py tests/kernels/test_decode.py tests/kernels/test_value_sums.py \
+    tests/kernels/test_shadow.py tests/kernels/test_tiers.py tests/kernels/test_new_tokens.py tests/backend/test_gpu.py \
     tests/backend/test_gpu_shadow.py tests/backend/test_gpu_tiers.py \
     tests/benchmarks/test_quality.py tests/benchmarks/test_replay.py
 

@@ -200,7 +200,7 @@ def merge_kernel(
         piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
     if head_programs_ptr is not None:
         num_programs = tl.where(max_dense_len == ANY_LENGTH, num_programs, tl.load(head_programs_ptr + kv_head))
-    work, share, _ = work_of_step(
+    work, share, entry, _ = work_of_step(
         tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
     )
     index = tl.arange(0, SEQ_BLOCK)
@@ -217,7 +217,7 @@ def merge_kernel(
     for first_program in range(work_before // share, last_program + 1, PIECE_BLOCK):
         program = first_program + tl.arange(0, PIECE_BLOCK)
         first_unit, last_unit = units_of_piece(
-            program, share, work_before, seq_len, is_dense, dense_work, schedule.UNIT
+            program, share, work_before, entry, seq_len, is_dense, dense_work, schedule.UNIT
         )
         mask_p = (program <= last_program) & (first_unit < last_unit)
         piece = (program + seq).to(tl.int64) * num_kv_heads + kv_head

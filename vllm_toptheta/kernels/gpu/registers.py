@@ -17,6 +17,7 @@ class Share(NamedTuple):
         num_kv_heads: Of the step.
         max_dense_len: The longest sequence that keeps every key in this step.
         size: Work of a share.
+        entry: Work of each sequence before its first unit.
         multiple: What the work of each sequence is rounded up to a multiple of.
         end: Where it ends, in work.
     """
@@ -26,6 +27,7 @@ class Share(NamedTuple):
     num_kv_heads: Any
     max_dense_len: Any
     size: Any
+    entry: Any
     multiple: Any
     end: Any
 

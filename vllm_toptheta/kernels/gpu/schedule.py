@@ -11,8 +11,9 @@ before it is laid there (`Spread` of schedule.cuh), so that no share has more th
 
 A step too small for thresholds is bound by latency, and a program that has the end of one sequence and the beginning
 of the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps
-are bound by memory, and equal shares are faster, unless a piece takes long beside its keys (`piece_work`) and few are
-wasted.
+are bound by memory, and equal shares are faster. Where a piece takes long beside its keys (`piece_work`), a sequence
+begins with as much work that is no keys, so that the program that has its beginning and another's end gets fewer keys;
+and where that costs more than whole shares waste, work is rounded up as in small steps.
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
@@ -70,9 +71,10 @@ def reads_all_keys(seq_lens, few_tokens, short_length):
 
 
 @triton.jit
-def work_of(seq_len, is_dense, dense_work, multiple, UNIT: tl.constexpr):
-    """Work of sequences of `seq_len` tokens, a scalar or a tensor, rounded up to a multiple."""
-    return tl.cdiv(tl.cdiv(seq_len, UNIT) * tl.where(is_dense, dense_work, 1), multiple) * multiple
+def work_of(seq_len, is_dense, dense_work, entry, multiple, UNIT: tl.constexpr):
+    """Work of sequences of `seq_len` tokens, a scalar or a tensor, and of an entry, rounded up to a multiple."""
+    work = tl.cdiv(seq_len, UNIT) * tl.where(is_dense, dense_work, 1)
+    return tl.cdiv(work + tl.where(seq_len > 0, entry, 0), multiple) * multiple
 
 
 @triton.jit
@@ -80,7 +82,8 @@ def work_of_step(
     tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s multiple.
+    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s entry and
+    multiple.
 
     `max_dense_len` is a `dense_length`; what follows `num_programs` are fields of one `Schedule`. Whoever joins pieces
     has to ask with the same as those who left them.
@@ -88,35 +91,38 @@ def work_of_step(
     seq_lens = load_lengths(tokens.seq_lens, num_seqs, SEQ_BLOCK)
     seq = tl.arange(0, SEQ_BLOCK)
     is_dense = keeps_all(tokens, seq, seq_lens, num_seqs, max_dense_len)
-    work = work_of(seq_lens, is_dense, dense_work, 1, UNIT)
+    work = work_of(seq_lens, is_dense, dense_work, 0, 1, UNIT)
     total = tl.sum(work, axis=0)
     num_decoded = tl.maximum(tl.sum((work > 0).to(tl.int32), axis=0), 1)
     # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
-    equal = tl.cdiv(total, num_programs)
-    # of large steps only where a piece less is worth more than what is wasted
-    is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work)
+    equal = tl.cdiv(total + num_decoded * piece_work, num_programs)
+    # of large steps only where what is wasted is less than what second pieces take
+    is_worth = (num_decoded <= num_programs) & (rounded < equal)
     is_rounded = tl.where(max_dense_len == ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
-    multiple = tl.where(is_rounded, share, 1)
-    return tl.cdiv(work, multiple) * multiple, share, multiple
+    multiple, entry = tl.where(is_rounded, share, 1), tl.where(is_rounded, 0, piece_work)
+    work = tl.where(work > 0, work + entry, 0)
+    return tl.cdiv(work, multiple) * multiple, share, entry, multiple
 
 
 @triton.jit
-def units_of_piece(program, share, work_before, seq_len, is_dense, dense_work, UNIT: tl.constexpr):
+def units_of_piece(program, share, work_before, entry, seq_len, is_dense, dense_work, UNIT: tl.constexpr):
     """Return the first unit of a sequence that is a program's, and the one behind its last.
 
     Args:
         program: Programs, a scalar or a tensor.
         share: Work of a program.
         work_before: Work of all sequences before this one.
+        entry: Work of the sequence before its first unit.
         seq_len: Tokens of the sequence.
         is_dense: Whether it keeps everything.
         dense_work: Work of a unit if so.
     """
     weight = tl.where(is_dense, dense_work, 1)
     num_units = tl.cdiv(seq_len, UNIT)
+    work_before += entry
     # units begin at multiples of their weight: rounding both ends up leaves none out and none twice
     first = tl.cdiv(tl.maximum(program * share - work_before, 0), weight)
     last = tl.cdiv(tl.maximum((program + 1) * share - work_before, 0), weight)
@@ -142,12 +148,12 @@ def share_of_program(tokens, num_seqs, max_dense_len, min_step_tokens, schedule)
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
-    work, size, multiple = work_of_step(
+    work, size, entry, multiple = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
         schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
     )  # fmt: skip
     seq, work_before, end = first_of_share(work, size, program)
-    return Share(kv_head, program, num_kv_heads, max_dense_len, size, multiple, end), seq, work_before
+    return Share(kv_head, program, num_kv_heads, max_dense_len, size, entry, multiple, end), seq, work_before
 
 
 @triton.jit
@@ -188,7 +194,7 @@ def units_of_share(tokens, share, seq, work_before, num_seqs, schedule):
     seq_len = tl.load(tokens.seq_lens + seq)
     is_dense = keeps_all(tokens, seq, seq_len, num_seqs, share.max_dense_len)
     first, end = units_of_piece(
-        share.program, share.size, work_before, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
+        share.program, share.size, work_before, share.entry, seq_len, is_dense, schedule.DENSE_WORK, schedule.UNIT
     )
     return Units(seq, seq_len, is_dense, first, end)
 

@@ -104,7 +104,9 @@ def shadow_split_kernel(
             if BY_COPIES:
                 all_copies_read += piece.copies_read
             store_piece(pieces, share, seq, piece, shape, tiling)
-        work_before += work_of(units.seq_len, units.is_dense, schedule.DENSE_WORK, share.multiple, schedule.UNIT)
+        work_before += work_of(
+            units.seq_len, units.is_dense, schedule.DENSE_WORK, share.entry, share.multiple, schedule.UNIT
+        )
         seq += 1
     if counts.value_rows_read is not None:
         tl.atomic_add(counts.keys_read + share.kv_head, all_keys_read, sem="relaxed")

@@ -70,7 +70,9 @@ def split_step(
                 )
             all_rows_read += piece.value_rows_read
             store_piece(pieces, share, seq, piece, shape, tiling)
-        work_before += work_of(units.seq_len, units.is_dense, schedule.DENSE_WORK, share.multiple, schedule.UNIT)
+        work_before += work_of(
+            units.seq_len, units.is_dense, schedule.DENSE_WORK, share.entry, share.multiple, schedule.UNIT
+        )
         seq += 1
     if EARLY_SPLIT:
         # in any case: whoever waits for this kernel relies on the one before it too

@@ -17,7 +17,7 @@ struct StepTokens {
 
 struct Step {
     int num_tokens, num_decoded;
-    int share, multiple;  // work of a program, and what a sequence's is rounded up to
+    int share, entry, multiple;  // work of a program; of a sequence before its first unit, and what it is rounded up to
     int total;           // work of all
     int max_dense_len;
 };
@@ -29,8 +29,9 @@ __device__ __forceinline__ bool keeps_all(const Args& a, int seq, int seq_len, i
     return seq_len <= max_dense_len || (a.threshold_offset && a.threshold_offset[seq] < -3.4e38f);
 }
 
-__device__ __forceinline__ int work_of(const ScheduleArgs& s, int seq_len, bool is_dense, int multiple) {
-    return divide_up(divide_up(seq_len, s.unit) * (is_dense ? s.dense_work : 1), multiple) * multiple;
+__device__ __forceinline__ int work_of(const ScheduleArgs& s, int seq_len, bool is_dense, int entry, int multiple) {
+    int work = divide_up(seq_len, s.unit) * (is_dense ? s.dense_work : 1);
+    return divide_up(work + (seq_len > 0 ? entry : 0), multiple) * multiple;
 }
 
 template <class Args>
@@ -51,7 +52,7 @@ __device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens,
     step.max_dense_len = tokens.all_dense ? ANY_LENGTH : a.max_dense_len;
     int total = 0, most = 0;
     for (int seq = lane; seq < a.num_seqs; seq += 32) {
-        int len = a.seq_lens[seq], work = work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), 1);
+        int len = a.seq_lens[seq], work = work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), 0, 1);
         total += work, most = max(most, work);
     }
     total = __reduce_add_sync(ALL, total);
@@ -59,17 +60,17 @@ __device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens,
     int num_decoded = max(step.num_decoded, 1);
     int even = divide_up(most, max(num_programs / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(num_programs - num_decoded, 1)));
-    int equal = divide_up(total, num_programs);
-    bool is_worth = num_decoded <= num_programs && rounded < equal + s.piece_work;
+    int with_entries = total + step.num_decoded * s.piece_work, equal = divide_up(with_entries, num_programs);
+    bool is_worth = num_decoded <= num_programs && rounded < equal;
     bool is_rounded = tokens.all_dense ? 2 * num_decoded <= num_programs : is_worth;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
-    step.multiple = is_rounded ? step.share : 1;
-    step.total = total;
+    step.multiple = is_rounded ? step.share : 1, step.entry = is_rounded ? 0 : s.piece_work;
+    step.total = with_entries;
     if (is_rounded) {
         total = 0;
         for (int seq = lane; seq < a.num_seqs; seq += 32) {
             int len = a.seq_lens[seq];
-            total += work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), step.multiple);
+            total += work_of(s, len, keeps_all(a, seq, len, step.max_dense_len), 0, step.multiple);
         }
         step.total = __reduce_add_sync(ALL, total);
     }
@@ -118,7 +119,7 @@ __device__ __forceinline__ Walk walk_of(const Args& a, const Step& step, int pro
     // the first sequence whose work ends behind the beginning of the share
     Found first = find(a.num_seqs, begin, lane, [&](int seq) {
         int len = a.seq_lens[seq];
-        return work_of(a.schedule, len, keeps_all(a, seq, len, step.max_dense_len), step.multiple);
+        return work_of(a.schedule, len, keeps_all(a, seq, len, step.max_dense_len), step.entry, step.multiple);
     });
     return {begin, min(begin + step.share, step.total), first.index, first.before};
 }
@@ -131,9 +132,10 @@ __device__ __forceinline__ bool next_piece(const Args& a, const Step& step, Walk
         int seq = walk.seq++, seq_len = a.seq_lens[seq];
         bool is_dense = keeps_all(a, seq, seq_len, step.max_dense_len);
         int weight = is_dense ? s.dense_work : 1, num_units = divide_up(seq_len, s.unit);
-        int first = min(divide_up(max(walk.begin - walk.work_before, 0), weight), num_units);
-        int last = min(divide_up(max(walk.begin + step.share - walk.work_before, 0), weight), num_units);
-        walk.work_before += work_of(s, seq_len, is_dense, step.multiple);
+        int before = walk.work_before + step.entry;
+        int first = min(divide_up(max(walk.begin - before, 0), weight), num_units);
+        int last = min(divide_up(max(walk.begin + step.share - before, 0), weight), num_units);
+        walk.work_before += work_of(s, seq_len, is_dense, step.entry, step.multiple);
         if (first < last) {
             piece = {seq, seq_len, first * s.unit, min(last * s.unit, seq_len), is_dense};
             return true;
