@@ -30,6 +30,7 @@ from vllm_toptheta.kernels.contract import (
 )
 from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader, ValueSizes
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes
 from vllm_toptheta.kernels.gpu.tails import write_tails
@@ -73,9 +74,9 @@ def cuda_loader(shape: Shape) -> ValueLoader | None:
     return ValueLoader(emulated, ValueSizes.of(shape.head_size, group))
 
 
-def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
-    """What the emulator makes of the kernel's source."""
-    return build(SOURCE_FOLDER / value_split.SOURCE, name, dict(macro.split("=") for macro in macros))
+def emulated(file: str, name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
+    """What the emulator makes of a kernel's source."""
+    return build(SOURCE_FOLDER / file, name, dict(macro.split("=") for macro in macros))
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,14 @@ class Case:
         shadow: ShadowLayer | None = None,
         codes: torch.Tensor | None = None,
         tiers: TierLayer | None = None,
+        loader: TierLoader | None = None,
     ) -> None:
         """Write the tails of a step in which the sequences grow from `before` to `after`."""
         lens = torch.tensor(after, dtype=torch.int32, device=DEVICE)
         query_lens = [end - start for start, end in zip(before, after, strict=True)]
         starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).int()
         step = TailStep(self.block_table, lens, starts, max(query_lens))
-        write_tails(step, self.cache(codes), Layer(self.softmax_scale, shadow=shadow, tiers=tiers))
+        write_tails(step, self.cache(codes), Layer(self.softmax_scale, shadow=shadow, tiers=tiers), loader)
 
     def new_query(self, row: int) -> torch.Tensor:
         """Query of a sequence, [1, num_heads, head_size] float32, scale applied."""

@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 
-from tests.kernels.decode_case import DEVICE, Case, Shape, check_closed_pages, error_of_dtype, make_case, reference
-from tests.kernels.simt.build import EmulatedKernel, build
+from tests.kernels.decode_case import (
+    DEVICE,
+    Case,
+    Shape,
+    check_closed_pages,
+    emulated,
+    error_of_dtype,
+    make_case,
+    reference,
+)
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, DecodeStep, LayerCall, TierLayer
-from vllm_toptheta.kernels.gpu.cuda.loading import SOURCE_FOLDER
-from vllm_toptheta.kernels.gpu.cuda.tier_split import SOURCE, TierLoader, loader_for, split_sizes
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader, loader_for, split_sizes
 from vllm_toptheta.kernels.gpu.scratch import Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, ShadowConfig
@@ -81,7 +88,7 @@ class TierCase:
 
     def write_tails(self, before: list[int], after: list[int]) -> None:
         """As `Case.write_tails`."""
-        self.case.write_tails(before, after, tiers=self.layer, codes=self.codes)
+        self.case.write_tails(before, after, tiers=self.layer, codes=self.codes, loader=self.loader)
 
     def copies(self, row: int) -> tuple[KeyCopies, ValueCopies]:
         """What the reference makes of a sequence as it is stored, scales left out."""
@@ -147,11 +154,6 @@ def cuda_loader(shape: Shape) -> TierLoader:
     if DEVICE == "cuda":
         return loader_for(torch.device("cuda", torch.cuda.current_device()), shape.head_size, group)
     return TierLoader(emulated, split_sizes(shape.head_size, group))
-
-
-def emulated(name: str, macros: tuple[str, ...], shared_bytes: int) -> EmulatedKernel:
-    """What the emulator makes of a kernel's source."""
-    return build(SOURCE_FOLDER / SOURCE, name, dict(macro.split("=") for macro in macros))
 
 
 def packed(keys: KeyCopies, values: ValueCopies) -> tuple[torch.Tensor, ...]:

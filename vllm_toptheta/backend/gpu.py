@@ -327,7 +327,7 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         if split.prefill is not None:
             # tails also of the pages that decoded tokens fill: another sequence may stand on them in this very step
             if self.writes_tails:
-                write_tails(split.tails, cache, self.layer)
+                write_tails(split.tails, cache, self.layer, self.loaders.tiers)
             super().forward(
                 layer,
                 query[decodes:],

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from vllm_toptheta.kernels.codec import LARGEST_STEP, LEAST_STEP, NUM_LEVELS, VALUE_LEVELS
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.cuda.tier_copy import launch_tier_copy
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.filled_pages import filled_pages
 from vllm_toptheta.kernels.gpu.records import Copies, Tokens
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS
@@ -163,15 +165,20 @@ def _write_copies_kernel(
         copy_tokens(tokens, copies, block_row, kv_head, first, end, BLOCK_SIZE, HEAD_SIZE, TOKENS)
 
 
-def write_copies(step: TailStep, cache: LayerCache, layer: Layer) -> None:
+def write_copies(step: TailStep, cache: LayerCache, layer: Layer, loader: TierLoader | None = None) -> None:
     """Write the copies of every page that this step's tokens fill; see `tails.write_tails`."""
     if layer.tiers is None or cache.codes is None:
+        return
+    tokens, copies = Tokens.of(step, cache), Copies.of(layer.tiers, cache.codes)
+    if loader is not None:
+        tokens = tokens._replace(query_start_loc=step.query_start_loc)
+        launch_tier_copy(loader, tokens, copies, max_query_len=step.max_query_len)
         return
     _, num_kv_heads, block_size, content = cache.kv_cache.shape
     num_programs = triton.cdiv(step.max_query_len + block_size - 1, TOKENS_PER_STEP)
     _write_copies_kernel[(len(step.seq_lens), num_kv_heads, num_programs)](
-        Tokens.of(step, cache),
-        Copies.of(layer.tiers, cache.codes),
+        tokens,
+        copies,
         step.query_start_loc,
         step.block_table.stride(0),
         BLOCK_SIZE=block_size,

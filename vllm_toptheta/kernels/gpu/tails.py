@@ -7,10 +7,11 @@ import torch
 from vllm_toptheta.kernels.contract import Layer, LayerCache, TailStep, check_tails, expect
 from vllm_toptheta.kernels.gpu.codes import write_codes
 from vllm_toptheta.kernels.gpu.copies import write_copies
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
 from vllm_toptheta.kernels.gpu.value_sums import write_value_sums
 
 
-def write_tails(step: TailStep, cache: LayerCache, layer: Layer) -> None:
+def write_tails(step: TailStep, cache: LayerCache, layer: Layer, loader: TierLoader | None = None) -> None:
     """Write the tails of all pages that a step's tokens fill: value sums, and shadow keys or copies where
     the layer has them.
 
@@ -22,10 +23,12 @@ def write_tails(step: TailStep, cache: LayerCache, layer: Layer) -> None:
         step: The step, with all of its tokens.
         cache: The layer's pages, of any strides and float dtype.
         layer: The layer.
+        loader: Loads the kernel in CUDA C++ for copies, of 16-bit pages; without it, the one in Triton is taken.
 
     Raises:
         ValueError: A shape, dtype or stride is not as the records describe it; the message starts with the field's
             name.
+        CompileError, DriverError: As of `launch_tier_copy`.
     """
     num_seqs = len(step.seq_lens)
     check_tails(cache, layer)
@@ -37,4 +40,4 @@ def write_tails(step: TailStep, cache: LayerCache, layer: Layer) -> None:
     if num_seqs:
         write_value_sums(step, cache)
         write_codes(step, cache, layer)
-        write_copies(step, cache, layer)
+        write_copies(step, cache, layer, loader)

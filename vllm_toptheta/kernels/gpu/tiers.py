@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.copies import TOKENS_PER_STEP
+from vllm_toptheta.kernels.gpu.cuda.tier_copy import launch_tier_copy
 from vllm_toptheta.kernels.gpu.cuda.tier_split import launch_tier_split
 from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import Copies, Lists
@@ -46,6 +47,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     copies = Copies.of(tiers, codes, (scratch.query_codes, scratch.query_terms))
     launch_queries(given, scratch, copies, tokens_at_once=TOKENS_PER_STEP if scratch.loader is None else 0)
     if scratch.loader is not None:
+        early = given.launches.is_early
+        launch_tier_copy(scratch.loader, given.split.tokens, copies, max_query_len=1, is_early=early)
         launch_tier_split(
             scratch.loader,
             given.split,
@@ -54,7 +57,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
             few_tokens=given.choice.few_tokens,
             short_length=given.choice.short_length,
             log_heavy=tiers.log_heavy,
-            is_early=given.launches.is_early,
+            is_early=early,
         )
     else:
         heavy, light = Lists(scratch.heavy, scratch.heavy_order), Lists(scratch.light, scratch.light_order)

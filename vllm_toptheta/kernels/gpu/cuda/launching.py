@@ -38,11 +38,11 @@ class Loader(NamedTuple, Generic[SizesT]):
     """How the kernels of a layer's shape come into being.
 
     Attributes:
-        load: From a kernel's name, macros such as `HEAD_SIZE=128`, and bytes of shared memory.
+        load: From a source's name, a kernel's in it, macros such as `HEAD_SIZE=128`, and bytes of shared memory.
         sizes: Of the kernels.
     """
 
-    load: Callable[[str, tuple[str, ...], int], Launcher]
+    load: Callable[[str, str, tuple[str, ...], int], Launcher]
     sizes: SizesT
 
 
@@ -132,9 +132,8 @@ class SplitStep(NamedTuple):
 
     @property
     def stream(self) -> int:
-        """What is enqueued to; 0 where kernels are emulated."""
-        query = self.queries.query
-        return torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
+        """What is enqueued to."""
+        return stream_of(self.queries.query)
 
     def arguments(self) -> dict[str, Any]:
         """What every source is given, by the names of its `Args`; strides are in bytes.
@@ -173,6 +172,11 @@ class SplitStep(NamedTuple):
             "softmax_scale": queries.softmax_scale,
             "logits_soft_cap": queries.logits_soft_cap or 0.0,
         }
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The stream that launches on a tensor's device are enqueued to; 0 where kernels are emulated."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def fields(kind: type, *names: str) -> list[tuple[str, type]]:

@@ -1,4 +1,4 @@
-// Scores, and sums of them, as the kernels of this folder have them: in natural units, exponentials in base 2.
+// Scores as the kernels of this folder have them: in natural units, exponentials in base 2.
 //
 // SOFT_CAP is defined when a kernel is compiled.
 
@@ -9,10 +9,4 @@ constexpr float HIGHEST = 1.0e30f;     // no score reaches it, and every score r
 __device__ __forceinline__ float capped(float score, float cap) {
     // tanh(x) = 1 - 2 / (exp(2 x) + 1)
     return SOFT_CAP ? cap * (1.0f - divide_fast(2.0f, exp2_fast(score * (2.0f * LOG2_E / cap)) + 1.0f)) : score;
-}
-
-// of the lanes whose numbers differ in bits from `first_bit` on
-__device__ __forceinline__ float sum_of(float x, int first_bit) {
-    for (int m = first_bit; m < 32; m *= 2) x += __shfl_xor_sync(ALL, x, m);
-    return x;
 }

@@ -1,6 +1,5 @@
 // Sizes, shared memory and arguments of tier_split.cu.
 
-constexpr uint32_t HALF = HEAD_SIZE / 2, QUARTER = HEAD_SIZE / 4;
 constexpr uint32_t STEP = 32;                                 // tokens
 constexpr int ROW_TOKENS = GROUP <= 4 ? 2 : 1;                // tokens that share a row of a product with codes
 constexpr int SETS = 2 / ROW_TOKENS;                          // of 16 rows in a step
@@ -16,7 +15,6 @@ constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS
 constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
 constexpr uint32_t HEAVY_ROOM = 256, IS_DONE = 1u << 31;
-constexpr float LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STEPS_AT = STAGE_TOKENS * HALF, STAGE_BYTES = STEPS_AT + 2 * STAGE_TOKENS;
@@ -45,7 +43,7 @@ struct Args {
     const float* anchor_lse;
     const float* q_scale;  // or null
     const float* k_scale;  // or null
-    uint8_t* codes;
+    const uint8_t* codes;
     const float* rotation;
     float* piece_output;
     float* piece_stats;

@@ -1,5 +1,7 @@
-// Rows in rotated channels, a warp each, for tier_split.cu.
+// Rows in rotated channels, a warp each, for copies of keys and values and for what is compared with them.
 
+constexpr uint32_t HALF = HEAD_SIZE / 2, QUARTER = HEAD_SIZE / 4;  // bytes of a key's codes, and of a value's
+constexpr float LEAST_STEP = 5.9604644775390625e-08f, LARGEST_HALF = 65504.0f;
 constexpr int LANE_CHANNELS = HEAD_SIZE / 32;  // a lane has channels LANE_CHANNELS * lane + i
 
 __device__ __forceinline__ void load_row(const uint8_t* row, uint32_t lane, float (&x)[LANE_CHANNELS]) {

@@ -19,9 +19,10 @@
 
 #include "schedule.cuh"
 #include "scores.cuh"
+#include "lane_sums.cuh"
+#include "tier_rows.cuh"
 #include "tier_layout.cuh"
 #include "value_sums.cuh"
-#include "tier_rows.cuh"
 #include "tier_exact.cuh"
 #include "tier_scan.cuh"
 
@@ -319,9 +320,10 @@ __device__ __forceinline__ void attend_piece(
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     int kv_head = blockIdx.x, program = blockIdx.y;
-    wait_for_predecessor();
     allow_successor();
+    // of lengths, which stood there before the kernel in front began
     Step step = step_of(a, tokens_of(a, lane), a.schedule.num_programs, lane);
+    wait_for_predecessor();  // in any case: whoever waits for this kernel relies on the ones before it too
     // the kernel in front has read all keys then
     if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
@@ -335,55 +337,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
         w.first_recent = min(piece.seq_len - NUM_LAST_ANCHORS, (piece.seq_len - 1) / BLOCK_SIZE * BLOCK_SIZE);
         long long number = (long long)(program + piece.seq) * a.num_kv_heads + kv_head;
         attend_piece(a, w, piece.seq, kv_head, number, piece.seq_len, piece.is_dense);
-    }
-}
-
-// ---- copies of the pages that this step's tokens fill (copies.py); a program for each kv head and sequence ----
-extern "C" __global__ void __launch_bounds__(32 * COPY_WARPS) tier_copy(const __grid_constant__ Args a) {
-    uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    int kv_head = blockIdx.x, seq = blockIdx.y;
-    wait_for_predecessor();
-    allow_successor();
-    int seq_len = a.seq_lens[seq];
-    if (seq_len == 0 || seq_len % BLOCK_SIZE) return;
-    const int* blocks = a.block_table + (long long)seq * a.table_stride;
-    const uint8_t* kv = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-    uint32_t block = blocks[seq_len / BLOCK_SIZE - 1];
-    uint8_t* codes = a.codes + (uint64_t)block * a.code_stride_block + (uint64_t)kv_head * a.code_stride_head;
-    float centre[LANE_CHANNELS];
-    load_centre(kv + (uint64_t)blocks[0] * a.stride_block, a.stride_token, lane, centre);
-    for (uint32_t token = warp; token < BLOCK_SIZE; token += COPY_WARPS) {
-        const uint8_t* row = kv + (uint64_t)block * a.stride_block + token * a.stride_token;
-        uint16_t* steps = reinterpret_cast<uint16_t*>(codes + BLOCK_SIZE * (HALF + QUARTER)) + token;
-        float key[LANE_CHANNELS], value[LANE_CHANNELS];
-        load_row(row, lane, key);
-        load_row(row + 2 * HEAD_SIZE, lane, value);
-        uint32_t bytes[LANE_CHANNELS];
-
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; ++i) key[i] -= centre[i];
-        rotate(a.rotation, key, lane);
-        uint16_t key_step = half_of(largest_of(key) / 8.0f);
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; ++i) {
-            uint32_t code = clamp(floorf(__fdiv_rn(key[i], half_to_float(key_step)) + 8.0f), 0.0f, 15.0f);
-            bytes[i] = code | __shfl_xor_sync(ALL, code, 16) << 4;
-        }
-        if (lane < 16) store_bytes(codes + token * HALF + LANE_CHANNELS * lane, bytes);
-        if (lane == 0) steps[0] = key_step;
-
-        rotate(a.rotation, value, lane);
-        float largest = fmaxf(largest_of(value), LEAST_STEP), square = 0.0f, overlap = 0.0f;
-#pragma unroll
-        for (int i = 0; i < LANE_CHANNELS; ++i) {
-            float level = clamp(floorf(__fdiv_rn(2.0f * value[i], largest) + 2.0f), 0.0f, 3.0f);
-            square += value[i] * value[i], overlap += value[i] * (level - 1.5f);
-            uint32_t code = uint32_t(level) << lane / 8 * 2;
-            code |= __shfl_xor_sync(ALL, code, 8);
-            bytes[i] = code | __shfl_xor_sync(ALL, code, 16);
-        }
-        square = sum_of(square, 1), overlap = sum_of(overlap, 1);
-        if (lane < 8) store_bytes(codes + BLOCK_SIZE * HALF + token * QUARTER + LANE_CHANNELS * lane, bytes);
-        if (lane == 0) steps[BLOCK_SIZE] = half_of(__fdiv_rn(square, fmaxf(overlap, LEAST_STEP)));
     }
 }

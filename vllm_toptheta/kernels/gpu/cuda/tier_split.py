@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_toptheta.kernels.codec import tier_bytes
+from vllm_toptheta.kernels.gpu.cuda import tier_copy
 from vllm_toptheta.kernels.gpu.cuda.launching import (
     Launcher,
     Loader,
@@ -25,9 +26,8 @@ from vllm_toptheta.kernels.gpu.cuda.loading import kernel_for
 from vllm_toptheta.kernels.gpu.records import Copies, Shape
 from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
-SPLIT, COPY = "tier_split", "tier_copy"
+SPLIT = "tier_split"
 SOURCE = "tier_split.cu"
-COPY_WARPS = 8
 _MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no weight
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
@@ -113,7 +113,6 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
         NUM_FIRST_ANCHORS=NUM_FIRST_ANCHORS,
         NUM_LAST_ANCHORS=NUM_LAST_ANCHORS,
         WARPS=sizes.warps,
-        COPY_WARPS=COPY_WARPS,
         STAGES=sizes.stages,
         RESIDENT=sizes.resident,
         EXPECTED_SHARED_BYTES=sizes.shared_bytes,
@@ -123,14 +122,14 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
 
 def loader_for(device: torch.device, head_size: int, group: int) -> TierLoader:
     """That of a GPU, for heads of a size in groups of `group` queries."""
-    return TierLoader(functools.partial(kernel_for, device, SOURCE), split_sizes(head_size, group))
+    return TierLoader(functools.partial(kernel_for, device), split_sizes(head_size, group))
 
 
 @functools.cache
 def find_loader(device: torch.device, head_size: int, group: int, element_bytes: int = 2) -> TierLoader | None:
     """`loader_for`, if kernels can be compiled and loaded here; None, and a warning, if not, or if keys are float8.
 
-    One kernel is compiled to see, for pages of 16 tokens of bfloat16; it is kept on disk.
+    Two are compiled to see, for pages of 16 tokens of bfloat16; they are kept on disk.
 
     Args:
         device: What reads the pages.
@@ -145,15 +144,15 @@ def find_loader(device: torch.device, head_size: int, group: int, element_bytes:
     return working_loader(
         device,
         lambda gpu: loader_for(gpu, head_size, group),
-        lambda loader: _loaded(loader, shape, False),
+        lambda loader: (_loaded(loader, shape, False), tier_copy.loaded(loader, head_size, 16, torch.bfloat16)),
         what="copies",
     )
 
 
 @functools.cache
-def _loaded(loader: TierLoader, shape: Shape, has_soft_cap: bool) -> tuple[Launcher, Launcher]:
+def _loaded(loader: TierLoader, shape: Shape, has_soft_cap: bool) -> Launcher:
     macros = macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap)
-    return loader.load(COPY, macros, 0), loader.load(SPLIT, macros, loader.sizes.shared_bytes)
+    return loader.load(SOURCE, SPLIT, macros, loader.sizes.shared_bytes)
 
 
 def launch_tier_split(
@@ -168,8 +167,6 @@ def launch_tier_split(
     is_early: bool,
 ) -> None:
     """Enqueue what the kernels of `tier_query` and `tier_split` do in Triton with a step that is scanned.
-
-    Pages that the step's tokens fill get their copies, whatever the step.
 
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
@@ -197,7 +194,6 @@ def launch_tier_split(
         # no light key weighs more than `heavy`: then none is above 1
         log2_scale=min(_MOST_LOG2_SCALE, -log_heavy / math.log(2)),
     )
-    copy, split = _loaded(loader, given.shape, given.has_soft_cap)
-    copy.launch((num_kv_heads, given.num_seqs, 1), 32 * COPY_WARPS, 0, arguments, stream, is_early)
+    split = _loaded(loader, given.shape, given.has_soft_cap)
     grid = num_kv_heads, given.num_programs, 1
     split.launch(grid, 32 * sizes.warps, sizes.shared_bytes, arguments, stream, is_early)

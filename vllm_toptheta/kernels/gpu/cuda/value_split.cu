@@ -18,6 +18,7 @@
 
 #include "schedule.cuh"
 #include "scores.cuh"
+#include "lane_sums.cuh"
 #include "value_layout.cuh"
 #include "value_sums.cuh"
 #include "value_warp.cuh"

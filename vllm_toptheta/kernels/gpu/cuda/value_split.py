@@ -118,7 +118,7 @@ def is_made_for(head_size: int, group: int, element_bytes: int) -> bool:
 
 def loader_for(device: torch.device, head_size: int, group: int) -> ValueLoader:
     """That of a GPU, for heads of a size in groups of `group` queries."""
-    return ValueLoader(functools.partial(kernel_for, device, SOURCE), ValueSizes.of(head_size, group))
+    return ValueLoader(functools.partial(kernel_for, device), ValueSizes.of(head_size, group))
 
 
 @functools.cache
@@ -147,7 +147,9 @@ def find_loader(device: torch.device, head_size: int, group: int, element_bytes:
 
 @functools.cache
 def _loaded(loader: ValueLoader, shape: Shape, has_soft_cap: bool) -> Launcher:
-    return loader.load(SPLIT, macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap), loader.sizes.shared_bytes)
+    return loader.load(
+        SOURCE, SPLIT, macros_of(shape, loader.sizes, has_soft_cap=has_soft_cap), loader.sizes.shared_bytes
+    )
 
 
 def launch_value_split(
