@@ -69,7 +69,7 @@ def test_a_program_with_two_pieces_gets_fewer_keys() -> None:
 def test_whole_shares_where_they_waste_less_than_pieces_take(num_programs: int, whole: bool) -> None:
     """Four sequences leave one of five programs idle, or two of six."""
     lens = (1600,) * 4
-    units, pieces = shares(lens, num_programs, even(40 * UNIT, len(lens)))
+    units, pieces = shares(lens, num_programs, even(20 * UNIT, len(lens)))
     assert (pieces == [1] * 4 + [0] * (num_programs - 4)) == whole
     assert (max(units) == 100) == whole
 

@@ -98,8 +98,8 @@ def work_of_step(
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
     equal = tl.cdiv(total + num_decoded * piece_work, num_programs)
-    # of large steps only where what is wasted is less than what second pieces take
-    is_worth = (num_decoded <= num_programs) & (rounded < equal)
+    # of large steps only where what is wasted is hardly more than what second pieces take
+    is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work // 2)
     is_rounded = tl.where(max_dense_len == ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple, entry = tl.where(is_rounded, share, 1), tl.where(is_rounded, 0, piece_work)

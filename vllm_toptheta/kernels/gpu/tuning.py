@@ -156,7 +156,7 @@ def tier_config(loader: TierLoader | None) -> ShadowConfig:
     return ShadowConfig(
         tile=256,
         programs_per_sm=resident,
-        piece_tokens=2560,
+        piece_tokens=1536,
         few_tokens=2048 // resident,
         short_length=2112,
         dense_tokens=896 // resident,

@@ -61,7 +61,7 @@ __device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens,
     int even = divide_up(most, max(num_programs / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(num_programs - num_decoded, 1)));
     int with_entries = total + step.num_decoded * s.piece_work, equal = divide_up(with_entries, num_programs);
-    bool is_worth = num_decoded <= num_programs && rounded < equal;
+    bool is_worth = num_decoded <= num_programs && rounded < equal + s.piece_work / 2;
     bool is_rounded = tokens.all_dense ? 2 * num_decoded <= num_programs : is_worth;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
     step.multiple = is_rounded ? step.share : 1, step.entry = is_rounded ? 0 : s.piece_work;
