@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         "dense attention. A floor changes the acceptance of drafts, not the answers.",
     )
     draft_tokens: int | Literal["auto"] = Field(
-        6,
+        "auto",
         description="With lossless, tokens drafted before a verification, 1 to 32; auto tries 8, 4 and none, and keeps "
         "the fastest.",
     )
