@@ -82,6 +82,7 @@ if __name__ == "__main__":
     for shape in TIER_SHAPES:
         tiers = make_tier_case(shape, in_cuda=True)
         output, counters = tiers.run()
+        tiers.write_tails([0] * len(shape.lens), list(shape.lens))
         if is_checked:
             check_tiers(tiers, output, counters)
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ import torch
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
 from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, make_tier_case
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu.cuda import tier_copy
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tiers import decode
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig
@@ -287,6 +288,14 @@ def test_copies_of_steps_that_fill_any_number_of_pages(
     assert torch.equal(tiers.codes, written)
     open_page = int(tiers.case.block_table[3, LENS[3] // SHAPES[name].block_size])
     assert bool((tiers.codes[open_page] == GARBAGE).all())
+
+
+def test_copies_of_more_pages_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_copy, "_MOST_PROGRAMS", 1)
+    tiers = make_tier_case(SHAPES["plain"], in_cuda=True)
+    tiers.codes.fill_(GARBAGE)
+    tiers.write_tails([0] * len(LENS), list(LENS))
+    check_copies(tiers)
 
 
 @pytest.mark.parametrize(
