@@ -106,28 +106,52 @@ def test_pages_have_tails(release: Release) -> None:
     assert release.run(code) == f"{[*tails, *tails, *tails, 0, 0]} 0"
 
 
-def test_nixl_is_shown_whole_pages(release: Release) -> None:
+def test_nixl_is_shown_keys_and_values(release: Release) -> None:
     code = (
         "import inspect, torch\n"
         "from types import SimpleNamespace as S\n"
-        "from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector\n"
+        "from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker, connector\n"
+        "from vllm.v1.kv_cache_interface import FullAttentionSpec\n"
         "from vllm_toptheta.backend.hooks import nixl_pages\n"
         "theirs, shown = connector.NixlBaseConnector.register_kv_caches, {}\n"
         "assert list(inspect.signature(theirs).parameters) == ['self', 'kv_caches']\n"
+        "assert 'self._layer_specs.get(layer_name)' in inspect.getsource(base_worker)\n"
         "nixl_pages.install(); nixl_pages.install()\n"
         "assert connector.NixlBaseConnector.register_kv_caches.__wrapped__ is theirs\n"
+        "plain = dict(block_size=4, num_kv_heads=2, head_size=2, dtype=torch.float32)\n"
+        "specs = {i: FullAttentionSpec(**plain, page_size_padded=160) for i in range(2)}\n"
+        "nixl = connector.NixlConnector.__new__(connector.NixlConnector)\n"
+        "nixl.connector_worker = S(register_kv_caches=shown.update, _layer_specs=specs)\n"
         "memory = torch.arange(2 * 5 * 40.)  # layers of 5 pages of 40 numbers, 8 of which nobody sees\n"
         "layers = {i: memory.as_strided((5, 2, 4, 4), (40, 16, 4, 1), 200 * i) for i in range(2)}\n"
-        "nixl = connector.NixlConnector.__new__(connector.NixlConnector)\n"
-        "nixl.connector_worker = S(register_kv_caches=shown.update)\n"
         "nixl.register_kv_caches(layers)\n"
-        "for i in layers:\n"
-        "    assert shown[i].data_ptr() == layers[i].data_ptr()\n"
-        "    assert torch.equal(shown[i].flatten(), memory[200 * i : 200 * i + 200])\n"
-        "    assert shown[i][0].is_contiguous()\n"
-        "print({tuple(pages.shape) for pages in shown.values()})\n"
+        "assert all(shown[i].data_ptr() == layers[i].data_ptr() for i in layers)\n"
+        "lengths = {spec.page_size_bytes for spec in nixl.connector_worker._layer_specs.values()}\n"
+        "print(lengths, {(*pages.shape, *pages.stride()) for pages in shown.values()})\n"
+        "alone = torch.arange(5 * 40.).as_strided((5, 2, 4, 4), (40, 16, 4, 1))\n"
+        "nixl.register_kv_caches({0: alone})\n"
+        "assert shown[0] is alone and alone[0].nbytes == 128\n"
     )
-    assert release.run(code) == "{(5, 1, 1, 40)}"
+    assert release.run(code) == "{128} {(5, 1, 1, 40, 40, 40, 40, 1)}"
+
+
+def test_nixl_takes_no_pages_of_another_length(release: Release) -> None:
+    code = (
+        "import inspect\n"
+        "from types import SimpleNamespace as S\n"
+        "from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker as Worker\n"
+        "from vllm_toptheta.backend.hooks import nixl_pages\n"
+        "names = list(inspect.signature(Worker._validate_remote_agent_handshake).parameters)\n"
+        "assert names[:3] == ['self', 'nixl_agent_meta', 'remote_tp_size'], names\n"
+        "nixl_pages.install()\n"
+        "worker = Worker.__new__(Worker)\n"
+        "worker.block_size = 32\n"
+        "try:\n"
+        "    worker._validate_remote_agent_handshake(S(block_size=16), 2)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    assert release.run(code) == "--block-size: 32 here, 16 in the engine that read the prompt. Give both the same"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

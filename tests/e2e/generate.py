@@ -76,7 +76,8 @@ def generate(calls: Sequence[Call], environment: dict[str, str] | None = None, *
         calls: What it is asked.
         environment: Added to `ENVIRONMENT`.
         config: `model`, optionally `backend`, `options` (the backend's), `engine` (further engine arguments) and
-            `prefill`, the options of a second engine that reads the prompts and passes their pages on by NIXL.
+            `prefill`, the options of a second engine that reads the prompts and passes their pages on by NIXL, with
+            `prefill_engine`, arguments of that one alone.
 
     Returns:
         Of each call
@@ -144,7 +145,7 @@ def main() -> None:
     if config.get("prefill") is None:
         llm = start(config.get("options"))
     else:
-        reader = start(config["prefill"], **_by_nixl("kv_producer"))
+        reader = start(config["prefill"], **_by_nixl("kv_producer"), **config.get("prefill_engine", {}))
         llm = start(config.get("options"), **_by_nixl("kv_consumer"))
     python_decodes = _count_python_decodes() if ON_GPU else []
     results: list[dict[str, Any]] = []

@@ -109,7 +109,7 @@ class Read(NamedTuple):
 
 
 def read(answer: dict[str, Any]) -> Read:
-    heads = answer["stats"][0]["layers"]
+    heads = [head for rank in answer["stats"] for head in rank["layers"]]
     return Read(
         sum(head["rows_read"] for head in heads),
         sum(head["copies_read"] or 0 for head in heads),
@@ -178,17 +178,24 @@ needs_nixl = pytest.mark.skipif(not has_nixl(), reason="needs the package nixl, 
 
 
 def decoded_elsewhere(
-    model: Path, calls: list[Call], options: dict[str, Any], prefill: dict[str, Any]
+    model: Path,
+    calls: list[Call],
+    options: dict[str, Any],
+    prefill: dict[str, Any],
+    *,
+    engine: dict[str, Any] | None = None,
+    prefill_engine: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """What an engine answers to prompts that another one has read, with options of its own."""
+    """What an engine answers to prompts that another one has read, with options and arguments of its own."""
     return generate(
         calls,
-        IN_PROCESSES_OF_THEIR_OWN,
+        {**IN_PROCESSES_OF_THEIR_OWN, "OMP_NUM_THREADS": "1"},
         model=str(model),
-        engine={**ENGINE, **LONGEST},
+        engine={**ENGINE, **LONGEST, **(engine or {})},
         backend="toptheta",
         options=options,
         prefill=prefill,
+        prefill_engine=prefill_engine or {},
     )
 
 
@@ -202,12 +209,28 @@ def decoded_elsewhere(
         ({}, {"weight_floor": 0}),
         ({}, {}),
         (COPIES, COPIES),
+        (COPIES, {}),
     ],
-    ids=["dense prefill", "values", "copies"],
+    ids=["dense prefill", "values", "copies", "another mode"],
 )
 def test_a_prompt_that_another_engine_read(tiny_llama: Path, options: dict[str, Any], prefill: dict[str, Any]) -> None:
     calls = trace(3)
     answers = decoded_elsewhere(tiny_llama, calls, options, prefill)
+    assert_as_if_they_had_stayed(answers, ours(tiny_llama, calls, options, LONGEST))
+
+
+@only_on_cpus
+@needs_nixl
+@pytest.mark.nightly
+@pytest.mark.parametrize(("prefill_ranks", "ranks"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("options", [{}, COPIES], ids=["values", "copies"])
+def test_a_prompt_that_an_engine_of_other_ranks_read(
+    tiny_llama: Path, options: dict[str, Any], prefill_ranks: int, ranks: int
+) -> None:
+    calls = trace(3, 4)
+    engine, prefill = ({"tensor_parallel_size": number} for number in (ranks, prefill_ranks))
+    answers = decoded_elsewhere(tiny_llama, calls, options, options, engine=engine, prefill_engine=prefill)
+    assert [len(rank["layers"]) for rank in answers[0]["stats"]] == [8 // ranks] * ranks
     assert_as_if_they_had_stayed(answers, ours(tiny_llama, calls, options, LONGEST))
 
 
@@ -227,8 +250,9 @@ def test_where_every_key_is_kept_the_text_behind_another_engine_is_the_stock_bac
 @only_on_cpus
 @needs_nixl
 @pytest.mark.nightly
-def test_no_token_is_answered_from_pages_of_another_mode(tiny_llama: Path) -> None:
+def test_no_token_is_answered_from_pages_of_another_length(tiny_llama: Path) -> None:
     prompt = trace(0)[0].prompts[0]
-    # the same engines answer where the modes are the same
-    (answer,) = decoded_elsewhere(tiny_llama, [Call([prompt], 8)], COPIES, {})
+    # the same engines answer where pages are as long as each other
+    engine, prefill = {"block_size": 2 * BLOCK}, {"block_size": BLOCK}
+    (answer,) = decoded_elsewhere(tiny_llama, [Call([prompt], 8)], {}, {}, engine=engine, prefill_engine=prefill)
     assert answer["outputs"][0]["token_ids"] == []

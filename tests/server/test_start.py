@@ -233,7 +233,12 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any], str]] = {
         {},
         "^--kv-transfer-config: only ExampleConnector, NixlConnector, and OffloadingConnector",
     ),
-    "a connector and ranks": ({}, [*CONNECTOR, "-tp", "2"], {}, "connectors were never run on several ranks"),
+    "a connector and ranks": (
+        {},
+        [*CONNECTOR, "-tp", "2"],
+        {},
+        "connectors other than NIXL were never run on several ranks",
+    ),
     "a connector and drafts": ({}, CONNECTOR, {"lossless": True}, "connectors were never run where tokens are drafted"),
     "offloading": ({}, ["--kv-offloading-size", "1"], {}, "^--kv-offloading-size: vLLM offloads pages from GPUs"),
     "offloading to others": (

@@ -49,13 +49,15 @@ def test_a_plain_engine(engine: Engine) -> None:
         ({"connector": NIXL}, ["cpu"]),
         ({"connector": NIXL, "has_nixl": False}, []),
         ({"has_nixl": False}, ["cpu", "gpu"]),
+        ({"connector": NIXL, "num_ranks": 2}, ["cpu"]),
+        ({"connector": NIXL, "num_ranks": 2, "num_replicas": 2}, []),
+        *(({"connector": connector, "num_ranks": 2}, []) for connector in (FILES, HOST)),
         ({"connector": Connector.of({"kv_connector": "LMCacheConnectorV1"})}, []),
         ({"connector": Connector.of({"kv_connector": "ExampleConnector", "kv_connector_module_path": "mine"})}, []),
         *(
             ({"connector": connector, **asked}, [])
             for connector in (FILES, NIXL)
             for asked in (
-                {"num_ranks": 2},
                 {"num_stages": 2},
                 {"num_replicas": 2},
                 {"draft": NGRAM},

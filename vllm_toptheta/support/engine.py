@@ -262,8 +262,11 @@ def _connector_reasons(engine: Engine) -> dict[Reason, bool]:
             "connectors were never run with layers that keep states, share keys and values, or have heads of their own",
             "Leave it out",
         ): any(field is not None for field in (engine.hybrid, engine.sharing, engine.mixed)),
-        Reason(flag, "connectors were never run on several ranks, which write the same files", "Leave it out"): (
-            engine.num_ranks > 1 or engine.num_stages > 1 or engine.num_replicas > 1
+        Reason(flag, "connectors other than NIXL were never run on several ranks", "Leave it out"): (
+            engine.num_ranks > 1 and not (on_cpu and connector.is_nixl)
+        ),
+        Reason(flag, "connectors were never run on several stages or replicas", "Leave it out"): (
+            engine.num_stages > 1 or engine.num_replicas > 1
         ),
         Reason(flag, "connectors were never run where tokens are drafted", "Leave it out"): (
             engine.draft is not None or engine.drafts_itself
