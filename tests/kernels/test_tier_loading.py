@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_toptheta.kernels.gpu.cuda import tier_split
+from vllm_toptheta.kernels.gpu.cuda import tier_copy, tier_split
 from vllm_toptheta.kernels.gpu.cuda.nvrtc import CompileError
 from vllm_toptheta.kernels.gpu.tuning import TIER_CONFIG, tier_config
 from vllm_toptheta.limits import MAX_QUERIES_PER_KV, TIER_HEAD_SIZES
@@ -38,13 +38,15 @@ def test_programs_fit_into_a_multiprocessor(head_size: int) -> None:
         assert sizes.warps <= 16
 
 
+@pytest.mark.parametrize("refused", ["what scans", "what writes copies"])
 def test_without_a_compiler_the_kernels_in_triton_are_taken(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    refused: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
         raise CompileError("no libnvrtc was found")
 
-    monkeypatch.setattr(tier_split, "_loaded", refuse)
+    monkeypatch.setattr(tier_split, "_loaded", refuse if refused == "what scans" else lambda *_: None)
+    monkeypatch.setattr(tier_copy, "loaded", refuse)
     with caplog.at_level(logging.WARNING, logger="vllm.toptheta"):
         for _ in range(2):
             assert tier_split.find_loader(torch.device("cuda", 0), 128, 4) is None
@@ -65,10 +67,11 @@ def test_float8_pages_are_read_in_triton(caplog: pytest.LogCaptureFixture) -> No
 
 def test_what_is_loaded_is_launched_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tier_split, "_loaded", lambda *arguments: asked.append(arguments))
+    for module, name in ((tier_split, "_loaded"), (tier_copy, "loaded")):
+        monkeypatch.setattr(module, name, lambda *arguments: asked.append(arguments))
     loader = tier_split.find_loader(torch.device("cuda", 0), 128, 4)
     assert loader is not None
-    assert [arguments[0] for arguments in asked] == [loader]
+    assert [arguments[0] for arguments in asked] == [loader, loader]
     assert tier_config(loader).programs_per_sm == loader.sizes.resident == 2
 
 
