@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.e2e.ports import free_port
 from tests.e2e.texts import ON_GPU
 
 ENVIRONMENT = {
@@ -213,24 +213,12 @@ def _since_of_head(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, An
 def _by_nixl(role: str) -> dict[str, Any]:
     """The arguments of an engine that passes pages on to another one, or takes them, by NIXL."""
     # the engine, a process that starts next, is told by its environment where others ask it for its pages
-    os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
+    os.environ |= {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
     # machines that are busy take longer than pages are kept for
     extra = {"kv_lease_duration": 600}
     return {
         "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": role, "kv_connector_extra_config": extra}
     }
-
-
-def _free_port() -> int:
-    """One that nobody is given until it is listened to: the system gives out those from 32,768 on."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with socket.socket() as free:
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise OSError("every port is taken")
 
 
 def _read(reader: Any, call: Call) -> list[dict[str, Any]]:

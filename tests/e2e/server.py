@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import httpx
 
 import vllm_toptheta
+from tests.e2e.ports import free_port
 from vllm_toptheta.telemetry.reader import MAX_AGE
 
 ROOT = Path(vllm_toptheta.__file__).parents[1]
@@ -25,13 +25,6 @@ START_SECONDS = 400
 def serve_command(port: int, arguments: str = "") -> list[str]:
     """`make serve` with further flags."""
     return ["make", "serve", f"VENV={sys.prefix}", f"PORT={port}", f"ARGS={arguments}"]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Server(NamedTuple):

@@ -12,7 +12,8 @@ import pytest
 
 from tests.calibration.tiny_model import save_model_dir, tiny_config, tiny_model
 from tests.e2e.generate import ENVIRONMENT
-from tests.e2e.server import free_port, running
+from tests.e2e.ports import free_port
+from tests.e2e.server import running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

@@ -18,7 +18,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.e2e.generate import ENVIRONMENT
-from tests.e2e.server import Server, free_port, running
+from tests.e2e.ports import free_port
+from tests.e2e.server import Server, running
 from tests.e2e.test_server import metrics
 from vllm_toptheta.backend.guard import FIRST_PATIENCE, RELAXATION
 from vllm_toptheta.backend.guard_monitor import WINDOW_STEPS

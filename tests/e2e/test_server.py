@@ -18,7 +18,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.server import ROOT, Server, free_port, serve_command, serving
+from tests.e2e.ports import free_port
+from tests.e2e.server import ROOT, Server, serve_command, serving
 from tests.e2e.texts import assert_same_text
 from vllm_toptheta.telemetry.reader import MAX_AGE
 

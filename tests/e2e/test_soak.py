@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.generate import ENVIRONMENT
-from tests.e2e.server import free_port
+from tests.e2e.ports import free_port
 from vllm_toptheta.soak.report import SoakConfig
 from vllm_toptheta.soak.run import soak
 

@@ -103,8 +103,7 @@ def work_of_step(
     is_rounded = tl.where(max_dense_len == ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple, entry = tl.where(is_rounded, share, 1), tl.where(is_rounded, 0, piece_work)
-    work = tl.where(work > 0, work + entry, 0)
-    return tl.cdiv(work, multiple) * multiple, share, entry, multiple
+    return work_of(seq_lens, is_dense, dense_work, entry, multiple, UNIT), share, entry, multiple
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 COPY = "tier_copy"
 SOURCE = "tier_copy.cu"
 WARPS = 8
-# of a launch: more would take longer to be found idle than to do what others leave to do
+# of a launch: in a step of many sequences, most of them may find nothing to do
 _MOST_PROGRAMS = 1 << 15
 
 
