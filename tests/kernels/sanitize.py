@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.kernels.decode_case import Shape, check, cuda_loader, make_case
+from tests.kernels.decode_case import DEVICE, Shape, check, cuda_loader, make_case
 from tests.kernels.shadow_case import check as check_shadow
 from tests.kernels.shadow_case import make_shadow_case
 from tests.kernels.tier_case import check as check_tiers
@@ -43,18 +43,22 @@ TIER_SHAPES = (
 )
 THRESHOLD = 1.0  # where none is placed: about one key in six survives
 
+
+def most_of_the_first(num_kv_heads: int, num_programs: int) -> torch.Tensor:
+    """Programs of kv heads, of which the first has as many as it may have."""
+    others = num_kv_heads - 1
+    first = min(MOST_OF_A_HEAD * num_programs, num_kv_heads * num_programs - others)
+    return torch.tensor([first, *[1] * others], dtype=torch.int32, device=DEVICE)
+
+
 if __name__ == "__main__":
     is_checked = "unchecked" not in sys.argv
     for shape in SHAPES:
         case = make_case(shape, threshold=None if is_checked else THRESHOLD)
         for loader in {None, cuda_loader(shape)}:
             scratch = case.scratch(loader=loader)
-            # the first kv head has as many programs as it may have
             num_programs = scratch.config.num_programs(shape.num_kv_heads, num_multiprocessors(case.query.device))
-            others = shape.num_kv_heads - 1
-            programs = [1] * others
-            programs.insert(0, min(MOST_OF_A_HEAD * num_programs, shape.num_kv_heads * num_programs - others))
-            head_programs = torch.tensor(programs, dtype=torch.int32, device=case.query.device)
+            head_programs = most_of_the_first(shape.num_kv_heads, num_programs)
             output, counters = case.run(scratch=scratch, head_programs=head_programs)
             if is_checked:
                 check(case, output, counters)
@@ -81,7 +85,9 @@ if __name__ == "__main__":
         )
     for shape in TIER_SHAPES:
         tiers = make_tier_case(shape, in_cuda=True)
-        output, counters = tiers.run()
+        scratch = tiers.scratch()
+        num_programs = scratch.config.num_programs(shape.num_kv_heads, num_multiprocessors(tiers.case.query.device))
+        output, counters = tiers.run(scratch=scratch, head_programs=most_of_the_first(shape.num_kv_heads, num_programs))
         tiers.write_tails([0] * len(shape.lens), list(shape.lens))
         if is_checked:
             check_tiers(tiers, output, counters)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerCall
+from vllm_toptheta.kernels.gpu.balance import MOST_OF_A_HEAD
+from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader, split_sizes
 from vllm_toptheta.kernels.gpu.cuda.value_split import ValueLoader, ValueSizes
 from vllm_toptheta.kernels.gpu.launches import shadow_launches, values_launches
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
@@ -55,6 +57,19 @@ def test_programs_of_heads_are_those_of_kernels_that_have_as_many(num_heads: int
     layer = call.layer._replace(head_programs=torch.ones(KV_HEADS, dtype=torch.int32))
     launches = values_launches(step, call._replace(query=query, layer=layer), scratch)
     assert (launches.head_programs is not None) == is_taken
+
+
+@pytest.mark.parametrize("has_loader", [False, True])
+def test_programs_of_heads_are_those_of_copies_in_cuda(has_loader: bool) -> None:
+    loader = TierLoader(lambda *_: pytest.fail("nothing is launched"), split_sizes(HEAD_SIZE, HEADS // KV_HEADS))
+    scratch = TierScratch.allocate(SIZES, loader=loader if has_loader else None, **WHERE)
+    call = call_of(3)
+    layer = call.layer._replace(head_programs=torch.ones(KV_HEADS, dtype=torch.int32))
+    launches, _ = shadow_launches(call._replace(layer=layer), scratch)
+    assert (launches.head_programs is not None) == has_loader
+    # room for a head that has as many as it may have
+    most = (MOST_OF_A_HEAD * launches.num_programs + 3) * KV_HEADS
+    assert (len(scratch.partial_stats) >= most) == has_loader
 
 
 def test_a_scratch_for_fewer_programs_is_refused() -> None:

@@ -20,7 +20,8 @@ REGISTERS_OF_SM = 65_536
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tier_split, "shared_memory_of", lambda device: (SHARED_BYTES_OF_SM, MOST_SHARED_BYTES))
     tier_split.find_loader.cache_clear()
     yield
     tier_split.find_loader.cache_clear()
@@ -29,13 +30,24 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize("head_size", TIER_HEAD_SIZES)
 def test_programs_fit_into_a_multiprocessor(head_size: int) -> None:
     for group in range(1, MAX_QUERIES_PER_KV + 1):
-        sizes = tier_split.split_sizes(head_size, group)
+        sizes = tier_split.sizes_within(head_size, group, SHARED_BYTES_OF_SM, MOST_SHARED_BYTES)
+        assert sizes.heavy_room > tier_split.split_sizes(head_size, group).heavy_room
         assert sizes.shared_bytes <= MOST_SHARED_BYTES
         assert sizes.resident * (sizes.shared_bytes + 1024) <= SHARED_BYTES_OF_SM
         # room for the 168 registers of a thread that loops need, and for 255 where there are more sums
         registers = 168 if sizes.resident > 1 else 255
         assert sizes.resident * sizes.warps * 32 * registers <= REGISTERS_OF_SM
         assert sizes.warps <= 16
+
+
+def test_lists_are_shorter_where_there_is_less_shared_memory() -> None:
+    least = tier_split.split_sizes(128, 4)
+    assert tier_split.sizes_within(128, 4, 102_400, 101_376) == least  # of compute capability 8.9
+    # room for what programs ask for, but not for what CUDA takes
+    some = tier_split.split_sizes(128, 4, 512)
+    assert tier_split.sizes_within(128, 4, 2 * (some.shared_bytes + 1024), MOST_SHARED_BYTES) == some
+    assert tier_split.sizes_within(128, 4, 2 * some.shared_bytes + 1024, MOST_SHARED_BYTES) == least
+    assert tier_split.sizes_within(128, 4, SHARED_BYTES_OF_SM, some.shared_bytes) == some
 
 
 @pytest.mark.parametrize("refused", ["what scans", "what writes copies"])

@@ -84,6 +84,60 @@ def test_decode(make: Make, name: str) -> None:
     check(tiers, *tiers.run(FEW if INTERPRETED else SCANNING))
 
 
+@pytest.mark.parametrize("programs", [(1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("max_dense_len", [0, 170])
+@pytest.mark.parametrize("piece_tokens", [0, 64])
+def test_kv_heads_of_different_numbers_of_programs(
+    programs: tuple[int, int], max_dense_len: int, piece_tokens: int
+) -> None:
+    tiers = make_tier_case(Shape((400, 160, 0, 333, 1, 20, 16), max_dense_len=max_dense_len), in_cuda=True)
+    head_programs = torch.tensor(programs, dtype=torch.int32, device=DEVICE)
+    config = replace(FEW, programs_per_sm=2, piece_tokens=piece_tokens)
+    check(tiers, *tiers.run(config, head_programs=head_programs))
+
+
+@pytest.mark.parametrize(
+    ("lens", "programs", "is_balanced"),
+    [
+        # shares of 125 pages on whole programs, or of 131 and 4 more for the mean head
+        ((2000, 2000), (3, 1), True),
+        ((2000, 2000), (2, 2), False),
+        # of 10 pages, or of 16 and 4 more
+        ((160, 160), (3, 1), False),
+        # a sequence has no second piece
+        ((320,), (3, 1), True),
+        # no whole programs
+        ((320, 320, 320, 320), (3, 1), True),
+    ],
+)
+def test_sequences_keep_whole_programs_if_that_is_faster(
+    lens: tuple[int, ...], programs: tuple[int, int], is_balanced: bool
+) -> None:
+    """Seen in how many pieces of each kv head are left."""
+    tiers = make_tier_case(Shape(lens), in_cuda=True)
+    scratch = tiers.scratch(replace(FEW, programs_per_sm=2, piece_tokens=96))
+    scratch.partial_stats.fill_(torch.nan)
+    head_programs = torch.tensor(programs, dtype=torch.int32, device=DEVICE)
+    check(tiers, *tiers.run(scratch=scratch, head_programs=head_programs))
+    pieces = scratch.partial_stats.unflatten(0, (-1, 2))[:, :, 0, 0]
+    first, second = (~pieces.isnan()).sum(0).tolist()
+    assert (first != second) == is_balanced
+
+
+@pytest.mark.parametrize("is_all_read", [True, False])
+def test_in_a_small_step_all_kv_heads_have_as_many_programs(is_all_read: bool) -> None:
+    """Be it that another kernel reads all of its keys, or that all are kept."""
+    tiers = make_tier_case(SHAPES["plain"], in_cuda=True)
+    config = replace(FEW, programs_per_sm=2, short_length=2000 if is_all_read else 0)
+    options = {} if is_all_read else {"min_step_tokens": sum(LENS) + 1}
+    expected, counted = tiers.run(config, **options)
+    programs = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+    output, counters = tiers.run(config, head_programs=programs, **options)
+    assert torch.equal(output, expected)
+    assert torch.equal(counters.keys_read, counted.keys_read)
+    assert counters.keys_read.tolist() == [sum(LENS)] * 2
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter multiplies the bits of bfloat16 as integers")
 @pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name].value_mean])
 def test_decode_bfloat16(make: Make, name: str) -> None:

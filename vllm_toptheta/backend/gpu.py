@@ -43,7 +43,7 @@ from vllm_toptheta.kernels.contract import DecodeStep, Layer, LayerCache, LayerC
 from vllm_toptheta.kernels.gpu import shadow, tiers, values
 from vllm_toptheta.kernels.gpu.scratch import Scratch, ShadowScratch, Sizes, TierScratch
 from vllm_toptheta.kernels.gpu.tails import write_tails
-from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors
+from vllm_toptheta.kernels.gpu.tuning import launch_config, num_multiprocessors, tier_config
 from vllm_toptheta.limits import CACHE_DTYPES, FLOAT8_CACHE_DTYPES, HEAD_SIZES
 from vllm_toptheta.settings import Settings
 
@@ -152,7 +152,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
         layer_plans = [impl.layer_plan for impl in sparse if impl.layer_plan is not None]
         self.guard_monitor = GuardMonitor(layer_plans, relaxes=self.plan.settings.guard == "relax")
         # the kernels in Triton give as many programs to each
-        self.program_balance = balance_of(sparse if loaders.values else [], device)
+        self.program_balance = balance_of(sparse if loaders.values or loaders.tiers else [], device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -206,7 +206,7 @@ class GpuMetadataBuilder(BuilderCapabilities, FlashAttentionMetadataBuilder):
 
 
 def balance_of(impls: Sequence[GpuTopThetaImpl], device: torch.device) -> ProgramBalance:
-    """Of layers whose values are read by the kernel in CUDA C++."""
+    """Of layers whose values or copies are read by a kernel in CUDA C++."""
     return ProgramBalance(
         [
             (impl.layer_plan.counters, impl.head_programs(impl.layer, device))
@@ -269,7 +269,11 @@ class GpuTopThetaImpl(SparseLayer, ImplCapabilities, FlashAttentionImpl):
         """The layer's `Layer.head_programs`, the same for each kv head until others are written there."""
         programs = layer.head_programs
         if programs is None:
-            config = launch_config(self.head_size, 2, device).for_loader(self.loaders.values)
+            config = (
+                tier_config(self.loaders.tiers)
+                if self.loaders.tiers
+                else launch_config(self.head_size, 2, device).for_loader(self.loaders.values)
+            )
             num_programs = config.num_programs(self.num_kv_heads, num_multiprocessors(device))
             programs = torch.full((self.num_kv_heads,), num_programs, dtype=torch.int32, device=device)
             self.layer = layer._replace(head_programs=programs)

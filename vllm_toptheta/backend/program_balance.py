@@ -1,4 +1,4 @@
-"""Which kv heads get how many programs of a GPU's kernel of mode `values`: by what they read in the steps before.
+"""Which kv heads get how many programs of a GPU's kernel in CUDA C++: by what they read in the steps before.
 
 Captured graphs refer to the tensors that say so, which are written between steps. Sums are added in another order
 after that, so a row is written only where it makes a difference, and under a steady load soon never.
@@ -13,7 +13,7 @@ import torch
 
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.host_copies import HostCopies, counted_since
-from vllm_toptheta.kernels.gpu.balance import balance, largest_share
+from vllm_toptheta.kernels.gpu.balance import balance, largest_share, tiers_work, values_work
 
 WINDOW_STEPS = 64  # engine steps between two looks
 MIN_ROWS = 1 << 20  # cached rows of a kv head, summed over tokens, that make a window
@@ -27,7 +27,7 @@ class _BalancedLayer:
     counters: LayerCounters
     head_programs: torch.Tensor  # [num_kv_heads] int32, on the device
     programs: list[int]  # the same
-    seen: torch.Tensor  # [num_kv_heads + 1] int64, on the host: what was counted at the end of the last window
+    seen: torch.Tensor  # what was counted at the end of the last window, as of `_counted_of`
 
 
 class ProgramBalance:
@@ -40,7 +40,7 @@ class ProgramBalance:
 
     def __init__(self, layers: Sequence[tuple[LayerCounters, torch.Tensor]]) -> None:
         self._layers = [
-            _BalancedLayer(counters, programs, programs.tolist(), torch.zeros(len(programs) + 1, dtype=torch.int64))
+            _BalancedLayer(counters, programs, programs.tolist(), torch.zeros_like(_counted_of(counters), device="cpu"))
             for counters, programs in layers
         ]
         self._copies = HostCopies(self._counted)
@@ -55,20 +55,32 @@ class ProgramBalance:
                 self._balance(layer, of_layer)
 
     def _counted(self) -> torch.Tensor:
-        """Value rows read by each kv head, and rows cached, [num_layers, num_kv_heads + 1] int64."""
-        counters = [layer.counters.settled() for layer in self._layers]
-        return torch.stack([torch.cat([one.value_rows_read, one.totals[2:3]]) for one in counters])
+        """`_counted_of` every layer, [num_layers, 1 + counters]."""
+        return torch.stack([_counted_of(layer.counters) for layer in self._layers])
 
     @torch.inference_mode()
     def _balance(self, layer: _BalancedLayer, counted: torch.Tensor) -> None:
-        *rows_read, rows_cached = counted_since(layer.seen, counted).tolist()
+        rows_cached, *read = counted_since(layer.seen, counted).tolist()
         if rows_cached < MIN_ROWS:
             return
         layer.seen = counted.clone()
-        programs = balance(rows_read, rows_cached, sum(layer.programs) // len(layer.programs))
-        gain = largest_share(rows_read, rows_cached, layer.programs) / largest_share(rows_read, rows_cached, programs)
+        num_heads = len(layer.programs)
+        if len(read) > num_heads:
+            work = tiers_work(read[:num_heads], read[num_heads:], rows_cached)
+        else:
+            work = values_work(read, rows_cached)
+        programs = balance(work, sum(layer.programs) // num_heads)
+        gain = largest_share(work, layer.programs) / largest_share(work, programs)
         if gain < MIN_GAIN:
             return
         layer.programs = programs
         written = torch.tensor(programs, dtype=torch.int32, pin_memory=layer.head_programs.is_cuda)
         layer.head_programs.copy_(written, non_blocking=True)
+
+
+def _counted_of(layer: LayerCounters) -> torch.Tensor:
+    """What a layer counts, int64: rows cached, then of kv heads value rows read, or keys and copies if any."""
+    counters = layer.settled()
+    if counters.keys_read is not None and counters.copies_read is not None:
+        return torch.cat([counters.totals[2:3], counters.keys_read, counters.copies_read])
+    return torch.cat([counters.totals[2:3], counters.value_rows_read])

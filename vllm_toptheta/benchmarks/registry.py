@@ -11,7 +11,7 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
-from vllm_toptheta.kernels.gpu.balance import balance
+from vllm_toptheta.kernels.gpu.balance import balance, tiers_work, values_work
 from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.tier_split import find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
@@ -69,9 +69,9 @@ def toptheta(
     cache, output = LayerCache.of(inputs.kv_cache, layer), torch.empty_like(inputs.query)
     if loader is not None and is_balanced:
         decode(step, LayerCall(inputs.query, output, cache, layer._replace(counters=counters)), scratch)
-        rows_read, rows_cached = counters.value_rows_read.tolist(), int(counters.totals[2])
+        work = values_work(counters.value_rows_read.tolist(), int(counters.totals[2]))
         num_programs = scratch.config.num_programs(num_kv_heads, num_multiprocessors(device))
-        programs = balance(rows_read, rows_cached, num_programs)
+        programs = balance(work, num_programs)
         layer = layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
         counters.zero_()
     call = LayerCall(inputs.query, output, cache, layer)
@@ -79,7 +79,7 @@ def toptheta(
 
 
 def toptheta_by_tiers(
-    inputs: Inputs, *, config: ShadowConfig | None = None, in_triton: bool = False
+    inputs: Inputs, *, config: ShadowConfig | None = None, in_triton: bool = False, is_balanced: bool = True
 ) -> tuple[Call, Counters]:
     """Our kernels with copies of keys and values, and what they add to.
 
@@ -87,6 +87,7 @@ def toptheta_by_tiers(
         inputs: A step of `Inputs.replay`, whose pages have room for copies, which are written.
         config: Launch parameters instead of the defaults; every step is scanned.
         in_triton: Take no kernel in CUDA C++.
+        is_balanced: As of `toptheta`.
     """
     num_seqs, num_heads, head_size = inputs.query.shape
     num_kv_heads = inputs.kv_cache.shape[1]
@@ -101,7 +102,17 @@ def toptheta_by_tiers(
     layer = Layer(inputs.softmax_scale, thresholds=inputs.thresholds(), tiers=tiers, counters=counters)
     inputs.write_tails(tiers=tiers)
     step = inputs.step()
-    call = LayerCall(inputs.query, torch.empty_like(inputs.query), LayerCache.of(inputs.kv_cache, layer), layer)
+    cache, output = LayerCache.of(inputs.kv_cache, layer), torch.empty_like(inputs.query)
+    if loader is not None and is_balanced and counters.keys_read is not None and counters.copies_read is not None:
+        decode_by_tiers(step, LayerCall(inputs.query, output, cache, layer), scratch)
+        read = counters.keys_read.tolist(), counters.copies_read.tolist()
+        programs = balance(
+            tiers_work(*read, int(counters.totals[2])),
+            config.num_programs(num_kv_heads, num_multiprocessors(device)),
+        )
+        layer = layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
+        counters.zero_()
+    call = LayerCall(inputs.query, output, cache, layer)
     return lambda: decode_by_tiers(step, call, scratch), counters
 
 

@@ -191,8 +191,8 @@ class Layer(NamedTuple):
         counters: None counts nothing.
         sinks: [num_heads] float of any size, contiguous: logits that softmax_scale and the soft cap do not apply to;
             None in a model without. The model's own parameter, so that weights loaded anew count.
-        head_programs: [num_kv_heads] int32, the programs that each kv head has of all that a GPU's kernel of mode
-            `values` is launched with, at least 1 (`gpu.balance`); None if each has as many.
+        head_programs: [num_kv_heads] int32, the programs that each kv head has of all that a GPU's kernel in CUDA
+            C++ is launched with, at least 1 (`gpu.balance`); None if each has as many.
     """
 
     softmax_scale: float

@@ -86,7 +86,10 @@ def shadow_launches(call: LayerCall, scratch: ShadowScratch | TierScratch) -> tu
     num_sms = num_multiprocessors(device)
     num_programs = config.num_programs(num_kv_heads, num_sms)
     num_values_programs = values_config.num_programs(num_kv_heads, num_sms)
-    _check_room(call, max(num_programs, num_values_programs), scratch, num_seqs=num_seqs)
+    loader = scratch.loader if isinstance(scratch, TierScratch) else None
+    head_programs = None if loader is None else call.layer.head_programs
+    most = most_programs(num_programs, loader)
+    _check_room(call, max(most, num_values_programs), scratch, num_seqs=num_seqs)
     # pages, if the tiles of either kernel consist of them
     unit = max(unit_of(tile, block_size) for tile in (config.tile, values_config.tile))
     schedule = schedule_of(
@@ -98,7 +101,7 @@ def shadow_launches(call: LayerCall, scratch: ShadowScratch | TierScratch) -> tu
     )
     is_early = config.early_launch and has_dependent_launch(device)
     return (
-        Launches(num_programs, schedule, config.merge_warps, is_early),
+        Launches(num_programs, schedule, config.merge_warps, is_early, head_programs),
         Choice(
             config.few_tokens * num_programs,
             config.short_length,

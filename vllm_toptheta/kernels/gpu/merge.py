@@ -13,10 +13,10 @@ from vllm_toptheta.kernels.contract import DecodeStep, LayerCall
 from vllm_toptheta.kernels.gpu.launches import Choice, Launches
 from vllm_toptheta.kernels.gpu.records import Counts, Pieces, Shape, Tokens, next_power_of_2
 from vllm_toptheta.kernels.gpu.schedule import (
-    ANY_LENGTH,
     dense_length,
     load_lengths,
     new_tokens,
+    programs_of_head,
     reads_all_keys,
     units_of_piece,
     work_of_step,
@@ -115,6 +115,7 @@ def merge_kernel(
     PIECE_BLOCK: tl.constexpr,
     NUM_PARTS: tl.constexpr,  # that the channels of a head are divided into, a program each
     BLOCK_PAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,  # room for all kv heads
     NUM_BUCKETS: tl.constexpr,
     DENOMINATOR_COMPENSATION: tl.constexpr,
     CHOOSES: tl.constexpr,  # whether the pieces come from one kernel or the other
@@ -199,8 +200,14 @@ def merge_kernel(
         dense_work = tl.where(reads_all, values_schedule.DENSE_WORK, schedule.DENSE_WORK)
         piece_work = tl.where(reads_all, values_schedule.PIECE_WORK, schedule.PIECE_WORK)
     if head_programs_ptr is not None:
-        num_programs = tl.where(max_dense_len == ANY_LENGTH, num_programs, tl.load(head_programs_ptr + kv_head))
-    work, share, entry, _ = work_of_step(
+        of_head = programs_of_head(
+            tokens, head_programs_ptr, kv_head, num_kv_heads, num_seqs, max_dense_len, num_programs, min_work,
+            dense_work, piece_work, schedule.UNIT, SEQ_BLOCK, HEAD_BLOCK,
+        )  # fmt: skip
+        num_programs = of_head
+        if CHOOSES:
+            num_programs = tl.where(reads_all, num_values_programs, of_head)
+    work, share, entry, _, _ = work_of_step(
         tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, schedule.UNIT, SEQ_BLOCK
     )
     index = tl.arange(0, SEQ_BLOCK)
@@ -307,6 +314,7 @@ def launch_merge(
         PIECE_BLOCK=piece_block,
         NUM_PARTS=num_parts,
         BLOCK_PAD=next_power_of_2(cache.kv_cache.shape[2]),
+        HEAD_BLOCK=next_power_of_2(cache.kv_cache.shape[1]),
         NUM_BUCKETS=0 if counters is None else counters.lost_mass_histogram.shape[1],
         DENOMINATOR_COMPENSATION=call.layer.denominator_compensation,
         CHOOSES=choice is not None,

@@ -1,7 +1,7 @@
 """How a decode step is shared out among programs, decided on the device.
 
 The grid of a captured CUDA graph is fixed, the lengths are not. So every kv head gets a number of programs (the same
-one, but in the kernel in CUDA C++ of mode `values`: `balance.py`), and each works out its own share from `seq_lens`:
+one, but in kernels in CUDA C++: `balance.py`), and each works out its own share from `seq_lens`:
 the keys of all sequences are laid end to end, in units of a few tokens, and program p takes the work from p * share
 to (p + 1) * share, wherever sequences begin and end in there. A unit of a sequence that keeps everything counts
 `dense_work` times, because more is read of it: twice where otherwise all keys are read and few values, more often
@@ -82,8 +82,8 @@ def work_of_step(
     tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT: tl.constexpr,
     SEQ_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, and `work_of`'s entry and
-    multiple.
+    """Return the work of every sequence, [SEQ_BLOCK] int32, a program's share of the whole, `work_of`'s entry and
+    multiple, and what share programs have if each sequence has an entry.
 
     `max_dense_len` is a `dense_length`; what follows `num_programs` are fields of one `Schedule`. Whoever joins pieces
     has to ask with the same as those who left them.
@@ -103,7 +103,27 @@ def work_of_step(
     is_rounded = tl.where(max_dense_len == ANY_LENGTH, 2 * num_decoded <= num_programs, is_worth)
     share = tl.maximum(tl.where(is_rounded, rounded, equal), min_work)
     multiple, entry = tl.where(is_rounded, share, 1), tl.where(is_rounded, 0, piece_work)
-    return work_of(seq_lens, is_dense, dense_work, entry, multiple, UNIT), share, entry, multiple
+    return work_of(seq_lens, is_dense, dense_work, entry, multiple, UNIT), share, entry, multiple, equal
+
+
+@triton.jit
+def programs_of_head(
+    tokens, head_programs_ptr, kv_head, num_kv_heads, num_seqs, max_dense_len, num_programs, min_work, dense_work,
+    piece_work, UNIT: tl.constexpr, SEQ_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs of a kv head of a kernel in CUDA C++, as `is_balanced` of schedule.cuh says.
+
+    `num_programs` are those of a head on average; what follows, and what is in front, is as of `work_of_step`.
+    """
+    work, share, _, multiple, equal = work_of_step(
+        tokens, num_seqs, max_dense_len, num_programs, min_work, dense_work, piece_work, UNIT, SEQ_BLOCK
+    )
+    head = tl.arange(0, HEAD_BLOCK)
+    most = tl.max(tl.load(head_programs_ptr + head, mask=head < num_kv_heads, other=0), axis=0).to(tl.int64)
+    second = tl.where(tl.sum((work > 0).to(tl.int32), axis=0) > 1, 2 * piece_work // 3, 0)
+    is_balanced = (multiple == 1) | (share * most > (equal + second) * tl.cast(num_programs, tl.int64))
+    is_balanced &= max_dense_len != ANY_LENGTH
+    return tl.where(is_balanced, tl.load(head_programs_ptr + kv_head), num_programs)
 
 
 @triton.jit
@@ -147,7 +167,7 @@ def share_of_program(tokens, num_seqs, max_dense_len, min_step_tokens, schedule)
     program = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
     max_dense_len = dense_length(tokens, num_seqs, max_dense_len, min_step_tokens, schedule.SEQ_BLOCK)
-    work, size, entry, multiple = work_of_step(
+    work, size, entry, multiple, _ = work_of_step(
         tokens, num_seqs, max_dense_len, tl.num_programs(1), schedule.MIN_WORK, schedule.DENSE_WORK,
         schedule.PIECE_WORK, schedule.UNIT, schedule.SEQ_BLOCK,
     )  # fmt: skip

@@ -171,8 +171,10 @@ class TierScratch(NamedTuple):
         """As `Scratch.spec`."""
         values = Scratch.spec(sizes, values_config, num_sms)
         group = sizes.num_heads // sizes.num_kv_heads
-        num_lists = config.num_programs(sizes.num_kv_heads, num_sms) * sizes.num_kv_heads
-        num_pieces = max(num_lists + sizes.max_num_seqs * sizes.num_kv_heads, values[-1][0][0])
+        num_programs = config.num_programs(sizes.num_kv_heads, num_sms)
+        num_lists = num_programs * sizes.num_kv_heads
+        most_pieces = (most_programs(num_programs, loader) + sizes.max_num_seqs) * sizes.num_kv_heads
+        num_pieces = max(most_pieces, values[-1][0][0])
         # the kernel in CUDA C++ turns queries itself, and lists in shared memory
         num_turned = 0 if loader else sizes.max_num_seqs
         room = 0 if loader else config.list_depth * config.tile
@@ -209,8 +211,8 @@ class TierScratch(NamedTuple):
         return cls(config, values_config, loader, *_allocate(spec, device))
 
 
-def most_programs(num_programs: int, loader: ValueLoader | None) -> int:
-    """Programs that a kv head has at most, of `num_programs` on average: the kernel in CUDA C++ balances them."""
+def most_programs(num_programs: int, loader: ValueLoader | TierLoader | None) -> int:
+    """Programs that a kv head has at most, of `num_programs` on average: kernels in CUDA C++ balance them."""
     return num_programs * MOST_OF_A_HEAD if loader else num_programs
 
 

@@ -54,6 +54,7 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
             given.split,
             copies,
             scratch.saved,
+            given.launches.head_programs,
             few_tokens=given.choice.few_tokens,
             short_length=given.choice.short_length,
             log_heavy=tiers.log_heavy,

@@ -18,6 +18,7 @@ struct StepTokens {
 struct Step {
     int num_tokens, num_decoded;
     int share, entry, multiple;  // work of a program; of a sequence before its first unit, and what it is rounded up to
+    int equal;           // share of a program if every sequence has an entry
     int total;           // work of all
     int max_dense_len;
 };
@@ -61,6 +62,7 @@ __device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens,
     int even = divide_up(most, max(num_programs / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(num_programs - num_decoded, 1)));
     int with_entries = total + step.num_decoded * s.piece_work, equal = divide_up(with_entries, num_programs);
+    step.equal = equal;
     bool is_worth = num_decoded <= num_programs && rounded < equal + s.piece_work / 2;
     bool is_rounded = tokens.all_dense ? 2 * num_decoded <= num_programs : is_worth;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
@@ -105,6 +107,40 @@ __device__ __forceinline__ Found find(int count, int target, int lane, SizeOf si
         before += __shfl_sync(ALL, ends, 31);
     }
     return {count, before, 0};
+}
+
+// Which program of which kv head this is, of how many.
+struct ProgramPlace {
+    int kv_head, program, num_programs;
+};
+
+// Programs of the first heads, one a lane; 0 where each head has as many.
+template <class Args>
+__device__ __forceinline__ int first_programs_of(const Args& a, int lane) {
+    return a.head_programs && lane < a.num_kv_heads ? a.head_programs[lane] : 0;
+}
+
+// Whether heads that keep many keys have more programs than others: not in small steps, in which all keep every key, and
+// not where sequences have whole programs, unless second pieces, which often hide behind others, cost less than it wins.
+// `even` is the step of a head that has as many programs as heads have on average.
+template <class Args>
+__device__ __forceinline__ bool is_balanced(const Args& a, const StepTokens& tokens, const Step& even, int first_programs, int lane) {
+    if (!a.head_programs || tokens.all_dense) return false;
+    if (even.multiple == 1) return true;
+    for (int head = 32 + lane; head < a.num_kv_heads; head += 32) first_programs = max(first_programs, a.head_programs[head]);
+    for (int m = 16; m; m /= 2) first_programs = max(first_programs, __shfl_xor_sync(ALL, first_programs, m));
+    int second = tokens.num_decoded > 1 ? 2 * a.schedule.piece_work / 3 : 0;
+    return (long long)even.share * first_programs > (long long)(even.equal + second) * a.schedule.num_programs;
+}
+
+template <class Args>
+__device__ __forceinline__ ProgramPlace place_of(const Args& a, bool is_balanced, int first_programs, int lane) {
+    if (!is_balanced) return {int(blockIdx.x), int(blockIdx.y), a.schedule.num_programs};
+    int index = blockIdx.x + gridDim.x * blockIdx.y;
+    Found head = find(a.num_kv_heads, index, lane, [&](int kv_head) {
+        return kv_head < 32 ? first_programs : a.head_programs[kv_head];
+    });
+    return {head.index, index - head.before, head.size};
 }
 
 // Where a program is in its share.

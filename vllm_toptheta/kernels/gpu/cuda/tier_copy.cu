@@ -22,7 +22,7 @@ struct Args {
 
 // the copies of a page's token, by a warp
 __device__ __forceinline__ void copy_token(
-    const float* rotation, const uint8_t* row, uint8_t* codes, uint32_t token, uint32_t lane, const float (&centre)[LANE_CHANNELS]) {
+    const float (&signs)[LANE_CHANNELS], const uint8_t* row, uint8_t* codes, uint32_t token, uint32_t lane, const float (&centre)[LANE_CHANNELS]) {
     uint16_t* steps = reinterpret_cast<uint16_t*>(codes + BLOCK_SIZE * (HALF + QUARTER)) + token;
     float key[LANE_CHANNELS], value[LANE_CHANNELS];
     load_row(row, lane, key);
@@ -31,7 +31,7 @@ __device__ __forceinline__ void copy_token(
 
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) key[i] -= centre[i];
-    rotate(rotation, key, lane);
+    rotate(signs, key, lane);
     uint16_t key_step = half_of(largest_of(key) / 8.0f);
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void copy_token(
     if (lane < 16) store_bytes(codes + token * HALF + LANE_CHANNELS * lane, bytes);
     if (lane == 0) steps[0] = key_step;
 
-    rotate(rotation, value, lane);
+    rotate(signs, value, lane);
     float largest = fmaxf(largest_of(value), LEAST_STEP), square = 0.0f, overlap = 0.0f;
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) {
@@ -67,13 +67,14 @@ extern "C" __global__ void __launch_bounds__(32 * COPY_WARPS) tier_copy(const __
     if (page >= end) return;
     const int* blocks = a.block_table + (long long)seq * a.table_stride;
     const uint8_t* kv = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-    float centre[LANE_CHANNELS];
+    float signs[LANE_CHANNELS], centre[LANE_CHANNELS];
+    load_floats(a.rotation, lane, signs);
     load_centre(kv + (uint64_t)uint32_t(blocks[0]) * a.stride_block, a.stride_token, lane, centre);
     for (; page < end; page += gridDim.z) {
         uint32_t block = blocks[page];
         uint8_t* codes = a.codes + (uint64_t)block * a.code_stride_block + (uint64_t)kv_head * a.code_stride_head;
         const uint8_t* rows = kv + (uint64_t)block * a.stride_block;
         for (uint32_t token = warp; token < BLOCK_SIZE; token += COPY_WARPS)
-            copy_token(a.rotation, rows + token * a.stride_token, codes, token, lane, centre);
+            copy_token(signs, rows + token * a.stride_token, codes, token, lane, centre);
     }
 }

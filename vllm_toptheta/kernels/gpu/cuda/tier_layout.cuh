@@ -14,7 +14,7 @@ constexpr uint32_t STAGE_STEPS = HEAD_SIZE <= 128 ? 2 : 1;    // of a stage of t
 constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS / 16;
 constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
 constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
-constexpr uint32_t HEAVY_ROOM = 256, IS_DONE = 1u << 31;
+constexpr uint32_t IS_DONE = 1u << 31;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STEPS_AT = STAGE_TOKENS * HALF, STAGE_BYTES = STEPS_AT + 2 * STAGE_TOKENS;
@@ -37,6 +37,7 @@ struct Args {
     const uint8_t* kv_cache;
     const int* block_table;
     const int* seq_lens;
+    const int* head_programs;  // or null
     const float* threshold_offset;  // or null
     const uint8_t* query;
     const float* thresholds;

@@ -38,10 +38,19 @@ __device__ __forceinline__ void transform(float (&x)[LANE_CHANNELS], uint32_t la
         }
 }
 
-// R x; the first row of R is the signs over the root of the size
-__device__ __forceinline__ void rotate(const float* rotation, float (&x)[LANE_CHANNELS], uint32_t lane) {
+// a lane's of HEAD_SIZE floats
+__device__ __forceinline__ void load_floats(const float* from, uint32_t lane, float (&x)[LANE_CHANNELS]) {
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] *= rotation[LANE_CHANNELS * lane + i];
+    for (int i = 0; i < LANE_CHANNELS; i += 2) {
+        uint2 v = load8(from + LANE_CHANNELS * lane + i);
+        x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y);
+    }
+}
+
+// R x; `signs` is the first row of R, signs over the root of the size
+__device__ __forceinline__ void rotate(const float (&signs)[LANE_CHANNELS], float (&x)[LANE_CHANNELS], uint32_t lane) {
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; ++i) x[i] *= signs[i];
     transform(x, lane);
 }
 

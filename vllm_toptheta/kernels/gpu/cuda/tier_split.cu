@@ -88,59 +88,76 @@ __device__ __forceinline__ void share_light(const Warp& w, const Scan& scan, flo
         }
 }
 
-// queries as operands, exact ones and codes: y = R q, step = max |y| / 127, code = round(y / step)
-__device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, const Warp& w, bool is_dense) {
+// what the warps have in common; queries as operands, exact ones and codes: y = R q, step = max |y| / 127, code = round(y / step)
+__device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, const Warp& w, int seq_len, bool is_dense) {
     uint8_t* shared = dynamic_shared();
     constexpr uint32_t CHUNKS = HEAD_SIZE / 8;
     const uint8_t* query = a.query + (uint64_t)seq * a.query_stride_seq + (uint64_t)kv_head * GROUP * a.query_stride_head;
+    const uint8_t* first_key = a.kv_cache + (uint64_t)kv_head * a.stride_head;
+    if (!is_dense) {
+        constexpr uint32_t PADDED_GROUP = ROW_TOKENS == 2 ? 4 : 8 * COLUMNS;
+        uint8_t* operands = shared + OPERANDS_AT;
+        for (uint32_t head = w.warp; head < PADDED_GROUP; head += WARPS) {
+            uint32_t bytes[LANE_CHANNELS] = {};
+            if (head < GROUP) {
+                // all of them are on their way before one is waited for
+                float x[LANE_CHANNELS], centre[LANE_CHANNELS], signs[LANE_CHANNELS], offset = 0.0f;
+                load_row(query + head * a.query_stride_head, w.lane, x);
+                load_floats(a.rotation, w.lane, signs);
+                load_centre(first_key + (uint64_t)uint32_t(w.blocks[0]) * a.stride_block, a.stride_token, w.lane, centre);
+#pragma unroll
+                for (int i = 0; i < LANE_CHANNELS; ++i) {
+                    if (a.q_scale) x[i] *= *a.q_scale;
+                    if (a.k_scale) x[i] *= *a.k_scale;  // copies are of what is stored
+                    offset += x[i] * centre[i];
+                }
+                rotate(signs, x, w.lane);
+                float step = __fdiv_rn(largest_of(x), 127.0f);
+                if (!(step > 0.0f)) step = 1.0f;
+                int sum = 0;
+#pragma unroll
+                for (int i = 0; i < LANE_CHANNELS; ++i) {
+                    int code = int(floorf(__fdiv_rn(x[i], step) + 0.5f));
+                    sum += code, bytes[i] = code & 0xff;
+                }
+                offset = sum_of(offset, 1), sum = __reduce_add_sync(ALL, sum);
+                float* terms = reinterpret_cast<float*>(shared + TERMS_AT) + 3 * head;
+                if (w.lane == 0) terms[0] = a.softmax_scale * step, terms[1] = 7.5f * sum, terms[2] = a.softmax_scale * offset;
+            }
+            // the lower half of the channels is that of the first 16 lanes
+            uint32_t of_half = w.lane / 16 * OPERANDS * OPERAND_BYTES + LANE_CHANNELS * (w.lane % 16);
+            // columns of 8 heads, or of 4 heads for either token of a row: 0 where a column is the other's, or nobody's
+#pragma unroll
+            for (uint32_t token = 0; token < ROW_TOKENS; ++token) {
+                uint32_t column = head + 4 * token, mine = ROW_TOKENS == 2 ? token : column / 8;
+#pragma unroll
+                for (uint32_t operand = 0; operand < OPERANDS; ++operand) {
+                    uint32_t none[LANE_CHANNELS] = {};
+                    uint8_t* to = operands + operand * OPERAND_BYTES + column % 8 * HALF + of_half;
+                    // with two blocks of columns, each has an operand to itself
+                    if (ROW_TOKENS == 2 || mine == operand) store_bytes(to, mine == operand ? bytes : none);
+                }
+            }
+        }
+    }
     for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
         uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
         *reinterpret_cast<uint4*>(shared + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
             head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
     }
-    if (is_dense) return;
-    uint8_t* operands = shared + OPERANDS_AT;
-    float centre[LANE_CHANNELS];
-    if (w.warp < 8 * COLUMNS && w.warp % (ROW_TOKENS == 2 ? 4 : 8) < GROUP) {
-        const uint8_t* first = a.kv_cache + (uint64_t)kv_head * a.stride_head + (uint64_t)uint32_t(w.blocks[0]) * a.stride_block;
-        load_centre(first, a.stride_token, w.lane, centre);
+    // by the last thread, whose warp has no head to turn if there are more warps than heads
+    if (threadIdx.x == 32 * WARPS - 1) {
+        int open_start = w.place().open_start;
+        Piece& common = piece_of(shared);
+        common.kv_base = first_key;
+        common.thresholds = a.thresholds + (seq * a.num_kv_heads + kv_head) * GROUP;
+        common.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
+        common.logits_soft_cap = a.logits_soft_cap;
+        common.stride_block = a.stride_block, common.stride_token = a.stride_token;
+        common.open_block = open_start < seq_len ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
+        common.is_dense = is_dense;
     }
-    // columns of 8 heads, or of 4 heads for either token of a row: 0 where a column is the other's, or nobody's
-    for (uint32_t column = w.warp; column < 8 * COLUMNS; column += WARPS) {
-        uint32_t head = ROW_TOKENS == 2 ? column % 4 : column, bytes[LANE_CHANNELS] = {};
-        if (head < GROUP) {
-            float x[LANE_CHANNELS], offset = 0.0f;
-            load_row(query + head * a.query_stride_head, w.lane, x);
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; ++i) {
-                if (a.q_scale) x[i] *= *a.q_scale;
-                if (a.k_scale) x[i] *= *a.k_scale;  // copies are of what is stored
-                offset += x[i] * centre[i];
-            }
-            rotate(a.rotation, x, w.lane);
-            float step = __fdiv_rn(largest_of(x), 127.0f);
-            if (!(step > 0.0f)) step = 1.0f;
-            int sum = 0;
-#pragma unroll
-            for (int i = 0; i < LANE_CHANNELS; ++i) {
-                int code = int(floorf(__fdiv_rn(x[i], step) + 0.5f));
-                sum += code, bytes[i] = code & 0xff;
-            }
-            offset = sum_of(offset, 1), sum = __reduce_add_sync(ALL, sum);
-            float* terms = reinterpret_cast<float*>(shared + TERMS_AT) + 3 * head;
-            if (w.lane == 0) terms[0] = a.softmax_scale * step, terms[1] = 7.5f * sum, terms[2] = a.softmax_scale * offset;
-        }
-        // the lower half of the channels is that of the first 16 lanes
-        uint32_t of_half = w.lane / 16 * OPERANDS * OPERAND_BYTES + LANE_CHANNELS * (w.lane % 16);
-#pragma unroll
-        for (uint32_t operand = 0; operand < OPERANDS; ++operand) {
-            uint32_t none[LANE_CHANNELS] = {};
-            uint8_t* to = operands + operand * OPERAND_BYTES + column % 8 * HALF + of_half;
-            bool is_mine = ROW_TOKENS == 2 ? column / 4 == operand : column / 8 == operand;
-            // with two blocks of columns, each has an operand to itself
-            if (ROW_TOKENS == 2 || is_mine) store_bytes(to, is_mine ? bytes : none);
-        }
-    }
+    __syncthreads();
 }
 
 // add up what all warps have, each relative to its own maximum, where the first one's sums are
@@ -183,7 +200,8 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
         kept += f * of_warp[16] + light_scale * of_warp[48], lost += f * of_warp[32] + light_scale * of_warp[64];
     }
     // R^T of what light values add up to: Hadamard's transform, and the signs that stand in the first row of R
-    float x[LANE_CHANNELS];
+    float x[LANE_CHANNELS], signs[LANE_CHANNELS];
+    load_floats(a.rotation, lane, signs);
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i)
         x[i] = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, LANE_CHANNELS * lane + i)];
@@ -193,7 +211,7 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; ++i) {
         uint32_t channel = LANE_CHANNELS * lane + i;
-        output[channel] = exact[exact_index(head, channel)] + x[i] * a.rotation[channel] * light_scale;
+        output[channel] = exact[exact_index(head, channel)] + x[i] * signs[i] * light_scale;
     }
     float* of_piece = a.piece_stats + piece * 3 * GROUP + head;
     if (lane == 0) of_piece[0] = best, of_piece[GROUP] = kept, of_piece[2 * GROUP] = lost;
@@ -215,30 +233,22 @@ __device__ __forceinline__ void attend_piece(
         place.seq_len = seq_len, place.open_start = open_start, place.open_rows = 0;
     }
     __syncwarp();
-    if (threadIdx.x == 0) {
-        Piece& common = piece_of(shared);
-        common.kv_base = a.kv_cache + (uint64_t)kv_head * a.stride_head;
-        common.thresholds = a.thresholds + first_row;
-        common.scale = a.softmax_scale * (a.q_scale ? *a.q_scale : 1.0f) * (a.k_scale ? *a.k_scale : 1.0f);
-        common.logits_soft_cap = a.logits_soft_cap;
-        common.stride_block = a.stride_block, common.stride_token = a.stride_token;
-        common.open_block = open_start < seq_len ? w.blocks[open_start / BLOCK_SIZE] : ~0u;
-        common.is_dense = is_dense;
-    }
+    auto begin_exact = [&](Exact& exact) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                uint32_t head = 8 * c + 2 * w.t + e;
+                exact.maximum[c][e] = is_dense ? DISCARDED : head < GROUP ? a.anchor_lse[first_row + head] : 0.0f;
+                exact.kept[c][e] = exact.lost[c][e] = 0.0f;
+            }
+        clear(exact.output);
+        exact.rows_read = 0;
+    };
     Exact exact;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            uint32_t head = 8 * c + 2 * w.t + e;
-            exact.maximum[c][e] = is_dense ? DISCARDED : head < GROUP ? a.anchor_lse[first_row + head] : 0.0f;
-            exact.kept[c][e] = exact.lost[c][e] = 0.0f;
-        }
-    clear(exact.output);
-    exact.rows_read = 0;
     if (is_dense) {
-        prepare(a, seq, kv_head, w, is_dense);
-        __syncthreads();
+        prepare(a, seq, kv_head, w, seq_len, is_dense);
+        begin_exact(exact);
         keys = w.end - w.start;
         w.attend_keys(exact, keys, [&](uint32_t i) {
             uint32_t position = w.start + i;
@@ -255,11 +265,8 @@ __device__ __forceinline__ void attend_piece(
             if (!is_done) {
                 Scan scan(w, a, seq, kv_head);
                 scan.begin(stage, num_stages);
-                if (is_first) {
-                    // while the first codes are on their way
-                    prepare(a, seq, kv_head, w, is_dense);
-                    __syncthreads();
-                }
+                // while the first codes are on their way
+                if (is_first) prepare(a, seq, kv_head, w, seq_len, is_dense);
                 scan.load_terms();
                 if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
                 stage = scan.run(stage, num_stages);
@@ -280,7 +287,9 @@ __device__ __forceinline__ void attend_piece(
             }
             keys += sum;
             float* of_exact = saved + 32 * SAVED_LIGHT;
-            if (!is_first) {
+            if (is_first) {
+                begin_exact(exact);
+            } else {
                 const float* rows = restore(restore(restore(restore(of_exact, exact.maximum), exact.kept), exact.lost), as_rows(exact.output));
                 exact.rows_read = __float_as_uint(*rows);
             }
@@ -319,13 +328,17 @@ __device__ __forceinline__ void attend_piece(
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    int kv_head = blockIdx.x, program = blockIdx.y;
     allow_successor();
     // of lengths, which stood there before the kernel in front began
-    Step step = step_of(a, tokens_of(a, lane), a.schedule.num_programs, lane);
+    int first_programs = first_programs_of(a, lane);
+    StepTokens tokens = tokens_of(a, lane);
+    Step step = step_of(a, tokens, a.schedule.num_programs, lane);
+    auto [kv_head, program, num_programs] = place_of(a, is_balanced(a, tokens, step, first_programs, lane), first_programs, lane);
+    if (num_programs != a.schedule.num_programs) step = step_of(a, tokens, max(num_programs, 1), lane);
     wait_for_predecessor();  // in any case: whoever waits for this kernel relies on the ones before it too
     // the kernel in front has read all keys then
     if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
+    if (!num_programs) return;  // a program of no head
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
     Walk walk = walk_of(a, step, program, lane);
     PieceTokens piece;

@@ -28,6 +28,9 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 SPLIT = "tier_split"
 SOURCE = "tier_split.cu"
+_LEAST_HEAVY_ROOM = 256
+_HEAVY_ROOMS = (1024, 768, 512)  # that are tried: whenever a list is full, all warps wait
+_CTA_BYTES = 1024  # of shared memory that CUDA takes for itself
 _MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no weight
 
 logger = logging.getLogger("vllm.toptheta")  # below vLLM's own, so that its format and level apply
@@ -40,6 +43,7 @@ class SplitSizes(NamedTuple):
         warps: Of a program.
         stages: Of the ring in which a warp's codes arrive.
         resident: Programs that a multiprocessor runs at a time.
+        heavy_room: Heavy keys that a warp lists before the warps of its program read what is listed.
         shared_bytes: Shared memory of a program.
         saved_floats: What a thread may have to save, float32.
     """
@@ -47,6 +51,7 @@ class SplitSizes(NamedTuple):
     warps: int
     stages: int
     resident: int
+    heavy_room: int
     shared_bytes: int
     saved_floats: int
 
@@ -55,7 +60,7 @@ TierLoader = Loader[SplitSizes]
 
 
 @functools.cache
-def split_sizes(head_size: int, group: int) -> SplitSizes:
+def split_sizes(head_size: int, group: int, heavy_room: int = _LEAST_HEAVY_ROOM) -> SplitSizes:
     """Those for heads of a size in groups of `group` queries: as many programs as registers and shared memory allow.
 
     The layout of shared memory is that of the source, which does not compile with another sum.
@@ -73,11 +78,11 @@ def split_sizes(head_size: int, group: int) -> SplitSizes:
     heads = 4 if row_tokens == 2 else 8 * columns
     stage_tokens = 64 if head_size <= 128 else 32
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
-    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + 256 * 4 + 48
+    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + heavy_room * 4 + 48
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
     common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common
-    return SplitSizes(warps, stages, resident, shared_bytes, columns * (8 * tiles + 10) + 1)
+    return SplitSizes(warps, stages, resident, heavy_room, shared_bytes, columns * (8 * tiles + 10) + 1)
 
 
 class Arguments(ctypes.Structure):
@@ -86,8 +91,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *fields(
             ctypes.c_void_p,
-            *("kv_cache", "block_table", "seq_lens", "threshold_offset", "query", "thresholds", "anchor_lse"),
-            *("q_scale", "k_scale", "codes", "rotation", "piece_output", "piece_stats", "saved"),
+            *("kv_cache", "block_table", "seq_lens", "head_programs", "threshold_offset", "query", "thresholds"),
+            *("anchor_lse", "q_scale", "k_scale", "codes", "rotation", "piece_output", "piece_stats", "saved"),
             *("keys_read", "value_rows_read", "copies_read"),
         ),
         *fields(
@@ -115,6 +120,7 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
         WARPS=sizes.warps,
         STAGES=sizes.stages,
         RESIDENT=sizes.resident,
+        HEAVY_ROOM=sizes.heavy_room,
         EXPECTED_SHARED_BYTES=sizes.shared_bytes,
         EXPECTED_SAVED=sizes.saved_floats,
     )
@@ -122,7 +128,32 @@ def macros_of(shape: Shape, sizes: SplitSizes, *, has_soft_cap: bool) -> tuple[s
 
 def loader_for(device: torch.device, head_size: int, group: int) -> TierLoader:
     """That of a GPU, for heads of a size in groups of `group` queries."""
-    return TierLoader(functools.partial(kernel_for, device), split_sizes(head_size, group))
+    return TierLoader(functools.partial(kernel_for, device), sizes_within(head_size, group, *shared_memory_of(device)))
+
+
+def shared_memory_of(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a GPU's multiprocessor, and the most that a program may have, in bytes."""
+    gpu = torch.cuda.get_device_properties(device)
+    # torch's stubs lack the latter
+    return gpu.shared_memory_per_multiprocessor, gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def sizes_within(head_size: int, group: int, multiprocessor_bytes: int, program_bytes: int) -> SplitSizes:
+    """`split_sizes` with the longest lists that leave room for all programs of a multiprocessor.
+
+    Args:
+        head_size, group: As for `split_sizes`.
+        multiprocessor_bytes: Shared memory of a multiprocessor.
+        program_bytes: The most that one program may have.
+    """
+    rooms = (split_sizes(head_size, group, room) for room in _HEAVY_ROOMS)
+    fits = (
+        sizes
+        for sizes in rooms
+        if sizes.shared_bytes <= program_bytes
+        and sizes.resident * (sizes.shared_bytes + _CTA_BYTES) <= multiprocessor_bytes
+    )
+    return next(fits, split_sizes(head_size, group))
 
 
 @functools.cache
@@ -160,6 +191,7 @@ def launch_tier_split(
     given: SplitStep,
     copies: Copies,
     saved: torch.Tensor,
+    head_programs: torch.Tensor | None,
     *,
     few_tokens: int,
     short_length: int,
@@ -171,6 +203,7 @@ def launch_tier_split(
     Args:
         loader: Compiles and loads for the device; a kernel is loaded once.
         saved: [num_programs * num_kv_heads * warps * 32 * saved_floats] float32, at least.
+        head_programs: As of `contract.Layer`.
 
     Raises:
         ValueError: Rows of queries do not start at multiples of 16 bytes.
@@ -180,6 +213,7 @@ def launch_tier_split(
     sizes, counts, num_kv_heads, stream = loader.sizes, given.counts, given.num_kv_heads, given.stream
     arguments = Arguments(
         **given.arguments(),
+        head_programs=pointer(head_programs),
         anchor_lse=pointer(given.queries.anchor_lse),
         codes=copies.codes.data_ptr(),
         rotation=copies.rotation.data_ptr(),

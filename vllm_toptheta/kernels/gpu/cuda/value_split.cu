@@ -23,21 +23,6 @@
 #include "value_sums.cuh"
 #include "value_warp.cuh"
 
-struct Place {
-    int kv_head, program, num_programs;
-};
-
-// Heads that keep many keys have more programs than others, but for small steps, in which all keep every key.
-// `first_programs` are those of the first heads, one a lane.
-__device__ __forceinline__ Place place_of(const Args& a, bool all_dense, int first_programs, int lane) {
-    if (!a.head_programs || all_dense) return {int(blockIdx.x), int(blockIdx.y), a.schedule.num_programs};
-    int index = blockIdx.x + gridDim.x * blockIdx.y;
-    Found head = find(a.num_kv_heads, index, lane, [&](int kv_head) {
-        return kv_head < 32 ? first_programs : a.head_programs[kv_head];
-    });
-    return {head.index, index - head.before, head.size};
-}
-
 __device__ __forceinline__ NewTokens new_tokens(const Args& a, int seq) {
     if (QUERY_LEN == 1) return {seq, 1};
     int first = a.query_start_loc[seq];
@@ -153,11 +138,11 @@ __device__ __forceinline__ uint32_t rows_of_piece() {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) value_split(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     allow_successor();
-    // with the lengths, not behind them
-    int first_programs = a.head_programs && lane < a.num_kv_heads ? a.head_programs[lane] : 0;
+    int first_programs = first_programs_of(a, lane);  // with the lengths, not behind them
     StepTokens tokens = tokens_of(a, lane);
-    auto [kv_head, program, num_programs] = place_of(a, tokens.all_dense, first_programs, lane);
-    Step step = step_of(a, tokens, max(num_programs, 1), lane);
+    Step step = step_of(a, tokens, a.schedule.num_programs, lane);
+    auto [kv_head, program, num_programs] = place_of(a, is_balanced(a, tokens, step, first_programs, lane), first_programs, lane);
+    if (num_programs != a.schedule.num_programs) step = step_of(a, tokens, max(num_programs, 1), lane);
     Warp w;
     w.at = warp * WARP_BYTES, w.warp = warp, w.lane = lane, w.g = lane / 4, w.t = lane % 4, w.parity = 0;
     w.stride_block = a.stride_block, w.stride_token = a.stride_token;
