@@ -129,4 +129,10 @@ def _check_room(
 
 def _values_schedule(config: LaunchConfig, unit: int, num_seqs: int) -> Schedule:
     """How a step of which all keys are read is shared out, in units of `unit` tokens."""
-    return schedule_of(unit, min_tokens=config.min_work * config.tile, dense_work=DENSE_WORK, num_seqs=num_seqs)
+    return schedule_of(
+        unit,
+        min_tokens=config.min_work * config.tile,
+        dense_work=DENSE_WORK,
+        num_seqs=num_seqs,
+        piece_tokens=config.piece_tokens,
+    )

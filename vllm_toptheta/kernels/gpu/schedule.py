@@ -97,6 +97,8 @@ def work_of_step(
     # either leaves programs for the part of a share that a sequence may waste; of even lengths the first wastes none
     even = tl.cdiv(tl.max(work, axis=0), tl.maximum(num_programs // num_decoded, 1))
     rounded = tl.minimum(even, tl.cdiv(total, tl.maximum(num_programs - num_decoded, 1)))
+    # one sequence is one piece of each program, and small steps are rounded or not by their number of sequences
+    piece_work = tl.where((num_decoded > 1) & (max_dense_len != ANY_LENGTH), piece_work, 0)
     equal = tl.cdiv(total + num_decoded * piece_work, num_programs)
     # of large steps only where what is wasted is hardly more than what second pieces take
     is_worth = (num_decoded <= num_programs) & (rounded < equal + piece_work // 2)

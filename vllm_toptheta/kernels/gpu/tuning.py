@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_toptheta.kernels.gpu.cuda.tier_split import TierLoader
-from vllm_toptheta.kernels.gpu.cuda.value_split import DENSE_STEP_TOKENS, ValueLoader
+from vllm_toptheta.kernels.gpu.cuda.value_split import DENSE_STEP_TOKENS, PIECE_TOKENS, ValueLoader
 
 TABLE = Path(__file__).with_name("launch_table.json")
 TUNED_CARD = "sm90"
@@ -43,6 +43,7 @@ class _Parameters:
         dense_length: Tokens up to which a sequence keeps every key, where nobody says otherwise: it is no slower so.
         dense_tokens: Likewise, the tokens for each program up to which a step does.
         dense_step_tokens: Those of a step, where they do not depend on the programs; None where they do.
+        piece_tokens: Tokens that a program scans in the time that a piece takes beside them; 0 is not known.
     """
 
     tile: int
@@ -59,6 +60,7 @@ class _Parameters:
     dense_length: int = 2048
     dense_tokens: int
     dense_step_tokens: int | None = None
+    piece_tokens: int = 0
 
     def num_programs(self, num_kv_heads: int, num_sms: int) -> int:
         """Programs of each kv head."""
@@ -97,7 +99,12 @@ class LaunchConfig(_Parameters):
         """The same, for the kernel that `loader` loads, if there is one."""
         if loader is None:
             return self
-        return replace(self, programs_per_sm=loader.sizes.resident, dense_step_tokens=DENSE_STEP_TOKENS)
+        return replace(
+            self,
+            programs_per_sm=loader.sizes.resident,
+            dense_step_tokens=DENSE_STEP_TOKENS,
+            piece_tokens=PIECE_TOKENS,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +119,6 @@ class ShadowConfig(_Parameters):
         dense_work: Work of a token of a sequence that keeps everything, relative to one that is scanned.
         few_tokens: Tokens for each program without which a step reads all keys; scanning takes longer.
         short_length: Tokens of a sequence, in the mean of a step, below which it reads all keys.
-        piece_tokens: Tokens that a program scans in the time that a piece takes beside them; 0 is not known.
     """
 
     tile: int = 256
@@ -125,7 +131,6 @@ class ShadowConfig(_Parameters):
     few_tokens: int = 448
     short_length: int = 1152
     min_work: int = 2
-    piece_tokens: int = 0
     programs_per_sm: int = 2
     dense_tokens: int = 448
 

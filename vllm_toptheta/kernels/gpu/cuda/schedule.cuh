@@ -61,12 +61,14 @@ __device__ __forceinline__ Step step_of(const Args& a, const StepTokens& tokens,
     int num_decoded = max(step.num_decoded, 1);
     int even = divide_up(most, max(num_programs / num_decoded, 1));
     int rounded = min(even, divide_up(total, max(num_programs - num_decoded, 1)));
-    int with_entries = total + step.num_decoded * s.piece_work, equal = divide_up(with_entries, num_programs);
+    // one sequence is one piece of each program, and small steps are rounded or not by their number of sequences
+    int piece_work = num_decoded > 1 && !tokens.all_dense ? s.piece_work : 0;
+    int with_entries = total + step.num_decoded * piece_work, equal = divide_up(with_entries, num_programs);
     step.equal = equal;
-    bool is_worth = num_decoded <= num_programs && rounded < equal + s.piece_work / 2;
+    bool is_worth = num_decoded <= num_programs && rounded < equal + piece_work / 2;
     bool is_rounded = tokens.all_dense ? 2 * num_decoded <= num_programs : is_worth;
     step.share = max(is_rounded ? rounded : equal, s.min_work);
-    step.multiple = is_rounded ? step.share : 1, step.entry = is_rounded ? 0 : s.piece_work;
+    step.multiple = is_rounded ? step.share : 1, step.entry = is_rounded ? 0 : piece_work;
     step.total = with_entries;
     if (is_rounded) {
         total = 0;

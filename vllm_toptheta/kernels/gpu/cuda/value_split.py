@@ -26,6 +26,7 @@ SOURCE = "value_split.cu"
 # of a step that is no slower if every key is kept: measured with 8 kv heads of 128. With 1, 2 and 4, and heads of 64
 # and 256, it is below 32K tokens too: thresholds cost a time that does not depend on the number of programs
 DENSE_STEP_TOKENS = 20_000
+PIECE_TOKENS = 256  # that take as long as a piece does beside its keys: measured likewise
 
 
 class ValueSizes(NamedTuple):
