@@ -13,7 +13,8 @@ A step too small for thresholds is bound by latency, and a program that has the 
 of the next takes nearly twice as long as others. There a sequence's work is rounded up to whole shares. Large steps
 are bound by memory, and equal shares are faster. Where a piece takes long beside its keys (`piece_work`), a sequence
 begins with as much work that is no keys, so that the program that has its beginning and another's end gets fewer keys;
-and where that costs more than whole shares waste, work is rounded up as in small steps.
+and where that costs more than whole shares waste, work is rounded up as in small steps. There, kv heads have as many
+programs as others, unless that costs more than second pieces (`programs_of_head`).
 
 What a program does for one sequence is a piece; sequence s and program p share piece number p + s, which is unique,
 because going through the work in order increases one of the two at every step.
