@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from tests.backend.gpu_engine import BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, SCALE, SCALES, ShadowModeEngine
-from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT
-from tests.kernels.tier_case import scaled
+from tests.kernels.decode_case import DEVICE, RUNS_HERE, WHY_NOT, Shape
+from tests.kernels.tier_case import cuda_loader, scaled
+from vllm_toptheta.backend import program_balance
 from vllm_toptheta.backend.gpu import FLOAT8
 from vllm_toptheta.backend.kernel_choice import shadow_config
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.request_choices import RequestChoices
 from vllm_toptheta.kernels.codec import tier_bytes
+from vllm_toptheta.kernels.gpu import balance
+from vllm_toptheta.kernels.gpu.cuda import tier_split
 from vllm_toptheta.kernels.gpu.scratch import TierScratch
 from vllm_toptheta.kernels.gpu.tuning import tier_config
 from vllm_toptheta.kernels.pages import CopyViews, codes_view
@@ -104,6 +107,28 @@ def test_prefill_mixed_and_decode_steps(monkeypatch: pytest.MonkeyPatch, float8:
     assert counters.copies_read is not None
     assert 0 < int(counters.copies_read[0]) < int(counters.totals[2])
     assert engine.impl.layer_plan.guard is not None  # what is lost is measured
+
+
+def test_heads_that_read_more_get_more_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel in CUDA C++, whose outputs are right before and after."""
+    loader = cuda_loader(Shape((1,), NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE))
+    monkeypatch.setattr(tier_split, "find_loader", lambda *_: loader)
+    monkeypatch.setattr(program_balance, "WINDOW_STEPS", 2)
+    monkeypatch.setattr(program_balance, "MIN_ROWS", 1)
+    # anchors are most of so short a sequence, and read exactly for every head
+    monkeypatch.setattr(balance, "HEAVY_WORK", 0.0)
+    engine = TierEngine(monkeypatch, [400])
+    engine.step([0], [380], [380])
+    programs = engine.impl.layer.head_programs
+    first, second = programs.tolist()
+    assert first == second
+    counters = engine.impl.layer_plan.counters.buffers
+    for length in range(381, 389):
+        assert engine.step([0], [length], [1]).max() < 6e-3
+        counters.copies_read[0] += 4 * length  # more than both heads really have in common
+    many, few = programs.tolist()
+    assert many > first > few
+    assert many + few == first + second
 
 
 def test_the_scratch_is_that_of_tiers_and_reserved_for_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
