@@ -14,6 +14,7 @@ import torch
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
 from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, make_tier_case
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu import tuning
 from vllm_toptheta.kernels.gpu.cuda import tier_copy
 from vllm_toptheta.kernels.gpu.tails import write_tails
 from vllm_toptheta.kernels.gpu.tiers import decode
@@ -96,7 +97,6 @@ def test_kv_heads_of_different_numbers_of_programs(
     check(tiers, *tiers.run(config, head_programs=head_programs))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU has more programs")
 @pytest.mark.parametrize(
     ("lens", "programs", "is_balanced"),
     [
@@ -112,9 +112,11 @@ def test_kv_heads_of_different_numbers_of_programs(
     ],
 )
 def test_sequences_keep_whole_programs_if_that_is_faster(
-    lens: tuple[int, ...], programs: tuple[int, int], is_balanced: bool
+    monkeypatch: pytest.MonkeyPatch, lens: tuple[int, ...], programs: tuple[int, int], is_balanced: bool
 ) -> None:
-    """Seen in how many pieces of each kv head are left."""
+    """Seen in how many pieces of each kv head are left; two programs a head, on a GPU too."""
+    monkeypatch.setattr(tuning, "_num_multiprocessors", lambda index: 2)
+    monkeypatch.setattr(tuning, "_INTERPRETER_SMS", 2)
     tiers = make_tier_case(Shape(lens), in_cuda=True)
     scratch = tiers.scratch(replace(FEW, programs_per_sm=2, piece_tokens=96))
     scratch.partial_stats.fill_(torch.nan)

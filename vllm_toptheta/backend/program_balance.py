@@ -13,7 +13,7 @@ import torch
 
 from vllm_toptheta.backend.counters import LayerCounters
 from vllm_toptheta.backend.host_copies import HostCopies, counted_since
-from vllm_toptheta.kernels.gpu.balance import balance, largest_share, tiers_work, values_work
+from vllm_toptheta.kernels.gpu.balance import balance, counted_of, largest_share, work_of
 
 WINDOW_STEPS = 64  # engine steps between two looks
 MIN_ROWS = 1 << 20  # cached rows of a kv head, summed over tokens, that make a window
@@ -27,7 +27,7 @@ class _BalancedLayer:
     counters: LayerCounters
     head_programs: torch.Tensor  # [num_kv_heads] int32, on the device
     programs: list[int]  # the same
-    seen: torch.Tensor  # what was counted at the end of the last window, as of `_counted_of`
+    seen: torch.Tensor  # what was counted at the end of the last window, as of `counted_of`
 
 
 class ProgramBalance:
@@ -40,7 +40,9 @@ class ProgramBalance:
 
     def __init__(self, layers: Sequence[tuple[LayerCounters, torch.Tensor]]) -> None:
         self._layers = [
-            _BalancedLayer(counters, programs, programs.tolist(), torch.zeros_like(_counted_of(counters), device="cpu"))
+            _BalancedLayer(
+                counters, programs, programs.tolist(), torch.zeros_like(counted_of(counters.buffers), device="cpu")
+            )
             for counters, programs in layers
         ]
         self._copies = HostCopies(self._counted)
@@ -55,20 +57,17 @@ class ProgramBalance:
                 self._balance(layer, of_layer)
 
     def _counted(self) -> torch.Tensor:
-        """`_counted_of` every layer, [num_layers, 1 + counters]."""
-        return torch.stack([_counted_of(layer.counters) for layer in self._layers])
+        """`counted_of` every layer, [num_layers, 1 + counters]."""
+        return torch.stack([counted_of(layer.counters.settled()) for layer in self._layers])
 
     @torch.inference_mode()
     def _balance(self, layer: _BalancedLayer, counted: torch.Tensor) -> None:
-        rows_cached, *read = counted_since(layer.seen, counted).tolist()
-        if rows_cached < MIN_ROWS:
+        window = counted_since(layer.seen, counted).tolist()
+        if window[0] < MIN_ROWS:
             return
         layer.seen = counted.clone()
         num_heads = len(layer.programs)
-        if len(read) > num_heads:
-            work = tiers_work(read[:num_heads], read[num_heads:], rows_cached)
-        else:
-            work = values_work(read, rows_cached)
+        work = work_of(window, num_heads)
         programs = balance(work, sum(layer.programs) // num_heads)
         gain = largest_share(work, layer.programs) / largest_share(work, programs)
         if gain < MIN_GAIN:
@@ -76,11 +75,3 @@ class ProgramBalance:
         layer.programs = programs
         written = torch.tensor(programs, dtype=torch.int32, pin_memory=layer.head_programs.is_cuda)
         layer.head_programs.copy_(written, non_blocking=True)
-
-
-def _counted_of(layer: LayerCounters) -> torch.Tensor:
-    """What a layer counts, int64: rows cached, then of kv heads value rows read, or keys and copies if any."""
-    counters = layer.settled()
-    if counters.keys_read is not None and counters.copies_read is not None:
-        return torch.cat([counters.totals[2:3], counters.keys_read, counters.copies_read])
-    return torch.cat([counters.totals[2:3], counters.value_rows_read])

@@ -11,7 +11,7 @@ import torch
 from vllm_toptheta.benchmarks.inputs import LOG_HEAVY, Anchors, Inputs
 from vllm_toptheta.kernels.codec import TierCodec
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, LayerCall, TierLayer
-from vllm_toptheta.kernels.gpu.balance import balance, tiers_work, values_work
+from vllm_toptheta.kernels.gpu.balance import balance, counted_of, work_of
 from vllm_toptheta.kernels.gpu.cuda import value_split
 from vllm_toptheta.kernels.gpu.cuda.tier_split import find_loader
 from vllm_toptheta.kernels.gpu.scratch import Scratch, Sizes, TierScratch
@@ -69,11 +69,7 @@ def toptheta(
     cache, output = LayerCache.of(inputs.kv_cache, layer), torch.empty_like(inputs.query)
     if loader is not None and is_balanced:
         decode(step, LayerCall(inputs.query, output, cache, layer._replace(counters=counters)), scratch)
-        work = values_work(counters.value_rows_read.tolist(), int(counters.totals[2]))
-        num_programs = scratch.config.num_programs(num_kv_heads, num_multiprocessors(device))
-        programs = balance(work, num_programs)
-        layer = layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
-        counters.zero_()
+        layer = _balanced(layer, scratch.config, counters)
     call = LayerCall(inputs.query, output, cache, layer)
     return lambda: decode(step, call, scratch), counters
 
@@ -103,17 +99,20 @@ def toptheta_by_tiers(
     inputs.write_tails(tiers=tiers)
     step = inputs.step()
     cache, output = LayerCache.of(inputs.kv_cache, layer), torch.empty_like(inputs.query)
-    if loader is not None and is_balanced and counters.keys_read is not None and counters.copies_read is not None:
+    if loader is not None and is_balanced:
         decode_by_tiers(step, LayerCall(inputs.query, output, cache, layer), scratch)
-        read = counters.keys_read.tolist(), counters.copies_read.tolist()
-        programs = balance(
-            tiers_work(*read, int(counters.totals[2])),
-            config.num_programs(num_kv_heads, num_multiprocessors(device)),
-        )
-        layer = layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
-        counters.zero_()
+        layer = _balanced(layer, config, counters)
     call = LayerCall(inputs.query, output, cache, layer)
     return lambda: decode_by_tiers(step, call, scratch), counters
+
+
+def _balanced(layer: Layer, config: LaunchConfig | ShadowConfig, counters: Counters) -> Layer:
+    """A layer whose kv heads have programs by what was counted of them, which is forgotten."""
+    device, num_kv_heads = counters.totals.device, len(counters.value_rows_read)
+    work = work_of(counted_of(counters).tolist(), num_kv_heads)
+    programs = balance(work, config.num_programs(num_kv_heads, num_multiprocessors(device)))
+    counters.zero_()
+    return layer._replace(head_programs=torch.tensor(programs, dtype=torch.int32, device=device))
 
 
 def flash_attention_3(inputs: Inputs, *, num_splits: int = 0) -> Call:

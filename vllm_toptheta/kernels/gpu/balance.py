@@ -8,9 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from vllm_toptheta.kernels.contract import Counters
+
 VALUE_WORK = 2.4  # of a value row that is gathered, measured beside that of a key that is scanned (docs/lab.md)
 LIGHT_WORK, HEAVY_WORK = 2.0, 8.0  # of a key that is weighed by its copy, and of one that is read exactly; likewise
 MOST_OF_A_HEAD = 4  # times as many programs as heads have on average, because no key is more work than that
+
+
+def counted_of(counters: Counters) -> torch.Tensor:
+    """What work is known by, int64: rows cached, then of kv heads value rows read, or keys and copies if any."""
+    if counters.keys_read is not None and counters.copies_read is not None:
+        return torch.cat([counters.totals[2:3], counters.keys_read, counters.copies_read])
+    return torch.cat([counters.totals[2:3], counters.value_rows_read])
+
+
+def work_of(counted: Sequence[int], num_kv_heads: int) -> list[float]:
+    """Work of kv heads, by what `counted_of` has counted of a number of steps."""
+    rows_cached, *read = counted
+    if len(read) > num_kv_heads:
+        return tiers_work(read[:num_kv_heads], read[num_kv_heads:], rows_cached)
+    return values_work(read, rows_cached)
 
 
 def values_work(rows_read: Sequence[int], rows_cached: int) -> list[float]:
