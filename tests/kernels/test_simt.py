@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -62,9 +61,6 @@ def inputs() -> Probe:
     # the same bits are read as float16, bfloat16 and bytes; as any of the halves they are neither infinite nor NaN
     elements = torch.randn(64, 12, generator=generator).to(torch.float16)
     words = torch.randint(-(2**31), 2**31, (NUM_WORDS, 3), generator=generator).to(torch.int32)
-    # sums that fall on ties and cancel need operands of like size
-    near = torch.randn(NUM_WORDS // 2, 6, generator=generator).to(torch.float16).view(torch.int32)
-    words[: NUM_WORDS // 2] = near
     floats = torch.randn(NUM_WORDS, 2, generator=generator) * torch.tensor([30.0, 1.0])
     floats[:, 1] = torch.exp2(floats[:, 1] * 20)
     # overflow, ties, subnormal numbers and what is no number
@@ -78,7 +74,7 @@ def inputs() -> Probe:
         codes=torch.empty(64, 4, dtype=torch.int32),
         halves=torch.empty(2, 64, 4),
         transposed=torch.empty(64, dtype=torch.int32),
-        bits=torch.empty(NUM_WORDS, 4, dtype=torch.int32),
+        bits=torch.empty(NUM_WORDS, 3, dtype=torch.int32),
         reals=torch.empty(NUM_WORDS, 5),
         copied=torch.empty(64, 4, dtype=torch.int32),
         collected=torch.empty(64, 8, dtype=torch.int32),
@@ -168,19 +164,7 @@ def test_bytes_are_permuted(probe: Probe) -> None:
         assert torch.equal(probe.bits[:, 0].contiguous().view(torch.uint8).view(-1, 4)[:, i].long(), expected)
 
 
-def test_float16_sums_are_rounded_once(probe: Probe) -> None:
-    x, y, z = (probe.words[:, i].contiguous().view(torch.float16).double() for i in range(3))
-    found = probe.bits[:, 1].contiguous().view(torch.float16)
-    # a double holds what decides the rounding, see device.h
-    exact = x * y + z
-    with np.errstate(over="ignore", invalid="ignore"):
-        expected = torch.from_numpy(exact.numpy().astype("float16"))
-    assert torch.equal(found.isnan(), expected.isnan())
-    is_number = ~expected.isnan()
-    assert torch.equal(found[is_number], expected[is_number])
-
-
-@pytest.mark.parametrize(("column", "dtype"), [(2, torch.float16), (3, torch.bfloat16)])
+@pytest.mark.parametrize(("column", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
 def test_floats_are_packed_to_the_nearest(probe: Probe, column: int, dtype: torch.dtype) -> None:
     found = probe.bits[:, column].contiguous().view(dtype).view(-1, 2)
     expected = probe.floats.to(dtype)

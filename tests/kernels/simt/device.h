@@ -220,6 +220,8 @@ inline uint2 load8(const void* from) { return simt_load<uint2>(from, "load8"); }
 inline uint32_t load4(const void* from) { return simt_load<uint32_t>(from, "load4"); }
 inline uint16_t load2(const void* from) { return simt_load<uint16_t>(from, "load2"); }
 
+inline const uint8_t* ahead(const uint8_t* from, uint32_t x, uint32_t y) { return from + uint64_t(x) * y; }
+
 inline float half_to_float(uint16_t bits) { return static_cast<float>(simt_bits<_Float16>(bits)); }
 
 template <bool FLOAT16>
@@ -239,16 +241,6 @@ template <bool FLOAT16>
 inline uint32_t pack_half(float low, float high) {
     if constexpr (FLOAT16) return simt_to_float16(low) | static_cast<uint32_t>(simt_to_float16(high)) << 16;
     return simt_to_bfloat16(low) | static_cast<uint32_t>(simt_to_bfloat16(high)) << 16;
-}
-
-inline uint32_t fma_half2(uint32_t x, uint32_t y, uint32_t z) {
-    uint32_t sums = 0;
-    for (int shift = 0; shift < 32; shift += 16) {
-        // exact in double wherever the last bits can decide how float16 rounds
-        const double product = double(half_to_float(x >> shift & 0xFFFF)) * double(half_to_float(y >> shift & 0xFFFF));
-        sums |= static_cast<uint32_t>(simt_to_float16(product + double(half_to_float(z >> shift & 0xFFFF)))) << shift;
-    }
-    return sums;
 }
 
 inline void mma_codes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,

@@ -7,7 +7,7 @@ struct Arguments {
     int* codes;                 // [64, 4]
     float* halves;              // [2, 64, 4]: float16, bfloat16
     uint32_t* transposed;       // [64]
-    uint32_t* bits;             // [num_words, 4]: permute_bytes, fma_half2, pack_half of float16 and of bfloat16
+    uint32_t* bits;             // [num_words, 3]: permute_bytes, pack_half of float16 and of bfloat16
     float* reals;               // [num_words, 5]: 2 ** x, x / (|y| + 1), float16 twice and bfloat16 of the low 16 bits of x
     uint4* copied;              // [64]: what the neighbour's fragments begin with
     int* collected;             // [64, 8]
@@ -37,11 +37,10 @@ extern "C" __global__ void __launch_bounds__(64) probe(const Arguments arguments
     for (int i = thread; i < arguments.num_words; i += blockDim.x) {
         const uint32_t x = arguments.words[3 * i], y = arguments.words[3 * i + 1], z = arguments.words[3 * i + 2];
         const float low = arguments.floats[2 * i], high = arguments.floats[2 * i + 1];
-        arguments.bits[4 * i] = permute_bytes(x, y, z);
-        arguments.bits[4 * i + 1] = fma_half2(x, y, z);
-        arguments.bits[4 * i + 2] = pack_half<true>(low, high);
-        arguments.bits[4 * i + 3] = pack_half<false>(low, high);
-        const uint16_t half = load2(arguments.words + 3 * i);
+        arguments.bits[3 * i] = permute_bytes(x, y, z);
+        arguments.bits[3 * i + 1] = pack_half<true>(low, high);
+        arguments.bits[3 * i + 2] = pack_half<false>(low, high);
+        const uint16_t half = load2(ahead(reinterpret_cast<const uint8_t*>(arguments.words), i, 12));
         arguments.reals[5 * i] = exp2_fast(low);
         arguments.reals[5 * i + 1] = divide_fast(low, fabsf(high) + 1.0f);
         arguments.reals[5 * i + 2] = half_to_float(half);

@@ -143,11 +143,11 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
     return packed;
 }
 
-// x * y + z of two float16 each, rounded once.
-__device__ __forceinline__ uint32_t fma_half2(uint32_t x, uint32_t y, uint32_t z) {
-    uint32_t sums;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sums) : "r"(x), "r"(y), "r"(z));
-    return sums;
+// from + x * y bytes
+__device__ __forceinline__ const uint8_t* ahead(const uint8_t* from, uint32_t x, uint32_t y) {
+    const uint8_t* there;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(x), "r"(y), "l"(from));
+    return there;
 }
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {

@@ -1,34 +1,39 @@
 // The scan of tier_split.cu: all keys as codes, light keys weighed, heavy ones listed.
 
 struct Scan : Warp {
-    const uint8_t* code_base;
+    const uint8_t* lane_codes;  // of the kv head, 16 bytes further for each lane
     uint32_t code_stride;
-    uint32_t keys_at, weights_at;  // of the lane
+    uint32_t keys_at, steps_at, weights_at;  // of the lane
     uint32_t leader_bit, below;    // of the lane's token among the bits of a warp, and all bits before it
     uint32_t first_sixteen;  // of the warp's first stage
     int first_special;
     float logits_soft_cap;
     // of heads 8 c + 2 t + e, or 2 (t % 2) + e where two tokens share a row
-    float scale[COLUMNS][2], middle[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
+    // `middle` is what products begin with
+    float scale[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
     float anchor[COLUMNS][2];
-    // relative to the anchors, and 2^log2_scale times too large
-    float kept[COLUMNS][2], lost[COLUMNS][2], light[COLUMNS][TILES][4];
+    int middle[COLUMNS][2];
+    // All are relative to the anchors, and 2^log2_scale times too large. Of all keys that are not heavy, and of light keys, for
+    // the head of `weight_head`: weights, their products with steps of values, and sums of codes that stand where they stand
+    // in their bytes, as float16 of those bits.
+    float total[COLUMNS][2], kept[COLUMNS], stepped[COLUMNS], light[COLUMNS][TILES][4];
     uint32_t light_begin, light_end, heavy_count;
     uint32_t pending[4][VALUE_WORDS], pending_steps[4];
-    uint32_t next_ids;
+    uint32_t next_block, next_in_page;  // of the sixteens that follow
 
     __device__ __forceinline__ uint32_t first_head() const { return ROW_TOKENS == 2 ? t % 2 * 2 : t * 2; }
 
     __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int seq, int kv_head) : Warp(warp) {
-        code_base = a.codes + (uint64_t)kv_head * a.code_stride_head;
+        lane_codes = a.codes + (uint64_t)kv_head * a.code_stride_head + 16 * lane;
         code_stride = a.code_stride_block;
         keys_at = at + g * HALF + t * KEY_WORDS * 4;
+        steps_at = at + STEPS_AT + 2 * g + (ROW_TOKENS == 2 ? t / 2 * 32 : 0);
         weights_at = at + WEIGHTS_AT + first_head() * LIGHT_STRIDE * 4;
         leader_bit = 1u << (lane & (ROW_TOKENS == 2 ? ~1u : ~3u)), below = leader_bit - 1;
         first_sixteen = start / 16 + STAGE_SLOTS * warp.warp;
         first_special = first_recent - 16;
         // as values that the compiler cannot work out again in every step
-        opaque(code_base), opaque(keys_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
+        opaque(lane_codes), opaque(keys_at), opaque(steps_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
         logits_soft_cap = a.logits_soft_cap;
         uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP;
 #pragma unroll
@@ -41,8 +46,10 @@ struct Scan : Warp {
                 float lse = is_there ? a.anchor_lse[row] : 0.0f;
                 heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
                 anchor[c][e] = a.log2_scale - lse * LOG2_E;
-                kept[c][e] = lost[c][e] = 0.0f;
+                total[c][e] = 0.0f;
             }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) kept[c] = stepped[c] = 0.0f;
         clear(light);
         light_begin = light_end = heavy_count = 0;
     }
@@ -56,8 +63,8 @@ struct Scan : Warp {
                 uint32_t head = 8 * c + first_head() + e;
                 bool is_there = head < GROUP;
                 const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
-                scale[c][e] = is_there ? terms[0] : 0.0f;
-                middle[c][e] = is_there ? terms[1] : 0.0f;
+                scale[c][e] = is_there ? terms[0] * 0.0625f : 0.0f;
+                middle[c][e] = is_there ? int(terms[1] * -16.0f) : 0;
                 offset[c][e] = is_there ? terms[2] : DISCARDED;
             }
     }
@@ -75,20 +82,23 @@ struct Scan : Warp {
     // slots of the first tokens of each 16 in the stages from `stage` on
     __device__ __forceinline__ void load_ids(uint32_t stage) {
         int position = start_of(stage + lane / STAGE_SLOTS, lane % STAGE_SLOTS);
-        // behind the end block 0 is read: any bytes do
-        next_ids = position < place().seq_len ? blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE : 0;
+        // behind the end block 0 is read: any bytes do. Nobody looks at what is loaded before `keep_ids`, which need not wait
+        bool is_inside = position < place().seq_len;
+        next_block = is_inside ? blocks[uint32_t(position) / BLOCK_SIZE] : 0;
+        next_in_page = BLOCK_SIZE == 16 || !is_inside ? 0 : uint32_t(position) % BLOCK_SIZE;
         uint32_t specials = __ballot_sync(ALL, position < NUM_FIRST_ANCHORS || position > first_special);
         if (lane == 0) place().specials[stage / FETCH_STAGES % 4] = specials;
     }
 
     __device__ __forceinline__ void keep_ids(uint32_t stage) {
-        ids()[stage % (2 * FETCH_STAGES) * STAGE_SLOTS + lane] = next_ids;
+        ids()[stage % (2 * FETCH_STAGES) * STAGE_SLOTS + lane] = next_block * BLOCK_SIZE + next_in_page;
         load_ids(stage + FETCH_STAGES);
         __syncwarp();
     }
 
-    __device__ __forceinline__ const uint8_t* page_of(uint32_t slot) const {
-        return code_base + (uint64_t)(slot / BLOCK_SIZE) * code_stride;
+    // codes of a block, and behind them the 16 bytes of this lane
+    __device__ __forceinline__ const uint8_t* lane_of(uint32_t slot) const {
+        return ahead(lane_codes, slot / BLOCK_SIZE, code_stride);
     }
 
     __device__ __forceinline__ void request(uint32_t stage, uint32_t buffer) const {
@@ -99,16 +109,19 @@ struct Scan : Warp {
             uint2 slot = *reinterpret_cast<const uint2*>(slots + i);
 #pragma unroll
             for (uint32_t j = 0; j < 2; ++j) {
-                uint32_t first = j ? slot.y : slot.x, in_page = BLOCK_SIZE == 16 ? 0 : first % BLOCK_SIZE;
-                const uint8_t* keys = page_of(first) + (in_page * HALF + 16 * lane);
+                uint32_t first = j ? slot.y : slot.x;
+                const uint8_t* keys = lane_of(first);
+                if (BLOCK_SIZE > 16) keys += first % BLOCK_SIZE * HALF;
 #pragma unroll
-                for (uint32_t k = 0; k < HALF / 32; ++k) async_copy16(to + (i + j) * 16 * HALF + 512 * k, keys + 512 * k);
+                for (uint32_t k = 0; k < HALF / 32; ++k)
+                    async_copy16(to + i / 2 * STEP_BYTES + j * 16 * HALF + 512 * k, keys + 512 * k);
             }
         }
         if (lane < 2 * STAGE_SLOTS) {
-            uint32_t slot = slots[lane / 2];
-            const uint8_t* steps = page_of(slot) + (BLOCK_SIZE * (HALF + QUARTER) + slot % BLOCK_SIZE * 2 + 16 * (lane % 2));
-            async_copy16(to + STEPS_AT, steps);
+            uint32_t slot = slots[lane / 2], in_page = BLOCK_SIZE == 16 ? 0 : slot % BLOCK_SIZE;
+            // from the first or second sixteen bytes on
+            uint32_t of_lane = BLOCK_SIZE * (HALF + QUARTER) + 2 * in_page - 16 * (lane - lane % 2);
+            async_copy16(to + STEPS_AT + lane / 4 * STEPS_AT, ahead(lane_of(slot), of_lane, 1));
         }
     }
 
@@ -118,8 +131,9 @@ struct Scan : Warp {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             uint32_t slot = of_lane[(k & 1) + 8 * (k >> 1)], in_page = slot % BLOCK_SIZE;
-            const uint8_t* page = page_of(slot);
-            const uint8_t* code = page + (in_page * QUARTER + BLOCK_SIZE * HALF + g * VALUE_BYTES);
+            const uint8_t* page = lane_of(slot);
+            // codes of all keys stand in front, which are more than what `lane_of` is ahead by
+            const uint8_t* code = ahead(page, in_page * QUARTER + (BLOCK_SIZE * HALF + g * VALUE_BYTES - 16 * lane), 1);
             if constexpr (VALUE_BYTES == 2) {
                 pending[k][0] = load2(code);
             } else if constexpr (VALUE_BYTES == 4) {
@@ -128,10 +142,13 @@ struct Scan : Warp {
                 uint2 v = load8(code);
                 pending[k][0] = v.x, pending[k][VALUE_WORDS - 1] = v.y;
             }
-            pending_steps[k] = load2(page + (2 * in_page + BLOCK_SIZE * (HALF + QUARTER + 2)));
+            pending_steps[k] = load2(ahead(page, 2 * in_page + (BLOCK_SIZE * (HALF + QUARTER + 2) - 16 * lane), 1));
         }
         light_begin += 16;
     }
+
+    // the head whose weights of `COLUMNS` block c this lane gives to products
+    __device__ __forceinline__ uint32_t weight_head(int c) const { return 8 * c + g % HEADS; }
 
     __device__ __forceinline__ void weigh_light() {
         const float* of_lane = weights() + (light_begin - 16) % LIGHT_ROOM + 2 * t;
@@ -144,31 +161,35 @@ struct Scan : Warp {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 // lanes of columns without a head take another's, and nobody looks at what comes of it
-                const float* of_head = of_lane + (8 * c + g % HEADS) * LIGHT_STRIDE + 8 * k;
-                float2 v = *reinterpret_cast<const float2*>(of_head);
+                float2 v = *reinterpret_cast<const float2*>(of_lane + weight_head(c) * LIGHT_STRIDE + 8 * k);
                 float first = fminf(v.x * step[2 * k], LARGEST_HALF), second = fminf(v.y * step[2 * k + 1], LARGEST_HALF);
+                kept[c] += v.x + v.y, stepped[c] += first + second;
                 operand[c][k] = pack_half<true>(first, second);
             }
 #pragma unroll
         for (int b = 0; b < VALUE_BYTES; ++b) {
-            // a code becomes the lowest bits of a float16 from 1,024 on, which is then made the level
-            uint32_t level[2][4];
+            // a code is a number of the least float16 where it stands; `value_of_light` makes levels of their sums
+            uint32_t code[2][4];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                uint32_t selector = 0x4400 + b % 4 * 0x1111;
-                uint32_t both = permute_bytes(pending[2 * k][b / 4], pending[2 * k + 1][b / 4], selector);
-                level[k][0] = fma_half2((both << 2 & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);  // x / 4 - 257.5
-                level[k][1] = fma_half2((both & 0x000c000c) | 0x64006400, 0x34003400, 0xdc06dc06);
-                level[k][2] = fma_half2((both & 0x00300030) | 0x64006400, 0x2c002c00, 0xd418d418);  // x / 16 - 65.5
-                level[k][3] = fma_half2((both & 0x00c000c0) | 0x64006400, 0x24002400, 0xcc60cc60);  // x / 64 - 17.5
+                uint32_t both = permute_bytes(pending[2 * k][b / 4], pending[2 * k + 1][b / 4], 0x4400 + b % 4 * 0x1111);
+#pragma unroll
+                for (int quarter = 0; quarter < 4; ++quarter) code[k][quarter] = both & 0x00030003u << 2 * quarter;
             }
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    mma_half<true>(light[c][2 * b + i], level[0][2 * i], level[0][2 * i + 1], level[1][2 * i],
-                                   level[1][2 * i + 1], operand[c][0], operand[c][1]);
+                    mma_half<true>(light[c][2 * b + i], code[0][2 * i], code[0][2 * i + 1], code[1][2 * i], code[1][2 * i + 1],
+                                   operand[c][0], operand[c][1]);
         }
+    }
+
+    // What codes of a rotated channel, and products with steps, add up to, as a value: a level is a code less 1.5.
+    static __device__ __forceinline__ float value_of_light(uint32_t channel, float codes, float stepped) {
+        // 2^24 less the bits before the code
+        float scale = __uint_as_float((127 + 24 - 2 * (channel / QUARTER)) << 23);
+        return __fmaf_rn(codes, scale, -1.5f * stepped);
     }
 
     // where the sum of a head and a rotated channel of `weigh_light` stands, in floats
@@ -211,34 +232,40 @@ struct Scan : Warp {
         }
     }
 
-    // one bit for each token, in its first lane
-    static __device__ __forceinline__ uint32_t fold(uint32_t lanes) {
-        lanes |= lanes >> 1;
-        if (ROW_TOKENS == 2) return lanes & 0x55555555u;
-        lanes |= lanes >> 2;
-        return lanes & 0x11111111u;
+    // One bit for each token of the rows g and g + 8, from ballots of both: where its first lane is, and behind that.
+    static __device__ __forceinline__ uint32_t fold(const uint32_t (&lanes)[2]) {
+        if (ROW_TOKENS == 2) return ((lanes[0] | lanes[0] >> 1) & 0x55555555u) | ((lanes[1] | lanes[1] << 1) & 0xaaaaaaaau);
+        uint32_t first = lanes[0] | lanes[0] >> 1, second = lanes[1] | lanes[1] >> 1;
+        first |= first >> 2, second |= second >> 2;
+        return (first & 0x11111111u) | (second & 0x11111111u) << 1;
     }
 
-    // Step `step` of the stage in `buffer`. `SPECIAL` steps, of which there are few, hold positions without a copy, whose
-    // score may be anything.
+    // 32 tokens whose codes are `at` bytes behind where the ring starts, and their slots at `slots_at`. `SPECIAL` steps, of which
+    // there are few, hold positions without a copy, whose score may be anything.
     template <bool SPECIAL>
-    __device__ __forceinline__ void scan(uint32_t stage, const uint32_t* slots_of_stage, uint32_t buffer, uint32_t step) {
-        const uint8_t* keys = dynamic_shared() + (keys_at + buffer + step * STEP * HALF);
+    __device__ __forceinline__ void scan(uint32_t at, uint32_t slots_at, uint32_t stage, uint32_t step) {
+        const uint8_t* keys = dynamic_shared() + (keys_at + at);
         bool is_leader = (lane & (ROW_TOKENS == 2 ? 1 : 3)) == 0;
 #pragma unroll
         for (uint32_t set = 0; set < SETS; ++set) {
-            int low[COLUMNS][4] = {}, high[COLUMNS][4] = {};
+            int low[COLUMNS][4], high[COLUMNS][4];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) low[c][i] = 0, high[c][i] = middle[c][i % 2];
             multiply(keys + set * 16 * HALF, 0, low, high);
             if constexpr (ROW_TOKENS == 2) multiply(keys + 16 * HALF, COLUMNS, low, high);
             uint32_t half = ROW_TOKENS == 2 ? t / 2 : set;  // of the step
-            uint32_t first_slot = slots_of_stage[2 * step + half] + g;
-            const uint8_t* steps = mine() + (buffer + STEPS_AT + 64 * step + 32 * half + 2 * g);
+            uint32_t first_slot = *reinterpret_cast<const uint32_t*>(dynamic_shared() + slots_at + 4 * half) + g;
+            const uint8_t* steps = dynamic_shared() + (steps_at + at + (ROW_TOKENS == 2 ? 0 : 32 * set));
+            float score[2][COLUMNS][2];
+            bool keep[2][COLUMNS][2];
+            uint32_t heavy_lanes[2], light_lanes[2];
 #pragma unroll
             for (uint32_t r = 0; r < 2; ++r) {
                 int position = SPECIAL ? start_of(stage, 2 * step + half) + g + 8 * r : 0;
                 float key_step = half_to_float(*reinterpret_cast<const uint16_t*>(steps + 16 * r));
-                float score[COLUMNS][2];
-                bool is_heavy = false, is_light = false, keep[COLUMNS][2];
+                bool is_heavy = false, is_light = false;
                 bool always = SPECIAL && (position < NUM_FIRST_ANCHORS || position >= first_recent);
                 bool is_inside = !SPECIAL || position < place().seq_len;
 #pragma unroll
@@ -246,39 +273,51 @@ struct Scan : Warp {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         // exact: 16 times the sum is less than 2^24
-                        float sum = __fmaf_rn(float(16 * low[c][2 * r + e] + high[c][2 * r + e]), 0.0625f, -middle[c][e]);
+                        float sum = float(16 * low[c][2 * r + e] + high[c][2 * r + e]);
                         float s = capped(__fmaf_rn(sum, __fmul_rn(key_step, scale[c][e]), offset[c][e]), logits_soft_cap);
                         if (SOFT_CAP && offset[c][e] == DISCARDED) s = DISCARDED;
                         if (SPECIAL && (always || !is_inside)) s = DISCARDED;
-                        score[c][e] = s;
+                        score[r][c][e] = s;
                         is_heavy |= s >= heavy_limit[c][e];
-                        keep[c][e] = s >= light_limit[c][e];
-                        is_light |= keep[c][e];
+                        keep[r][c][e] = s >= light_limit[c][e];
+                        is_light |= keep[r][c][e];
                     }
                 if (SPECIAL) is_heavy = is_inside && (is_heavy || always);
-                uint32_t heavy_tokens = fold(__ballot_sync(ALL, is_heavy));
-                uint32_t light_tokens = fold(__ballot_sync(ALL, is_light)) & ~heavy_tokens;
-                is_light = light_tokens & leader_bit, is_heavy = heavy_tokens & leader_bit;
-                uint32_t index = (light_end + __popc(light_tokens & below)) % LIGHT_ROOM;
-                float* of_token = reinterpret_cast<float*>(dynamic_shared() + (weights_at + 4 * index));
+                heavy_lanes[r] = __ballot_sync(ALL, is_heavy), light_lanes[r] = __ballot_sync(ALL, is_light);
+            }
+            uint32_t heavy_tokens = fold(heavy_lanes), light_tokens = fold(light_lanes) & ~heavy_tokens;
+            if (heavy_tokens) {
+#pragma unroll
+                for (uint32_t r = 0; r < 2; ++r) {
+                    if (!(heavy_tokens & leader_bit << r)) continue;
+                    // they are scored exactly
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) score[r][c][e] = DISCARDED;
+                    uint32_t before = heavy_tokens & ((leader_bit << r) - 1);
+                    if (is_leader) heavy()[heavy_count + __popc(before)] = first_slot + 8 * r;
+                }
+                heavy_count += __popc(heavy_tokens);
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < 2; ++r) {
+                bool is_light = light_tokens & leader_bit << r;
+                uint32_t before = light_tokens & (r ? below | leader_bit : below);
+                uint32_t index_at = 4 * (light_end + __popc(before)) % (4 * LIGHT_ROOM);
+                float* of_token = reinterpret_cast<float*>(dynamic_shared() + (weights_at + index_at));
 #pragma unroll
                 for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        float exponential = exp2_fast(__fmaf_rn(score[c][e], LOG2_E, anchor[c][e]));
-                        // heavy keys are scored exactly, and their exponentials here may be any
-                        if (is_heavy) exponential = 0.0f;
-                        if (keep[c][e]) kept[c][e] += exponential;
-                        if (!keep[c][e]) lost[c][e] += exponential;
-                        if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[c][e] ? exponential : 0.0f;
+                        float exponential = exp2_fast(__fmaf_rn(score[r][c][e], LOG2_E, anchor[c][e]));
+                        total[c][e] += exponential;
+                        if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[r][c][e] ? exponential : 0.0f;
                     }
-                if (is_light && is_leader) slots()[index] = first_slot + 8 * r;
-                light_end += __popc(light_tokens);
-                if (heavy_tokens) {
-                    if (is_heavy && is_leader) heavy()[heavy_count + __popc(heavy_tokens & below)] = first_slot + 8 * r;
-                    heavy_count += __popc(heavy_tokens);
-                }
+                // a leader has the first head, behind whose weights, and those of all others, slots stand
+                if (is_light && is_leader) reinterpret_cast<uint32_t*>(of_token)[HEADS * LIGHT_STRIDE] = first_slot + 8 * r;
             }
+            light_end += __popc(light_tokens);
         }
     }
 
@@ -314,15 +353,15 @@ struct Scan : Warp {
             if (ahead % FETCH_STAGES == 0) keep_ids(ahead);
             if (ahead < num_stages) request(ahead, free_buffer);
             async_commit();
-            const uint32_t* slots_of_stage = ids() + stage % (2 * FETCH_STAGES) * STAGE_SLOTS;
             uint32_t specials = place().specials[stage / FETCH_STAGES % 4] >> stage % FETCH_STAGES * STAGE_SLOTS;
+            uint32_t at_step = buffer, slots_at = at + IDS_AT + 4 * STAGE_SLOTS * (stage % (2 * FETCH_STAGES));
 #pragma unroll 1
-            for (uint32_t step = 0; step < STAGE_STEPS; ++step) {
-                if (specials >> 2 * step & 3) {
-                    scan<true>(stage, slots_of_stage, buffer, step);
+            for (uint32_t step = 0; step < STAGE_STEPS; ++step, specials >>= 2, at_step += STEP_BYTES, slots_at += 8) {
+                if (specials & 3) {
+                    scan<true>(at_step, slots_at, stage, step);
                     count_open_rows(stage, step);
                 } else {
-                    scan<false>(stage, slots_of_stage, buffer, step);
+                    scan<false>(at_step, slots_at, stage, step);
                 }
                 __syncwarp();
                 while (light_end - light_begin >= 16) {

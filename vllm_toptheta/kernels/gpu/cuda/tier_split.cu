@@ -42,6 +42,18 @@ __device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS][N]) 
     return to;
 }
 
+__device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c, to += 32) *to = x[c];
+    return to;
+}
+
+__device__ __forceinline__ const float* restore(const float* from, float (&x)[COLUMNS]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c, from += 32) x[c] = *from;
+    return from;
+}
+
 template <int N>
 __device__ __forceinline__ const float* restore(const float* from, float (&x)[COLUMNS][N]) {
 #pragma unroll
@@ -82,10 +94,14 @@ __device__ __forceinline__ void share_light(const Warp& w, const Scan& scan, flo
     for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            float kept = sum_of(scan.kept[c][e], FIRST_BIT), lost = sum_of(scan.lost[c][e], FIRST_BIT);
-            uint32_t head = 8 * c + scan.first_head() + e;
-            if (w.lane < FIRST_BIT) stats[48 + head] = kept, stats[64 + head] = lost;
+            float total = sum_of(scan.total[c][e], FIRST_BIT);
+            if (w.lane < FIRST_BIT) stats[48 + 8 * c + scan.first_head() + e] = total;
         }
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+        float kept = sum_of(scan.kept[c], 1, 4), stepped = sum_of(scan.stepped[c], 1, 4);
+        if (w.t == 0 && w.g < HEADS) stats[64 + scan.weight_head(c)] = kept, stats[80 + scan.weight_head(c)] = stepped;
+    }
 }
 
 // what the warps have in common; queries as operands, exact ones and codes: y = R q, step = max |y| / 127, code = round(y / step)
@@ -191,20 +207,26 @@ __device__ __forceinline__ void add_up(bool is_dense) {
 __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_t row, long long piece, uint32_t lane, bool is_dense) {
     uint8_t* shared = dynamic_shared();
     const float* stats = reinterpret_cast<const float*>(shared + STATS_AT) + head;
-    float best = DISCARDED, kept = 0.0f, lost = 0.0f;
+    float best = DISCARDED, kept = 0.0f, lost = 0.0f, total = 0.0f, light = 0.0f, stepped = 0.0f;
     for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, stats[warp * NUM_STATS * 16]);
     float light_scale = is_dense ? 0.0f : exp2_fast((a.anchor_lse[row] - best) * LOG2_E - a.log2_scale);
     for (int warp = 0; warp < WARPS; ++warp) {
         const float* of_warp = stats + warp * NUM_STATS * 16;
         float f = exp2_fast((of_warp[0] - best) * LOG2_E);
-        kept += f * of_warp[16] + light_scale * of_warp[48], lost += f * of_warp[32] + light_scale * of_warp[64];
+        kept += f * of_warp[16], lost += f * of_warp[32];
+        total += of_warp[48], light += of_warp[64], stepped += of_warp[80];
     }
+    // what is neither heavy nor light is lost
+    kept += light_scale * light, lost += light_scale * fmaxf(total - light, 0.0f);
     // R^T of what light values add up to: Hadamard's transform, and the signs that stand in the first row of R
     float x[LANE_CHANNELS], signs[LANE_CHANNELS];
     load_floats(a.rotation, lane, signs);
 #pragma unroll
-    for (int i = 0; i < LANE_CHANNELS; ++i)
-        x[i] = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, LANE_CHANNELS * lane + i)];
+    for (int i = 0; i < LANE_CHANNELS; ++i) {
+        uint32_t channel = LANE_CHANNELS * lane + i;
+        float codes = reinterpret_cast<const float*>(shared + LIGHT_AT)[Scan::light_index(head, channel)];
+        x[i] = Scan::value_of_light(channel, codes, stepped);
+    }
     transform(x, lane);
     const float* exact = reinterpret_cast<const float*>(shared + EXACT_AT);
     float* output = a.piece_output + (piece * GROUP + head) * HEAD_SIZE;
@@ -254,7 +276,7 @@ __device__ __forceinline__ void attend_piece(
             uint32_t position = w.start + i;
             return w.blocks[position / BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE;
         });
-        if (w.lane < 16) stats[48 + w.lane] = stats[64 + w.lane] = 0.0f;
+        if (w.lane < 16) stats[48 + w.lane] = stats[64 + w.lane] = stats[80 + w.lane] = 0.0f;
         share_exact(w, exact, stats);
     } else {
         uint32_t total = divide_up(w.end - w.start, STAGE_TOKENS), stage = 0;
@@ -268,14 +290,14 @@ __device__ __forceinline__ void attend_piece(
                 // while the first codes are on their way
                 if (is_first) prepare(a, seq, kv_head, w, seq_len, is_dense);
                 scan.load_terms();
-                if (!is_first) restore(restore(restore(saved, scan.kept), scan.lost), as_rows(scan.light));
+                if (!is_first) restore(restore(restore(restore(saved, scan.total), scan.kept), scan.stepped), as_rows(scan.light));
                 stage = scan.run(stage, num_stages);
                 is_done = stage >= num_stages;
                 count = scan.heavy_count, copies += scan.light_end;
                 if (is_done)
                     share_light(w, scan, stats);
                 else
-                    save(save(save(saved, scan.kept), scan.lost), as_rows(scan.light));
+                    save(save(save(save(saved, scan.total), scan.kept), scan.stepped), as_rows(scan.light));
             }
             if (w.lane == 0) w.listed()[w.warp] = count | (is_done ? IS_DONE : 0);
             __syncthreads();

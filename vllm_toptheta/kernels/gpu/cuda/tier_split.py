@@ -80,7 +80,7 @@ def split_sizes(head_size: int, group: int, heavy_room: int = _LEAST_HEAVY_ROOM)
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
     warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + heavy_room * 4 + 48
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
-    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (5 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
+    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (6 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common
     return SplitSizes(warps, stages, resident, heavy_room, shared_bytes, columns * (8 * tiles + 10) + 1)
 
