@@ -179,17 +179,19 @@ inline void simt_check_aligned(const void* address, size_t bytes, const char* op
     }
 }
 
-inline void async_copy16(void* shared_to, const void* global_from) {
+inline void simt_copy(void* shared_to, const void* global_from, size_t bytes, const char* operation) {
     auto* to = static_cast<uint8_t*>(shared_to);
-    simt_check_aligned(to, 16, "async_copy16");
-    simt_check_aligned(global_from, 16, "async_copy16");
-    if (to < simt::shared_memory || to + 16 > simt::shared_memory + simt::shared_size) {
-        simt::fail("async_copy16: byte %td is outside %zu bytes of shared memory", to - simt::shared_memory,
+    simt_check_aligned(to, bytes, operation);
+    simt_check_aligned(global_from, bytes, operation);
+    if (to < simt::shared_memory || to + bytes > simt::shared_memory + simt::shared_size) {
+        simt::fail("%s: byte %td is outside %zu bytes of shared memory", operation, to - simt::shared_memory,
                    simt::shared_size);
     }
-    simt::current->copies.push_back({to, static_cast<const uint8_t*>(global_from)});
+    simt::current->copies.push_back({to, static_cast<const uint8_t*>(global_from), bytes});
     ++simt::current->open_copies;
 }
+inline void async_copy16(void* to, const void* from) { simt_copy(to, from, 16, "async_copy16"); }
+inline void async_copy4(void* to, const void* from) { simt_copy(to, from, 4, "async_copy4"); }
 
 inline void async_commit() {
     simt::current->groups.push_back(simt::current->open_copies);
@@ -203,7 +205,7 @@ inline void async_wait() {
     const size_t finished = thread.groups.size() - N;
     size_t copies = 0;
     for (size_t group = 0; group < finished; ++group) copies += thread.groups[group];
-    for (size_t i = 0; i < copies; ++i) memcpy(thread.copies[i].to, thread.copies[i].from, 16);
+    for (size_t i = 0; i < copies; ++i) memcpy(thread.copies[i].to, thread.copies[i].from, thread.copies[i].bytes);
     thread.groups.erase(thread.groups.begin(), thread.groups.begin() + finished);
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + copies);
 }
@@ -241,6 +243,15 @@ template <bool FLOAT16>
 inline uint32_t pack_half(float low, float high) {
     if constexpr (FLOAT16) return simt_to_float16(low) | static_cast<uint32_t>(simt_to_float16(high)) << 16;
     return simt_to_bfloat16(low) | static_cast<uint32_t>(simt_to_bfloat16(high)) << 16;
+}
+
+inline uint32_t multiply_half2(uint32_t x, uint32_t y) {
+    uint32_t products = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float product = half_to_float(x >> shift & 0xFFFF) * half_to_float(y >> shift & 0xFFFF);  // exact
+        products |= static_cast<uint32_t>(simt_to_float16(std::fmin(product, 65504.0f))) << shift;
+    }
+    return products;
 }
 
 inline void mma_codes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,

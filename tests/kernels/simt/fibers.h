@@ -84,6 +84,7 @@ struct Words {
 struct Copy {
     uint8_t* to;
     const uint8_t* from;
+    size_t bytes;
 };
 
 struct Warp;

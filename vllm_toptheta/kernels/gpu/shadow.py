@@ -12,6 +12,7 @@ from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import Lists, Shadow
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch
 from vllm_toptheta.kernels.gpu.shadow_step import ShadowStep, launch_queries, launch_split
+from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 
 MIN_ROW_BYTES = 32  # of a row of codes: the depth of a product of int8
 
@@ -53,6 +54,8 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     if call.query.shape[0] == 0:
         return
     keys = Shadow.of(shadow, codes, (scratch.query_codes, scratch.floors))
+    split = given.split
+    launch_thresholds(step, split.tokens, split.queries, split.shape, is_early=given.launches.is_early)
     launch_queries(given, scratch, keys, tokens_at_once=TOKENS_PER_STEP)
     candidates = Lists(scratch.candidates, scratch.candidate_order)
     launch_split(given, scratch.config, keys, candidates, row_tokens=row_tokens)

@@ -157,6 +157,6 @@ def query_kernel(
                             shape.HEAD_SIZE, shape.D_PAD, shape.CODE_BYTES, TOKENS,
                         )  # fmt: skip
             seq += tl.num_programs(1)
-    if BY_COPIES and EARLY_QUERY:
-        # whoever waits for this kernel relies on the thresholds of the one before it too
+    if BY_COPIES and EARLY_QUERY and (kv_head + program == 0):
+        # whoever waits for this kernel relies on the one before it too; one program that waits is enough
         tl.extra.cuda.gdc_wait()

@@ -23,7 +23,6 @@ from vllm_toptheta.kernels.gpu.records import (
 from vllm_toptheta.kernels.gpu.scratch import ShadowScratch, TierScratch
 from vllm_toptheta.kernels.gpu.shadow_query import query_kernel
 from vllm_toptheta.kernels.gpu.shadow_split import shadow_split_kernel
-from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.tiles import MIN_COLUMNS
 from vllm_toptheta.kernels.gpu.tuning import ShadowConfig, launch_options
 from vllm_toptheta.kernels.gpu.values import check_kernels, tiling_of
@@ -76,7 +75,7 @@ class ShadowStep(NamedTuple):
 def launch_queries(
     given: ShadowStep, scratch: ShadowScratch | TierScratch, keys: Shadow | Copies, *, tokens_at_once: int
 ) -> None:
-    """Enqueue thresholds, and what the scan compares codes with, or all work of a step of which all keys are read.
+    """Enqueue what the scan compares codes with, or all work of a step of which all keys are read.
 
     Args:
         given: The step.
@@ -85,7 +84,6 @@ def launch_queries(
         tokens_at_once: Of a page that is filled, whose codes or copies are written; 0 leaves queries and pages alone.
     """
     split, choice, config, early = given.split, given.choice, scratch.values_config, given.launches.is_early
-    launch_thresholds(split.step, split.tokens, split.queries, split.shape, is_early=early)
     query_kernel[(split.num_kv_heads, choice.num_programs)](
         split.tokens,
         split.queries,

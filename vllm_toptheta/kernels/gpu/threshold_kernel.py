@@ -51,29 +51,12 @@ def _anchor_lse(tokens, queries, seq, token, seq_len, kv_head, head, mask_g, str
     return maximum + tl.log(total)
 
 
-# lengths and counts change from batch to batch: one compilation serves them all
-@triton.jit(
-    do_not_specialize=("num_seqs", "max_dense_len", "min_step_tokens", "min_length", "max_length", "stride_table_seq")
-)
-def threshold_kernel(
-    tokens,  # Tokens
-    queries,  # Queries, whose thresholds and sums over anchors are written
-    num_seqs,
-    max_dense_len,
-    min_step_tokens,
-    min_length,
-    max_length,
-    stride_table_seq,
-    shape: tl.constexpr,  # Shape
-    G_PAD: tl.constexpr,
-    SEQ_BLOCK: tl.constexpr,  # sequences that there is room for
-    IS_EARLY: tl.constexpr,  # whether whatever ran before may still run, and the next kernel may start
-):
-    """A program has the heads of a kv head's group, of a new token: a grid [num_kv_heads, num_seqs * QUERY_LEN]."""
-    if IS_EARLY:
-        # in this order: the next kernel reads queries and keys at once, and waits for this one only
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+@triton.jit
+def _write_thresholds(
+    tokens, queries, num_seqs, max_dense_len, min_step_tokens, min_length, max_length, stride_table_seq,
+    shape: tl.constexpr, G_PAD: tl.constexpr, SEQ_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Those of a kv head's group, of a new token; none where every key is kept."""
     kv_head = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1) // shape.QUERY_LEN
     token = seq
@@ -107,10 +90,47 @@ def threshold_kernel(
     tl.store(queries.thresholds + token.to(tl.int64) * queries.num_heads + head, threshold, mask=mask_g)
 
 
-def launch_thresholds(step: DecodeStep, tokens: Tokens, queries: Queries, shape: Shape, *, is_early: bool) -> None:
+# lengths and counts change from batch to batch: one compilation serves them all
+@triton.jit(
+    do_not_specialize=("num_seqs", "max_dense_len", "min_step_tokens", "min_length", "max_length", "stride_table_seq")
+)
+def threshold_kernel(
+    tokens,  # Tokens
+    queries,  # Queries, whose thresholds and sums over anchors are written
+    num_seqs,
+    max_dense_len,
+    min_step_tokens,
+    min_length,
+    max_length,
+    stride_table_seq,
+    shape: tl.constexpr,  # Shape
+    G_PAD: tl.constexpr,
+    SEQ_BLOCK: tl.constexpr,  # sequences that there is room for
+    IS_EARLY: tl.constexpr,  # whether whatever ran before may still run, and the next kernel may start
+    IS_SECOND: tl.constexpr,  # whether that is the step's own kernel, which has waited for queries and keys
+):
+    """A program has the heads of a kv head's group, of a new token: a grid [num_kv_heads, num_seqs * QUERY_LEN]."""
+    if IS_EARLY:
+        # in this order: the next kernel reads queries and keys at once, and waits for this one only
+        if not IS_SECOND:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    _write_thresholds(
+        tokens, queries, num_seqs, max_dense_len, min_step_tokens, min_length, max_length, stride_table_seq, shape,
+        G_PAD, SEQ_BLOCK,
+    )  # fmt: skip
+    if IS_EARLY and IS_SECOND and (tl.program_id(0) + tl.program_id(1) == 0):
+        # whoever waits for this kernel relies on the one before it too; one program that waits is enough
+        tl.extra.cuda.gdc_wait()
+
+
+def launch_thresholds(
+    step: DecodeStep, tokens: Tokens, queries: Queries, shape: Shape, *, is_early: bool, is_second: bool = False
+) -> None:
     """Write `queries.thresholds`; if `is_early`, the next kernel may start before they are, and waits itself.
 
-    Then it is also launched while whatever was launched before it still runs, and waits for that.
+    Then it is also launched while whatever was launched before it still runs, and waits for that: at once, or in the
+    end if it `is_second`, behind a kernel that has waited for queries and keys before it let this one start.
     """
     num_seqs, heads = len(step.seq_lens), shape.GROUP // shape.QUERY_LEN
     threshold_kernel[(queries.num_heads // heads, num_seqs * shape.QUERY_LEN)](
@@ -125,5 +145,6 @@ def launch_thresholds(step: DecodeStep, tokens: Tokens, queries: Queries, shape:
         G_PAD=max(MIN_COLUMNS, next_power_of_2(heads)),
         SEQ_BLOCK=room_for(num_seqs),
         IS_EARLY=is_early,
+        IS_SECOND=is_second,
         **launch_options(NUM_WARPS, is_early=is_early),
     )

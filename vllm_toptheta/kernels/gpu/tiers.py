@@ -10,6 +10,7 @@ from vllm_toptheta.kernels.gpu.merge import launch_merge
 from vllm_toptheta.kernels.gpu.records import Copies, Lists
 from vllm_toptheta.kernels.gpu.scratch import TierScratch
 from vllm_toptheta.kernels.gpu.shadow_step import ShadowStep, launch_queries, launch_split
+from vllm_toptheta.kernels.gpu.threshold_kernel import launch_thresholds
 from vllm_toptheta.kernels.gpu.values import check_cuda
 from vllm_toptheta.limits import gpus_lack
 
@@ -45,13 +46,20 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
     if call.query.shape[0] == 0:
         return
     copies = Copies.of(tiers, codes, (scratch.query_codes, scratch.query_terms))
-    launch_queries(given, scratch, copies, tokens_at_once=TOKENS_PER_STEP if scratch.loader is None else 0)
-    if scratch.loader is not None:
-        early = given.launches.is_early
-        launch_tier_copy(scratch.loader, given.split.tokens, copies, max_query_len=1, is_early=early)
+    early, split = given.launches.is_early, given.split
+    if scratch.loader is None:
+        launch_thresholds(step, split.tokens, split.queries, split.shape, is_early=early)
+        launch_queries(given, scratch, copies, tokens_at_once=TOKENS_PER_STEP)
+        heavy, light = Lists(scratch.heavy, scratch.heavy_order), Lists(scratch.light, scratch.light_order)
+        launch_split(given, scratch.config, copies, heavy, light, log_heavy=tiers.log_heavy)
+    else:
+        # Nobody needs these copies in this step. The scan begins while thresholds are worked out, so nothing that waits
+        # on its multiprocessors stands in front: what answers a step of which all keys are read comes behind it.
+        launch_tier_copy(scratch.loader, split.tokens, copies, max_query_len=1, is_early=early)
+        launch_thresholds(step, split.tokens, split.queries, split.shape, is_early=early, is_second=True)
         launch_tier_split(
             scratch.loader,
-            given.split,
+            split,
             copies,
             scratch.saved,
             given.launches.head_programs,
@@ -60,7 +68,5 @@ def decode(step: DecodeStep, call: LayerCall, scratch: TierScratch) -> None:
             log_heavy=tiers.log_heavy,
             is_early=early,
         )
-    else:
-        heavy, light = Lists(scratch.heavy, scratch.heavy_order), Lists(scratch.light, scratch.light_order)
-        launch_split(given, scratch.config, copies, heavy, light, log_heavy=tiers.log_heavy)
-    launch_merge(step, call, given.split.pieces, given.launches, given.choice)
+        launch_queries(given, scratch, copies, tokens_at_once=0)
+    launch_merge(step, call, split.pieces, given.launches, given.choice)

@@ -28,6 +28,12 @@ __device__ __forceinline__ void async_copy16(void* shared_to, const void* global
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global_from) : "memory");
 }
 
+// The same of 4 bytes, between multiples of 4, through L1.
+__device__ __forceinline__ void async_copy4(void* shared_to, const void* global_from) {
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared_to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global_from) : "memory");
+}
+
 // Closes this thread's group of copies, which may be empty.
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -141,6 +147,13 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     }
     return packed;
+}
+
+// Products of two float16 each, at most the largest float16.
+__device__ __forceinline__ uint32_t multiply_half2(uint32_t x, uint32_t y) {
+    uint32_t products;
+    asm("mul.rn.f16x2 %0, %1, %2;\n    min.f16x2 %0, %0, %3;" : "=&r"(products) : "r"(x), "r"(y), "r"(0x7bff7bffu));
+    return products;
 }
 
 // from + x * y bytes

@@ -56,6 +56,7 @@ __device__ __forceinline__ void copy_token(
     if (lane == 0) steps[BLOCK_SIZE] = half_of(__fdiv_rn(square, fmaxf(overlap, LEAST_STEP)));
 }
 
+// The first kernel of a step: the next reads keys and values at once, because they stood there when this one let it start.
 extern "C" __global__ void __launch_bounds__(32 * COPY_WARPS) tier_copy(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     int kv_head = blockIdx.x, seq = blockIdx.y;

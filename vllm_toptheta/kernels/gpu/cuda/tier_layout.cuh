@@ -13,7 +13,8 @@ constexpr uint32_t ACC_QUAD = GROUP <= 4 ? 2 : 4;             // lanes of a quad
 constexpr uint32_t STAGE_STEPS = HEAD_SIZE <= 128 ? 2 : 1;    // of a stage of the ring
 constexpr uint32_t STAGE_TOKENS = STAGE_STEPS * STEP, STAGE_SLOTS = STAGE_TOKENS / 16;
 constexpr uint32_t FETCH_STAGES = 32 / STAGE_SLOTS;           // that a warp looks up blocks for at a time
-constexpr uint32_t LIGHT_ROOM = 64, LIGHT_STRIDE = 72;        // the stride spreads heads over the banks
+constexpr uint32_t LIGHT_ROOM = 128, LIGHT_STRIDE = 136;      // the stride spreads pairs of heads over the banks
+constexpr uint32_t LIGHT_BATCHES = 2;                         // of 16 light keys, that are on their way at a time
 constexpr uint32_t IS_DONE = 1u << 31;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
@@ -22,7 +23,9 @@ constexpr uint32_t STEPS_AT = STEP * HALF, STEP_BYTES = STEPS_AT + 2 * STEP, STA
 constexpr uint32_t SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16, LIGHT_AT = 0, EXACT_AT = SUMS_BYTES;
 constexpr uint32_t IDS_AT = STAGES * STAGE_BYTES > 2 * SUMS_BYTES ? STAGES * STAGE_BYTES : 2 * SUMS_BYTES;
 constexpr uint32_t WEIGHTS_AT = IDS_AT + 64 * 4;
-constexpr uint32_t SLOTS_AT = WEIGHTS_AT + HEADS * LIGHT_STRIDE * 4, HEAVY_AT = SLOTS_AT + LIGHT_ROOM * 4;
+constexpr uint32_t SLOTS_AT = WEIGHTS_AT + HEADS / 2 * LIGHT_STRIDE * 4, CODES_AT = SLOTS_AT + LIGHT_ROOM * 4;
+constexpr uint32_t LIGHT_STEPS_AT = 16 * QUARTER, BATCH_BYTES = LIGHT_STEPS_AT + 16 * 4;  // of light keys' codes
+constexpr uint32_t HEAVY_AT = CODES_AT + LIGHT_BATCHES * BATCH_BYTES;
 constexpr uint32_t PLACE_AT = HEAVY_AT + HEAVY_ROOM * 4, PLACE_BYTES = 48, WARP_BYTES = PLACE_AT + PLACE_BYTES;
 constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
 constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
@@ -30,7 +33,9 @@ constexpr uint32_t NUM_STATS = 6, COUNTS_AT = STATS_AT + WARPS * NUM_STATS * 16 
 constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
 constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, TERMS_AT = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
 constexpr uint32_t LISTED_AT = TERMS_AT + 16 * 3 * 4, SHARED_BYTES = LISTED_AT + 64;  // at most 16 warps
-static_assert(STAGE_BYTES % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");
+static_assert(STAGES >= 3, "codes and light keys arrive in groups");
+static_assert(LIGHT_ROOM >= STAGE_TOKENS + 16 * LIGHT_BATCHES + 16, "light keys of a stage have room");
+static_assert(STAGE_BYTES % 16 == 0 && CODES_AT % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");
 static_assert(SHARED_BYTES == EXPECTED_SHARED_BYTES, "the launch asks for what is used");
 
 struct Args {

@@ -13,29 +13,41 @@ struct Scan : Warp {
     float scale[COLUMNS][2], offset[COLUMNS][2], light_limit[COLUMNS][2], heavy_limit[COLUMNS][2];
     float anchor[COLUMNS][2];
     int middle[COLUMNS][2];
-    // All are relative to the anchors, and 2^log2_scale times too large. Of all keys that are not heavy, and of light keys, for
-    // the head of `weight_head`: weights, their products with steps of values, and sums of codes that stand where they stand
-    // in their bytes, as float16 of those bits.
-    float total[COLUMNS][2], kept[COLUMNS], stepped[COLUMNS], light[COLUMNS][TILES][4];
-    uint32_t light_begin, light_end, heavy_count;
-    uint32_t pending[4][VALUE_WORDS], pending_steps[4];
+    // Sums of weights of all keys that are not heavy, relative to the anchors, and 2^log2_scale times too large; and of light keys
+    // as products have them, with heads 8 c + 2 t + e: weights, their products with steps of values, and those with codes, which
+    // are the float16 of their bits where they stand in their bytes.
+    float total[COLUMNS][2], kept[COLUMNS][4], stepped[COLUMNS][4], light[COLUMNS][TILES][4];
+    uint32_t weighed, requested, light_end;  // of the ring of light keys; the first two are multiples of 16
+    uint32_t heavy_count;
     uint32_t next_block, next_in_page;  // of the sixteens that follow
 
     __device__ __forceinline__ uint32_t first_head() const { return ROW_TOKENS == 2 ? t % 2 * 2 : t * 2; }
 
-    __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int seq, int kv_head) : Warp(warp) {
+    // of what stood there before the kernel in front began
+    __device__ __forceinline__ Scan(const Warp& warp, const Args& a, int kv_head) : Warp(warp) {
         lane_codes = a.codes + (uint64_t)kv_head * a.code_stride_head + 16 * lane;
         code_stride = a.code_stride_block;
         keys_at = at + g * HALF + t * KEY_WORDS * 4;
         steps_at = at + STEPS_AT + 2 * g + (ROW_TOKENS == 2 ? t / 2 * 32 : 0);
-        weights_at = at + WEIGHTS_AT + first_head() * LIGHT_STRIDE * 4;
+        weights_at = at + WEIGHTS_AT + first_head() / 2 * LIGHT_STRIDE * 4;
         leader_bit = 1u << (lane & (ROW_TOKENS == 2 ? ~1u : ~3u)), below = leader_bit - 1;
         first_sixteen = start / 16 + STAGE_SLOTS * warp.warp;
         first_special = first_recent - 16;
         // as values that the compiler cannot work out again in every step
         opaque(lane_codes), opaque(keys_at), opaque(steps_at), opaque(weights_at), opaque(leader_bit), opaque(below), opaque(first_special);
         logits_soft_cap = a.logits_soft_cap;
-        uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) total[c][0] = total[c][1] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) kept[c][i] = stepped[c][i] = 0.0f;
+        clear(light);
+        weighed = requested = light_end = heavy_count = 0;
+    }
+
+    // what `prepare` and the kernel in front have left of the heads from row `first_row` on
+    __device__ __forceinline__ void load_terms(const Args& a, uint32_t first_row) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
@@ -46,22 +58,6 @@ struct Scan : Warp {
                 float lse = is_there ? a.anchor_lse[row] : 0.0f;
                 heavy_limit[c][e] = is_there ? lse + a.log_heavy : HIGHEST;
                 anchor[c][e] = a.log2_scale - lse * LOG2_E;
-                total[c][e] = 0.0f;
-            }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) kept[c] = stepped[c] = 0.0f;
-        clear(light);
-        light_begin = light_end = heavy_count = 0;
-    }
-
-    // what `prepare` has left
-    __device__ __forceinline__ void load_terms() {
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                uint32_t head = 8 * c + first_head() + e;
-                bool is_there = head < GROUP;
                 const float* terms = reinterpret_cast<const float*>(dynamic_shared() + TERMS_AT) + 3 * head;
                 scale[c][e] = is_there ? terms[0] * 0.0625f : 0.0f;
                 middle[c][e] = is_there ? int(terms[1] * -16.0f) : 0;
@@ -70,7 +66,8 @@ struct Scan : Warp {
     }
 
     __device__ __forceinline__ uint32_t* ids() const { return reinterpret_cast<uint32_t*>(mine() + IDS_AT); }
-    __device__ __forceinline__ float* weights() const { return reinterpret_cast<float*>(mine() + WEIGHTS_AT); }
+    // of two heads a word
+    __device__ __forceinline__ uint32_t* weights() const { return reinterpret_cast<uint32_t*>(mine() + WEIGHTS_AT); }
     __device__ __forceinline__ uint32_t* slots() const { return reinterpret_cast<uint32_t*>(mine() + SLOTS_AT); }
 
     // ---- codes arrive ----
@@ -125,54 +122,81 @@ struct Scan : Warp {
         }
     }
 
-    // ---- light keys, 16 of the ring ----
-    __device__ __forceinline__ void request_light() {
-        const uint32_t* of_lane = slots() + light_begin % LIGHT_ROOM + 2 * t;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            uint32_t slot = of_lane[(k & 1) + 8 * (k >> 1)], in_page = slot % BLOCK_SIZE;
-            const uint8_t* page = lane_of(slot);
-            // codes of all keys stand in front, which are more than what `lane_of` is ahead by
-            const uint8_t* code = ahead(page, in_page * QUARTER + (BLOCK_SIZE * HALF + g * VALUE_BYTES - 16 * lane), 1);
-            if constexpr (VALUE_BYTES == 2) {
-                pending[k][0] = load2(code);
-            } else if constexpr (VALUE_BYTES == 4) {
-                pending[k][0] = load4(code);
-            } else {
-                uint2 v = load8(code);
-                pending[k][0] = v.x, pending[k][VALUE_WORDS - 1] = v.y;
-            }
-            pending_steps[k] = load2(ahead(page, 2 * in_page + (BLOCK_SIZE * (HALF + QUARTER + 2) - 16 * lane), 1));
-        }
-        light_begin += 16;
+    // ---- light keys, 16 of the ring at a time ----
+    // Codes of values arrive in shared memory, not in registers: the compiler waits for those at the next branch. Keys stand there
+    // as `weigh_light` reads them: number k of lane t of a quad is key 2 t + k % 2 + k / 2 * 8.
+    __device__ __forceinline__ uint8_t* batch_of(uint32_t first) const {
+        return mine() + (CODES_AT + first / 16 % LIGHT_BATCHES * BATCH_BYTES);
     }
 
-    // the head whose weights of `COLUMNS` block c this lane gives to products
-    __device__ __forceinline__ uint32_t weight_head(int c) const { return 8 * c + g % HEADS; }
+    __device__ __forceinline__ void request_light() {
+        constexpr uint32_t PARTS = QUARTER / 16;  // of a key's codes
+        uint8_t* to = batch_of(requested);
+        const uint32_t* first = slots() + requested % LIGHT_ROOM;
+#pragma unroll
+        for (uint32_t i = 0; i < 16 * PARTS; i += 32) {
+            uint32_t index = i + lane, k = index / (4 * PARTS), of_quad = index / PARTS % 4, part = index % PARTS;
+            if (16 * PARTS < 32 && index >= 16 * PARTS) break;
+            uint32_t slot = first[2 * of_quad + k % 2 + k / 2 * 8], in_page = slot % BLOCK_SIZE;
+            const uint8_t* page = lane_of(slot);
+            // codes of all keys stand in front, which are more than what `lane_of` is ahead by
+            async_copy16(to + 16 * index, ahead(page, in_page * QUARTER + (BLOCK_SIZE * HALF + 16 * part - 16 * lane), 1));
+            if (part == 0) {
+                // with that of its neighbour
+                uint32_t step = 2 * (in_page - in_page % 2) + (BLOCK_SIZE * (HALF + QUARTER + 2) - 16 * lane);
+                async_copy4(to + LIGHT_STEPS_AT + 4 * (4 * of_quad + k), ahead(page, step, 1));
+            }
+        }
+        requested += 16;
+    }
+
+    // codes of number k
+    __device__ __forceinline__ void load_codes(const uint8_t* batch, int k, uint32_t (&words)[VALUE_WORDS]) const {
+        const uint8_t* from = batch + (4 * k + t) * QUARTER + g * VALUE_BYTES;
+        if constexpr (VALUE_BYTES == 2) {
+            words[0] = *reinterpret_cast<const uint16_t*>(from);
+        } else if constexpr (VALUE_BYTES == 4) {
+            words[0] = *reinterpret_cast<const uint32_t*>(from);
+        } else {
+            uint2 v = *reinterpret_cast<const uint2*>(from);
+            words[0] = v.x, words[VALUE_WORDS - 1] = v.y;
+        }
+    }
 
     __device__ __forceinline__ void weigh_light() {
-        const float* of_lane = weights() + (light_begin - 16) % LIGHT_ROOM + 2 * t;
-        float step[4];
+        constexpr uint32_t ONES = 0x3c003c00;
+        const uint8_t* batch = batch_of(weighed);
+        uint32_t first = weighed % LIGHT_ROOM + 2 * t;
+        uint4 steps_at = *reinterpret_cast<const uint4*>(batch + LIGHT_STEPS_AT + 16 * t);
+        uint32_t codes[4][VALUE_WORDS], operand[COLUMNS][2], weight[COLUMNS][2];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) step[k] = half_to_float(pending_steps[k]);
-        uint32_t operand[COLUMNS][2];
+        for (int k = 0; k < 4; ++k) load_codes(batch, k, codes[k]);
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
+        for (int k = 0; k < 2; ++k) {
+            // steps of two keys, each the upper or the lower half of a word
+            uint2 slot = *reinterpret_cast<const uint2*>(slots() + first + 8 * k);
+            uint32_t selector = 0x5410 + slot.x % 2 * 0x22 + slot.y % 2 * 0x2200;
+            uint32_t steps = permute_bytes(k ? steps_at.z : steps_at.x, k ? steps_at.w : steps_at.y, selector);
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
+            for (int c = 0; c < COLUMNS; ++c) {
                 // lanes of columns without a head take another's, and nobody looks at what comes of it
-                float2 v = *reinterpret_cast<const float2*>(of_lane + weight_head(c) * LIGHT_STRIDE + 8 * k);
-                float first = fminf(v.x * step[2 * k], LARGEST_HALF), second = fminf(v.y * step[2 * k + 1], LARGEST_HALF);
-                kept[c] += v.x + v.y, stepped[c] += first + second;
-                operand[c][k] = pack_half<true>(first, second);
+                uint2 v = *reinterpret_cast<const uint2*>(weights() + (4 * c + g % HEADS / 2) * LIGHT_STRIDE + first + 8 * k);
+                weight[c][k] = permute_bytes(v.x, v.y, g % 2 ? 0x7632 : 0x5410);
+                operand[c][k] = multiply_half2(weight[c][k], steps);
             }
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            mma_half<true>(kept[c], ONES, ONES, ONES, ONES, weight[c][0], weight[c][1]);
+            mma_half<true>(stepped[c], ONES, ONES, ONES, ONES, operand[c][0], operand[c][1]);
+        }
 #pragma unroll
         for (int b = 0; b < VALUE_BYTES; ++b) {
             // a code is a number of the least float16 where it stands; `value_of_light` makes levels of their sums
             uint32_t code[2][4];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                uint32_t both = permute_bytes(pending[2 * k][b / 4], pending[2 * k + 1][b / 4], 0x4400 + b % 4 * 0x1111);
+                uint32_t both = permute_bytes(codes[2 * k][b / 4], codes[2 * k + 1][b / 4], 0x4400 + b % 4 * 0x1111);
 #pragma unroll
                 for (int quarter = 0; quarter < 4; ++quarter) code[k][quarter] = both & 0x00030003u << 2 * quarter;
             }
@@ -182,6 +206,32 @@ struct Scan : Warp {
                 for (int i = 0; i < 2; ++i)
                     mma_half<true>(light[c][2 * b + i], code[0][2 * i], code[0][2 * i + 1], code[1][2 * i], code[1][2 * i + 1],
                                    operand[c][0], operand[c][1]);
+        }
+        weighed += 16;
+    }
+
+    // Weigh what has arrived, and ask for the next of the keys before `end`, as one group.
+    __device__ __forceinline__ void turn_over_light(uint32_t end) {
+        while (weighed != requested) weigh_light();
+        __syncwarp();  // what is read is written over
+        while (end - requested >= 16 && requested - weighed < 16 * LIGHT_BATCHES) request_light();
+        async_commit();
+    }
+
+    // Weigh all keys of the ring, of which none is on its way unseen.
+    __device__ __forceinline__ void finish_light() {
+        uint32_t end = (light_end + 15) / 16 * 16;
+        if (light_end + lane < end) {
+            // the last key again, with weight 0
+            uint32_t index = (light_end + lane) % LIGHT_ROOM;
+            slots()[index] = slots()[(light_end - 1) % LIGHT_ROOM];
+            for (int pair = 0; pair < HEADS / 2; ++pair) weights()[pair * LIGHT_STRIDE + index] = 0;
+        }
+        __syncwarp();
+        while (weighed != end) {
+            turn_over_light(end);
+            async_wait<0>();
+            __syncwarp();
         }
     }
 
@@ -305,17 +355,20 @@ struct Scan : Warp {
                 bool is_light = light_tokens & leader_bit << r;
                 uint32_t before = light_tokens & (r ? below | leader_bit : below);
                 uint32_t index_at = 4 * (light_end + __popc(before)) % (4 * LIGHT_ROOM);
-                float* of_token = reinterpret_cast<float*>(dynamic_shared() + (weights_at + index_at));
+                uint32_t* of_token = reinterpret_cast<uint32_t*>(dynamic_shared() + (weights_at + index_at));
 #pragma unroll
-                for (int c = 0; c < COLUMNS; ++c)
+                for (int c = 0; c < COLUMNS; ++c) {
+                    float weight[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        float exponential = exp2_fast(__fmaf_rn(score[r][c][e], LOG2_E, anchor[c][e]));
-                        total[c][e] += exponential;
-                        if (is_light) of_token[(8 * c + e) * LIGHT_STRIDE] = keep[r][c][e] ? exponential : 0.0f;
+                        weight[e] = exp2_fast(__fmaf_rn(score[r][c][e], LOG2_E, anchor[c][e]));
+                        total[c][e] += weight[e];
+                        if (!keep[r][c][e]) weight[e] = 0.0f;
                     }
-                // a leader has the first head, behind whose weights, and those of all others, slots stand
-                if (is_light && is_leader) reinterpret_cast<uint32_t*>(of_token)[HEADS * LIGHT_STRIDE] = first_slot + 8 * r;
+                    if (is_light) of_token[4 * c * LIGHT_STRIDE] = pack_half<true>(weight[0], weight[1]);
+                }
+                // a leader has the first heads, behind whose weights, and those of all others, slots stand
+                if (is_light && is_leader) of_token[HEADS / 2 * LIGHT_STRIDE] = first_slot + 8 * r;
             }
             light_end += __popc(light_tokens);
         }
@@ -345,13 +398,13 @@ struct Scan : Warp {
     // stages from `stage` on, until all are done or the list has no room for another; returns the next
     __device__ __forceinline__ uint32_t run(uint32_t stage, uint32_t num_stages) {
         uint32_t buffer = 0, free_buffer = (STAGES - 1) * STAGE_BYTES;
+        async_wait<STAGES - 2>();
+        __syncwarp();
         for (; stage < num_stages && heavy_count <= HEAVY_ROOM - STAGE_TOKENS; ++stage) {
-            async_wait<STAGES - 2>();
-            __syncwarp();
             // what is written to was read in the stage before
-            uint32_t ahead = stage + STAGES - 1;
-            if (ahead % FETCH_STAGES == 0) keep_ids(ahead);
-            if (ahead < num_stages) request(ahead, free_buffer);
+            uint32_t next = stage + STAGES - 1;
+            if (next % FETCH_STAGES == 0) keep_ids(next);
+            if (next < num_stages) request(next, free_buffer);
             async_commit();
             uint32_t specials = place().specials[stage / FETCH_STAGES % 4] >> stage % FETCH_STAGES * STAGE_SLOTS;
             uint32_t at_step = buffer, slots_at = at + IDS_AT + 4 * STAGE_SLOTS * (stage % (2 * FETCH_STAGES));
@@ -363,31 +416,23 @@ struct Scan : Warp {
                 } else {
                     scan<false>(at_step, slots_at, stage, step);
                 }
-                __syncwarp();
-                while (light_end - light_begin >= 16) {
-                    if (light_begin) weigh_light();
-                    request_light();
-                }
             }
+            // all but the last group: codes of the next stage, and of light keys that were asked for in the stage before
+            async_wait<1>();
+            __syncwarp();
+            turn_over_light(light_end);
+            while (light_end - weighed > LIGHT_ROOM - STAGE_TOKENS) {
+                async_wait<0>();
+                __syncwarp();
+                turn_over_light(light_end);
+            }
+            __syncwarp();
             free_buffer = buffer;
             buffer = buffer == (STAGES - 1) * STAGE_BYTES ? 0 : buffer + STAGE_BYTES;
         }
         async_wait<0>();
-        if (light_begin) weigh_light();
-        if (light_end > light_begin) {
-            // the last key again, with weight 0
-            uint32_t last = slots()[(light_end - 1) % LIGHT_ROOM];
-            __syncwarp();
-            if (lane < light_begin + 16 - light_end) {
-                uint32_t index = (light_end + lane) % LIGHT_ROOM;
-                slots()[index] = last;
-                for (int head = 0; head < HEADS; ++head) weights()[head * LIGHT_STRIDE + index] = 0.0f;
-            }
-            __syncwarp();
-            request_light();
-            weigh_light();
-        }
         __syncwarp();
+        finish_light();
         return stage;
     }
 };

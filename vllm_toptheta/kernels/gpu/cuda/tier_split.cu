@@ -27,7 +27,7 @@
 #include "tier_scan.cuh"
 
 // what a warp saves of each part while it works on the other: floats of a lane
-constexpr uint32_t SAVED_LIGHT = COLUMNS * (TILES * 4 + 4), SAVED = SAVED_LIGHT + COLUMNS * (TILES * 4 + 6) + 1;
+constexpr uint32_t SAVED_LIGHT = COLUMNS * (TILES * 4 + 10), SAVED = SAVED_LIGHT + COLUMNS * (TILES * 4 + 6) + 1;
 static_assert(SAVED == EXPECTED_SAVED, "the scratch has what is saved");
 
 typedef float Rows[COLUMNS][TILES * 4];
@@ -40,18 +40,6 @@ __device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS][N]) 
 #pragma unroll
         for (int i = 0; i < N; ++i, to += 32) *to = x[c][i];
     return to;
-}
-
-__device__ __forceinline__ float* save(float* to, const float (&x)[COLUMNS]) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c, to += 32) *to = x[c];
-    return to;
-}
-
-__device__ __forceinline__ const float* restore(const float* from, float (&x)[COLUMNS]) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c, from += 32) x[c] = *from;
-    return from;
 }
 
 template <int N>
@@ -97,11 +85,14 @@ __device__ __forceinline__ void share_light(const Warp& w, const Scan& scan, flo
             float total = sum_of(scan.total[c][e], FIRST_BIT);
             if (w.lane < FIRST_BIT) stats[48 + 8 * c + scan.first_head() + e] = total;
         }
+    // in every row the same
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
-        float kept = sum_of(scan.kept[c], 1, 4), stepped = sum_of(scan.stepped[c], 1, 4);
-        if (w.t == 0 && w.g < HEADS) stats[64 + scan.weight_head(c)] = kept, stats[80 + scan.weight_head(c)] = stepped;
-    }
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            uint32_t head = 8 * c + 2 * w.t + e;
+            if (w.g == 0 && head < HEADS) stats[64 + head] = scan.kept[c][e], stats[80 + head] = scan.stepped[c][e];
+        }
 }
 
 // what the warps have in common; queries as operands, exact ones and codes: y = R q, step = max |y| / 127, code = round(y / step)
@@ -270,6 +261,7 @@ __device__ __forceinline__ void attend_piece(
     Exact exact;
     if (is_dense) {
         prepare(a, seq, kv_head, w, seq_len, is_dense);
+        wait_for_predecessor();
         begin_exact(exact);
         keys = w.end - w.start;
         w.attend_keys(exact, keys, [&](uint32_t i) {
@@ -285,11 +277,14 @@ __device__ __forceinline__ void attend_piece(
         do {
             uint32_t count = 0;
             if (!is_done) {
-                Scan scan(w, a, seq, kv_head);
+                Scan scan(w, a, kv_head);
                 scan.begin(stage, num_stages);
                 // while the first codes are on their way
-                if (is_first) prepare(a, seq, kv_head, w, seq_len, is_dense);
-                scan.load_terms();
+                if (is_first) {
+                    prepare(a, seq, kv_head, w, seq_len, is_dense);
+                    wait_for_predecessor();
+                }
+                scan.load_terms(a, first_row);
                 if (!is_first) restore(restore(restore(restore(saved, scan.total), scan.kept), scan.stepped), as_rows(scan.light));
                 stage = scan.run(stage, num_stages);
                 is_done = stage >= num_stages;
@@ -348,19 +343,22 @@ __device__ __forceinline__ void attend_piece(
     __syncthreads();
 }
 
+// Before it waits, this kernel reads what stood there before the two kernels in front began: lengths, queries, keys and
+// codes. Codes that they write are of a page that is read exactly (`first_recent`). It writes nothing before.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(const __grid_constant__ Args a) {
     uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     allow_successor();
-    // of lengths, which stood there before the kernel in front began
     int first_programs = first_programs_of(a, lane);
     StepTokens tokens = tokens_of(a, lane);
     Step step = step_of(a, tokens, a.schedule.num_programs, lane);
     auto [kv_head, program, num_programs] = place_of(a, is_balanced(a, tokens, step, first_programs, lane), first_programs, lane);
     if (num_programs != a.schedule.num_programs) step = step_of(a, tokens, max(num_programs, 1), lane);
-    wait_for_predecessor();  // in any case: whoever waits for this kernel relies on the ones before it too
-    // the kernel in front has read all keys then
-    if (step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded) return;
-    if (!num_programs) return;  // a program of no head
+    // the kernel behind reads all keys then
+    bool is_short = step.num_tokens < a.few_tokens || step.num_tokens < a.short_length * step.num_decoded;
+    if (is_short || !num_programs) {  // or a program of no head
+        wait_for_predecessor();
+        return;
+    }
     Warp w{warp * WARP_BYTES, warp, lane, lane / 4, lane % 4, 0, 0, 0, nullptr};
     Walk walk = walk_of(a, step, program, lane);
     PieceTokens piece;
@@ -373,4 +371,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) tier_split(co
         long long number = (long long)(program + piece.seq) * a.num_kv_heads + kv_head;
         attend_piece(a, w, piece.seq, kv_head, number, piece.seq_len, piece.is_dense);
     }
+    // in any case: whoever waits for this kernel relies on the ones before it too
+    wait_for_predecessor();
 }

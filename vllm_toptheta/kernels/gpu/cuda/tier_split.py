@@ -78,11 +78,12 @@ def split_sizes(head_size: int, group: int, heavy_room: int = _LEAST_HEAVY_ROOM)
     heads = 4 if row_tokens == 2 else 8 * columns
     stage_tokens = 64 if head_size <= 128 else 32
     ring = max(stages * stage_tokens * (head_size // 2 + 2), 2 * columns * tiles * 8 * quad * 16)
-    warp_bytes = ring + 32 * 8 + heads * 72 * 4 + 64 * 4 + heavy_room * 4 + 48
+    light_bytes = heads // 2 * 136 * 4 + 128 * 4 + 2 * (16 * head_size // 4 + 64)
+    warp_bytes = ring + 32 * 8 + light_bytes + heavy_room * 4 + 48
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
     common = 64 + 8 * columns * (2 * head_size + 64) + warps * (6 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common
-    return SplitSizes(warps, stages, resident, heavy_room, shared_bytes, columns * (8 * tiles + 10) + 1)
+    return SplitSizes(warps, stages, resident, heavy_room, shared_bytes, columns * (8 * tiles + 16) + 1)
 
 
 class Arguments(ctypes.Structure):
