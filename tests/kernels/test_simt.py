@@ -74,7 +74,7 @@ def inputs() -> Probe:
         codes=torch.empty(64, 4, dtype=torch.int32),
         halves=torch.empty(2, 64, 4),
         transposed=torch.empty(64, dtype=torch.int32),
-        bits=torch.empty(NUM_WORDS, 3, dtype=torch.int32),
+        bits=torch.empty(NUM_WORDS, 4, dtype=torch.int32),
         reals=torch.empty(NUM_WORDS, 5),
         copied=torch.empty(64, 4, dtype=torch.int32),
         collected=torch.empty(64, 8, dtype=torch.int32),
@@ -162,6 +162,13 @@ def test_bytes_are_permuted(probe: Probe) -> None:
         byte = table.gather(1, (nibble & 7)[:, None])[:, 0]
         expected = torch.where(nibble >= 8, torch.where(byte >= 128, 255, 0), byte)
         assert torch.equal(probe.bits[:, 0].contiguous().view(torch.uint8).view(-1, 4)[:, i].long(), expected)
+
+
+def test_products_of_two_are_at_most_the_largest(probe: Probe) -> None:
+    x, y = (probe.words[:, i].contiguous().view(torch.float16).double() for i in range(2))
+    expected = torch.fmin((x * y).to(torch.float16), torch.tensor(65504.0, dtype=torch.float16))
+    assert torch.equal(probe.bits[:, 3].contiguous().view(torch.float16), expected)
+    assert bool((expected == 65504.0).any())
 
 
 @pytest.mark.parametrize(("column", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])

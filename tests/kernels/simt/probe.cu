@@ -7,7 +7,7 @@ struct Arguments {
     int* codes;                 // [64, 4]
     float* halves;              // [2, 64, 4]: float16, bfloat16
     uint32_t* transposed;       // [64]
-    uint32_t* bits;             // [num_words, 3]: permute_bytes, pack_half of float16 and of bfloat16
+    uint32_t* bits;             // [num_words, 4]: permute_bytes, pack_half of float16 and of bfloat16, multiply_half2
     float* reals;               // [num_words, 5]: 2 ** x, x / (|y| + 1), float16 twice and bfloat16 of the low 16 bits of x
     uint4* copied;              // [64]: what the neighbour's fragments begin with
     int* collected;             // [64, 8]
@@ -37,9 +37,10 @@ extern "C" __global__ void __launch_bounds__(64) probe(const Arguments arguments
     for (int i = thread; i < arguments.num_words; i += blockDim.x) {
         const uint32_t x = arguments.words[3 * i], y = arguments.words[3 * i + 1], z = arguments.words[3 * i + 2];
         const float low = arguments.floats[2 * i], high = arguments.floats[2 * i + 1];
-        arguments.bits[3 * i] = permute_bytes(x, y, z);
-        arguments.bits[3 * i + 1] = pack_half<true>(low, high);
-        arguments.bits[3 * i + 2] = pack_half<false>(low, high);
+        arguments.bits[4 * i] = permute_bytes(x, y, z);
+        arguments.bits[4 * i + 1] = pack_half<true>(low, high);
+        arguments.bits[4 * i + 2] = pack_half<false>(low, high);
+        arguments.bits[4 * i + 3] = multiply_half2(x, y);
         const uint16_t half = load2(ahead(reinterpret_cast<const uint8_t*>(arguments.words), i, 12));
         arguments.reals[5 * i] = exp2_fast(low);
         arguments.reals[5 * i + 1] = divide_fast(low, fabsf(high) + 1.0f);
@@ -48,10 +49,12 @@ extern "C" __global__ void __launch_bounds__(64) probe(const Arguments arguments
         arguments.reals[5 * i + 4] = element_to_float<false>(half);
     }
 
-    // 64 copies of 16 bytes in two groups; the second is awaited last
+    // 64 copies of 16 bytes in two groups, of which the second comes in parts of 4; it is awaited last
     uint8_t* shared = dynamic_shared();
     for (int group = 0; group < 2; ++group) {
-        if (thread / 32 == group) async_copy16(shared + 16 * thread, arguments.fragments + 4 * thread);
+        if (thread / 32 == group && group == 0) async_copy16(shared + 16 * thread, arguments.fragments + 4 * thread);
+        for (int i = 0; i < 4 && thread / 32 == group && group == 1; ++i)
+            async_copy4(shared + 16 * thread + 4 * i, arguments.fragments + 4 * thread + i);
         async_commit();
     }
     async_wait<1>();

@@ -58,7 +58,8 @@ __device__ __forceinline__ Keys load_keys(const Piece& piece, const uint32_t* sl
 __device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_t* slots, const Keys& keys, Exact& x) {
     uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
     float products[COLUMNS][4] = {};
-    const uint8_t* query = dynamic_shared() + QUERY_AT + g * QUERY_STRIDE + 16 * t;
+    // columns without a head take another's, which nobody looks at
+    const uint8_t* query = dynamic_shared() + QUERY_AT + g % HEADS * QUERY_STRIDE + 16 * t;
 #pragma unroll
     for (int i = 0; i < HEAD_SIZE / 32; ++i)
 #pragma unroll

@@ -19,20 +19,21 @@ constexpr uint32_t IS_DONE = 1u << 31;
 
 // bytes of shared memory: what every warp has, and behind that what all have together
 constexpr uint32_t STEPS_AT = STEP * HALF, STEP_BYTES = STEPS_AT + 2 * STEP, STAGE_BYTES = STAGE_STEPS * STEP_BYTES;
-// in the end, sums stand where the ring was
+// in the end, sums stand where the ring was, and what they are relative to where codes of light keys were
 constexpr uint32_t SUMS_BYTES = COLUMNS * TILES * 8 * ACC_QUAD * 16, LIGHT_AT = 0, EXACT_AT = SUMS_BYTES;
 constexpr uint32_t IDS_AT = STAGES * STAGE_BYTES > 2 * SUMS_BYTES ? STAGES * STAGE_BYTES : 2 * SUMS_BYTES;
 constexpr uint32_t WEIGHTS_AT = IDS_AT + 64 * 4;
 constexpr uint32_t SLOTS_AT = WEIGHTS_AT + HEADS / 2 * LIGHT_STRIDE * 4, CODES_AT = SLOTS_AT + LIGHT_ROOM * 4;
 constexpr uint32_t LIGHT_STEPS_AT = 16 * QUARTER, BATCH_BYTES = LIGHT_STEPS_AT + 16 * 4;  // of light keys' codes
+constexpr uint32_t STATS_AT = CODES_AT, NUM_STATS = 6;  // of 16 heads each
 constexpr uint32_t HEAVY_AT = CODES_AT + LIGHT_BATCHES * BATCH_BYTES;
 constexpr uint32_t PLACE_AT = HEAVY_AT + HEAVY_ROOM * 4, PLACE_BYTES = 48, WARP_BYTES = PLACE_AT + PLACE_BYTES;
 constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
-constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, STATS_AT = QUERY_AT + 8 * COLUMNS * QUERY_STRIDE;
-constexpr uint32_t NUM_STATS = 6, COUNTS_AT = STATS_AT + WARPS * NUM_STATS * 16 * 4;
+constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, COUNTS_AT = QUERY_AT + HEADS * QUERY_STRIDE;
 constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
 constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, TERMS_AT = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
 constexpr uint32_t LISTED_AT = TERMS_AT + 16 * 3 * 4, SHARED_BYTES = LISTED_AT + 64;  // at most 16 warps
+static_assert(NUM_STATS * 16 * 4 <= LIGHT_BATCHES * BATCH_BYTES, "room of statistics");
 static_assert(STAGES >= 3, "codes and light keys arrive in groups");
 static_assert(LIGHT_ROOM >= STAGE_TOKENS + 16 * LIGHT_BATCHES + 16, "light keys of a stage have room");
 static_assert(STAGE_BYTES % 16 == 0 && CODES_AT % 16 == 0 && WARP_BYTES % 16 == 0 && QUERY_STRIDE % 16 == 0, "copies of 16 bytes");

@@ -147,7 +147,7 @@ __device__ __forceinline__ void prepare(const Args& a, int seq, int kv_head, con
             }
         }
     }
-    for (uint32_t i = threadIdx.x; i < 8 * COLUMNS * CHUNKS; i += 32 * WARPS) {
+    for (uint32_t i = threadIdx.x; i < HEADS * CHUNKS; i += 32 * WARPS) {
         uint32_t head = i / CHUNKS, chunk = i % CHUNKS;
         *reinterpret_cast<uint4*>(shared + QUERY_AT + head * QUERY_STRIDE + 16 * chunk) =
             head < GROUP ? load16(query + head * a.query_stride_head + 16 * chunk) : make_uint4(0, 0, 0, 0);
@@ -177,13 +177,13 @@ __device__ __forceinline__ void add_up(bool is_dense) {
         float best[2] = {DISCARDED, DISCARDED};
         for (int warp = 0; warp < WARPS; ++warp)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) best[e] = fmaxf(best[e], maxima[warp * NUM_STATS * 16 + e]);
+            for (int e = 0; e < 2; ++e) best[e] = fmaxf(best[e], maxima[warp * WARP_BYTES / 4 + e]);
         float4 exact = make_float4(0, 0, 0, 0), light = make_float4(0, 0, 0, 0);
         for (int warp = 0; warp < WARPS; ++warp) {
             const uint8_t* of_warp = shared + warp * WARP_BYTES;
             float4 x = reinterpret_cast<const float4*>(of_warp + EXACT_AT)[i];
-            float f0 = exp2_fast((maxima[warp * NUM_STATS * 16] - best[0]) * LOG2_E);
-            float f1 = exp2_fast((maxima[warp * NUM_STATS * 16 + 1] - best[1]) * LOG2_E);
+            float f0 = exp2_fast((maxima[warp * WARP_BYTES / 4] - best[0]) * LOG2_E);
+            float f1 = exp2_fast((maxima[warp * WARP_BYTES / 4 + 1] - best[1]) * LOG2_E);
             exact.x += f0 * x.x, exact.y += f1 * x.y, exact.z += f0 * x.z, exact.w += f1 * x.w;
             if (is_dense) continue;
             float4 y = reinterpret_cast<const float4*>(of_warp + LIGHT_AT)[i];
@@ -199,10 +199,10 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
     uint8_t* shared = dynamic_shared();
     const float* stats = reinterpret_cast<const float*>(shared + STATS_AT) + head;
     float best = DISCARDED, kept = 0.0f, lost = 0.0f, total = 0.0f, light = 0.0f, stepped = 0.0f;
-    for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, stats[warp * NUM_STATS * 16]);
+    for (int warp = 0; warp < WARPS; ++warp) best = fmaxf(best, stats[warp * WARP_BYTES / 4]);
     float light_scale = is_dense ? 0.0f : exp2_fast((a.anchor_lse[row] - best) * LOG2_E - a.log2_scale);
     for (int warp = 0; warp < WARPS; ++warp) {
-        const float* of_warp = stats + warp * NUM_STATS * 16;
+        const float* of_warp = stats + warp * WARP_BYTES / 4;
         float f = exp2_fast((of_warp[0] - best) * LOG2_E);
         kept += f * of_warp[16], lost += f * of_warp[32];
         total += of_warp[48], light += of_warp[64], stepped += of_warp[80];
@@ -233,7 +233,7 @@ __device__ __forceinline__ void write_head(const Args& a, uint32_t head, uint32_
 __device__ __forceinline__ void attend_piece(
     const Args& a, const Warp& w, int seq, int kv_head, long long piece, int seq_len, bool is_dense) {
     uint8_t* shared = dynamic_shared();
-    float* stats = reinterpret_cast<float*>(shared + STATS_AT) + w.warp * NUM_STATS * 16;
+    float* stats = reinterpret_cast<float*>(w.mine() + STATS_AT);
     uint32_t* counts = reinterpret_cast<uint32_t*>(shared + COUNTS_AT);  // [WARPS, 4]
     uint32_t first_row = (seq * a.num_kv_heads + kv_head) * GROUP, keys = 0, copies = 0;
     float* saved = a.saved + (uint64_t)((blockIdx.y * gridDim.x + blockIdx.x) * WARPS + w.warp) * SAVED * 32 + w.lane;

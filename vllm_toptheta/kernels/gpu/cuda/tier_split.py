@@ -28,8 +28,7 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS, NUM_LAST_ANCHORS
 
 SPLIT = "tier_split"
 SOURCE = "tier_split.cu"
-_LEAST_HEAVY_ROOM = 256
-_HEAVY_ROOMS = (1024, 768, 512)  # that are tried: whenever a list is full, all warps wait
+_LEAST_HEAVY_ROOM, _MOST_HEAVY_ROOM = 128, 1024  # whenever a list is full, all warps wait
 _CTA_BYTES = 1024  # of shared memory that CUDA takes for itself
 _MOST_LOG2_SCALE = 12.0  # where no key is light, or only those of next to no weight
 
@@ -81,7 +80,7 @@ def split_sizes(head_size: int, group: int, heavy_room: int = _LEAST_HEAVY_ROOM)
     light_bytes = heads // 2 * 136 * 4 + 128 * 4 + 2 * (16 * head_size // 4 + 64)
     warp_bytes = ring + 32 * 8 + light_bytes + heavy_room * 4 + 48
     operands = 2 * row_tokens * columns * 32 * (head_size // 32) * 4
-    common = 64 + 8 * columns * (2 * head_size + 64) + warps * (6 * 16 * 4 + 16) + operands + 16 * 3 * 4 + 64
+    common = 64 + heads * (2 * head_size + 64) + warps * 16 + operands + 16 * 3 * 4 + 64
     shared_bytes = warps * warp_bytes + common
     return SplitSizes(warps, stages, resident, heavy_room, shared_bytes, columns * (8 * tiles + 16) + 1)
 
@@ -147,7 +146,7 @@ def sizes_within(head_size: int, group: int, multiprocessor_bytes: int, program_
         multiprocessor_bytes: Shared memory of a multiprocessor.
         program_bytes: The most that one program may have.
     """
-    rooms = (split_sizes(head_size, group, room) for room in _HEAVY_ROOMS)
+    rooms = (split_sizes(head_size, group, room) for room in range(_MOST_HEAVY_ROOM, _LEAST_HEAVY_ROOM, -16))
     fits = (
         sizes
         for sizes in rooms
