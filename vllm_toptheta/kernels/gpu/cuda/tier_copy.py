@@ -14,7 +14,7 @@ from vllm_toptheta.limits import NUM_FIRST_ANCHORS
 
 COPY = "tier_copy"
 SOURCE = "tier_copy.cu"
-WARPS = 8
+WARPS = 16
 # of a launch: in a step of many sequences, most of them may find nothing to do
 _MOST_PROGRAMS = 1 << 15
 

@@ -32,43 +32,42 @@ __device__ __forceinline__ const uint8_t* row_of(const Piece& piece, uint32_t sl
     return piece.kv_base + (uint64_t)(slot / BLOCK_SIZE) * piece.stride_block + slot % BLOCK_SIZE * piece.stride_token;
 }
 
-// 16 keys on their way; a lane has parts of keys g and g + 8
-struct Keys {
-    uint4 part[2][HEAD_SIZE / 32];
-    bool listed[2], in_open[2];
-};
-
-// the first `count` of 16 slots
-__device__ __forceinline__ Keys load_keys(const Piece& piece, const uint32_t* slots, uint32_t count) {
+// Copy the first `count` of 16 keys to shared memory, where they arrive later.
+__device__ __forceinline__ void request_keys(const Piece& piece, const uint32_t* slots, uint32_t count, uint8_t* keys) {
     uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
-    Keys keys;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        keys.listed[r] = g + 8 * r < count;
-        uint32_t slot = keys.listed[r] ? slots[g + 8 * r] : 0;
-        keys.in_open[r] = slot / BLOCK_SIZE == piece.open_block;
-        const uint8_t* row = row_of(piece, slot) + 16 * t;
+        if (g + 8 * r >= count) continue;
+        const uint8_t* row = row_of(piece, slots[g + 8 * r]) + 16 * t;
+        uint8_t* to = keys + (g + 8 * r) * KEY_STRIDE + 16 * t;
 #pragma unroll
-        for (int i = 0; i < HEAD_SIZE / 32; ++i)
-            keys.part[r][i] = keys.listed[r] ? load16(row + 64 * i) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < HEAD_SIZE / 32; ++i) async_copy16(to + 64 * i, row + 64 * i);
     }
-    return keys;
 }
 
-__device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_t* slots, const Keys& keys, Exact& x) {
+// Score the first `count` of 16 keys, which have arrived, and weigh the values of those that survive.
+__device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_t* slots, uint32_t count, const uint8_t* keys, Exact& x) {
     uint32_t lane = threadIdx.x & 31, g = lane / 4, t = lane % 4;
     float products[COLUMNS][4] = {};
     // columns without a head take another's, which nobody looks at
     const uint8_t* query = dynamic_shared() + QUERY_AT + g % HEADS * QUERY_STRIDE + 16 * t;
 #pragma unroll
-    for (int i = 0; i < HEAD_SIZE / 32; ++i)
+    for (int i = 0; i < HEAD_SIZE / 32; ++i) {
+        const uint8_t* part = keys + g * KEY_STRIDE + 16 * t + 64 * i;
+        const uint4 k = *reinterpret_cast<const uint4*>(part), l = *reinterpret_cast<const uint4*>(part + 8 * KEY_STRIDE);
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
             const uint4 q = *reinterpret_cast<const uint4*>(query + 8 * c * QUERY_STRIDE + 64 * i);
-            const uint4 &k = keys.part[0][i], &l = keys.part[1][i];
             mma_half<IS_FLOAT16>(products[c], k.x, l.x, k.y, l.y, q.x, q.y);
             mma_half<IS_FLOAT16>(products[c], k.z, l.z, k.w, l.w, q.z, q.w);
         }
+    }
+    bool listed[2], in_open[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        listed[r] = g + 8 * r < count;
+        in_open[r] = listed[r] && slots[g + 8 * r] / BLOCK_SIZE == piece.open_block;
+    }
     bool survives[2] = {false, false};
     uint32_t operand[COLUMNS][2];
 #pragma unroll
@@ -81,7 +80,7 @@ __device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_
             float score[2], before = x.maximum[c][e], best = before;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                score[r] = keys.listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
+                score[r] = listed[r] ? capped(products[c][2 * r + e] * piece.scale, piece.logits_soft_cap) : DISCARDED;
                 best = fmaxf(best, score[r]);
             }
 #pragma unroll
@@ -93,10 +92,10 @@ __device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float exponential = exp2_fast((score[r] - best) * LOG2_E);
-                bool keep = keys.listed[r] && score[r] >= theta && head < GROUP;
+                bool keep = listed[r] && score[r] >= theta && head < GROUP;
                 weight[r][e] = keep ? exponential : 0.0f;
                 kept += weight[r][e];
-                lost += keep || !keys.listed[r] ? 0.0f : exponential;
+                lost += keep || !listed[r] ? 0.0f : exponential;
                 survives[r] |= keep;
             }
             x.maximum[c][e] = best, x.kept[c][e] = kept, x.lost[c][e] = lost;
@@ -111,7 +110,7 @@ __device__ __forceinline__ void attend_exactly(const Piece& piece, const uint32_
         alive[r] = __ballot_sync(ALL, survives[r]);
         alive[r] |= alive[r] >> 1;
         alive[r] |= alive[r] >> 2;
-        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !keys.in_open[r];
+        x.rows_read += t == 0 && (alive[r] >> lane & 1) && !in_open[r];
     }
     // rows of values: of keys 2 t, 2 t + 1, and those 8 behind
     const uint8_t* value[4];
@@ -173,30 +172,30 @@ struct Warp {
     __device__ __forceinline__ void attend_keys(Exact& exact, uint32_t count, SlotAt slot_at) const {
         const Piece& piece = piece_of(dynamic_shared());
         uint32_t* slots = reinterpret_cast<uint32_t*>(mine() + SLOTS_AT);
-        auto look_up = [&](uint32_t first, uint32_t* to) {
+        // Registers that loads are on their way to would be waited for at the next branch.
+        uint32_t first = 16 * warp, number = 0, half = 0;
+        auto look_up = [&](uint32_t half) {
+            uint32_t* to = slots + 16 * half;
             if (lane < 16 && first + lane < count) to[lane] = slot_at(first + lane);
             __syncwarp();
-            return first < count ? min(16u, count - first) : 0u;
+            uint32_t number = first < count ? min(16u, count - first) : 0u;
+            request_keys(piece, to, number, mine() + KEYS_AT + half * KEYS_BYTES);
+            async_commit();
+            first += 16 * WARPS;
+            return number;
         };
-        uint32_t first = 16 * warp, number = look_up(first, slots);
-        if constexpr (HEAD_SIZE <= 128) {
-            // the next keys are on their way while these are scored and their values read
-            Keys keys = load_keys(piece, slots, number);
-            uint32_t half = 0;  // of the slots: of these keys; the other is of the next
-            while (number) {
-                first += 16 * WARPS;
-                uint32_t next = look_up(first, slots + (half ^ 16));
-                Keys next_keys = load_keys(piece, slots + (half ^ 16), next);
-                attend_exactly(piece, slots + half, keys, exact);
-                keys = next_keys, number = next, half ^= 16;
-                __syncwarp();
-            }
-        } else {
-            while (number) {
-                attend_exactly(piece, slots, load_keys(piece, slots, number), exact);
-                __syncwarp();
-                first += 16 * WARPS, number = look_up(first, slots);
-            }
+        if (KEY_BUFFERS == 2) number = look_up(0);
+        while (KEY_BUFFERS == 2 ? number : first < count) {
+            // the next keys are on their way while these are scored and their values read, where there is room for both
+            uint32_t next = look_up(KEY_BUFFERS == 2 ? half ^ 1 : 0);
+            if (KEY_BUFFERS == 1) number = next;
+            async_wait<KEY_BUFFERS - 1>();
+            __syncwarp();
+            attend_exactly(piece, slots + 16 * half, number, mine() + KEYS_AT + half * KEYS_BYTES, exact);
+            __syncwarp();
+            if (KEY_BUFFERS == 2) number = next, half ^= 1;
         }
+        async_wait<0>();
+        __syncwarp();
     }
 };

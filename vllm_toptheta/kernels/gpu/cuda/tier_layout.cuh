@@ -28,11 +28,15 @@ constexpr uint32_t LIGHT_STEPS_AT = 16 * QUARTER, BATCH_BYTES = LIGHT_STEPS_AT +
 constexpr uint32_t STATS_AT = CODES_AT, NUM_STATS = 6;  // of 16 heads each
 constexpr uint32_t HEAVY_AT = CODES_AT + LIGHT_BATCHES * BATCH_BYTES;
 constexpr uint32_t PLACE_AT = HEAVY_AT + HEAVY_ROOM * 4, PLACE_BYTES = 48, WARP_BYTES = PLACE_AT + PLACE_BYTES;
-constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64;
+// Exact queries and keys; the stride spreads rows over the banks. Keys stand behind light sums, where codes and weights were
+// that nobody needs any more, two batches of 16 if both fit.
+constexpr uint32_t QUERY_STRIDE = 2 * HEAD_SIZE + 64, KEY_STRIDE = QUERY_STRIDE, KEYS_BYTES = 16 * KEY_STRIDE;
+constexpr uint32_t KEYS_AT = LIGHT_AT + SUMS_BYTES, KEY_BUFFERS = KEYS_AT + 2 * KEYS_BYTES <= SLOTS_AT ? 2 : 1;
 constexpr uint32_t PIECE_AT = WARPS * WARP_BYTES, QUERY_AT = PIECE_AT + 64, COUNTS_AT = QUERY_AT + HEADS * QUERY_STRIDE;
 constexpr uint32_t OPERANDS = ROW_TOKENS * COLUMNS, OPERAND_BYTES = 32 * KEY_WORDS * 4;  // codes of queries, one half
 constexpr uint32_t OPERANDS_AT = COUNTS_AT + WARPS * 16, TERMS_AT = OPERANDS_AT + 2 * OPERANDS * OPERAND_BYTES;
 constexpr uint32_t LISTED_AT = TERMS_AT + 16 * 3 * 4, SHARED_BYTES = LISTED_AT + 64;  // at most 16 warps
+static_assert(KEYS_AT + KEYS_BYTES <= SLOTS_AT, "room of keys");
 static_assert(NUM_STATS * 16 * 4 <= LIGHT_BATCHES * BATCH_BYTES, "room of statistics");
 static_assert(STAGES >= 3, "codes and light keys arrive in groups");
 static_assert(LIGHT_ROOM >= STAGE_TOKENS + 16 * LIGHT_BATCHES + 16, "light keys of a stage have room");
