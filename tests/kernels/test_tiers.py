@@ -14,6 +14,7 @@ import torch
 from tests.kernels.decode_case import DEVICE, INTERPRETED, RUNS_HERE, WHY_NOT, Shape
 from tests.kernels.tier_case import GARBAGE, SCANNING, TierCase, check, check_copies, make_tier_case
 from vllm_toptheta.kernels.contract import Counters, Layer, LayerCache, TailStep
+from vllm_toptheta.kernels.gpu import tiers as tiers_module
 from vllm_toptheta.kernels.gpu import tuning
 from vllm_toptheta.kernels.gpu.cuda import tier_copy
 from vllm_toptheta.kernels.gpu.tails import write_tails
@@ -100,10 +101,11 @@ def test_kv_heads_of_different_numbers_of_programs(
 @pytest.mark.parametrize(
     ("lens", "programs", "is_balanced"),
     [
-        # shares of 125 pages on whole programs, or of 131 and 4 more for the mean head
+        # shares of 125 pages on whole programs, or of 131 and 8 more for the mean head
         ((2000, 2000), (3, 1), True),
         ((2000, 2000), (2, 2), False),
-        # of 10 pages, or of 16 and 4 more
+        # of 24 pages, or of 30 and 8 more; of 10, or of 16 and 8 more
+        ((384, 384), (3, 1), False),
         ((160, 160), (3, 1), False),
         # a sequence has no second piece
         ((320,), (3, 1), True),
@@ -125,6 +127,32 @@ def test_sequences_keep_whole_programs_if_that_is_faster(
     pieces = scratch.partial_stats.unflatten(0, (-1, 2))[:, :, 0, 0]
     first, second = (~pieces.isnan()).sum(0).tolist()
     assert (first != second) == is_balanced
+
+
+def test_nothing_that_waits_is_launched_before_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits holds a multiprocessor; thresholds read keys at once only behind a kernel that has waited for them."""
+    launched = []
+
+    def spy(name: str) -> Callable[..., None]:
+        launch = getattr(tiers_module, name)
+
+        def record(*arguments: Any, **options: Any) -> None:
+            launched.append((name, options.get("is_second", False)))
+            launch(*arguments, **options)
+
+        return record
+
+    for name in [name for name in vars(tiers_module) if name.startswith("launch_")]:
+        monkeypatch.setattr(tiers_module, name, spy(name))
+    in_cuda = make_tier_case(SHAPES["plain"], in_cuda=True)
+    check(in_cuda, *in_cuda.run(FEW))
+    order = ["launch_tier_copy", "launch_thresholds", "launch_tier_split", "launch_queries", "launch_merge"]
+    assert launched == [(name, name == "launch_thresholds") for name in order]
+    launched.clear()
+    in_triton = make_tier_case(SHAPES["plain"])
+    check(in_triton, *in_triton.run(FEW))
+    order = ["launch_thresholds", "launch_queries", "launch_split", "launch_merge"]
+    assert launched == [(name, False) for name in order]
 
 
 @pytest.mark.parametrize("is_all_read", [True, False])

@@ -123,7 +123,7 @@ def programs_of_head(
     )
     head = tl.arange(0, HEAD_BLOCK)
     most = tl.max(tl.load(head_programs_ptr + head, mask=head < num_kv_heads, other=0), axis=0).to(tl.int64)
-    second = tl.where(tl.sum((work > 0).to(tl.int32), axis=0) > 1, 2 * piece_work // 3, 0)
+    second = tl.where(tl.sum((work > 0).to(tl.int32), axis=0) > 1, 4 * piece_work // 3, 0)
     is_balanced = (multiple == 1) | (share * most > (equal + second) * tl.cast(num_programs, tl.int64))
     is_balanced &= max_dense_len != ANY_LENGTH
     return tl.where(is_balanced, tl.load(head_programs_ptr + kv_head), num_programs)

@@ -131,7 +131,7 @@ __device__ __forceinline__ bool is_balanced(const Args& a, const StepTokens& tok
     if (even.multiple == 1) return true;
     for (int head = 32 + lane; head < a.num_kv_heads; head += 32) first_programs = max(first_programs, a.head_programs[head]);
     for (int m = 16; m; m /= 2) first_programs = max(first_programs, __shfl_xor_sync(ALL, first_programs, m));
-    int second = tokens.num_decoded > 1 ? 2 * a.schedule.piece_work / 3 : 0;
+    int second = tokens.num_decoded > 1 ? 4 * a.schedule.piece_work / 3 : 0;
     return (long long)even.share * first_programs > (long long)(even.equal + second) * a.schedule.num_programs;
 }
 

@@ -6,13 +6,13 @@
 //   scan    codes and steps of keys arrive in a ring of stages in shared memory. Tokens are the rows of products of
 //           integers, heads the columns; where a group has at most four heads, two tokens share a row. Halves of bytes
 //           become operands by one AND: the upper half is 16 times too large, and the lower product is multiplied by 16.
-//   light   keys go to a ring of 64 with their weights, relative to the anchors, which no light key reaches. Sixteen at a
-//           time, their codes are asked for; they are weighed when the next sixteen are asked for, so nothing waits.
+//   light   keys go to a ring with their weights, relative to the anchors, which no light key reaches. Sixteen at a time,
+//           codes of their values are asked for; they are weighed 64 tokens later, so nothing waits.
 //   heavy   keys go to a list. In the end, or when a list is full, which is rare, the warps share out what all of them
 //           have listed: keys are read and scored exactly, and the values of survivors weighed. Not in between, because
 //           both at a time do not fit into the registers.
 //
-// Loads go straight into the operands of mma.sync: a product may take channels in any order if both sides take the same,
+// What is loaded is an operand of mma.sync as it comes: a product may take channels in any order if both sides take the same,
 // so every lane reads 16 bytes in a row. Sums are added in an order that depends on lengths and scores only.
 //
 // What `macros_of` in tier_split.py names is defined when it is compiled; `device.cuh` stands in front.
@@ -24,6 +24,7 @@
 #include "tier_layout.cuh"
 #include "value_sums.cuh"
 #include "tier_exact.cuh"
+#include "tier_light.cuh"
 #include "tier_scan.cuh"
 
 // what a warp saves of each part while it works on the other: floats of a lane
