@@ -46,7 +46,7 @@ def test_lists_are_shorter_where_there_is_less_shared_memory() -> None:
     # room for what programs ask for, but not for what CUDA takes
     some = tier_split.split_sizes(128, 4, 512)
     assert tier_split.sizes_within(128, 4, 2 * (some.shared_bytes + 1024), MOST_SHARED_BYTES) == some
-    assert tier_split.sizes_within(128, 4, 2 * some.shared_bytes + 1024, MOST_SHARED_BYTES).heavy_room == 496
+    assert tier_split.sizes_within(128, 4, 2 * some.shared_bytes + 1024, MOST_SHARED_BYTES).heavy_room == 480
     assert tier_split.sizes_within(128, 4, SHARED_BYTES_OF_SM, some.shared_bytes) == some
 
 
