@@ -121,7 +121,6 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
     return bytes;
 }
 
-// 2 ** x to 2 units in the last place, subnormal numbers as zero.
 // a value that the compiler keeps instead of working it out again
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
@@ -131,6 +130,7 @@ __device__ __forceinline__ void opaque(T*& x) { asm volatile("" : "+l"(x)); }
 // x / y, y in the range of 1 to 2^126
 __device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
 
+// 2 ** x to 2 units in the last place, subnormal numbers as zero.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
