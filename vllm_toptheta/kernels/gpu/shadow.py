@@ -59,4 +59,4 @@ def decode(step: DecodeStep, call: LayerCall, scratch: ShadowScratch) -> None:
     launch_queries(given, scratch, keys, tokens_at_once=TOKENS_PER_STEP)
     candidates = Lists(scratch.candidates, scratch.candidate_order)
     launch_split(given, scratch.config, keys, candidates, row_tokens=row_tokens)
-    launch_merge(step, call, given.split.pieces, given.launches, given.choice)
+    launch_merge(step, call, split.pieces, given.launches, given.choice)

@@ -173,7 +173,7 @@ struct Warp {
         const Piece& piece = piece_of(dynamic_shared());
         uint32_t* slots = reinterpret_cast<uint32_t*>(mine() + SLOTS_AT);
         // Registers that loads are on their way to would be waited for at the next branch.
-        uint32_t first = 16 * warp, number = 0, half = 0;
+        uint32_t first = 16 * warp, half = 0;
         auto look_up = [&](uint32_t half) {
             uint32_t* to = slots + 16 * half;
             if (lane < 16 && first + lane < count) to[lane] = slot_at(first + lane);
@@ -184,16 +184,17 @@ struct Warp {
             first += 16 * WARPS;
             return number;
         };
-        if (KEY_BUFFERS == 2) number = look_up(0);
-        while (KEY_BUFFERS == 2 ? number : first < count) {
-            // the next keys are on their way while these are scored and their values read, where there is room for both
-            uint32_t next = look_up(KEY_BUFFERS == 2 ? half ^ 1 : 0);
-            if (KEY_BUFFERS == 1) number = next;
+        uint32_t number = look_up(0);
+        while (number) {
+            uint32_t next;
+            // they are on their way while these keys are scored and their values read, where there is room for both
+            if constexpr (KEY_BUFFERS == 2) next = look_up(half ^ 1);
             async_wait<KEY_BUFFERS - 1>();
             __syncwarp();
             attend_exactly(piece, slots + 16 * half, number, mine() + KEYS_AT + half * KEYS_BYTES, exact);
             __syncwarp();
-            if (KEY_BUFFERS == 2) number = next, half ^= 1;
+            if constexpr (KEY_BUFFERS == 1) next = look_up(0);
+            number = next, half ^= KEY_BUFFERS - 1;
         }
         async_wait<0>();
         __syncwarp();
