@@ -25,6 +25,7 @@ SHORT = SoakConfig(
     prompts=8,
     longest=300,
     max_tokens=120,
+    choices=["dense", "floor:0.2"],
     max_growth=1e6,  # seconds of load say nothing of it
     kill="EngineCore",
 )
@@ -45,7 +46,9 @@ def test_load_restart_and_death_of_the_engine(model: Path, tmp_path: Path, monke
     assert report.load.endings.total >= SHORT.requests
     assert report.load.endings.left > 0
     assert report.load.preemptions
-    assert report.texts.compared > SHORT.requests
+    assert sorted(report.texts) == ["as served", "dense", "floor:0.2"]
+    assert sum(texts.compared for texts in report.texts.values()) > SHORT.requests
+    assert all(texts.compared for texts in report.texts.values())
     stop, death = report.stops
     assert stop.exit_code == 0
     assert stop.in_flight.finished > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 from tests.soak.conftest import PROMPT
 from vllm_toptheta.errors import SoakError
 from vllm_toptheta.soak.client import HELD, PREEMPTIONS, Outcome, SoakClient
-from vllm_toptheta.soak.traffic import Behaviour
+from vllm_toptheta.soak.traffic import Behaviour, Prompt
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -28,11 +29,11 @@ def events(*contents: dict[str, Any] | str) -> bytes:
     return "".join(f"data: {line}\n\n" for line in lines).encode()
 
 
-def run(handler: Handler, behaviour: Behaviour, moment: float = 0.0) -> Outcome:
+def run(handler: Handler, behaviour: Behaviour, moment: float = 0.0, prompt: Prompt = PROMPT) -> Outcome:
     async def ask() -> Outcome:
         client = SoakClient("http://server/v1", transport=httpx.MockTransport(handler))
         try:
-            return await client.ask(PROMPT, behaviour, moment)
+            return await client.ask(prompt, behaviour, moment)
         finally:
             await client.close()
 
@@ -57,6 +58,9 @@ def test_a_whole_answer() -> None:
     assert (outcome.ending, outcome.tokens, outcome.gaps) == ("finished", ["token_id:1", "token_id:2"], [1.0, 1.0])
     assert asked["prompt"] == list(PROMPT.token_ids)
     assert (asked["temperature"], asked["stream"], asked["ignore_eos"]) == (0, False, True)
+    assert "vllm_xargs" not in asked
+    run(handler, Behaviour.WHOLE, prompt=replace(PROMPT, choice="floor:2"))
+    assert asked["vllm_xargs"] == {"toptheta": "floor:2"}
 
 
 def test_a_stream() -> None:

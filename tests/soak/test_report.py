@@ -39,7 +39,7 @@ def report(load: Endings = CLEAN, held: float = 0.0, different: tuple[str, ...] 
         environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
         prompt_tokens=(16, 3000),
         load=Load(seconds=600, endings=load, preemptions=3, held={HELD[0]: held}),
-        texts=texts,
+        texts={"as served": texts, "dense": texts.model_copy(update={"different": []})},
         **fields,
     )
 
@@ -71,7 +71,7 @@ def test_a_clean_run_passes() -> None:
         ({"load": REFUSED}, "under load: 2 error, 4 closed"),
         ({"load": BROKEN}, "broken: silence"),
         ({"held": 2.0}, f"{HELD[0]} stays at 2"),
-        ({"different": ("prompt 3, token 4",)}, "1 texts differ from the quiet server's: prompt 3"),
+        ({"different": ("prompt 3, token 4",)}, "as served: 1 texts differ from the quiet server's: prompt 3"),
         ({"memory": memory(2.5)}, "memory grows by 2.50 MiB per minute"),
         ({"stops": [stop(in_flight=BROKEN)]}, "SIGTERM: 1 broken"),
         ({"stops": [stop(later=BROKEN)]}, "SIGTERM: 1 broken"),

@@ -27,6 +27,12 @@ def test_every_third_begins_alike() -> None:
     assert sum(prompt.token_ids[:4] == (0, 1, 2, 3) for prompt in prompts) == 4
 
 
+def test_prompts_ask_for_each_choice_in_turn() -> None:
+    prompts = make_prompts(TEXT, count=7, longest=100, max_tokens=4, seed=1, choices=["dense", "floor:2"])
+    assert [prompt.choice for prompt in prompts] == [None, "dense", "floor:2", None, "dense", "floor:2", None]
+    assert {prompt.choice for prompt in make_prompts(TEXT, count=7, longest=100, max_tokens=4, seed=1)} == {None}
+
+
 def test_a_seed_makes_the_same_requests() -> None:
     prompts = make_prompts(TEXT, count=5, longest=100, max_tokens=4, seed=1)
     one, same, other = (list(islice(requests(prompts, seed=seed), 50)) for seed in (7, 7, 8))

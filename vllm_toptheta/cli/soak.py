@@ -29,6 +29,12 @@ def soak_command(
     prompts: Annotated[int, typer.Option(help="Different prompts; a quiet server answers each of them first.")] = 40,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt; the shortest has 16.")] = 3000,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 48,
+    choices: Annotated[
+        str,
+        typer.Option(
+            help="By commas: what prompts ask for in vllm_xargs.toptheta, in turn after one without; or none."
+        ),
+    ] = "dense",
     seed: Annotated[int, typer.Option(help="Chooses prompts and who does what.")] = 0,
     rounding: Annotated[
         float, typer.Option(help="Nats by which rounding moves two candidates; 0.005 in float32, 0.35 in bfloat16.")
@@ -62,6 +68,7 @@ def soak_command(
         prompts=prompts,
         longest=longest,
         max_tokens=max_tokens,
+        choices=[] if choices == "none" else [choice.strip() for choice in choices.split(",")],
         seed=seed,
         rounding=rounding,
         max_growth=max_growth,

@@ -175,6 +175,7 @@ class SoakClient:
             "logprobs": 2,
             "return_tokens_as_token_ids": True,
             "stream": stream,
+            **({"vllm_xargs": {"toptheta": prompt.choice}} if prompt.choice else {}),
         }
 
     async def _read_whole(self, outcome: Outcome, timeout: float | None = None) -> None:

@@ -32,6 +32,9 @@ class SoakConfig(BaseModel):
         default=3000, ge=16, description="Tokens of the longest prompt; less if the server takes less."
     )
     max_tokens: int = Field(default=48, ge=2, description="Tokens of the longest answer.")
+    choices: list[str] = Field(
+        default=["dense"], description="What prompts ask for in vllm_xargs.toptheta, in turn after one without."
+    )
     seed: int = 0
     rounding: float = Field(default=5e-3, gt=0, description="Nats between two candidates that count as equally likely.")
     max_growth: float = Field(default=2.0, gt=0, description="MiB per minute that all processes together may grow by.")
@@ -106,7 +109,7 @@ class SoakReport(BaseModel):
     )
     prompt_tokens: tuple[int, int] = Field(description="Of the shortest and of the longest prompt.")
     load: Load
-    texts: Texts
+    texts: dict[str, Texts] = Field(description="By what was asked for; `AS_SERVED` where nothing was.")
     memory: Memory | None = Field(description="Null for a server that was there already, or too short a time.")
     stops: list[Stop]
 
@@ -114,8 +117,11 @@ class SoakReport(BaseModel):
         """Whatever is not as it must be; empty if all is."""
         found = [f"under load: {text}" for text in _unclean(self.load.endings, may_fail=False)]
         found += [f"{name} stays at {value:g}" for name, value in self.load.held.items() if value]
-        if self.texts.different:
-            found.append(f"{len(self.texts.different)} texts differ from the quiet server's: {self.texts.different[0]}")
+        for choice, texts in self.texts.items():
+            if texts.different:
+                found.append(
+                    f"{choice}: {len(texts.different)} texts differ from the quiet server's: {texts.different[0]}"
+                )
         if self.memory is not None and self.memory.processes[-1].mib_per_minute > self.config.max_growth:
             found.append(f"memory grows by {self.memory.processes[-1].mib_per_minute:.2f} MiB per minute")
         for stop in self.stops:
@@ -147,7 +153,7 @@ def soak_table(report: SoakReport) -> Table:
     """The report as a table."""
     from rich.table import Table
 
-    load, texts, config = report.load, report.texts, report.config
+    load, config = report.load, report.config
     table = Table(
         title=f"{load.endings.total} requests of {report.prompt_tokens[0]} to {report.prompt_tokens[1]} tokens, "
         f"{config.concurrency} at a time, {load.seconds:.0f} s",
@@ -164,8 +170,11 @@ def soak_table(report: SoakReport) -> Table:
         if stop.after is not None:
             _add_endings(table, "    after the restart", stop.after, "")
     table.add_section()
-    share = f"{texts.equal} of {texts.compared} equal, {texts.near_ties} near ties, {len(texts.different)} different"
-    table.add_row("texts, as of a quiet server", *[""] * 5, share)
+    for choice, texts in report.texts.items():
+        share = (
+            f"{texts.equal} of {texts.compared} equal, {texts.near_ties} near ties, {len(texts.different)} different"
+        )
+        table.add_row(f"texts {choice}, as of a quiet server", *[""] * 5, share)
     for process in report.memory.processes if report.memory else []:
         growth = f"{process.first_mib:.0f} to {process.last_mib:.0f} MiB, {process.mib_per_minute:+.2f} MiB per minute"
         table.add_row(f"memory of {process.name}", *[""] * 5, growth)

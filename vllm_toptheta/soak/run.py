@@ -17,7 +17,7 @@ from vllm_toptheta.soak.load import Crowd
 from vllm_toptheta.soak.memory import MemoryWatch
 from vllm_toptheta.soak.report import Endings, Load, SoakConfig, SoakReport, Stop
 from vllm_toptheta.soak.server import ServerProcess
-from vllm_toptheta.soak.texts import compare
+from vllm_toptheta.soak.texts import compare_by_choice
 from vllm_toptheta.soak.traffic import Behaviour, Prompt, make_prompts, sample_text
 
 _SETTLING_SECONDS = 60.0  # within which a server that nobody asks has let go of everything
@@ -85,7 +85,7 @@ async def _soak(
             environment=server_environment() if command else {},
             prompt_tokens=(len(prompts[0].token_ids), len(prompts[-1].token_ids)),
             load=load,
-            texts=compare(outcomes, quiet, config.rounding),
+            texts=compare_by_choice(outcomes, quiet, config.rounding),
             memory=watch.since(steady_since) if watch else None,
             stops=stops,
         )
@@ -105,7 +105,12 @@ async def _prompts(config: SoakConfig, client: SoakClient) -> list[Prompt]:
             remedy="Ask for fewer",
         )
     return make_prompts(
-        token_ids, count=config.prompts, longest=longest, max_tokens=config.max_tokens, seed=config.seed
+        token_ids,
+        count=config.prompts,
+        longest=longest,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        choices=config.choices,
     )
 
 

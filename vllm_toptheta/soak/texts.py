@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field
 
 from vllm_toptheta.soak.client import Outcome
 
+AS_SERVED = "as served"  # of prompts that ask for nothing
+
 
 class Texts(BaseModel):
     """A comparison with the quiet server's texts."""
@@ -22,6 +24,14 @@ class Texts(BaseModel):
     near_ties: int = Field(description="Answers that differ first where the two best candidates are a rounding apart.")
     different: list[str] = Field(description="The others: prompt, step and how far apart its candidates were.")
     largest_gap: float = Field(description="Between the two best candidates at a first difference, nats.")
+
+
+def compare_by_choice(outcomes: Iterable[Outcome], quiet: Mapping[int, Outcome], rounding: float) -> dict[str, Texts]:
+    """`compare` the answers of each choice of prompts, `AS_SERVED` first."""
+    found: dict[str, list[Outcome]] = {AS_SERVED: []}
+    for outcome in outcomes:
+        found.setdefault(outcome.prompt.choice or AS_SERVED, []).append(outcome)
+    return {choice: compare(of_choice, quiet, rounding) for choice, of_choice in found.items()}
 
 
 def compare(outcomes: Iterable[Outcome], quiet: Mapping[int, Outcome], rounding: float) -> Texts:

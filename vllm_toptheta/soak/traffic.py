@@ -34,11 +34,13 @@ class Prompt:
         index: Its place in the pool.
         token_ids: The prompt.
         max_tokens: Tokens to generate, exactly.
+        choice: How it is to be decoded, as of `vllm_xargs.toptheta`; None: as the server does by itself.
     """
 
     index: int
     token_ids: tuple[int, ...]
     max_tokens: int
+    choice: str | None = None
 
 
 def sample_text() -> str:
@@ -46,7 +48,15 @@ def sample_text() -> str:
     return inspect.getsource(tarfile)
 
 
-def make_prompts(token_ids: Sequence[int], *, count: int, longest: int, max_tokens: int, seed: int) -> list[Prompt]:
+def make_prompts(
+    token_ids: Sequence[int],
+    *,
+    count: int,
+    longest: int,
+    max_tokens: int,
+    seed: int,
+    choices: Sequence[str] = (),
+) -> list[Prompt]:
     """Cut a pool of prompts from a text.
 
     Args:
@@ -55,6 +65,7 @@ def make_prompts(token_ids: Sequence[int], *, count: int, longest: int, max_toke
         longest: Tokens of the longest; the lengths grow geometrically from `SHORTEST`.
         max_tokens: Tokens that the answers have at most; they have at least a quarter of it.
         seed: Decides where prompts are cut.
+        choices: What prompts ask for in turn, after one that asks for nothing.
     """
     chance = random.Random(seed)  # noqa: S311 - nothing is secret
     ratio = (longest / SHORTEST) ** (1 / max(1, count - 1))
@@ -66,7 +77,8 @@ def make_prompts(token_ids: Sequence[int], *, count: int, longest: int, max_toke
         if index % _SHARED == 0:
             # half of it is the text's beginning, which all of these share
             cut = tuple(token_ids[: length // 2]) + cut[length // 2 :]
-        prompts.append(Prompt(index, cut, chance.randint(max(1, max_tokens // 4), max_tokens)))
+        answer = chance.randint(max(1, max_tokens // 4), max_tokens)
+        prompts.append(Prompt(index, cut, answer, (None, *choices)[index % (1 + len(choices))]))
     return prompts
 
 
